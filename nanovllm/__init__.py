@@ -1,0 +1,8 @@
+"""A small, readable Qwen3 inference engine with an attention/FFN pipeline."""
+
+from nanovllm.config import Config
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.llm import LLM
+from nanovllm.sampling_params import SamplingParams
+
+__all__ = ["LLM", "Config", "LLMEngine", "SamplingParams"]

@@ -1,0 +1,97 @@
+"""Everything a user can set about an engine, with defaults that work, and nothing derived.
+
+    Config(model="Qwen/Qwen3-0.6B", enable_pipeline=True)
+
+A field is checked whenever it is set, at construction or later, so a `Config` is valid at any time.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from nanovllm.tiny import CHECKPOINT_DIR
+from nanovllm.utils.options import (
+    boolean,
+    check_names,
+    check_value,
+    choice,
+    integer,
+    number,
+    option,
+)
+
+PIPELINE_MODES = ("auto", "sequential", "microbatch", "streams", "green")
+
+
+def _model(value: Any) -> str:
+    if isinstance(value, (str, os.PathLike)) and os.fspath(value):
+        return os.fspath(value)  # type: ignore[return-value]
+    raise ValueError("a directory or a hub id")
+
+
+def _device(value: Any) -> str:
+    if isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        return value
+    raise ValueError("'auto', 'cpu', 'cuda' or 'cuda:N'")
+
+
+@dataclass
+class Config:
+    """Options of one engine.
+
+    Attributes:
+        model: a directory with a Qwen3 checkpoint, or a hub id; default: the embedded tiny model.
+        max_num_batched_tokens: tokens of one prefill step; longer prompts are prefilled in chunks.
+        max_num_seqs: sequences that may run at a time, hence the largest decode batch.
+        max_model_len: longest sequence in tokens, prompt and output; the model's own limit caps it.
+        gpu_memory_utilization: share of the device's memory the engine may fill (CUDA only).
+        tensor_parallel_size: ranks over which weights and KV heads are split.
+        enforce_eager: decode without CUDA graphs.
+        kvcache_block_size: tokens in a KV block.
+        num_kvcache_blocks: KV blocks to allocate; -1: as many as memory allows (on the CPU, at
+            most 1 GiB).
+        device: where to run; "auto" takes CUDA if there is one.
+        dtype: of weights, activations and KV cache; "auto": the checkpoint's on CUDA, float32 on
+            the CPU.
+        load_format: "auto" reads safetensors; "dummy" draws random weights from config.json alone.
+        attention_backend: "auto" is "triton" on CUDA and "torch" on the CPU.
+        enable_prefix_caching: reuse the KV blocks of equal prompt beginnings.
+        enable_pipeline: run decode as an attention/FFN pipeline where that is possible.
+        pipeline_attention_sm_count: SMs for the attention stage, rounded up to the alignment.
+        pipeline_ffn_sm_count: SMs for the FFN stage, rounded up to the alignment.
+        pipeline_enable_profiling: time the two stages of every decode step.
+        pipeline_mode: how the two micro-batches are issued; see README.
+        pipeline_strict: raise instead of falling back to sequential execution.
+    """
+
+    model: str = option(str(CHECKPOINT_DIR), _model)
+    max_num_batched_tokens: int = option(16384, integer(1))
+    max_num_seqs: int = option(512, integer(1))
+    max_model_len: int = option(4096, integer(2))
+    gpu_memory_utilization: float = option(0.9, number(0, 1, open_low=True))
+    tensor_parallel_size: int = option(1, integer(1))
+    enforce_eager: bool = option(False, boolean)
+    kvcache_block_size: int = option(256, integer(16, multiple_of=16))
+    num_kvcache_blocks: int = option(-1, integer(1, also=-1))
+    device: str = option("auto", _device)
+    dtype: str = option("auto", choice("auto", "float32", "bfloat16", "float16"))
+    load_format: str = option("auto", choice("auto", "dummy"))
+    attention_backend: str = option("auto", choice("auto", "triton", "flash_attn", "torch"))
+    enable_prefix_caching: bool = option(True, boolean)
+    enable_pipeline: bool = option(False, boolean)
+    pipeline_attention_sm_count: int = option(16, integer(1))
+    pipeline_ffn_sm_count: int = option(16, integer(1))
+    pipeline_enable_profiling: bool = option(False, boolean)
+    pipeline_mode: str = option("auto", choice(*PIPELINE_MODES))
+    pipeline_strict: bool = option(False, boolean)
+
+    def __new__(cls, *args: Any, **options: Any) -> Config:
+        check_names(cls, options)  # before __init__, whose own TypeError suggests nothing
+        return super().__new__(cls)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        check_names(Config, [name])
+        object.__setattr__(self, name, check_value(Config, name, value))

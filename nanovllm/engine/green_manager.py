@@ -1,0 +1,226 @@
+"""Two disjoint SM partitions of one GPU: one for attention, one for everything dense (the FFN).
+
+    with GreenContextManager(torch.device("cuda:0"), 36, 96) as manager:
+        with torch.cuda.stream(manager.get_attention_stream()): ...
+        with torch.cuda.stream(manager.get_ffn_stream()): ...
+
+The design in a few lines:
+- `plan_partitions` is plain arithmetic: it rounds both requests up to what the device makes, and
+  decides whether attention gets a group of its own or all that the FFN group leaves.
+- The FFN side always has the aligned group. cuBLAS launches clusters of thread blocks, and on the
+  unaligned remainder of a split (12 SMs of an H200) some of its kernels fail.
+- Both partitions come from one driver split, so they share no SM. A manager keeps no state outside
+  itself: several with different splits may live on one device, to switch between.
+
+Needs a CUDA GPU and driver 12.4 or newer; `python green_ctx.py` says what the device grants.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from green_ctx import (
+    Driver,
+    Granularity,
+    GreenContextError,
+    GreenContextUnavailable,
+    GreenDevice,
+    Lease,
+    Partition,
+    PartitionOptions,
+    SmResource,
+    check_integer,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PartitionPlan:
+    """What to ask of the driver.
+
+    Attributes:
+        attention: SMs of the attention partition; None for all that the FFN group leaves.
+        ffn: SMs of the FFN group.
+    """
+
+    attention: int | None
+    ffn: int
+
+
+@dataclass(frozen=True)
+class GrantedSms:
+    """How the SMs of a device were dealt out, as the driver reports it; counts in SMs.
+
+    Attributes:
+        attention: in the attention partition.
+        ffn: in the FFN partition.
+        device: in the whole device.
+    """
+
+    attention: int
+    ffn: int
+    device: int
+
+    @property
+    def unused(self) -> int:
+        """SMs in neither partition."""
+        return self.device - self.attention - self.ffn
+
+    @property
+    def disjoint(self) -> bool:
+        """Whether both fit beside each other, as two parts of one driver split must."""
+        return self.unused >= 0
+
+
+def plan_partitions(
+    total: int, granularity: Granularity, attention_sm_count: int, ffn_sm_count: int
+) -> PartitionPlan:
+    """Rounds two requests up to what a device of `total` SMs can make.
+
+    Each side gets an aligned group if both fit. If they do not, or if they fill the device, the
+    attention side gets the whole remainder, which need not be a multiple of the alignment.
+
+    Raises:
+        ValueError: a count is no positive integer, or both together exceed the device.
+    """
+    check_integer("pipeline_attention_sm_count", attention_sm_count, minimum=1)
+    check_integer("pipeline_ffn_sm_count", ffn_sm_count, minimum=1)
+    attention = granularity.round_up(attention_sm_count, groups=2)
+    ffn = granularity.round_up(ffn_sm_count, groups=2)
+    ffn_alone = granularity.round_up(ffn_sm_count)
+    remainder = total - ffn_alone
+    if attention + ffn <= total and attention_sm_count != remainder:
+        return PartitionPlan(attention, ffn)
+    if attention_sm_count <= remainder:
+        return PartitionPlan(None, ffn_alone)
+    raise ValueError(
+        f"pipeline_attention_sm_count={attention_sm_count} and pipeline_ffn_sm_count="
+        f"{ffn_sm_count} are not allowed: rounded up to multiples of {granularity.alignment} they "
+        f"need {attention} + {ffn_alone} = {attention + ffn_alone} SMs, and the device has {total}"
+    )
+
+
+class GreenContextManager(AbstractContextManager["GreenContextManager"]):
+    """Owner of the attention partition and the FFN partition of one GPU.
+
+    Args:
+        device: a CUDA device.
+        attention_sm_count: SMs wanted for attention, rounded up as `plan_partitions` says.
+        ffn_sm_count: SMs wanted for the dense work. Fewer than 16 are too few for cuBLAS.
+        coscheduled: False for partitions in smaller steps (2 instead of 8 SMs on an H200), without
+            the promise that clusters of thread blocks fit.
+        num_streams: streams on each partition.
+        driver: default: the real one.
+
+    Raises:
+        ValueError: an argument that cannot be; nothing was created.
+        GreenContextUnavailable: no driver, a driver without green contexts, or no such split.
+        DriverError: the driver refused a call. This and the former are logged; nothing is leaked.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        attention_sm_count: int,
+        ffn_sm_count: int,
+        *,
+        coscheduled: bool = True,
+        num_streams: int = 1,
+        driver: Driver | None = None,
+    ) -> None:
+        check_integer("pipeline_attention_sm_count", attention_sm_count, minimum=1)
+        check_integer("pipeline_ffn_sm_count", ffn_sm_count, minimum=1)
+        options = PartitionOptions(num_streams=num_streams)
+        if device.type != "cuda":
+            raise ValueError(f"device={str(device)!r} is not allowed: it must be a CUDA device")
+        try:
+            gpu = GreenDevice(_ordinal(device), driver)
+            granularity = gpu.granularity(coscheduled=coscheduled)
+            plan = plan_partitions(gpu.sm_count, granularity, attention_sm_count, ffn_sm_count)
+            attention, ffn = _split(gpu, plan, coscheduled)
+            with ExitStack() as undo:
+                self.attention = undo.enter_context(Partition(gpu, attention, options))
+                self.ffn = undo.enter_context(Partition(gpu, ffn, options))
+                self._partitions = undo.pop_all()
+        except GreenContextError as error:
+            logger.warning("[GreenContextManager] Failed to initialize Green Context: %s", error)
+            raise
+        self.device = device
+        #: What the driver granted, which may be more than was asked for.
+        self.granted = GrantedSms(self.attention.sm_count, self.ffn.sm_count, gpu.sm_count)
+
+    @property
+    def attention_sms(self) -> int:
+        """SMs granted to the attention partition."""
+        return self.granted.attention
+
+    @property
+    def ffn_sms(self) -> int:
+        """SMs granted to the FFN partition."""
+        return self.granted.ffn
+
+    @property
+    def closed(self) -> bool:
+        """Whether both partitions are gone."""
+        return self.attention.closed and self.ffn.closed
+
+    def get_attention_stream(self, index: int = 0) -> torch.cuda.ExternalStream:
+        """Stream number `index` of the attention partition; PartitionClosed after `close()`."""
+        return self.attention.torch_stream(index)
+
+    def get_ffn_stream(self, index: int = 0) -> torch.cuda.ExternalStream:
+        """Stream number `index` of the FFN partition; PartitionClosed after `close()`."""
+        return self.ffn.torch_stream(index)
+
+    def hold(self, reason: str) -> Lease:
+        """Keeps both partitions open until the returned lease is released.
+
+        A CUDA graph captured on these streams must hold one for as long as it may be replayed,
+        because its kernels stay bound to the partitions they were captured on.
+        """
+        return Lease([self.attention, self.ffn], reason)
+
+    def close(self) -> None:
+        """Destroys the streams and green contexts. May be called twice.
+
+        Raises:
+            PartitionInUse: a lease on either partition is held; nothing was destroyed.
+            DriverError: a call failed; all the others were made all the same.
+        """
+        self.attention.check_idle()
+        self.ffn.check_idle()
+        self._partitions.close()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def _split(
+    device: GreenDevice, plan: PartitionPlan, coscheduled: bool
+) -> tuple[SmResource, SmResource]:
+    """Makes the attention and the FFN side of a plan, both out of one driver split."""
+    if plan.attention is not None:
+        ffn, attention = device.split([plan.ffn, plan.attention], coscheduled=coscheduled).groups
+        return attention, ffn
+    split = device.split([plan.ffn], coscheduled=coscheduled)
+    if split.remainder is None:
+        raise GreenContextUnavailable(f"a group of {plan.ffn} SMs leaves none for attention")
+    return split.remainder, split.groups[0]
+
+
+def _ordinal(device: torch.device) -> int:
+    """Number of a CUDA device; torch's current one if `device` names none."""
+    if device.index is not None:
+        return device.index
+    import torch
+
+    if not torch.cuda.is_available():
+        raise GreenContextUnavailable("torch sees no CUDA device")
+    return torch.cuda.current_device()

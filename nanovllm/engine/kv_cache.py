@@ -1,0 +1,79 @@
+"""How many KV blocks there are, and the memory behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from nanovllm.config import Config
+from nanovllm.layers.attention import HeadShape
+
+GIB = 1 << 30
+# On the CPU memory is shared with everything else, so the default is small.
+CPU_LIMIT = 1 * GIB
+
+
+def allocate(
+    num_layers: int,
+    num_blocks: int,
+    block_size: int,
+    heads: HeadShape,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:
+    """Zeros of [layers, 2, num_blocks + 1, kv_heads, block_size, head_dim]; block 0 is padding."""
+    return torch.zeros(
+        (num_layers, 2, num_blocks + 1, heads.num_kv_heads, block_size, heads.head_dim),
+        dtype=dtype,
+        device=device,
+    )
+
+
+def count_blocks(
+    config: Config,
+    block_bytes: int,
+    max_model_len: int,
+    device: torch.device,
+    run_largest_step: Callable[[], None],
+) -> int:
+    """Blocks that fit: as configured, or as many as memory allows, but no more than can be used.
+
+    Args:
+        config: num_kvcache_blocks, gpu_memory_utilization and so on.
+        block_bytes: bytes of one block over all layers of this rank.
+        max_model_len: longest sequence in tokens.
+        device: where the cache will be.
+        run_largest_step: runs the step that needs most memory, so that it can be measured (CUDA).
+
+    Raises:
+        MemoryError: not even one block fits.
+    """
+    if config.num_kvcache_blocks > 0:
+        return config.num_kvcache_blocks
+    if device.type != "cuda":
+        useful = config.max_num_seqs * -(-max_model_len // config.kvcache_block_size)
+        return max(1, min(CPU_LIMIT // block_bytes, useful))
+    budget = _free_for_cache(config.gpu_memory_utilization, device, run_largest_step)
+    if budget < 2 * block_bytes:
+        raise MemoryError(
+            f"gpu_memory_utilization={config.gpu_memory_utilization} leaves "
+            f"{budget / GIB:.2f} GiB for the KV cache on {device}, less than one block "
+            f"({block_bytes / GIB:.3f} GiB): raise it, or lower max_num_batched_tokens"
+        )
+    return budget // block_bytes - 1  # one for padding
+
+
+def _free_for_cache(
+    utilization: float, device: torch.device, run_largest_step: Callable[[], None]
+) -> int:
+    """Bytes left of the share of memory once weights and the largest step are accounted for."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    run_largest_step()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    outside = total - free - torch.cuda.memory_reserved(device)
+    return int(total * utilization) - outside - peak

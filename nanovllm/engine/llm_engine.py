@@ -1,0 +1,348 @@
+"""The engine: takes requests, runs steps until they are finished, gives back text.
+
+    with LLMEngine("path/to/Qwen3-0.6B") as engine:
+        outputs = engine.generate(["Hello, world!"], max_tokens=50)
+
+request -> Scheduler (which tokens next?) -> ModelRunner (compute them) -> Scheduler (what now?)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import os
+import random
+import time
+import weakref
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Any, TypedDict
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from nanovllm.config import Config
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.ranks import RankDiedError, Ranks
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import Sequence as EngineSequence
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.hub import resolve_model
+from nanovllm.utils.options import check_names
+from nanovllm.utils.tokenizer import load_tokenizer
+
+Prompt = str | Sequence[int]
+
+
+class Completion(TypedDict):
+    """What `generate` returns for a prompt; `finish_reason` is "stop" or "length"."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+
+
+class RequestOutput(Completion):
+    """What `step` returns for a request that has finished."""
+
+    request_id: int
+
+
+class LLMEngine:
+    """An offline inference engine for one model.
+
+    Args:
+        model: a directory or hub id, or a `Config` that says everything.
+        options: fields of `Config`.
+
+    Raises:
+        TypeError: an option does not exist.
+        ValueError: an option's value is not allowed, or the model is not supported.
+        FileNotFoundError: the model is not there.
+
+    NOTE: under torchrun the ranks above 0 serve rank 0 from within this constructor; when rank 0's
+    engine exits, they end with SystemExit(0). The rest of the script runs on rank 0 alone.
+    """
+
+    def __init__(self, model: str | Config | None = None, **options: Any) -> None:
+        if isinstance(model, Config):
+            check_names(Config, options)
+            self.config = dataclasses.replace(model, **options) if options else model
+        else:
+            self.config = Config(**options) if model is None else Config(model, **options)
+        directory = resolve_model(self.config.model)
+        self.tokenizer = load_tokenizer(directory)
+        device = resolve_device(self.config.device)
+        if dist.is_torchelastic_launched() and self.config.tensor_parallel_size > 1:
+            ranks = Ranks.join_torchrun(self.config.tensor_parallel_size)
+        else:
+            ranks = Ranks.spawn(self.config, directory, device)
+        try:
+            runner = ModelRunner(self.config, directory, device, ranks)
+        except BaseException as error:
+            ranks.close()
+            if isinstance(error, RuntimeError):
+                ranks.explain(error)
+            raise
+        if not ranks.is_first:
+            with runner:
+                runner.serve()
+            raise SystemExit(0)
+        self.model_runner = runner
+        # Closes at garbage collection or interpreter exit at the latest, without keeping us alive.
+        self._close = weakref.finalize(self, runner.close)
+        blocks = BlockManager(
+            runner.num_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching
+        )
+        self.scheduler = Scheduler(
+            blocks, self.config.max_num_seqs, self.config.max_num_batched_tokens
+        )
+        self.requests: dict[int, EngineSequence] = {}
+        self.next_request_id = 0
+        self.eos_ids = self._find_eos_ids()
+
+    def __enter__(self) -> LLMEngine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.exit()
+
+    def exit(self) -> None:
+        """Ends the worker processes and frees the device's memory; may be called twice."""
+        self._close()
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        **sampling: Any,
+    ) -> list[Completion]:
+        """Completes `prompts`, all of them in one continuous batch.
+
+        Args:
+            prompts: a text, or a list of texts or lists of token ids.
+            sampling_params: for all prompts, or one per prompt.
+            use_tqdm: whether to show a progress bar.
+            sampling: fields of `SamplingParams`, instead of `sampling_params`.
+
+        Returns:
+            One completion per prompt, in order.
+
+        Raises:
+            TypeError, ValueError: a prompt or option is not allowed; then none has been run.
+        """
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        params = _params_per_prompt(sampling_params, len(prompts), sampling)
+        ids = [self._check_prompt(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+        requests = [self._queue(*pair) for pair in zip(ids, params, strict=True)]
+        try:
+            outputs = self._run(set(requests), use_tqdm)
+        finally:
+            # After an interrupt or an error, nothing of this call stays behind.
+            for request_id in requests:
+                self.abort(request_id)
+        return [
+            Completion(
+                text=outputs[i]["text"],
+                token_ids=outputs[i]["token_ids"],
+                finish_reason=outputs[i]["finish_reason"],
+            )
+            for i in requests
+        ]
+
+    def add_request(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        **sampling: Any,
+    ) -> int:
+        """Queues one prompt and returns its request id; `step` will return its completion.
+
+        Raises:
+            TypeError, ValueError: the prompt or an option is not allowed, or the prompt can never
+                fit; other requests are not affected.
+        """
+        (params,) = _params_per_prompt(sampling_params, 1, sampling)
+        return self._queue(self._check_prompt(prompt, "prompt"), params)
+
+    def step(self) -> list[RequestOutput]:
+        """Runs one step of the batch; returns the requests that finished with it."""
+        self._check_open()
+        step = self.scheduler.schedule()
+        if step is None:
+            return []
+        try:
+            tokens = self.model_runner.execute(step)
+        except RuntimeError as error:
+            self._close_if_rank_died(error)
+            raise
+        return [self._output(seq) for seq in self.scheduler.update(step, tokens)]
+
+    def is_finished(self) -> bool:
+        """Whether no request is waiting or running."""
+        return not self.requests
+
+    def abort(self, request_id: int) -> bool:
+        """Drops a request; returns False if it has finished already.
+
+        Raises:
+            KeyError: there never was such a request.
+        """
+        if not 0 <= request_id < self.next_request_id:
+            raise KeyError(
+                f"request_id={request_id!r} is unknown: ids so far are below {self.next_request_id}"
+            )
+        seq = self.requests.pop(request_id, None)
+        if seq is None:
+            return False
+        self.scheduler.abort(seq)
+        return True
+
+    def _run(self, unfinished: set[int], use_tqdm: bool) -> dict[int, RequestOutput]:
+        """Steps until all requests of the set are finished."""
+        outputs: dict[int, RequestOutput] = {}
+        total_tokens, start = 0, time.perf_counter()
+        with tqdm(total=len(unfinished), desc="Generating", disable=not use_tqdm) as bar:
+            while unfinished:
+                for output in self.step():
+                    if output["request_id"] in unfinished:
+                        unfinished.discard(output["request_id"])
+                        outputs[output["request_id"]] = output
+                        total_tokens += len(output["token_ids"])
+                        rate = total_tokens / (time.perf_counter() - start)
+                        bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+                        bar.update()
+        return outputs
+
+    def _queue(self, token_ids: list[int], params: SamplingParams) -> int:
+        request_id = self.next_request_id
+        self.next_request_id += 1
+        seq = EngineSequence(
+            request_id=request_id,
+            token_ids=token_ids,
+            params=params,
+            stop_ids=frozenset(params.stop_token_ids).union(
+                () if params.ignore_eos else self.eos_ids
+            ),
+            max_len=min(self.model_runner.max_model_len, self.model_runner.capacity),
+            seed=random.getrandbits(63) if params.seed is None else params.seed,
+        )
+        self.requests[request_id] = seq
+        self.scheduler.add(seq)
+        return request_id
+
+    def _output(self, seq: EngineSequence) -> RequestOutput:
+        del self.requests[seq.request_id]
+        token_ids = seq.token_ids[seq.prompt_len :]
+        assert seq.finish_reason is not None
+        return RequestOutput(
+            request_id=seq.request_id,
+            text=self._decode(token_ids),
+            token_ids=token_ids,
+            finish_reason=seq.finish_reason,
+        )
+
+    def _decode(self, token_ids: list[int]) -> str:
+        if self.tokenizer is None:
+            return ""
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def _check_prompt(self, prompt: Prompt, name: str) -> list[int]:
+        """The token ids of a prompt that this engine can run."""
+        self._check_open()
+        token_ids = self._tokenize(prompt, name)
+        limits = {
+            "max_model_len": self.model_runner.max_model_len,
+            "the KV cache, all of its blocks together,": self.model_runner.capacity,
+        }
+        if not token_ids:
+            raise ValueError(f"{name} is empty: it must have at least one token")
+        for limit, tokens in limits.items():
+            if len(token_ids) > tokens:
+                raise ValueError(f"{name} has {len(token_ids)} tokens, but {limit} allows {tokens}")
+        vocab_size = self.model_runner.model_config.vocab_size
+        if not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+            bad = next(token for token in token_ids if not 0 <= token < vocab_size)
+            raise ValueError(
+                f"{name} holds token id {bad}, which is outside the vocabulary: ids are from 0 "
+                f"to {vocab_size - 1}"
+            )
+        return token_ids
+
+    def _tokenize(self, prompt: Prompt, name: str) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError(
+                    f"{name} is a text, but model={self.config.model!r} has no tokenizer: give "
+                    "token ids"
+                )
+            return list(self.tokenizer.encode(prompt))
+        try:
+            if isinstance(prompt, Iterable) and not isinstance(prompt, bytes):
+                return [operator.index(token) for token in prompt]
+        except TypeError:
+            pass  # the error below says what is wrong
+        raise TypeError(f"{name}={prompt!r:.80} is neither a text nor a list of token ids")
+
+    def _find_eos_ids(self) -> frozenset[int]:
+        """From config.json, generation_config.json and the tokenizer together."""
+        ids = set(self.model_runner.model_config.eos_token_ids)
+        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
+            ids.add(self.tokenizer.eos_token_id)
+        return frozenset(ids)
+
+    def _check_open(self) -> None:
+        if not self._close.alive:
+            raise RuntimeError("this engine has exited; make a new one")
+
+    def _close_if_rank_died(self, error: RuntimeError) -> None:
+        try:
+            self.model_runner.ranks.explain(error)
+        except RankDiedError:
+            self.exit()
+            raise
+
+
+def resolve_device(wanted: str) -> torch.device:
+    """The device that option `wanted` means; under torchrun "cuda" is this rank's own.
+
+    Raises:
+        ValueError: CUDA is wanted, but not there.
+    """
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={wanted!r} is not allowed: this machine has no usable CUDA GPU")
+    if wanted == "cuda":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(wanted)
+
+
+def _params_per_prompt(
+    given: SamplingParams | Sequence[SamplingParams] | None, count: int, fields: dict[str, Any]
+) -> list[SamplingParams]:
+    """One `SamplingParams` for each of `count` prompts."""
+    if fields and given is not None:
+        raise TypeError(
+            f"give either sampling_params or single options ({', '.join(fields)}), not both"
+        )
+    if given is None or isinstance(given, SamplingParams):
+        return [given or SamplingParams(**fields)] * count
+    params = list(given)
+    for item in params:
+        if not isinstance(item, SamplingParams):
+            raise TypeError(f"sampling_params holds {item!r}, which is no SamplingParams")
+    if len(params) != count:
+        raise ValueError(
+            f"sampling_params has {len(params)} entries for {count} prompts: give one, or one each"
+        )
+    return params

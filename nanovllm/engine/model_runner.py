@@ -1,0 +1,200 @@
+"""Runs steps on one rank: inputs to the device, the model (or its graph), logits, tokens.
+
+execute(step)       rank 0: everything, from the scheduler's step to the drawn tokens
+serve()             other ranks: run what rank 0 sends until it stops
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+
+from nanovllm.config import Config
+from nanovllm.engine import kv_cache
+from nanovllm.engine.cuda_graphs import DecodeGraphs, batch_sizes
+from nanovllm.engine.ranks import Ranks
+from nanovllm.engine.scheduler import Step
+from nanovllm.engine.step_inputs import InputLayout, StepTensors, fill_inputs
+from nanovllm.layers.attention import make_backend
+from nanovllm.layers.sampler import SamplingBatch, sample
+from nanovllm.models.qwen3 import Qwen3ForCausalLM, rank_heads
+from nanovllm.models.qwen3_config import Qwen3Config
+from nanovllm.utils.loader import fill_randomly, load_weights
+
+
+class ModelRunner:
+    """Owns model, KV cache and graphs of one rank; a context manager that closes them."""
+
+    @torch.inference_mode()
+    def __init__(self, config: Config, model_dir: Path, device: torch.device, ranks: Ranks) -> None:
+        self.config = config
+        self.device = device
+        self.ranks = ranks
+        self.block_size = config.kvcache_block_size
+        self.model_config = Qwen3Config.from_directory(model_dir)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dtype = resolve_dtype(config.dtype, self.model_config.dtype, device)
+        heads = rank_heads(self.model_config, ranks.group)
+        self.backend = make_backend(config.attention_backend, heads, device, self.block_size)
+        self.model = Qwen3ForCausalLM.allocate(
+            self.model_config, self.backend, ranks.group, device, dtype
+        )
+        self._load(model_dir)
+        self.max_model_len = min(config.max_model_len, self.model_config.max_position_embeddings)
+        self.max_blocks = -(-self.max_model_len // self.block_size)
+        self.workspace = self.backend.make_workspace(device, sm_count(device))
+        layers = self.model_config.num_hidden_layers
+
+        def bind_cache(num_blocks: int) -> None:
+            cache = kv_cache.allocate(layers, num_blocks, self.block_size, heads, dtype, device)
+            self.model.bind_kv_cache(cache)
+
+        bind_cache(0)  # for the measurement: the padding block alone
+        block_bytes = (
+            2 * layers * heads.num_kv_heads * self.block_size * heads.head_dim * dtype.itemsize
+        )
+        self.num_blocks = ranks.minimum(
+            kv_cache.count_blocks(
+                config, block_bytes, self.max_model_len, device, self._run_largest_step
+            )
+        )
+        bind_cache(self.num_blocks)
+        self.graphs = self._capture_graphs()
+
+    def __enter__(self) -> ModelRunner:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the device's memory and ends the other ranks; may be called twice."""
+        self.graphs = None
+        self.model = None  # type: ignore[assignment]
+        self.workspace = None
+        self.ranks.close()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that all KV blocks together hold."""
+        return self.num_blocks * self.block_size
+
+    def execute(self, step: Step) -> list[int]:
+        """Runs `step` on all ranks and returns the drawn tokens, one per sampling chunk."""
+        layout = self._layout(step)
+        flat = torch.empty(layout.size, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        fill_inputs(layout, step.chunks, self.block_size, self.backend.tile_size, flat.numpy())
+        self.ranks.send_step(layout, flat.numpy())
+        logits = self.run(layout, flat)
+        sampling = [chunk.seq for chunk in step.chunks if chunk.samples]
+        if not sampling:
+            return []
+        batch = SamplingBatch.of(
+            [seq.params for seq in sampling],
+            [seq.seed for seq in sampling],
+            [seq.num_generated for seq in sampling],
+            self.model_config.vocab_size,
+            self.device,
+        )
+        return self._to_host(sample(logits[: len(sampling)], batch))
+
+    def serve(self) -> None:
+        """Runs the steps that rank 0 sends, until it stops."""
+        while (received := self.ranks.receive_step()) is not None:
+            layout, flat = received
+            self.run(layout, torch.from_numpy(flat))
+
+    @torch.inference_mode()
+    def run(self, layout: InputLayout, flat: torch.Tensor) -> torch.Tensor:
+        """Runs the model on the host's inputs; returns logits [num_samples, vocab_size]."""
+        if self.graphs is not None and layout.is_decode:
+            return self.graphs.replay(layout, flat)
+        return self._forward(layout, flat.to(self.device, non_blocking=True))
+
+    def _forward(self, layout: InputLayout, flat: torch.Tensor) -> torch.Tensor:
+        inputs = StepTensors.of(layout, flat, self.workspace)
+        hidden = self.model(inputs.input_ids, inputs.positions, inputs.metadata)
+        if inputs.sample_rows is not None:
+            hidden = hidden[inputs.sample_rows]
+        return self.model.compute_logits(hidden)
+
+    def _layout(self, step: Step) -> InputLayout:
+        if not step.is_decode:
+            return InputLayout.prefill(step.chunks, self.max_blocks)
+        count = len(step.chunks)
+        size = count if self.graphs is None else self.graphs.size_for(count)
+        return InputLayout.decode(size, self.max_blocks)
+
+    def _to_host(self, tokens: torch.Tensor) -> list[int]:
+        if self.device.type != "cuda":
+            return tokens.tolist()
+        host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        host.copy_(tokens, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        self.ranks.wait(done)
+        return host.tolist()
+
+    def _load(self, model_dir: Path) -> None:
+        slots = dict(self.model.slots())
+        if self.config.load_format == "dummy":
+            fill_randomly(slots)
+        else:
+            load_weights(slots, model_dir, show_progress=self.ranks.is_first)
+
+    def _capture_graphs(self) -> DecodeGraphs | None:
+        if self.device.type != "cuda" or self.config.enforce_eager:
+            return None
+        return DecodeGraphs(
+            self._forward,
+            batch_sizes(self.config.max_num_seqs),
+            self.max_blocks,
+            self._fill_padding,
+            self.device,
+            show_progress=self.ranks.is_first,
+        )
+
+    def _fill_padding(self, layout: InputLayout, flat: np.ndarray) -> None:
+        fill_inputs(layout, [], self.block_size, self.backend.tile_size, flat)
+
+    def _run_largest_step(self) -> None:
+        """A prefill and a decode step as large as the options allow, all in the padding block."""
+        tokens, longest = self.config.max_num_batched_tokens, self.max_model_len
+        sizes = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
+        sizes = sizes[: self.config.max_num_seqs]
+        count = len(sizes)
+        layout = InputLayout(False, sum(sizes), count, count, self.max_blocks, max(sizes))
+        host = np.zeros(layout.size, np.int32)
+        views = layout.views(host)
+        np.cumsum(sizes, out=views["cu_seqlens_q"][1:])
+        views["context_lens"][:] = sizes
+        self._forward(layout, torch.from_numpy(host).to(self.device))
+        layout = InputLayout.decode(self.config.max_num_seqs, self.max_blocks)
+        host = np.empty(layout.size, np.int32)
+        self._fill_padding(layout, host)
+        self._forward(layout, torch.from_numpy(host).to(self.device)).argmax(-1)
+
+
+def resolve_dtype(wanted: str, checkpoint: str, device: torch.device) -> torch.dtype:
+    """The dtype that option `wanted` means; "auto": the checkpoint's on CUDA, else float32."""
+    if wanted == "auto":
+        wanted = checkpoint if device.type == "cuda" else "float32"
+    return getattr(torch, wanted)
+
+
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device; 0 for any other."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,176 @@
+"""Chooses what the next step computes: continuous batching with chunked prefill.
+
+A step is either prefill (up to `max_num_batched_tokens` prompt tokens of several sequences, long
+prompts in chunks) or decode (one token for every sequence that has read all but its last token).
+Prefill goes first, since it widens the decode batch, but never more than a few steps in a row.
+
+Sequences run in order of arrival. When KV blocks run out, the youngest is preempted: it loses its
+blocks and waits, at the head of the queue, to be computed again. The oldest therefore always
+advances, and since no sequence may grow beyond all blocks together, it always ends.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.sequence import Sequence, Status
+
+MAX_PREFILL_STREAK = 8
+# While others run, this share of all blocks stays free on admission, so that a sequence is not
+# admitted only to be preempted in the next step.
+ADMISSION_RESERVE = 0.01
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The part of a sequence that a step computes: tokens `start` to `end`.
+
+    `samples` says whether that reads the sequence to its end, so that its next token is drawn.
+    """
+
+    seq: Sequence
+    start: int
+    end: int
+    samples: bool
+
+    @classmethod
+    def of(cls, seq: Sequence, size: int) -> Chunk:
+        """The next `size` uncomputed tokens of `seq`."""
+        return cls(seq, seq.num_computed, seq.num_computed + size, size == seq.num_uncomputed)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one forward pass computes; in decode every chunk is one token."""
+
+    is_decode: bool
+    chunks: list[Chunk]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.end - chunk.start for chunk in self.chunks)
+
+
+class Scheduler:
+    """Owns the queues; a sequence is waiting, running or finished, and in at most one of them."""
+
+    def __init__(
+        self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int
+    ) -> None:
+        self.blocks = blocks
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.prefill_streak = 0
+        self.num_preemptions = 0
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    def add(self, seq: Sequence) -> None:
+        """Queues a sequence whose prompt fits in all blocks together."""
+        self.waiting.append(seq)
+
+    def abort(self, seq: Sequence) -> None:
+        """Ends a waiting or running sequence at once."""
+        if seq.status is Status.RUNNING:
+            self._leave(seq)
+        elif seq.status is Status.WAITING:
+            self.waiting.remove(seq)
+        seq.finish("abort")
+
+    def schedule(self) -> Step | None:
+        """Plans the next step and counts its tokens as computed; None if nothing is left to do."""
+        decode_due = self.prefill_streak >= MAX_PREFILL_STREAK and any(
+            seq.num_uncomputed == 1 for seq in self.running
+        )
+        if not decode_due:
+            chunks = self._prefill_chunks()
+            if chunks:
+                self.prefill_streak += 1
+                return self._step(False, chunks)
+        self.prefill_streak = 0
+        chunks = self._decode_chunks()
+        if chunks:
+            return self._step(True, chunks)
+        return self.schedule() if not self.is_idle else None
+
+    def update(self, step: Step, tokens: list[int]) -> list[Sequence]:
+        """Takes the tokens drawn by `step`, one per sampling chunk; returns the finished ones."""
+        finished: list[Sequence] = []
+        drawn = iter(tokens)
+        for chunk in step.chunks:
+            token = next(drawn) if chunk.samples else None
+            seq = chunk.seq
+            if seq.status is not Status.RUNNING:
+                continue  # aborted while the step ran
+            self.blocks.register(seq)
+            if token is not None:
+                seq.append(token)
+                if seq.status is Status.FINISHED:
+                    self._leave(seq)
+                    finished.append(seq)
+        return finished
+
+    def _step(self, is_decode: bool, chunks: list[Chunk]) -> Step:
+        for chunk in chunks:
+            chunk.seq.num_computed = chunk.end
+        return Step(is_decode, chunks)
+
+    def _prefill_chunks(self) -> list[Chunk]:
+        """Chunks of running sequences that still read their prompt, then of newly admitted ones."""
+        chunks: list[Chunk] = []
+        budget = self.max_num_batched_tokens
+
+        def take(seq: Sequence) -> None:
+            nonlocal budget
+            size = min(seq.num_uncomputed, budget)
+            chunks.append(Chunk.of(seq, size))
+            budget -= size
+
+        for seq in self.running:
+            if seq.num_uncomputed > 1 and budget:
+                take(seq)
+        while budget and self._admit_next():
+            take(self.running[-1])
+        return chunks
+
+    def _admit_next(self) -> bool:
+        """Lets the first waiting sequence run, if there is a seat and there are blocks for it."""
+        if not self.waiting or len(self.running) >= self.max_num_seqs:
+            return False
+        reserve = int(self.blocks.num_blocks * ADMISSION_RESERVE) + 1 if self.running else 0
+        if not self.blocks.admit(self.waiting[0], reserve):
+            return False
+        seq = self.waiting.popleft()
+        seq.status = Status.RUNNING
+        self.running.append(seq)
+        return True
+
+    def _decode_chunks(self) -> list[Chunk]:
+        """One token for each sequence that is ready, the oldest first."""
+        chunks = []
+        for seq in list(self.running):
+            if seq.status is not Status.RUNNING or seq.num_uncomputed != 1:
+                continue
+            while not self.blocks.extend(seq):
+                self._preempt(self.running[-1])
+                if seq.status is not Status.RUNNING:
+                    break  # it was the youngest itself
+            else:
+                chunks.append(Chunk.of(seq, 1))
+        return chunks
+
+    def _preempt(self, seq: Sequence) -> None:
+        self._leave(seq)
+        seq.status = Status.WAITING
+        self.waiting.appendleft(seq)
+        self.num_preemptions += 1
+
+    def _leave(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self.blocks.release(seq)

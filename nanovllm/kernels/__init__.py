@@ -1,0 +1,93 @@
+"""The model's fused operations, on whichever device their tensors are.
+
+CUDA tensors go to Triton kernels, imported at the first call; all others to the plain torch forms
+in ``reference``. A machine without a GPU therefore never imports Triton. Attention kernels are
+not here: an attention backend picks those itself.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor
+
+from nanovllm.kernels import reference
+
+__all__ = [
+    "add_rms_norm",
+    "qk_norm_rope",
+    "qk_norm_rope_store",
+    "rms_norm",
+    "sample",
+    "silu_mul",
+]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See ``reference.rms_norm``: ``x [..., H]``, ``weight [H]`` -> ``[..., H]``."""
+    return _module("norm", x).rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See ``reference.add_rms_norm``: returns ``rms_norm(x + residual), x + residual``."""
+    return _module("norm", x).add_rms_norm(x, residual, weight, eps)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """See ``reference.silu_mul``: ``[T, 2I] -> [T, I]``."""
+    return _module("activation", gate_up).silu_mul(gate_up)
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    cos_sin: Tensor,
+    positions: Tensor,
+    num_q_heads: int,
+    num_kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``reference.qk_norm_rope``: returns q, k and v without touching a cache."""
+    return _module("rope", qkv).qk_norm_rope(
+        qkv, q_weight, k_weight, eps, cos_sin, positions, num_q_heads, num_kv_heads
+    )
+
+
+def qk_norm_rope_store(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_q_heads: int,
+    num_kv_heads: int,
+) -> Tensor:
+    """See ``reference.qk_norm_rope_store``: returns q, writes k and v to their cache slots."""
+    return _module("rope", qkv).qk_norm_rope_store(
+        qkv,
+        q_weight,
+        k_weight,
+        eps,
+        cos_sin,
+        positions,
+        slot_mapping,
+        k_cache,
+        v_cache,
+        num_q_heads,
+        num_kv_heads,
+    )
+
+
+def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, steps: Tensor) -> Tensor:
+    """See ``reference.sample``: one token per row of ``logits [N, V]`` -> ``[N]`` int64."""
+    return _module("sampling", logits).sample(logits, temperatures, seeds, steps)
+
+
+# NOTE: no kernel module may bear the name of a function above. Importing a submodule binds its
+# name in this package, so the first call on CUDA would replace the function by the module.
+def _module(name: str, x: Tensor) -> Any:
+    return import_module(f"nanovllm.kernels.{name}") if x.is_cuda else reference

@@ -1,0 +1,67 @@
+"""RMS norm, alone and fused with the residual addition before it.
+
+One program normalises one row, which it reads once and keeps in registers. Floor, in elements of
+the dtype: read x and write y (2 TH); with the residual, read both and write both (4 TH).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` for ``x [..., H]``; see ``reference.rms_norm``."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _launch(x, None, weight, y, None, eps)
+    return y
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``rms_norm(x + residual), x + residual``; see ``reference.add_rms_norm``."""
+    x, residual = x.contiguous(), residual.contiguous()
+    y, total = torch.empty_like(x), torch.empty_like(x)
+    _launch(x, residual, weight, y, total, eps)
+    return y, total
+
+
+def _launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, y: Tensor, total: Tensor | None, eps: float
+) -> None:
+    hidden = x.shape[-1]
+    rows = x.numel() // hidden
+    if rows == 0:
+        return
+    block = triton.next_power_of_2(hidden)
+    # 8 elements a thread are one 16-byte load of a 16-bit dtype.
+    warps = min(max(block // 256, 1), 8)
+    _rms_norm_kernel[(rows,)](
+        x, residual, weight, y, total, eps, HIDDEN=hidden, BLOCK=block, num_warps=warps
+    )
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x,
+    residual,
+    weight,
+    y,
+    total,
+    eps,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * HIDDEN
+    column = tl.arange(0, BLOCK)
+    inside = column < HIDDEN
+    values = tl.load(x + row + column, mask=inside, other=0.0)
+    if residual is not None:
+        added = tl.load(residual + row + column, mask=inside, other=0.0)
+        # Rounded to the dtype before it is normalised, as without the fusion.
+        values = (values.to(tl.float32) + added.to(tl.float32)).to(values.dtype)
+        tl.store(total + row + column, values, mask=inside)
+    values = values.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(values * values, axis=0) / HIDDEN + eps)
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row + column, (values * inverse * scale).to(y.dtype.element_ty), mask=inside)

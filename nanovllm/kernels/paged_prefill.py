@@ -1,0 +1,205 @@
+"""Causal attention of many new tokens per sequence over the paged KV cache.
+
+FlashAttention-2 (Dao, 2023, arXiv:2307.08691) with keys and values found through the block table.
+One program takes a tile of queries of one head and walks over the keys they may see: first the
+tiles that all of its queries see whole, without a mask, then those that the diagonal or the end
+of the context cuts. Programs with the most keys start first. The floor is arithmetic:
+``4 * Hq * D`` flops for every visible (query, key) pair.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanovllm.kernels.paging import block_of, tile_rows
+
+
+def paged_prefill_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    cu_seqlens_q: Tensor,
+    context_lens: Tensor,
+    max_seqlen_q: int,
+    scale: float,
+) -> Tensor:
+    """Causal attention over cached keys; see ``reference.paged_prefill_attention``.
+
+    Args:
+        q: ``[T, Hq, D]``.
+        k_cache, v_cache: ``[num_blocks, Hkv, block_size, D]``, contiguous.
+        block_tables: ``[N, max_blocks]`` int32.
+        cu_seqlens_q: ``[N + 1]`` int32.
+        context_lens: ``[N]`` int32.
+        max_seqlen_q: most query rows of a sequence; sets the grid.
+
+    Returns:
+        ``[T, Hq, D]`` in q's dtype; rows that belong to no sequence are undefined.
+    """
+    _, num_q_heads, head_dim = q.shape
+    _, num_kv_heads, block_size, _ = k_cache.shape
+    num_seqs = context_lens.shape[0]
+    q = q.contiguous()
+    out = torch.empty_like(q)
+    if num_seqs == 0 or max_seqlen_q == 0:
+        return out
+    tile_q, tile_k, num_warps, num_stages = _tiling(head_dim, q.element_size(), max_seqlen_q)
+    grid = (num_q_heads, triton.cdiv(max_seqlen_q, tile_q), num_seqs)
+    _prefill_kernel[grid](
+        q,
+        k_cache,
+        v_cache,
+        out,
+        block_tables,
+        cu_seqlens_q,
+        context_lens,
+        scale * math.log2(math.e),
+        block_tables.stride(0),
+        KV_HEADS=num_kv_heads,
+        GROUP=num_q_heads // num_kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        TILE_Q=tile_q,
+        TILE_K=tile_k,
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    return out
+
+
+def _tiling(head_dim: int, itemsize: int, max_seqlen_q: int) -> tuple[int, int, int, int]:
+    """Queries and keys of a tile, warps and pipeline stages: what fits without spilling."""
+    tile_q = max(triton.next_power_of_2(max_seqlen_q), 16)
+    if itemsize == 4:  # exact products, not on the tensor cores: for tests, not for speed
+        return 16, 16, 4, 2
+    if head_dim > 128:
+        return min(tile_q, 64), 32, 4, 2
+    return (128, 64, 8, 3) if tile_q >= 128 else (tile_q, 64, 4, 3)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    """Causal attention without a cache; see ``reference.causal_attention``.
+
+    ``k, v [T, Hkv, D]`` are a cache whose blocks hold one token each. For calls outside the
+    engine's steps: it synchronises with the device and reads keys by gathering.
+    """
+    lengths = cu_seqlens.diff()
+    longest = int(lengths.max())
+    position = torch.arange(longest, dtype=torch.int32, device=q.device)
+    tables = cu_seqlens[:-1, None] + position
+    keys, values = (x.contiguous().unsqueeze(2) for x in (k, v))
+    return paged_prefill_attention(q, keys, values, tables, cu_seqlens, lengths, longest, scale)
+
+
+@triton.jit
+def _prefill_kernel(
+    q,
+    k_cache,
+    v_cache,
+    out,
+    block_tables,
+    cu_seqlens_q,
+    context_lens,
+    scale_log2,
+    table_stride,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    q_head = tl.program_id(0)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    seq = tl.program_id(2)
+    row_begin = tl.load(cu_seqlens_q + seq)
+    num_rows = tl.load(cu_seqlens_q + seq + 1) - row_begin
+    if tile * TILE_Q >= num_rows:
+        return
+    context_len = tl.load(context_lens + seq)
+    table = block_tables + seq.to(tl.int64) * table_stride
+
+    row = tile * TILE_Q + tl.arange(0, TILE_Q)
+    column = tl.arange(0, HEAD_DIM)
+    real = (row < num_rows)[:, None]
+    q_row = (row_begin + row).to(tl.int64) * (KV_HEADS * GROUP) + q_head
+    element = q_row[:, None] * HEAD_DIM + column[None, :]
+    query = tl.load(q + element, mask=real, other=0.0)
+
+    position = context_len - num_rows + row
+    lowest = context_len - num_rows + tile * TILE_Q
+    # Keys 0..whole are seen by every row; keys up to `end` by some.
+    whole = (lowest + 1) // TILE_K * TILE_K
+    end = tl.minimum(context_len, lowest + TILE_Q)
+    peak = tl.full([TILE_Q], float("-inf"), tl.float32)
+    weight = tl.zeros([TILE_Q], tl.float32)
+    acc = tl.zeros([TILE_Q, HEAD_DIM], tl.float32)
+    block = block_of(table, 0, BLOCK_SIZE)
+    for start in range(0, whole, TILE_K):
+        following = block_of(table, tl.minimum(start + TILE_K, end - 1), BLOCK_SIZE)
+        peak, weight, acc = _attend_tile(
+            query, k_cache, v_cache, table, block, q_head // GROUP, position, start, context_len,
+            scale_log2, peak, weight, acc, KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE_K, False,
+        )  # fmt: skip
+        block = following
+    for start in range(whole, end, TILE_K):
+        following = block_of(table, tl.minimum(start + TILE_K, end - 1), BLOCK_SIZE)
+        peak, weight, acc = _attend_tile(
+            query, k_cache, v_cache, table, block, q_head // GROUP, position, start, context_len,
+            scale_log2, peak, weight, acc, KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE_K, True,
+        )  # fmt: skip
+        block = following
+    acc = acc / weight[:, None]
+    tl.store(out + element, acc.to(out.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _attend_tile(
+    query,
+    k_cache,
+    v_cache,
+    table,
+    block,
+    head,
+    position,
+    start,
+    context_len,
+    scale_log2,
+    peak,
+    weight,
+    acc,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE_K: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One step of the online softmax, in base 2: returns the new peak, weight and accumulator."""
+    column = tl.arange(0, HEAD_DIM)
+    base, offsets = tile_rows(table, block, start, head, context_len, KV_HEADS, BLOCK_SIZE, TILE_K)
+    k_cache += base * HEAD_DIM
+    v_cache += base * HEAD_DIM
+    place = offsets[:, None] * HEAD_DIM + column[None, :]
+    token = start + tl.arange(0, TILE_K)
+    if MASKED:
+        # Past the context the cache holds anything, even NaN: it must not be multiplied.
+        cached = (token < context_len)[:, None]
+        key = tl.load(k_cache + place, mask=cached, other=0.0)
+        value = tl.load(v_cache + place, mask=cached, other=0.0)
+    else:
+        key = tl.load(k_cache + place)
+        value = tl.load(v_cache + place)
+    score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+    if MASKED:
+        score = tl.where(token[None, :] <= position[:, None], score, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(score, axis=1))
+    prob = tl.exp2(score - new_peak[:, None])
+    decay = tl.exp2(peak - new_peak)
+    weight = weight * decay + tl.sum(prob, axis=1)
+    acc = acc * decay[:, None]
+    acc = tl.dot(prob.to(value.dtype), value, acc, input_precision="ieee")
+    return new_peak, weight, acc

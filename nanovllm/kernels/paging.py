@@ -1,0 +1,48 @@
+"""Where a tile of cached tokens lies: the address arithmetic that both attention kernels share.
+
+A loop over tiles carries the block that holds the next tile, looked up one step ahead. A lookup
+inside the step would put a load before the loads of keys and values, and Triton's pipeliner pays
+for such a chain with half of its stages.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def block_of(block_table, start, BLOCK_SIZE: tl.constexpr):
+    """The block that holds token ``start`` of a sequence."""
+    # NOTE: int64 before multiplying: a layer's cache can exceed 2^31 elements.
+    return tl.load(block_table + start // BLOCK_SIZE).to(tl.int64)
+
+
+@triton.jit
+def tile_rows(
+    block_table,
+    block,
+    start,
+    head,
+    context_len,
+    KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Rows, in the cache seen as ``[num_blocks * Hkv * block_size, D]``, of tokens start + 0..TILE.
+
+    Args:
+        block: ``block_of(block_table, start)``.
+
+    Returns:
+        ``base`` (a scalar int64) and ``offsets [TILE]``; a token's row is their sum. A tile inside
+        one block has offsets 0..TILE; one that straddles blocks looks every token's block up.
+    """
+    if BLOCK_SIZE % TILE == 0:
+        base = (block * KV_HEADS + head) * BLOCK_SIZE + start % BLOCK_SIZE
+        offsets = tl.arange(0, TILE)
+    else:
+        token = start + tl.arange(0, TILE)
+        entry = block_table + token // BLOCK_SIZE
+        blocks = tl.load(entry, mask=token < context_len, other=0).to(tl.int64)
+        base = (head * BLOCK_SIZE).to(tl.int64)
+        offsets = blocks * (KV_HEADS * BLOCK_SIZE) + token % BLOCK_SIZE
+    return base, offsets

@@ -1,0 +1,304 @@
+"""The slow, obvious form of every kernel, in plain torch on any device.
+
+Each function has the name and the meaning of its fast counterpart: the tests hold the Triton
+kernels against these, and the CPU engine runs on them. Arithmetic is in float32 and rounded once,
+on the way out. Nothing here loops over tokens; attention loops over sequences, so that a
+sequence's result depends on no other sequence of its batch.
+
+Shapes: T tokens, N sequences, Hq query heads, Hkv key/value heads, D head_dim. A layer's cache is
+``k_cache, v_cache [num_blocks, Hkv, block_size, D]``; a token's slot is
+``block_id * block_size + offset``.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+SAMPLE_TILE = 4096  # tokens; part of the definition of a draw, not a tuning choice
+_MASK32 = 0xFFFFFFFF
+
+
+# ------------------------------------------------------------------ normalisation and activation
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension.
+
+    Args:
+        x: ``[..., H]``, any float dtype; the result has its shape and dtype.
+        weight: ``[H]``.
+
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019 (arXiv:1910.07467).
+    """
+    return _rms_norm32(x, weight, eps).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``s = x + residual; return rms_norm(s), s``.
+
+    The sum is rounded to the dtype before it is normalised, so that the fused kernel and the two
+    separate steps agree to the last bit.
+    """
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up`` of ``gate_up [T, 2I]``, whose first half is the gate -> ``[T, I]``."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+
+
+def _rms_norm32(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x32 = x.float()
+    return x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
+# ------------------------------------------------------------------ between QKV and attention
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    cos_sin: Tensor,
+    positions: Tensor,
+    num_q_heads: int,
+    num_kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split a QKV projection; normalise and rotate q and k head by head.
+
+    Args:
+        qkv: ``[T, (Hq + 2 Hkv) * D]``.
+        q_weight, k_weight: ``[D]``, RMS norm weights shared by all heads of their kind.
+        cos_sin: ``[max_pos, D]`` float32, D/2 cosines and then D/2 sines of every position.
+        positions: ``[T]`` int64.
+
+    Returns:
+        ``q [T, Hq, D]``, ``k [T, Hkv, D]``, ``v [T, Hkv, D]`` in qkv's dtype.
+
+    The rotation pairs element i with element i + D/2, as Hugging Face transformers does, not
+    neighbours as in the paper (Su et al., "RoFormer", 2021, arXiv:2104.09864).
+    """
+    heads = qkv.unflatten(-1, (num_q_heads + 2 * num_kv_heads, -1))
+    q, k, v = heads.split([num_q_heads, num_kv_heads, num_kv_heads], dim=1)
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+
+    def norm_rope(x: Tensor, weight: Tensor) -> Tensor:
+        x1, x2 = _rms_norm32(x, weight, eps).chunk(2, dim=-1)
+        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
+
+    return norm_rope(q, q_weight), norm_rope(k, k_weight), v.contiguous()
+
+
+def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Write ``k, v [T, Hkv, D]`` to the cache slots ``slot_mapping [T]`` (int64)."""
+    block_size = k_cache.shape[2]
+    block, offset = slot_mapping // block_size, slot_mapping % block_size
+    k_cache[block, :, offset] = k
+    v_cache[block, :, offset] = v
+
+
+def qk_norm_rope_store(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_q_heads: int,
+    num_kv_heads: int,
+) -> Tensor:
+    """``qk_norm_rope`` and then ``store_kv``; returns ``q [T, Hq, D]``."""
+    q, k, v = qk_norm_rope(
+        qkv, q_weight, k_weight, eps, cos_sin, positions, num_q_heads, num_kv_heads
+    )
+    store_kv(k, v, k_cache, v_cache, slot_mapping)
+    return q
+
+
+# ------------------------------------------------------------------ attention
+
+
+def paged_decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attention of one new token per sequence over the sequence's cached keys and values.
+
+    Args:
+        q: ``[N, Hq, D]``.
+        block_tables: ``[N, max_blocks]`` int32, the cache blocks of each sequence in order.
+        context_lens: ``[N]`` int32, at least 1: tokens in the cache, the new one included.
+        scale: factor on the scores, usually ``D ** -0.5``.
+
+    Returns:
+        ``[N, Hq, D]`` in q's dtype.
+    """
+    out = torch.empty_like(q)
+    for n, length in enumerate(context_lens.tolist()):
+        k = _cached(k_cache, block_tables[n], length)
+        v = _cached(v_cache, block_tables[n], length)
+        out[n : n + 1] = _attend(q[n : n + 1], k, v, scale)
+    return out
+
+
+def paged_prefill_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    cu_seqlens_q: Tensor,
+    context_lens: Tensor,
+    max_seqlen_q: int,
+    scale: float,
+) -> Tensor:
+    """Causal attention of many new tokens per sequence over cached keys and values.
+
+    Args:
+        q: ``[T, Hq, D]``; sequence n owns rows ``cu_seqlens_q[n]`` to ``cu_seqlens_q[n + 1]``,
+            the last ones of its ``context_lens[n]`` tokens, all of which are in the cache.
+        block_tables: ``[N, max_blocks]`` int32.
+        cu_seqlens_q: ``[N + 1]`` int32.
+        context_lens: ``[N]`` int32.
+        max_seqlen_q: most rows that one sequence has here (only the fast kernel needs it).
+
+    Returns:
+        ``[T, Hq, D]`` in q's dtype; rows that belong to no sequence are undefined.
+    """
+    out = torch.zeros_like(q)
+    starts = cu_seqlens_q.tolist()
+    for n, length in enumerate(context_lens.tolist()):
+        rows = slice(starts[n], starts[n + 1])
+        k = _cached(k_cache, block_tables[n], length)
+        v = _cached(v_cache, block_tables[n], length)
+        out[rows] = _attend(q[rows], k, v, scale)
+    return out
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    """Causal attention without a cache.
+
+    Args:
+        q: ``[T, Hq, D]``.
+        k, v: ``[T, Hkv, D]``.
+        cu_seqlens: ``[N + 1]`` int32, where each sequence begins and, last, where all end.
+
+    Returns:
+        ``[T, Hq, D]`` in q's dtype.
+    """
+    out = torch.zeros_like(q)
+    starts = cu_seqlens.tolist()
+    for begin, end in pairwise(starts):
+        keys, values = k[begin:end].transpose(0, 1), v[begin:end].transpose(0, 1)
+        out[begin:end] = _attend(q[begin:end], keys, values, scale)
+    return out
+
+
+def _cached(cache: Tensor, block_table: Tensor, length: int) -> Tensor:
+    """The first ``length`` tokens of one sequence, ``[Hkv, length, D]``."""
+    block_size = cache.shape[2]
+    blocks = cache[block_table[: -(-length // block_size)].long()]  # [blocks, Hkv, block_size, D]
+    return blocks.transpose(0, 1).flatten(1, 2)[:, :length]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """One sequence: ``q [Lq, Hq, D]`` are the last Lq positions of ``k, v [Hkv, Lk, D]``."""
+    num_queries, num_q_heads, head_dim = q.shape
+    num_kv_heads, num_keys, _ = k.shape
+    # Query head h reads key/value head h // (Hq / Hkv): [Hkv, group, Lq, D].
+    grouped = q.float().transpose(0, 1).reshape(num_kv_heads, -1, num_queries, head_dim)
+    scores = grouped @ k.float().unsqueeze(1).transpose(-1, -2) * scale
+    visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
+    visible = visible.tril(num_keys - num_queries)
+    probs = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    out = probs @ v.float().unsqueeze(1)
+    return out.reshape(num_q_heads, num_queries, head_dim).transpose(0, 1).to(q.dtype)
+
+
+# ------------------------------------------------------------------ sampling
+
+
+def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, steps: Tensor) -> Tensor:
+    """Draw one token per row from ``softmax(logits / temperature)``.
+
+    Args:
+        logits: ``[N, V]``, any float dtype; -inf excludes a token.
+        temperatures: ``[N]`` float32; 0 takes the most likely token (of equals, the lowest).
+        seeds: ``[N]`` int64, the request's seed.
+        steps: ``[N]`` int64, which token of the request this is.
+
+    Returns:
+        ``[N]`` int64.
+
+    A row's draw depends on its own logits, temperature, seed and step only, never on the batch.
+
+    The Gumbel-max trick: ``argmax(score - log(E))`` with independent exponential E draws index i
+    with probability proportional to ``exp(score_i)`` (Gumbel, "Statistical Theory of Extreme
+    Values", 1954; Maddison, Tarlow and Minka, "A* Sampling", 2014, arXiv:1411.0030). It is used
+    twice: to draw a tile of SAMPLE_TILE tokens by the tiles' log-sum-exp, and to draw a token
+    within that tile. The product of the two probabilities is the softmax's, and the noise of all
+    other tiles is never needed.
+    """
+    num_tiles = -(-logits.shape[1] // SAMPLE_TILE)
+    warm = temperatures[:, None] > 0
+    scores = logits.float() * (1 / torch.where(warm, temperatures[:, None], 1.0))
+    padding = num_tiles * SAMPLE_TILE - logits.shape[1]
+    tiles = torch.nn.functional.pad(scores, (0, padding), value=float("-inf"))
+    tiles = tiles.unflatten(1, (num_tiles, SAMPLE_TILE))
+
+    def draw(scores: Tensor, index: Tensor) -> Tensor:
+        noise = -exponential(random_bits(seeds[:, None], steps[:, None], index)).log()
+        return torch.where(warm, scores + noise, scores).argmax(-1, keepdim=True)
+
+    # Tiles are numbered after the last token, so that no noise is used twice.
+    tile_index = torch.arange(num_tiles, device=logits.device) + num_tiles * SAMPLE_TILE
+    tile = draw(torch.where(warm, tiles.logsumexp(-1), tiles.amax(-1)), tile_index)
+    first = tile * SAMPLE_TILE
+    chosen = tiles.take_along_dim(tile[:, :, None], 1).squeeze(1)
+    token = draw(chosen, first + torch.arange(SAMPLE_TILE, device=logits.device))
+    return (first + token).squeeze(1)
+
+
+def random_bits(seed: Tensor, step: Tensor, index: Tensor) -> Tensor:
+    """32 random bits (as int64) for every (seed, step, index), by a counter-based hash.
+
+    Seed and step give two 32-bit keys; the index is hashed with one added before the first
+    multiplication and the other after it. The hash is lowbias32 (Chris Wellons, "Prospecting for
+    Hash Functions", 2018, nullprogram.com/blog/2018/07/31); the idea of a counter in place of a
+    generator's state is from Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
+    """
+    low, high = seed & _MASK32, (seed >> 32) & _MASK32
+    step = step & _MASK32
+    key0 = _lowbias32(_lowbias32(_lowbias32(low) + high) + step)
+    key1 = _lowbias32(_lowbias32(_lowbias32(step ^ 0x9E3779B9) + low) + high)
+    return _lowbias32(index + key0, key1)
+
+
+def exponential(bits: Tensor) -> Tensor:
+    """A standard exponential variate (float32, above 0) for every 32 random bits.
+
+    ``E = -log(1 - u)`` with ``u = (bits + 1/2) / 2^32``. Small E wins a draw, so its tail has the
+    full granularity of u: below 1/64, where 1 - u would lose bits, a series takes over.
+    """
+    u = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    series = u * (1 + u * (1 / 2 + u * (1 / 3)))
+    return torch.where(u < 1 / 64, series, -(1 - u).log())
+
+
+def _lowbias32(x: Tensor, key: Tensor | int = 0) -> Tensor:
+    x = x & _MASK32
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D + key) & _MASK32
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _MASK32
+    return x ^ (x >> 16)

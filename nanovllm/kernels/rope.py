@@ -1,0 +1,147 @@
+"""Everything between the QKV projection and attention, in one kernel.
+
+RMS norm of each head of q and k, rotary embedding, and the copy of k and v to their cache slots.
+One program takes a few heads of one token. Query, key and value heads run through the same
+arithmetic, with values selected per head at the end, so a program may hold heads of all three
+kinds. A head is read as two halves, because the rotation pairs element i with i + D/2.
+Floor: read and write T (Hq + 2 Hkv) D elements.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_HEADS_PER_PROGRAM = 8
+
+
+def qk_norm_rope_store(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_q_heads: int,
+    num_kv_heads: int,
+) -> Tensor:
+    """Norm, rotate and store; see ``reference.qk_norm_rope_store``.
+
+    Args:
+        qkv: ``[T, (Hq + 2 Hkv) * D]``; rows may be strided, a row may not.
+        cos_sin: ``[max_pos, D]`` float32, contiguous.
+        k_cache, v_cache: ``[num_blocks, Hkv, block_size, D]``, contiguous, written in place.
+
+    Returns:
+        ``q [T, Hq, D]`` in qkv's dtype.
+    """
+    num_tokens, head_dim = qkv.shape[0], q_weight.shape[0]
+    q = torch.empty(num_tokens, num_q_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    if num_tokens == 0:
+        return q
+    num_heads = num_q_heads + 2 * num_kv_heads
+    _norm_rope_store_kernel[(num_tokens, triton.cdiv(num_heads, _HEADS_PER_PROGRAM))](
+        qkv,
+        q_weight,
+        k_weight,
+        cos_sin,
+        positions,
+        slot_mapping,
+        q,
+        k_cache,
+        v_cache,
+        eps,
+        qkv.stride(0),
+        Q_HEADS=num_q_heads,
+        KV_HEADS=num_kv_heads,
+        BLOCK_SIZE=k_cache.shape[2],
+        HALF=head_dim // 2,
+        HEADS=_HEADS_PER_PROGRAM,
+        num_warps=2,
+    )
+    return q
+
+
+def qk_norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    cos_sin: Tensor,
+    positions: Tensor,
+    num_q_heads: int,
+    num_kv_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same without a cache; see ``reference.qk_norm_rope``. Returns q, k, v."""
+    num_tokens, head_dim = qkv.shape[0], q_weight.shape[0]
+    # [T, Hkv, D] is a cache whose blocks hold one token each, token t in slot t.
+    k = torch.empty(num_tokens, num_kv_heads, 1, head_dim, dtype=qkv.dtype, device=qkv.device)
+    v = torch.empty_like(k)
+    slots = torch.arange(num_tokens, device=qkv.device)
+    q = qk_norm_rope_store(
+        qkv, q_weight, k_weight, eps, cos_sin, positions, slots, k, v, num_q_heads, num_kv_heads
+    )
+    return q, k.squeeze(2), v.squeeze(2)
+
+
+@triton.jit
+def _norm_rope_store_kernel(
+    qkv,
+    q_weight,
+    k_weight,
+    cos_sin,
+    positions,
+    slot_mapping,
+    q,
+    k_cache,
+    v_cache,
+    eps,
+    qkv_stride,
+    Q_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    is_q = head < Q_HEADS
+    is_k = (head >= Q_HEADS) & (head < Q_HEADS + KV_HEADS)
+    is_v = (head >= Q_HEADS + KV_HEADS) & (head < Q_HEADS + 2 * KV_HEADS)
+    column = tl.arange(0, HALF)[None, :]
+
+    source = qkv + token * qkv_stride + head[:, None] * (2 * HALF) + column
+    exists = (is_q | is_k | is_v)[:, None]
+    raw1 = tl.load(source, mask=exists, other=0.0)
+    raw2 = tl.load(source + HALF, mask=exists, other=0.0)
+    x1 = raw1.to(tl.float32)
+    x2 = raw2.to(tl.float32)
+
+    position = tl.load(positions + token)
+    cos = tl.load(cos_sin + position * (2 * HALF) + column)
+    sin = tl.load(cos_sin + position * (2 * HALF) + HALF + column)
+    weight1 = tl.where(is_q[:, None], tl.load(q_weight + column), tl.load(k_weight + column))
+    weight2 = tl.where(
+        is_q[:, None], tl.load(q_weight + HALF + column), tl.load(k_weight + HALF + column)
+    )
+    inverse = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=1) / (2 * HALF) + eps)[:, None]
+    x1 = x1 * inverse * weight1.to(tl.float32)
+    x2 = x2 * inverse * weight2.to(tl.float32)
+    y1 = (x1 * cos - x2 * sin).to(raw1.dtype)
+    y2 = (x2 * cos + x1 * sin).to(raw1.dtype)
+
+    q_out = q + (token * Q_HEADS + head[:, None]) * (2 * HALF) + column
+    tl.store(q_out, y1, mask=is_q[:, None])
+    tl.store(q_out + HALF, y2, mask=is_q[:, None])
+    slot = tl.load(slot_mapping + token)
+    first_row = (slot // BLOCK_SIZE) * KV_HEADS * BLOCK_SIZE + slot % BLOCK_SIZE
+    k_row = first_row + (head[:, None] - Q_HEADS) * BLOCK_SIZE
+    k_out = k_cache + k_row * (2 * HALF) + column
+    tl.store(k_out, y1, mask=is_k[:, None])
+    tl.store(k_out + HALF, y2, mask=is_k[:, None])
+    v_out = v_cache + (k_row - KV_HEADS * BLOCK_SIZE) * (2 * HALF) + column
+    tl.store(v_out, raw1, mask=is_v[:, None])
+    tl.store(v_out + HALF, raw2, mask=is_v[:, None])

@@ -1,0 +1,149 @@
+"""Greedy and temperature sampling at the speed of reading the logits.
+
+Noise for every token of the vocabulary would cost several times as much arithmetic as the memory
+takes to deliver the logits. So a draw has two levels. One program per row and tile of the
+vocabulary computes the tile's log-sum-exp (greedy: its maximum), the only pass over all logits.
+Then one program per row draws a tile, reads that tile again and draws a token of it. The noise is
+a hash of (seed, step, token), so it takes no memory and a row's draw does not depend on its batch.
+``reference`` has the formulas and their sources; here logarithms and exponentials are to base 2,
+which scales all scores of a draw alike. Floor: read N V elements.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanovllm.kernels.reference import SAMPLE_TILE
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, steps: Tensor) -> Tensor:
+    """Draw one token per row; see ``reference.sample``.
+
+    Args:
+        logits: ``[N, V]``, any float dtype; rows may be strided, a row may not.
+        temperatures: ``[N]`` float32, 0 for greedy.
+        seeds, steps: ``[N]`` int64.
+
+    Returns:
+        ``[N]`` int64.
+    """
+    rows, vocab = logits.shape
+    tiles = triton.cdiv(vocab, SAMPLE_TILE)
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    if rows == 0:
+        return tokens
+    weights = torch.empty(rows, tiles, dtype=torch.float32, device=logits.device)
+    stride = logits.stride(0)
+    _weigh_kernel[(rows, tiles)](
+        logits, temperatures, weights, stride, VOCAB=vocab, TILE=SAMPLE_TILE, num_warps=8
+    )
+    _draw_kernel[(rows,)](
+        logits,
+        temperatures,
+        seeds,
+        steps,
+        weights,
+        tokens,
+        stride,
+        VOCAB=vocab,
+        TILE=SAMPLE_TILE,
+        NUM_TILES=tiles,
+        TILES_PAD=triton.next_power_of_2(tiles),
+        num_warps=8,
+    )
+    return tokens
+
+
+@triton.jit
+def _weigh_kernel(
+    logits, temperatures, weights, row_stride, VOCAB: tl.constexpr, TILE: tl.constexpr
+):
+    """The log-sum-exp of one row's logits in one tile, or their maximum at temperature 0."""
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    temperature = tl.load(temperatures + row)
+    score = _scores(logits + row * row_stride, tile, temperature, VOCAB, TILE)
+    weight = tl.max(score, axis=0)
+    if temperature > 0:
+        peak = tl.maximum(weight, -3.0e38)  # a tile of -inf only has weight -inf, not NaN
+        weight = peak + tl.log2(tl.sum(tl.exp2(score - peak), axis=0))
+    tl.store(weights + row * tl.num_programs(1) + tile, weight)
+
+
+@triton.jit
+def _draw_kernel(
+    logits,
+    temperatures,
+    seeds,
+    steps,
+    weights,
+    tokens,
+    row_stride,
+    VOCAB: tl.constexpr,
+    TILE: tl.constexpr,
+    NUM_TILES: tl.constexpr,
+    TILES_PAD: tl.constexpr,
+):
+    """Draw a tile of one row by its weight, then a token of the tile; of equals the lowest."""
+    row = tl.program_id(0).to(tl.int64)
+    temperature = tl.load(temperatures + row)
+    seed = tl.load(seeds + row)
+    step = tl.load(steps + row)
+
+    tiles = tl.arange(0, TILES_PAD)
+    inside = tiles < NUM_TILES
+    weight = tl.load(weights + row * NUM_TILES + tiles, mask=inside, other=float("-inf"))
+    if temperature > 0:
+        weight += _gumbel(seed, step, NUM_TILES * TILE + tiles)
+    _, tile = tl.max(weight, axis=0, return_indices=True)
+
+    score = _scores(logits + row * row_stride, tile, temperature, VOCAB, TILE)
+    if temperature > 0:
+        score += _gumbel(seed, step, tile * TILE + tl.arange(0, TILE))
+    _, place = tl.max(score, axis=0, return_indices=True)
+    tl.store(tokens + row, (tile * TILE + place).to(tl.int64))
+
+
+@triton.jit
+def _scores(row_logits, tile, temperature, VOCAB: tl.constexpr, TILE: tl.constexpr):
+    """``logits / temperature * log2(e)`` of a tile, or just the logits at temperature 0."""
+    token = tile * TILE + tl.arange(0, TILE)
+    score = tl.load(row_logits + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
+    return score * tl.where(temperature > 0, _LOG2_E / tl.maximum(temperature, 1e-30), 1.0)
+
+
+@triton.jit
+def _gumbel(seed, step, index):
+    """Gumbel noise times log2(e) for every (seed, step, index), as in ``reference``."""
+    return -tl.log2(exponential(random_bits(seed, step, index)))
+
+
+@triton.jit
+def random_bits(seed, step, index):
+    """32 random bits for every (seed, step, index), as in ``reference.random_bits``."""
+    low = seed.to(tl.uint32)
+    high = (seed >> 32).to(tl.uint32)
+    step = step.to(tl.uint32)
+    key0 = _lowbias32(_lowbias32(_lowbias32(low, 0) + high, 0) + step, 0)
+    key1 = _lowbias32(_lowbias32(_lowbias32(step ^ 0x9E3779B9, 0) + low, 0) + high, 0)
+    return _lowbias32(index.to(tl.uint32) + key0, key1)
+
+
+@triton.jit
+def exponential(bits):
+    """A standard exponential variate of 32 random bits, as in ``reference.exponential``."""
+    u = tl.minimum((bits.to(tl.float32) + 0.5) * (2.0**-32), 1 - 2.0**-24)
+    series = u * (1 + u * (1 / 2 + u * (1 / 3)))
+    return tl.where(u < 1 / 64, series, -tl.log(1 - u))
+
+
+@triton.jit
+def _lowbias32(x, key):
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D + key
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)

@@ -1,0 +1,57 @@
+"""Attention by our Triton kernels: the default on CUDA."""
+
+from __future__ import annotations
+
+import torch
+
+from nanovllm.kernels.paged_decode import TILE, DecodeWorkspace, paged_decode_attention
+from nanovllm.kernels.paged_prefill import paged_prefill_attention
+from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, PrefillMetadata
+
+
+class TritonBackend(AttentionBackend):
+    """Paged decode spread evenly over exactly the SMs it is given, and paged prefill."""
+
+    tile_size = TILE
+
+    def make_workspace(self, device: torch.device, num_sms: int) -> DecodeWorkspace:
+        heads = self.heads
+        return DecodeWorkspace(
+            num_sms, heads.num_q_heads, heads.num_kv_heads, heads.head_dim, device
+        )
+
+    def decode(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        metadata: DecodeMetadata,
+    ) -> torch.Tensor:
+        return paged_decode_attention(
+            q,
+            k_cache,
+            v_cache,
+            metadata.block_tables,
+            metadata.context_lens,
+            self.heads.scale,
+            metadata.tile_offsets,
+            metadata.workspace,
+        )
+
+    def prefill(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        metadata: PrefillMetadata,
+    ) -> torch.Tensor:
+        return paged_prefill_attention(
+            q,
+            k_cache,
+            v_cache,
+            metadata.block_tables,
+            metadata.cu_seqlens_q,
+            metadata.context_lens,
+            metadata.max_seqlen_q,
+            self.heads.scale,
+        )

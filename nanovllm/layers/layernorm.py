@@ -1,0 +1,29 @@
+"""RMS normalisation, alone or fused with the residual addition before it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from nanovllm import kernels
+from nanovllm.layers.slots import Slot, Slots
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (https://arxiv.org/abs/1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, size] to [T, size]."""
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (norm of x + residual, x + residual), both [T, size]."""
+        return kernels.add_rms_norm(x, residual, self.weight, self.eps)
+
+    def slots(self, prefix: str) -> Slots:
+        yield f"{prefix}.weight", Slot.whole(self.weight)

@@ -1,0 +1,68 @@
+"""Linear layers split over ranks: by columns (outputs), then by rows (inputs) with an all-reduce.
+
+The scheme is Megatron-LM's (https://arxiv.org/abs/1909.08053): a column-parallel layer followed by
+a row-parallel one needs a single all-reduce.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanovllm.layers.parallel import ParallelGroup, Shard
+from nanovllm.layers.slots import Slot, Slots
+
+
+class PackedColumnLinear(nn.Module):
+    """Several projections of the same input as one matrix product.
+
+    Args:
+        in_features: width of the input.
+        parts: for each projection its name in checkpoints and this rank's rows.
+        bias: whether the projections have biases.
+    """
+
+    def __init__(self, in_features: int, parts: dict[str, Shard], bias: bool = False) -> None:
+        super().__init__()
+        self.parts = parts
+        rows = sum(shard.size for shard in parts.values())
+        self.weight = nn.Parameter(torch.empty(rows, in_features), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, in_features] to [T, this rank's rows], the parts side by side."""
+        return F.linear(x, self.weight, self.bias)
+
+    def slots(self, prefix: str) -> Slots:
+        row = 0
+        for name, shard in self.parts.items():
+            rows = slice(row, row + shard.size)
+            yield f"{prefix}.{name}.weight", Slot.sharded(self.weight[rows], 0, shard)
+            if self.bias is not None:
+                yield f"{prefix}.{name}.bias", Slot.sharded(self.bias[rows], 0, shard)
+            row += shard.size
+
+
+class RowLinear(nn.Module):
+    """A projection whose input is split over the ranks and whose output is their sum."""
+
+    def __init__(
+        self, in_features: int, out_features: int, group: ParallelGroup, bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.group = group
+        self.shard = Shard.even(in_features, group)
+        self.weight = nn.Parameter(torch.empty(out_features, self.shard.size), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, this rank's in_features] to [T, out_features]."""
+        # One rank alone adds the bias, so that it enters the sum once.
+        bias = self.bias if self.group.rank == 0 else None
+        return self.group.all_reduce(F.linear(x, self.weight, bias))
+
+    def slots(self, prefix: str) -> Slots:
+        yield f"{prefix}.weight", Slot.sharded(self.weight, 1, self.shard)
+        if self.bias is not None:
+            yield f"{prefix}.bias", Slot.whole(self.bias)

@@ -1,0 +1,61 @@
+"""The ranks that share one model, and the few collectives that tensor parallelism needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class ParallelGroup:
+    """Rank `rank` of `size`; `process_group` is None when there is only one."""
+
+    rank: int = 0
+    size: int = 1
+    process_group: dist.ProcessGroup | None = None
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sums `x` over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.process_group)
+        return x
+
+    def concat_last_dim(self, x: torch.Tensor) -> torch.Tensor:
+        """Joins every rank's [..., n] to [..., n * size], in rank order, on every rank."""
+        if self.size == 1:
+            return x
+        parts = x.new_empty(self.size, *x.shape)
+        dist.all_gather_into_tensor(parts, x.contiguous(), group=self.process_group)
+        return parts.movedim(0, -2).flatten(-2)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A rank's part of one dimension: entries `start` to `start + size` of `full`."""
+
+    full: int
+    start: int
+    size: int
+
+    @classmethod
+    def even(cls, full: int, group: ParallelGroup) -> Shard:
+        """`full / size` entries a rank; `full` is a multiple of the number of ranks."""
+        size = full // group.size
+        return cls(full, group.rank * size, size)
+
+    @classmethod
+    def ceil(cls, full: int, group: ParallelGroup) -> Shard:
+        """Equal parts rounded up, so the last rank may have fewer."""
+        width = -(-full // group.size)
+        start = min(group.rank * width, full)
+        return cls(full, start, min(width, full - start))
+
+    @classmethod
+    def kv_heads(cls, num_heads: int, head_dim: int, group: ParallelGroup) -> Shard:
+        """Rows of whole KV heads; with more ranks than heads, several ranks hold the same head."""
+        if num_heads >= group.size:
+            return cls.even(num_heads * head_dim, group)
+        head = group.rank * num_heads // group.size
+        return cls(num_heads * head_dim, head * head_dim, head_dim)

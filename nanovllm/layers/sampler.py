@@ -1,0 +1,89 @@
+"""Draws the next tokens: temperature, top-k, top-p, and a seed of its own for every row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nanovllm import kernels
+from nanovllm.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class SamplingBatch:
+    """Sampling options of S rows, on the device of their logits.
+
+    Attributes:
+        temperatures: float32 [S].
+        seeds: int64 [S].
+        steps: int64 [S], tokens that the request has drawn before.
+        filtered: rows with a top-k or top-p, int64 [F]; None if there are none.
+        top_k: int64 [F]; the vocabulary's size where there is no limit.
+        top_p: float32 [F].
+    """
+
+    temperatures: torch.Tensor
+    seeds: torch.Tensor
+    steps: torch.Tensor
+    filtered: torch.Tensor | None = None
+    top_k: torch.Tensor | None = None
+    top_p: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        params: list[SamplingParams],
+        seeds: list[int],
+        steps: list[int],
+        vocab_size: int,
+        device: torch.device,
+    ) -> SamplingBatch:
+        """Brings the options of S requests to `device`."""
+        temperatures = _upload([p.temperature for p in params], np.float32, device)
+        integers = _upload([seeds, steps], np.int64, device)
+        rows = [
+            i
+            for i, p in enumerate(params)
+            if p.temperature > 0 and (0 < p.top_k < vocab_size or p.top_p < 1)
+        ]
+        if not rows:
+            return cls(temperatures, integers[0], integers[1])
+        top_k = [params[i].top_k if params[i].top_k > 0 else vocab_size for i in rows]
+        indices = _upload([rows, top_k], np.int64, device)
+        top_p = _upload([params[i].top_p for i in rows], np.float32, device)
+        return cls(temperatures, integers[0], integers[1], indices[0], indices[1], top_p)
+
+
+def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """Logits [S, vocab_size] to tokens, int64 [S]."""
+    if batch.filtered is not None:
+        assert batch.top_k is not None
+        assert batch.top_p is not None
+        rows = batch.filtered
+        kept = keep_likely(logits[rows], batch.temperatures[rows], batch.top_k, batch.top_p)
+        logits = logits.index_copy(0, rows, kept)
+    return kernels.sample(logits, batch.temperatures, batch.seeds, batch.steps)
+
+
+def keep_likely(
+    logits: torch.Tensor, temperatures: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
+) -> torch.Tensor:
+    """Sets all but the likeliest logits of each row [F, V] to -inf.
+
+    Of the `top_k` [F] likeliest, those stay that are needed to reach probability `top_p` [F] among
+    them at `temperatures` [F]; the likeliest always stays.
+    """
+    ordered, order = logits.float().sort(dim=-1, descending=True)
+    ranks = torch.arange(logits.shape[1], device=logits.device)
+    ordered = ordered.masked_fill(ranks >= top_k[:, None], -torch.inf)
+    probabilities = (ordered / temperatures[:, None]).softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    dropped = (before >= top_p[:, None]) | ordered.isneginf()
+    return logits.masked_fill(dropped.scatter(1, order, dropped), -torch.inf)
+
+
+def _upload(values: list, dtype: type, device: torch.device) -> torch.Tensor:
+    host = torch.from_numpy(np.array(values, dtype))
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

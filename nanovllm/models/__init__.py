@@ -1,0 +1,1 @@
+"""The one model family: Qwen3 dense."""

@@ -1,0 +1,63 @@
+"""How the tokens of one request are drawn, and when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from nanovllm.utils.options import (
+    boolean,
+    check_names,
+    check_value,
+    integer,
+    is_int,
+    number,
+    option,
+)
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
+        ids = tuple(value)
+        if all(is_int(token) and token >= 0 for token in ids):
+            return ids
+    raise ValueError("a sequence of token ids, integers of at least 0")
+
+
+def _seed(value: Any) -> int | None:
+    if value is None or (is_int(value) and 0 <= value < 2**63):
+        return value
+    raise ValueError("None or an integer from 0 to 2**63 - 1")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Sampling options of one request.
+
+    Attributes:
+        temperature: divides the logits; 0 is greedy.
+        top_k: draw from the k likeliest tokens only; -1: from all.
+        top_p: draw from the likeliest tokens that together reach this probability only.
+        max_tokens: tokens to generate at the most.
+        ignore_eos: go on after an end-of-sequence token.
+        stop_token_ids: further tokens that end the request.
+        seed: the same seed gives the same tokens whatever else is in the batch; None: random.
+    """
+
+    temperature: float = option(1.0, number(0, 100))
+    top_k: int = option(-1, integer(1, also=-1))
+    top_p: float = option(1.0, number(0, 1, open_low=True))
+    max_tokens: int = option(64, integer(1))
+    ignore_eos: bool = option(False, boolean)
+    stop_token_ids: tuple[int, ...] = option((), _token_ids)
+    seed: int | None = option(None, _seed)
+
+    def __new__(cls, *args: Any, **options: Any) -> SamplingParams:
+        check_names(cls, options)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = check_value(SamplingParams, field.name, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)

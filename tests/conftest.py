@@ -1,0 +1,19 @@
+"""Shared set-up: without a GPU, Triton kernels run in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Before any kernel module is imported: Triton reads it when a kernel is decorated.
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    """Small models on many threads spend their time on waiting for each other."""
+    torch.set_num_threads(min(2, torch.get_num_threads()))

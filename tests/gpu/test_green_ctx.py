@@ -1,0 +1,256 @@
+"""Green contexts on a real GPU: kernels report which SMs they ran on, and when.
+
+Each program of the kernel below stores its SM (`%smid`), its start and its end (`%globaltimer`,
+ns), and spins in between so that the programs of a launch spread over all SMs they may use.
+
+Run: `python -m pytest tests/gpu/test_green_ctx.py`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from green_ctx import Driver, GreenContextUnavailable, GreenDevice, PartitionInUse
+from nanovllm.engine.green_manager import GreenContextManager
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+triton = pytest.importorskip("triton", reason="needs Triton")
+tl = pytest.importorskip("triton.language", reason="needs Triton")
+
+DEVICE = torch.device("cuda:0")
+PROGRAMS = 4096
+SPIN_NS = 20_000
+
+
+@triton.jit
+def record_programs(records, spin_ns):
+    sm = tl.inline_asm_elementwise(
+        "mov.u32 $0, %smid;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+    start = tl.inline_asm_elementwise(
+        "mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1
+    )
+    now = start
+    while now - start < spin_ns:
+        now = tl.inline_asm_elementwise(
+            "mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1
+        )
+    row = records + tl.program_id(0) * 3
+    tl.store(row, sm.to(tl.int64))
+    tl.store(row + 1, start)
+    tl.store(row + 2, now)
+
+
+def new_records() -> torch.Tensor:
+    """Room for (SM, start, end) of every program; -1 where nothing ran."""
+    records = torch.full((PROGRAMS, 3), -1, dtype=torch.int64, device=DEVICE)
+    torch.cuda.synchronize()  # streams of a green context do not wait for the default stream
+    return records
+
+
+def launch(stream: torch.cuda.Stream, records: torch.Tensor, spin_ns: int = SPIN_NS) -> None:
+    with torch.cuda.stream(stream):
+        record_programs[(PROGRAMS,)](records, spin_ns, num_warps=1)
+
+
+def sms_used(records: torch.Tensor) -> set[int]:
+    torch.cuda.synchronize()
+    sms = set(records[:, 0].tolist())
+    assert -1 not in sms, "a program did not run"
+    return sms
+
+
+def run_eagerly(manager: GreenContextManager) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launches on both streams; returns what the attention and the FFN side recorded."""
+    attention, ffn = new_records(), new_records()
+    launch(manager.get_attention_stream(), attention)
+    launch(manager.get_ffn_stream(), ffn)
+    torch.cuda.synchronize()
+    return attention, ffn
+
+
+def capture(
+    manager: GreenContextManager, attention: torch.Tensor, ffn: torch.Tensor
+) -> torch.cuda.CUDAGraph:
+    """One graph with both sides: forks from the capturing stream, and joins back to it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        main = torch.cuda.current_stream()
+        fork = main.record_event()
+        for stream, records in (
+            (manager.get_attention_stream(), attention),
+            (manager.get_ffn_stream(), ffn),
+        ):
+            stream.wait_event(fork)
+            launch(stream, records)
+            main.wait_event(stream.record_event())
+    return graph
+
+
+def check_partitions(
+    manager: GreenContextManager, attention: torch.Tensor, ffn: torch.Tensor
+) -> None:
+    attention_sms, ffn_sms = sms_used(attention), sms_used(ffn)
+    assert not attention_sms & ffn_sms
+    assert len(attention_sms) <= manager.attention_sms
+    assert len(ffn_sms) <= manager.ffn_sms
+
+
+@pytest.fixture(scope="module")
+def device() -> GreenDevice:
+    torch.zeros(1, device=DEVICE)  # brings the primary context up
+    try:
+        return GreenDevice(0)
+    except GreenContextUnavailable as error:
+        pytest.skip(str(error))
+
+
+def counts_for(device: GreenDevice, case: str) -> tuple[int, int]:
+    """(attention, FFN) requests in SMs that fit any device with 8 times the minimum or more."""
+    sizes = device.granularity()
+    unit = sizes.round_up(1, groups=2)
+    if case == "equal":
+        return 2 * unit, 2 * unit
+    if case == "unequal":
+        return 2 * unit, 5 * unit
+    ffn = sizes.round_up(device.sm_count // 2)
+    return device.sm_count - ffn, ffn
+
+
+CASES = ["equal", "unequal", "whole device"]
+
+
+@pytest.fixture(params=CASES)
+def manager(device: GreenDevice, request: pytest.FixtureRequest) -> Iterator[GreenContextManager]:
+    with GreenContextManager(DEVICE, *counts_for(device, request.param)) as manager:
+        yield manager
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_grants_what_was_asked_for(device: GreenDevice, case: str) -> None:
+    counts = counts_for(device, case)
+    with GreenContextManager(DEVICE, *counts) as manager:
+        assert (manager.attention_sms, manager.ffn_sms) == counts
+        assert manager.granted.device == torch.cuda.get_device_properties(0).multi_processor_count
+
+
+@pytest.mark.parametrize("coscheduled", [True, False])
+def test_granularity_agrees_with_what_the_driver_grants(
+    device: GreenDevice, coscheduled: bool
+) -> None:
+    sizes = device.granularity(coscheduled=coscheduled)
+    for count in (1, sizes.minimum, sizes.minimum + 1, device.sm_count // 2):
+        group = device.split([count], coscheduled=coscheduled).groups[0]
+        assert group.sm_count == sizes.round_up(count)
+
+
+def test_eager_kernels_run_on_disjoint_sms(manager: GreenContextManager) -> None:
+    check_partitions(manager, *run_eagerly(manager))
+
+
+def test_captured_kernels_run_on_disjoint_sms(manager: GreenContextManager) -> None:
+    run_eagerly(manager)  # compiles and loads the kernel, which a capture may not
+    attention, ffn = new_records(), new_records()
+    with manager.hold("a graph under test"):
+        graph = capture(manager, attention, ffn)
+        for _ in range(3):
+            attention.fill_(-1)
+            ffn.fill_(-1)
+            graph.replay()
+            check_partitions(manager, attention, ffn)
+        with pytest.raises(PartitionInUse, match="a graph under test"):
+            manager.close()
+        graph.reset()
+
+
+def test_captured_sides_run_at_the_same_time(manager: GreenContextManager) -> None:
+    run_eagerly(manager)
+    attention, ffn = new_records(), new_records()
+    graph = capture(manager, attention, ffn)
+    graph.replay()
+    torch.cuda.synchronize()
+    starts = [int(records[:, 1].min()) for records in (attention, ffn)]
+    ends = [int(records[:, 2].max()) for records in (attention, ffn)]
+    assert max(starts) < min(ends), "the two sides ran one after the other"
+
+
+def test_finer_partitions_are_disjoint_too(device: GreenDevice) -> None:
+    sizes = device.granularity(coscheduled=False)
+    if sizes.alignment >= device.granularity().alignment:
+        pytest.skip("this device makes no finer partitions without co-scheduling")
+    counts = 18 * sizes.alignment, 22 * sizes.alignment
+    with GreenContextManager(DEVICE, *counts, coscheduled=False) as manager:
+        assert (manager.attention_sms, manager.ffn_sms) == counts
+        check_partitions(manager, *run_eagerly(manager))
+
+
+def test_all_streams_of_a_partition_share_its_sms(device: GreenDevice) -> None:
+    with GreenContextManager(DEVICE, *counts_for(device, "equal"), num_streams=3) as manager:
+        records = [new_records() for _ in range(3)]
+        for index in range(3):
+            launch(manager.get_attention_stream(index), records[index])
+        assert len(set.union(*map(sms_used, records))) <= manager.attention_sms
+
+
+def test_several_managers_are_alive_at_once(device: GreenDevice) -> None:
+    managers = [GreenContextManager(DEVICE, *counts_for(device, case)) for case in CASES]
+    for manager in managers:
+        check_partitions(manager, *run_eagerly(manager))
+    managers.pop(1).close()
+    for manager in managers:  # the others go on
+        check_partitions(manager, *run_eagerly(manager))
+        manager.close()
+
+
+def test_second_way_to_a_stream(device: GreenDevice) -> None:
+    class OldBindings:
+        """The real bindings without the function that CUDA 12.4 did not have."""
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "cuGreenCtxStreamCreate":
+                raise AttributeError(name)
+            return getattr(pytest.importorskip("cuda.bindings.driver"), name)
+
+    counts = counts_for(device, "equal")
+    with GreenContextManager(DEVICE, *counts, driver=Driver(OldBindings())) as manager:
+        check_partitions(manager, *run_eagerly(manager))
+
+
+def test_current_context_stays_what_it_was(device: GreenDevice) -> None:
+    before = int(device.driver("cuCtxGetCurrent"))
+    manager = GreenContextManager(DEVICE, *counts_for(device, "equal"))
+    assert int(device.driver("cuCtxGetCurrent")) == before
+    manager.close()
+    assert int(device.driver("cuCtxGetCurrent")) == before
+
+
+def test_matrix_product_on_the_ffn_partition(manager: GreenContextManager) -> None:
+    if manager.ffn_sms < 16:
+        pytest.skip("cuBLAS is not given fewer than 16 SMs")
+    a, b = (torch.randn(256, 1024, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    expected = (a.float() @ b.float().t()).bfloat16()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(manager.get_ffn_stream()):
+        product = a @ b.t()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(product, expected, rtol=2e-2, atol=0.5)
+
+
+def test_create_and_close_do_not_leak(device: GreenDevice) -> None:
+    counts = counts_for(device, "unequal")
+
+    def free_after(cycles: int) -> int:
+        for _ in range(cycles):
+            with GreenContextManager(DEVICE, *counts, num_streams=2) as manager:
+                manager.get_attention_stream().synchronize()
+        torch.cuda.synchronize()
+        return torch.cuda.mem_get_info(DEVICE)[0]
+
+    before = free_after(10)  # the first ones fill the driver's own pools
+    lost = before - free_after(200)
+    assert lost < 16 << 20, f"200 cycles cost {lost / (1 << 20):.1f} MiB of device memory"

@@ -1,0 +1,127 @@
+"""The embedded model: its grammar, its training script and the checkpoint that ships.
+
+Run with `pytest tests/test_tiny.py`; it takes a few seconds on a CPU.
+"""
+
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalLM
+
+from nanovllm.tiny import CHECKPOINT_DIR, PROMPTS, stories
+from nanovllm.tiny.report import complete
+from nanovllm.tiny.train import Recipe, Shape, train
+
+SENTENCE_END = re.compile(r'[.!?]"?(?= ["A-Z]|$)')
+TINY_SHAPE = Shape(
+    vocab_size=320, hidden_size=32, intermediate_size=64, layers=1, heads=2, kv_heads=1, head_dim=16
+)
+TINY_RECIPE = Recipe(steps=2, rows=2, length=64, tokenizer_stories=20)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(CHECKPOINT_DIR)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return Qwen3ForCausalLM.from_pretrained(CHECKPOINT_DIR).float().eval()
+
+
+def check_whole_sentences(text: str) -> None:
+    assert re.match(r'["A-Z]', text)
+    assert re.search(r'[.!?]"?$', text)
+    assert set(stories.words(text)) <= stories.vocabulary()
+
+
+def test_stories_are_deterministic() -> None:
+    first, second = random.Random(7), random.Random(7)
+    assert [stories.story(first) for _ in range(20)] == [stories.story(second) for _ in range(20)]
+
+
+def test_stories_are_well_formed() -> None:
+    rng = random.Random(0)
+    for _ in range(2000):
+        text = stories.story(rng)
+        check_whole_sentences(text)
+        assert 3 <= len(SENTENCE_END.findall(text)) <= 8, text
+        assert not re.search(r"[][{}|]|  |\b[Aa] [aeiou]", text), text
+        assert text.count('"') % 2 == 0, text
+
+
+def test_grammar_names_things_that_exist() -> None:
+    names = {hero.name for hero in stories.HEROES}
+    for opening in stories.OPENINGS:
+        assert names.issuperset(opening.heroes)
+        assert stories.PLOTS.keys() >= set(opening.plots)
+    for hero in stories.HEROES:
+        assert stories.PLOTS.keys() >= set(hero.plots)
+        assert hero.name not in hero.friends
+
+
+def test_choices_are_skewed() -> None:
+    rng = random.Random(0)
+    picks = [stories.choose(rng, "abc", manner=1) for _ in range(5000)]
+    assert picks.count("b") > 2 * picks.count("c") > 2 * picks.count("a") > 0
+
+
+def test_importing_the_package_is_cheap() -> None:
+    """Loaded by path, as `nanovllm` itself may import what it likes."""
+    code = f"import runpy, sys; runpy.run_path({str(CHECKPOINT_DIR.parent / '__init__.py')!r})"
+    check = "; assert not {'torch', 'transformers'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code + check], check=True)
+
+
+def test_checkpoint_is_small() -> None:
+    files = [path for path in CHECKPOINT_DIR.rglob("*") if path.is_file()]
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= {path.name for path in files}
+    assert sum(path.stat().st_size for path in files) <= 8 * 1024 * 1024
+
+
+@pytest.mark.parametrize("text", [*PROMPTS[:2], 'Café: "x = 3.14"\n\n\t日本語 🙂', ""])
+def test_tokenizer_round_trips(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_tokenizer_knows_its_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert tokenizer.encode("<|endoftext|><|im_end|>") == [0, 1]
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS[::3])
+def test_greedy_completions_are_stories(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str
+) -> None:
+    inputs = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=200)[0]
+    assert output[-1] == tokenizer.eos_token_id
+    check_whole_sentences(str(tokenizer.decode(output, skip_special_tokens=True)))
+
+
+def test_margin_is_wide_enough_for_bfloat16(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    assert complete(model, tokenizer, PROMPTS[0]).margin > 0.3
+
+
+def test_training_is_reproducible(tmp_path: Path) -> None:
+    random_state, threads = torch.get_rng_state(), torch.get_num_threads()
+    losses = [train(tmp_path / name, TINY_SHAPE, TINY_RECIPE) for name in "ab"]
+    assert losses[0] == losses[1]
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.get_num_threads() == threads
+
+
+def test_training_depends_on_the_seed(tmp_path: Path) -> None:
+    recipe = Recipe(**{**vars(TINY_RECIPE), "seed": 1})
+    train(tmp_path / "a", TINY_SHAPE, TINY_RECIPE)
+    train(tmp_path / "b", TINY_SHAPE, recipe)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] != weights[1]

@@ -14,6 +14,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _few_threads() -> None:
-    """Small models on many threads spend their time on waiting for each other."""
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+def _one_thread() -> None:
+    """Small models on several threads spend their time on waiting for each other."""
+    torch.set_num_threads(1)

@@ -456,6 +456,8 @@ def test_partition_options_refuse(field: str, value: Any) -> None:
         ((36, 96), (36, 96), {}),  # they fill the device: attention has the remainder
         ((33, 96), (36, 96), {}),  # 40 + 96 would not fit, the remainder of 36 does
         ((66, 64), (68, 64), {}),
+        ((16, 116), (16, 116), {}),  # 116 rounded up would not fit: the FFN has the remainder
+        ((40, 92), (40, 92), {}),
         ((36, 44), (36, 44), {"coscheduled": False}),
         ((16, 116), (16, 116), {"coscheduled": False}),
     ],
@@ -488,10 +490,8 @@ def test_manager_refuses_counts(side: str, value: Any) -> None:
 
 
 def test_manager_refuses_more_than_the_device_has() -> None:
-    with pytest.raises(ValueError, match=r"need 64 \+ 80 = 144 SMs, and the device has 132"):
+    with pytest.raises(ValueError, match=r"need 137 SMs, and the device has 132"):
         manager_with(FakeDriver(), 60, 73)
-    with pytest.raises(ValueError, match=r"sm_count=16 .* need 16 \+ 120 = 136 SMs"):
-        manager_with(FakeDriver(), 16, 116)
 
 
 def test_manager_refuses_a_device_that_is_not_cuda() -> None:

@@ -1,23 +1,25 @@
 """Decode steps as CUDA graphs, one per batch size of a ladder.
 
 A decode step launches hundreds of small kernels; replaying a captured graph launches them at once.
-All graphs read the same static input buffer and share one memory pool, so a step's logits are
-valid until the next replay.
+All graphs read the same static inputs, write their logits to the same static buffer, and share one
+memory pool for everything between, so a step's logits are valid until the next replay.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from nanovllm.engine.stage_marks import StageMarks, make_marks
 from nanovllm.engine.step_inputs import InputLayout
 
-# Runs a decode step of the layout on static inputs, and returns its logits.
-DecodeStep = Callable[[InputLayout, torch.Tensor], torch.Tensor]
+# Issues a decode step: its layout, its inputs, where its logits go, and its time marks if any.
+DecodeStep = Callable[[InputLayout, torch.Tensor, torch.Tensor, StageMarks | None], object]
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -26,57 +28,99 @@ def batch_sizes(largest: int) -> list[int]:
     return sorted({size for size in ladder if size <= largest} | {largest})
 
 
+class GraphMemory:
+    """What all graphs of a runner share: static inputs and logits, and the pool for the rest."""
+
+    def __init__(
+        self,
+        sizes: list[int],
+        max_blocks: int,
+        vocab_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.sizes = sizes
+        self.max_blocks = max_blocks
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle()
+        largest = InputLayout.decode(sizes[-1], max_blocks)
+        self.inputs = torch.zeros(largest.size, dtype=torch.int32, device=device)
+        self.logits = torch.zeros(sizes[-1], vocab_size, dtype=dtype, device=device)
+
+    def size_for(self, count: int) -> int:
+        """The smallest size on the ladder that holds `count` sequences."""
+        return self.sizes[bisect_left(self.sizes, count)]
+
+
+@dataclass(frozen=True)
+class CapturedStep:
+    """A graph, and its time marks if it is profiled."""
+
+    graph: torch.cuda.CUDAGraph
+    marks: StageMarks | None
+
+
 class DecodeGraphs:
-    """Captured decode steps for batches of up to `max(sizes)` sequences."""
+    """Captured decode steps.
+
+    Args:
+        step: issues a step.
+        memory: shared with other graphs.
+        fill_padding: fills inputs with padding rows, which captures run on.
+        profiled: whether the graphs mark the times of their stages.
+    """
 
     def __init__(
         self,
         step: DecodeStep,
-        sizes: list[int],
-        max_blocks: int,
-        padding: Callable[[InputLayout, np.ndarray], None],
-        device: torch.device,
+        memory: GraphMemory,
+        fill_padding: Callable[[InputLayout, np.ndarray], None],
         *,
-        show_progress: bool = True,
+        profiled: bool,
     ) -> None:
-        """Captures `step` once per size.
+        self.step = step
+        self.memory = memory
+        self.fill_padding = fill_padding
+        self.profiled = profiled
+        self.captured: dict[InputLayout, CapturedStep] = {}
 
-        Args:
-            step: what to capture.
-            sizes: batch sizes, rising.
-            max_blocks: width of the block tables.
-            padding: fills inputs with padding rows, which the capture runs on.
-            device: a CUDA device.
-            show_progress: whether to show a progress bar.
-        """
-        self.sizes = sizes
-        self.inputs = torch.zeros(
-            InputLayout.decode(sizes[-1], max_blocks).size, dtype=torch.int32, device=device
-        )
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.logits: dict[int, torch.Tensor] = {}
-        pool = torch.cuda.graph_pool_handle()
-        # The largest first: the smaller ones then fit into the pool's memory.
-        bar = tqdm(sizes[::-1], desc="Capturing CUDA graphs", disable=not show_progress)
-        for size in bar:
-            layout = InputLayout.decode(size, max_blocks)
-            host = np.empty(layout.size, np.int32)
-            padding(layout, host)
-            inputs = self.inputs[: layout.size]
-            inputs.copy_(torch.from_numpy(host))
-            step(layout, inputs)  # outside the capture: compiles kernels, creates handles
-            torch.cuda.synchronize(device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                self.logits[size] = step(layout, inputs)
-            self.graphs[size] = graph
+    def capture(self, layouts: list[InputLayout], *, show_progress: bool) -> None:
+        """Captures these steps now, rather than when they are first needed."""
+        # The largest first: the others then fit into the pool's memory.
+        for layout in tqdm(layouts[::-1], desc="Capturing CUDA graphs", disable=not show_progress):
+            self.get(layout)
 
-    def size_for(self, count: int) -> int:
-        """The smallest captured batch size that holds `count` sequences."""
-        return self.sizes[bisect_left(self.sizes, count)]
+    def get(self, layout: InputLayout) -> CapturedStep:
+        """The captured step of that layout."""
+        if layout not in self.captured:
+            self.captured[layout] = self._capture(layout)
+        return self.captured[layout]
 
-    def replay(self, layout: InputLayout, host: torch.Tensor) -> torch.Tensor:
-        """Runs a step of a captured size on `host`, pinned int32 [layout.size]."""
-        self.inputs[: layout.size].copy_(host, non_blocking=True)
-        self.graphs[layout.num_seqs].replay()
-        return self.logits[layout.num_seqs]
+    def replay(self, layout: InputLayout, host: torch.Tensor) -> CapturedStep:
+        """Issues a step of `layout` on the inputs in `host`, int32 [layout.size]."""
+        step = self.get(layout)
+        self.memory.inputs[: layout.size].copy_(host, non_blocking=True)
+        step.graph.replay()
+        return step
+
+    def close(self) -> None:
+        """Frees the graphs."""
+        for step in self.captured.values():
+            step.graph.reset()
+        self.captured = {}
+
+    @torch.inference_mode()
+    def _capture(self, layout: InputLayout) -> CapturedStep:
+        host = np.empty(layout.size, np.int32)
+        self.fill_padding(layout, host)
+        inputs = self.memory.inputs[: layout.size]
+        inputs.copy_(torch.from_numpy(host))
+        logits = self.memory.logits[: layout.num_seqs]
+        self.step(layout, inputs, logits, None)  # outside: compiles kernels, makes handles
+        torch.cuda.synchronize(self.memory.device)
+        marks = make_marks(self.memory.device, in_graph=True) if self.profiled else None
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on using CUDA meanwhile, such as NCCL's watchdog.
+        with torch.cuda.graph(graph, pool=self.memory.pool, capture_error_mode="thread_local"):
+            self.step(layout, inputs, logits, marks)
+        return CapturedStep(graph, marks)

@@ -6,9 +6,9 @@
 
 The design in a few lines:
 - `plan_partitions` is plain arithmetic: it rounds both requests up to what the device makes, and
-  decides whether attention gets a group of its own or all that the FFN group leaves.
-- The FFN side always has the aligned group. cuBLAS launches clusters of thread blocks, and on the
-  unaligned remainder of a split (12 SMs of an H200) some of its kernels fail.
+  decides which side, if any, gets all that the other's group leaves.
+- The FFN side has an aligned group if it can. cuBLAS launches clusters of thread blocks, and on a
+  small unaligned remainder (12 SMs of an H200) some of its kernels fail.
 - Both partitions come from one driver split, so they share no SM. A manager keeps no state outside
   itself: several with different splits may live on one device, to switch between.
 
@@ -43,15 +43,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PartitionPlan:
-    """What to ask of the driver.
-
-    Attributes:
-        attention: SMs of the attention partition; None for all that the FFN group leaves.
-        ffn: SMs of the FFN group.
-    """
+    """What to ask of the driver: SMs of each group; None for all that the other group leaves."""
 
     attention: int | None
-    ffn: int
+    ffn: int | None
 
 
 @dataclass(frozen=True)
@@ -84,8 +79,9 @@ def plan_partitions(
 ) -> PartitionPlan:
     """Rounds two requests up to what a device of `total` SMs can make.
 
-    Each side gets an aligned group if both fit. If they do not, or if they fill the device, the
-    attention side gets the whole remainder, which need not be a multiple of the alignment.
+    Each side gets an aligned group if both fit. If they do not, or if they fill the device, one
+    side gets an aligned group and the other the whole remainder, which need not be a multiple of
+    the alignment: attention if possible, else the FFN.
 
     Raises:
         ValueError: a count is no positive integer, or both together exceed the device.
@@ -94,16 +90,19 @@ def plan_partitions(
     check_integer("pipeline_ffn_sm_count", ffn_sm_count, minimum=1)
     attention = granularity.round_up(attention_sm_count, groups=2)
     ffn = granularity.round_up(ffn_sm_count, groups=2)
+    attention_alone = granularity.round_up(attention_sm_count)
     ffn_alone = granularity.round_up(ffn_sm_count)
-    remainder = total - ffn_alone
-    if attention + ffn <= total and attention_sm_count != remainder:
+    if attention + ffn <= total and attention_sm_count + ffn_alone != total:
         return PartitionPlan(attention, ffn)
-    if attention_sm_count <= remainder:
+    if attention_sm_count + ffn_alone <= total:
         return PartitionPlan(None, ffn_alone)
+    if attention_alone + ffn_sm_count <= total:
+        return PartitionPlan(attention_alone, None)
     raise ValueError(
         f"pipeline_attention_sm_count={attention_sm_count} and pipeline_ffn_sm_count="
-        f"{ffn_sm_count} are not allowed: rounded up to multiples of {granularity.alignment} they "
-        f"need {attention} + {ffn_alone} = {attention + ffn_alone} SMs, and the device has {total}"
+        f"{ffn_sm_count} are not allowed: with groups of {granularity.alignment} SMs they need "
+        f"{min(attention_sm_count + ffn_alone, attention_alone + ffn_sm_count)} SMs, and the "
+        f"device has {total}"
     )
 
 
@@ -206,13 +205,14 @@ def _split(
     device: GreenDevice, plan: PartitionPlan, coscheduled: bool
 ) -> tuple[SmResource, SmResource]:
     """Makes the attention and the FFN side of a plan, both out of one driver split."""
-    if plan.attention is not None:
-        ffn, attention = device.split([plan.ffn, plan.attention], coscheduled=coscheduled).groups
-        return attention, ffn
-    split = device.split([plan.ffn], coscheduled=coscheduled)
-    if split.remainder is None:
-        raise GreenContextUnavailable(f"a group of {plan.ffn} SMs leaves none for attention")
-    return split.remainder, split.groups[0]
+    sizes = [size for size in (plan.ffn, plan.attention) if size is not None]
+    split = device.split(sizes, coscheduled=coscheduled)
+    parts = [part for part in (*split.groups, split.remainder) if part is not None]
+    if len(parts) < 2:
+        raise GreenContextUnavailable(f"a group of {sizes[0]} SMs leaves none for the other stage")
+    if plan.ffn is None:
+        return parts[0], parts[1]
+    return parts[1], parts[0]
 
 
 def _ordinal(device: torch.device) -> int:

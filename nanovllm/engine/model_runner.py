@@ -14,9 +14,12 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine import kv_cache
-from nanovllm.engine.cuda_graphs import DecodeGraphs, batch_sizes
+from nanovllm.engine.cuda_graphs import GraphMemory, batch_sizes
+from nanovllm.engine.decode_runner import DecodeRunner
+from nanovllm.engine.pipeline import build_pipeline
+from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.ranks import Ranks
-from nanovllm.engine.scheduler import Step
+from nanovllm.engine.scheduler import Chunk, Step
 from nanovllm.engine.step_inputs import InputLayout, StepTensors, fill_inputs
 from nanovllm.layers.attention import make_backend
 from nanovllm.layers.sampler import SamplingBatch, sample
@@ -26,7 +29,7 @@ from nanovllm.utils.loader import fill_randomly, load_weights
 
 
 class ModelRunner:
-    """Owns model, KV cache and graphs of one rank; a context manager that closes them."""
+    """Owns model, KV cache and decode paths of one rank; a context manager that closes them."""
 
     @torch.inference_mode()
     def __init__(self, config: Config, model_dir: Path, device: torch.device, ranks: Ranks) -> None:
@@ -63,7 +66,17 @@ class ModelRunner:
             )
         )
         bind_cache(self.num_blocks)
-        self.graphs = self._capture_graphs()
+        self.pipeline = build_pipeline(config, self.model, self.backend, device, sm_count(device))
+        self.decode = DecodeRunner(
+            config,
+            self.model,
+            self.pipeline,
+            self.workspace,
+            self._graph_memory(dtype),
+            self._fill_padding,
+            self.max_blocks,
+        )
+        self.decode.capture(show_progress=ranks.is_first)
 
     def __enter__(self) -> ModelRunner:
         return self
@@ -78,10 +91,11 @@ class ModelRunner:
 
     def close(self) -> None:
         """Frees the device's memory and ends the other ranks; may be called twice."""
-        self.graphs = None
-        self.model = None  # type: ignore[assignment]
-        self.workspace = None
+        self.decode.close()
         self.ranks.close()
+        # The memory goes with the last references to it.
+        for name in ("model", "decode", "pipeline", "workspace"):
+            self.__dict__.pop(name, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -90,24 +104,34 @@ class ModelRunner:
         """Tokens that all KV blocks together hold."""
         return self.num_blocks * self.block_size
 
+    @property
+    def pipeline_scheduler(self) -> PipelineScheduler:
+        """Issues the stages of decode steps: as a pipeline, or in sequence where there is none."""
+        return self.pipeline.scheduler or self.pipeline.sequential
+
+    def get_pipeline_statistics(self) -> dict[str, object]:
+        """What `print_pipeline_statistics` prints; see `PipelineStatistics.as_dict`."""
+        return self.pipeline.statistics.as_dict()
+
+    def print_pipeline_statistics(self) -> None:
+        """Prints tokens and steps by path, and the stages' mean times if they were profiled."""
+        print(self.pipeline.statistics.format())
+
     def execute(self, step: Step) -> list[int]:
         """Runs `step` on all ranks and returns the drawn tokens, one per sampling chunk."""
-        layout = self._layout(step)
+        rows: np.ndarray | None = None
+        if step.is_decode:
+            layout, rows = self.decode.layout(len(step.chunks))
+        else:
+            layout = InputLayout.prefill(step.chunks, self.max_blocks)
         flat = torch.empty(layout.size, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        fill_inputs(layout, step.chunks, self.block_size, self.backend.tile_size, flat.numpy())
+        self._fill(layout, step.chunks, flat.numpy(), rows)
         self.ranks.send_step(layout, flat.numpy())
         logits = self.run(layout, flat)
-        sampling = [chunk.seq for chunk in step.chunks if chunk.samples]
-        if not sampling:
-            return []
-        batch = SamplingBatch.of(
-            [seq.params for seq in sampling],
-            [seq.seed for seq in sampling],
-            [seq.num_generated for seq in sampling],
-            self.model_config.vocab_size,
-            self.device,
-        )
-        return self._to_host(sample(logits[: len(sampling)], batch))
+        tokens = self._sample(step, logits, rows)
+        if step.is_decode:
+            self.decode.count(layout, len(step.chunks))
+        return tokens
 
     def serve(self) -> None:
         """Runs the steps that rank 0 sends, until it stops."""
@@ -118,23 +142,30 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, layout: InputLayout, flat: torch.Tensor) -> torch.Tensor:
         """Runs the model on the host's inputs; returns logits [num_samples, vocab_size]."""
-        if self.graphs is not None and layout.is_decode:
-            return self.graphs.replay(layout, flat)
-        return self._forward(layout, flat.to(self.device, non_blocking=True))
+        if layout.is_decode:
+            return self.decode.run(layout, flat, self.device)
+        return self._prefill(layout, flat.to(self.device, non_blocking=True))
 
-    def _forward(self, layout: InputLayout, flat: torch.Tensor) -> torch.Tensor:
-        inputs = StepTensors.of(layout, flat, self.workspace)
+    def _prefill(self, layout: InputLayout, flat: torch.Tensor) -> torch.Tensor:
+        inputs = StepTensors.of(layout, flat, None)
         hidden = self.model(inputs.input_ids, inputs.positions, inputs.metadata)
-        if inputs.sample_rows is not None:
-            hidden = hidden[inputs.sample_rows]
-        return self.model.compute_logits(hidden)
+        return self.model.compute_logits(hidden[inputs.sample_rows])
 
-    def _layout(self, step: Step) -> InputLayout:
-        if not step.is_decode:
-            return InputLayout.prefill(step.chunks, self.max_blocks)
-        count = len(step.chunks)
-        size = count if self.graphs is None else self.graphs.size_for(count)
-        return InputLayout.decode(size, self.max_blocks)
+    def _sample(self, step: Step, logits: torch.Tensor, rows: np.ndarray | None) -> list[int]:
+        """Draws the next token of each sampling chunk, whose logits are in `rows`."""
+        seqs = [chunk.seq for chunk in step.chunks if chunk.samples]
+        if not seqs:
+            return []
+        batch = SamplingBatch.of(
+            [seq.params for seq in seqs],
+            [seq.seed for seq in seqs],
+            [seq.num_generated for seq in seqs],
+            self.model_config.vocab_size,
+            self.device,
+        )
+        if rows is not None and len(rows) < len(logits):
+            logits = logits[torch.from_numpy(rows).to(self.device)]
+        return self._to_host(sample(logits, batch))
 
     def _to_host(self, tokens: torch.Tensor) -> list[int]:
         if self.device.type != "cuda":
@@ -153,20 +184,20 @@ class ModelRunner:
         else:
             load_weights(slots, model_dir, show_progress=self.ranks.is_first)
 
-    def _capture_graphs(self) -> DecodeGraphs | None:
+    def _graph_memory(self, dtype: torch.dtype) -> GraphMemory | None:
         if self.device.type != "cuda" or self.config.enforce_eager:
             return None
-        return DecodeGraphs(
-            self._forward,
-            batch_sizes(self.config.max_num_seqs),
-            self.max_blocks,
-            self._fill_padding,
-            self.device,
-            show_progress=self.ranks.is_first,
-        )
+        sizes = batch_sizes(self.config.max_num_seqs)
+        vocab_size = self.model_config.vocab_size
+        return GraphMemory(sizes, self.max_blocks, vocab_size, dtype, self.device)
+
+    def _fill(
+        self, layout: InputLayout, chunks: list[Chunk], flat: np.ndarray, rows: np.ndarray | None
+    ) -> None:
+        fill_inputs(layout, chunks, self.block_size, self.backend.tile_size, flat, rows)
 
     def _fill_padding(self, layout: InputLayout, flat: np.ndarray) -> None:
-        fill_inputs(layout, [], self.block_size, self.backend.tile_size, flat)
+        self._fill(layout, [], flat, None)
 
     def _run_largest_step(self) -> None:
         """A prefill and a decode step as large as the options allow, all in the padding block."""
@@ -179,11 +210,12 @@ class ModelRunner:
         views = layout.views(host)
         np.cumsum(sizes, out=views["cu_seqlens_q"][1:])
         views["context_lens"][:] = sizes
-        self._forward(layout, torch.from_numpy(host).to(self.device))
-        layout = InputLayout.decode(self.config.max_num_seqs, self.max_blocks)
-        host = np.empty(layout.size, np.int32)
-        self._fill_padding(layout, host)
-        self._forward(layout, torch.from_numpy(host).to(self.device)).argmax(-1)
+        self._prefill(layout, torch.from_numpy(host).to(self.device))
+        # What decode needs at most beyond that: logits, and their copy in float32 for top-p.
+        logits = torch.zeros(
+            self.config.max_num_seqs, self.model_config.vocab_size, device=self.device
+        )
+        logits.softmax(-1)
 
 
 def resolve_dtype(wanted: str, checkpoint: str, device: torch.device) -> torch.dtype:

@@ -16,7 +16,8 @@ import torch
 
 from nanovllm.engine.block_manager import PADDING_BLOCK
 from nanovllm.engine.scheduler import Chunk
-from nanovllm.layers.attention import DecodeMetadata, PrefillMetadata
+from nanovllm.layers.attention import DecodeMetadata, Metadata, PrefillMetadata
+from nanovllm.models.qwen3 import sequence_starts
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class InputLayout:
         num_samples: S, sequences that draw a token.
         max_blocks: width of the block tables.
         max_seqlen_q: most new tokens of a sequence.
+        pipelined: whether a decode step is run as a pipeline.
     """
 
     is_decode: bool
@@ -38,11 +40,12 @@ class InputLayout:
     num_samples: int
     max_blocks: int
     max_seqlen_q: int
+    pipelined: bool = False
 
     @classmethod
-    def decode(cls, num_seqs: int, max_blocks: int) -> InputLayout:
+    def decode(cls, num_seqs: int, max_blocks: int, pipelined: bool = False) -> InputLayout:
         """Layout of a decode step of `num_seqs` sequences."""
-        return cls(True, num_seqs, num_seqs, num_seqs, max_blocks, 1)
+        return cls(True, num_seqs, num_seqs, num_seqs, max_blocks, 1, pipelined)
 
     @classmethod
     def prefill(cls, chunks: list[Chunk], max_blocks: int) -> InputLayout:
@@ -90,71 +93,161 @@ class StepTensors:
 
     Attributes:
         input_ids, positions: int32 [T].
-        metadata: of attention.
+        metadata: of attention; None: no KV cache, each position 0 begins a sequence.
         sample_rows: int32 [S], tokens whose logits are wanted; None: all.
     """
 
     input_ids: torch.Tensor
     positions: torch.Tensor
-    metadata: DecodeMetadata | PrefillMetadata
-    sample_rows: torch.Tensor | None
+    metadata: Metadata | None
+    sample_rows: torch.Tensor | None = None
 
     @classmethod
     def of(cls, layout: InputLayout, flat: torch.Tensor, workspace: Any) -> StepTensors:
         """Views into `flat`, a device tensor laid out as `layout`."""
         views = layout.views(flat)
         places = (views["slot_mapping"], views["block_tables"], views["context_lens"])
-        metadata: DecodeMetadata | PrefillMetadata
+        metadata: Metadata
         if layout.is_decode:
             metadata = DecodeMetadata(*places, views["tile_offsets"], workspace)
         else:
             metadata = PrefillMetadata(*places, views["cu_seqlens_q"], layout.max_seqlen_q)
         return cls(views["input_ids"], views["positions"], metadata, views.get("sample_rows"))
 
+    def check(self) -> None:
+        """Raises ValueError unless the fields of a decode step fit each other."""
+        count = len(self.input_ids)
+        shapes = {"input_ids": self.input_ids.shape, "positions": self.positions.shape}
+        if self.metadata is not None:
+            shapes["metadata.slot_mapping"] = self.metadata.slot_mapping.shape
+            shapes["metadata.context_lens"] = self.metadata.context_lens.shape
+        for name, shape in shapes.items():
+            if tuple(shape) != (count,) or not count:
+                raise ValueError(
+                    f"{name} has shape {tuple(shape)}; with input_ids of shape "
+                    f"{tuple(self.input_ids.shape)} it must be [N], N at least 1 and the same for "
+                    "all inputs"
+                )
+
+    def split(self, cut_at: int | None = None) -> list[StepTensors]:
+        """Cuts a decode step in two after its first `cut_at` sequences (default: half of them).
+
+        A step of a single sequence stays whole.
+
+        Raises:
+            ValueError: a part would be empty.
+        """
+        starts = None if self.metadata is not None else sequence_starts(self.positions).tolist()
+        count = len(self.input_ids) if starts is None else len(starts) - 1
+        if cut_at is None:
+            cut_at = (count + 1) // 2
+            if cut_at == count:
+                return [self]
+        if not 0 < cut_at < count:
+            raise ValueError(
+                f"cut_at={cut_at!r} is not allowed for {count} sequences: it must be from 1 to "
+                f"{count - 1}"
+            )
+        token = cut_at if starts is None else starts[cut_at]
+        halves = self.metadata.split(cut_at) if self.metadata is not None else (None, None)
+        return [
+            StepTensors(self.input_ids[:token], self.positions[:token], halves[0]),
+            StepTensors(self.input_ids[token:], self.positions[token:], halves[1]),
+        ]
+
 
 def fill_inputs(
-    layout: InputLayout, chunks: list[Chunk], block_size: int, tile_size: int, flat: np.ndarray
+    layout: InputLayout,
+    chunks: list[Chunk],
+    block_size: int,
+    tile_size: int,
+    flat: np.ndarray,
+    rows: np.ndarray | None = None,
 ) -> None:
     """Writes the fields of `chunks` into `flat`, int32 [layout.size].
 
-    `tile_size` is the attention back end's. Decode rows beyond the chunks are padding: one token
-    of context, in the padding block.
+    Args:
+        layout: of `flat`.
+        chunks: what the step computes.
+        block_size: tokens of a KV block.
+        tile_size: the attention back end's.
+        flat: is overwritten.
+        rows: in decode, the row of each chunk; default: the first rows. All other rows are
+            padding: one token of context, in the padding block.
     """
     views = layout.views(flat)
-    _fill_block_tables(views["block_tables"], [chunk.seq.block_table for chunk in chunks])
+    _fill_block_tables(views["block_tables"], chunks, rows)
     starts = np.array([chunk.start for chunk in chunks], np.int32)
     ends = np.array([chunk.end for chunk in chunks], np.int32)
-    count = len(chunks)
-    views["context_lens"][:count] = ends
-    views["context_lens"][count:] = 1
     if layout.is_decode:
-        tokens = [chunk.seq.token_ids[chunk.start] for chunk in chunks]
-        positions, rows = starts, np.arange(count)
-        _running_sum(views["tile_offsets"], -(-views["context_lens"] // tile_size))
+        rows = np.arange(len(chunks)) if rows is None else rows
+        _fill_decode(views, chunks, rows, starts, block_size, tile_size)
     else:
-        tokens = list(
-            chain.from_iterable(chunk.seq.token_ids[chunk.start : chunk.end] for chunk in chunks)
-        )
-        sizes = ends - starts
-        _running_sum(views["cu_seqlens_q"], sizes)
-        rows = np.repeat(np.arange(count), sizes)
-        firsts = views["cu_seqlens_q"][:-1]
-        positions = np.arange(layout.num_tokens, dtype=np.int32) + (starts - firsts)[rows]
-        views["sample_rows"][:] = (firsts + sizes - 1)[[chunk.samples for chunk in chunks]]
-    blocks = views["block_tables"][rows, positions // block_size]
-    slots = blocks * block_size + positions % block_size
-    for name, values in (("input_ids", tokens), ("positions", positions), ("slot_mapping", slots)):
-        views[name][: len(values)] = values
-        views[name][len(values) :] = PADDING_BLOCK * block_size
+        _fill_prefill(views, chunks, starts, ends, block_size)
 
 
-def _fill_block_tables(target: np.ndarray, tables: list[list[int]]) -> None:
-    """Writes ragged block tables into the first rows of `target`; the rest is padding."""
+def micro_batch_rows(count: int, size: int) -> np.ndarray:
+    """Rows for `count` sequences in a step of `size` that is cut in half: half of them each."""
+    first = min((count + 1) // 2, (size + 1) // 2)
+    return np.concatenate([np.arange(first), (size + 1) // 2 + np.arange(count - first)])
+
+
+def _fill_decode(
+    views: dict[str, np.ndarray],
+    chunks: list[Chunk],
+    rows: np.ndarray,
+    positions: np.ndarray,
+    block_size: int,
+    tile_size: int,
+) -> None:
+    for name in ("input_ids", "positions"):
+        views[name].fill(0)
+    views["slot_mapping"].fill(PADDING_BLOCK * block_size)
+    views["context_lens"].fill(1)
+    views["input_ids"][rows] = [chunk.seq.token_ids[chunk.start] for chunk in chunks]
+    views["positions"][rows] = positions
+    views["slot_mapping"][rows] = _slots(views["block_tables"], rows, positions, block_size)
+    views["context_lens"][rows] = positions + 1
+    _running_sum(views["tile_offsets"], -(-views["context_lens"] // tile_size))
+
+
+def _fill_prefill(
+    views: dict[str, np.ndarray],
+    chunks: list[Chunk],
+    starts: np.ndarray,
+    ends: np.ndarray,
+    block_size: int,
+) -> None:
+    sizes = ends - starts
+    _running_sum(views["cu_seqlens_q"], sizes)
+    firsts = views["cu_seqlens_q"][:-1]
+    rows = np.repeat(np.arange(len(chunks)), sizes)
+    positions = np.arange(len(rows), dtype=np.int32) + (starts - firsts)[rows]
+    views["input_ids"][:] = list(
+        chain.from_iterable(chunk.seq.token_ids[chunk.start : chunk.end] for chunk in chunks)
+    )
+    views["positions"][:] = positions
+    views["slot_mapping"][:] = _slots(views["block_tables"], rows, positions, block_size)
+    views["context_lens"][:] = ends
+    views["sample_rows"][:] = (firsts + sizes - 1)[[chunk.samples for chunk in chunks]]
+
+
+def _fill_block_tables(target: np.ndarray, chunks: list[Chunk], rows: np.ndarray | None) -> None:
+    """Writes the chunks' ragged block tables into `rows` of `target`; the rest is padding."""
+    tables = [chunk.seq.block_table for chunk in chunks]
     lengths = np.zeros(len(target), np.int32)
-    lengths[: len(tables)] = [len(table) for table in tables]
+    lengths[slice(len(tables)) if rows is None else rows] = [len(table) for table in tables]
     target.fill(PADDING_BLOCK)
+    # NOTE: this assigns in row order, so `rows` must rise.
     held = np.arange(target.shape[1]) < lengths[:, None]
     target[held] = np.fromiter(chain.from_iterable(tables), np.int32, int(lengths.sum()))
+
+
+def _slots(
+    block_tables: np.ndarray, rows: np.ndarray, positions: np.ndarray, block_size: int
+) -> np.ndarray:
+    """Cache slots of tokens at `positions` of the sequences in `rows`."""
+    return block_tables[rows, positions // block_size] * block_size + positions % block_size
 
 
 def _running_sum(target: np.ndarray, values: np.ndarray) -> None:

@@ -193,7 +193,7 @@ def _descriptor(cache: Tensor, tile: int) -> Any:
     return TensorDescriptor.from_tensor(cache.view(-1, head_dim), [tile, head_dim])
 
 
-@triton.jit(do_not_specialize=["num_seqs"])
+@triton.jit(do_not_specialize=["num_seqs", "table_stride"])
 def _decode_kernel(
     q,
     k_cache,

@@ -72,7 +72,7 @@ def paged_prefill_attention(
 
 
 def _tiling(head_dim: int, itemsize: int, max_seqlen_q: int) -> tuple[int, int, int, int]:
-    """Queries and keys of a tile, warps and pipeline stages: what fits without spilling."""
+    """Queries and keys of a tile, warps and pipeline stages: what fits an SM."""
     tile_q = max(triton.next_power_of_2(max_seqlen_q), 16)
     if itemsize == 4:  # exact products, not on the tensor cores: for tests, not for speed
         return 16, 16, 4, 2
@@ -95,7 +95,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale:
     return paged_prefill_attention(q, keys, values, tables, cu_seqlens, lengths, longest, scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _prefill_kernel(
     q,
     k_cache,

@@ -42,7 +42,7 @@ def qk_norm_rope_store(
     q = torch.empty(num_tokens, num_q_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     if num_tokens == 0:
         return q
-    num_heads = num_q_heads + 2 * num_kv_heads
+    num_heads, half = num_q_heads + 2 * num_kv_heads, head_dim // 2
     _norm_rope_store_kernel[(num_tokens, triton.cdiv(num_heads, _HEADS_PER_PROGRAM))](
         qkv,
         q_weight,
@@ -58,9 +58,10 @@ def qk_norm_rope_store(
         Q_HEADS=num_q_heads,
         KV_HEADS=num_kv_heads,
         BLOCK_SIZE=k_cache.shape[2],
-        HALF=head_dim // 2,
+        HALF=half,
         HEADS=_HEADS_PER_PROGRAM,
-        num_warps=2,
+        # One 16-byte load of a 16-bit dtype per thread and half.
+        num_warps=max(_HEADS_PER_PROGRAM * half // 256, 1),
     )
     return q
 

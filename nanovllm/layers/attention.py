@@ -58,6 +58,25 @@ class DecodeMetadata(AttentionMetadata):
     tile_offsets: torch.Tensor
     workspace: Any
 
+    def split(self, cut_at: int) -> tuple[DecodeMetadata, DecodeMetadata]:
+        """Cuts the step after its first `cut_at` sequences."""
+        offsets = self.tile_offsets
+        first = DecodeMetadata(
+            self.slot_mapping[:cut_at],
+            self.block_tables[:cut_at],
+            self.context_lens[:cut_at],
+            offsets[: cut_at + 1],
+            self.workspace,
+        )
+        second = DecodeMetadata(
+            self.slot_mapping[cut_at:],
+            self.block_tables[cut_at:],
+            self.context_lens[cut_at:],
+            offsets[cut_at:] - offsets[cut_at],
+            self.workspace,
+        )
+        return first, second
+
 
 @dataclass(frozen=True)
 class PrefillMetadata(AttentionMetadata):
@@ -70,6 +89,9 @@ class PrefillMetadata(AttentionMetadata):
 
     cu_seqlens_q: torch.Tensor
     max_seqlen_q: int
+
+
+Metadata = DecodeMetadata | PrefillMetadata
 
 
 class AttentionBackend(ABC):

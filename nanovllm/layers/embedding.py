@@ -34,10 +34,13 @@ class VocabEmbedding(nn.Module):
         rows = F.embedding(torch.where(held, local, 0), self.weight)
         return self.group.all_reduce(torch.where(held[:, None], rows, 0))
 
-    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[T, hidden_size] to [T, vocab_size], on every rank."""
-        local = F.linear(hidden_states, self.weight)
-        return self.group.concat_last_dim(local)[:, : self.shard.full]
+    def logits(self, hidden_states: torch.Tensor, out: torch.Tensor) -> None:
+        """[T, hidden_size] to `out` [T, vocab_size], on every rank."""
+        if self.group.size == 1:
+            torch.mm(hidden_states, self.weight.t(), out=out)
+        else:
+            local = F.linear(hidden_states, self.weight)
+            out.copy_(self.group.concat_last_dim(local)[:, : self.shard.full])
 
     def slots(self, prefix: str) -> Slots:
         yield f"{prefix}.weight", Slot.sharded(self.weight[: self.shard.size], 0, self.shard)

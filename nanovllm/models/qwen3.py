@@ -17,12 +17,7 @@ from torch import nn
 
 from nanovllm import kernels
 from nanovllm.kernels import reference
-from nanovllm.layers.attention import (
-    AttentionBackend,
-    DecodeMetadata,
-    HeadShape,
-    PrefillMetadata,
-)
+from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, HeadShape, Metadata
 from nanovllm.layers.embedding import VocabEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import PackedColumnLinear, RowLinear
@@ -30,8 +25,6 @@ from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.layers.rotary_embedding import cos_sin_table
 from nanovllm.layers.slots import Slots
 from nanovllm.models.qwen3_config import Qwen3Config, UnsupportedModelError
-
-Metadata = DecodeMetadata | PrefillMetadata
 
 
 class Qwen3Attention(nn.Module):
@@ -334,10 +327,15 @@ class Qwen3ForCausalLM(nn.Module):
         """See `Qwen3Model.forward`."""
         return self.model(input_ids, positions, metadata)
 
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[T, hidden_size] to [T, vocab_size]."""
+    def compute_logits(
+        self, hidden_states: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[T, hidden_size] to logits [T, vocab_size], in `out` if it is given."""
+        if out is None:
+            out = hidden_states.new_empty(len(hidden_states), self.config.vocab_size)
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return head.logits(hidden_states)
+        head.logits(hidden_states, out)
+        return out
 
     def bind_kv_cache(self, cache: torch.Tensor) -> None:
         """Gives each layer its part of [layers, 2, blocks, kv_heads, block_size, head_dim]."""

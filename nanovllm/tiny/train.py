@@ -247,6 +247,7 @@ def main() -> None:
     if arguments.steps < 1:
         parser.error("--steps must be at least 1")
     recipe = Recipe(steps=arguments.steps, seed=arguments.seed)
+    torch.set_num_threads(recipe.threads)  # for the report as well: see `report.py`
     loss = train(arguments.out, Shape(), recipe)
     result = report(arguments.out)
     write_card(arguments.out, recipe, loss, result)

@@ -1,0 +1,127 @@
+"""Runs decode steps: pipelined or sequential, from CUDA graphs or eagerly, profiled or not.
+
+All ways issue the same stages through a `PipelineScheduler`; they differ in its executor, and in
+whether what is issued is captured. Which way a step goes is written in its layout, before its
+inputs are filled, because a pipelined step spreads its sequences over two micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanovllm.config import Config
+from nanovllm.engine.cuda_graphs import DecodeGraphs, GraphMemory
+from nanovllm.engine.pipeline import Pipeline
+from nanovllm.engine.stage_marks import StageMarks, make_marks
+from nanovllm.engine.step_inputs import InputLayout, StepTensors, micro_batch_rows
+from nanovllm.models.qwen3 import Qwen3ForCausalLM
+
+
+class DecodeRunner:
+    """The decode side of a `ModelRunner`.
+
+    Args:
+        config: pipeline_enable_profiling is looked up at every step.
+        model: the model, its KV cache bound.
+        pipeline: see `build_pipeline`.
+        workspace: attention's scratch memory on all SMs.
+        memory: for CUDA graphs; None: run eagerly.
+        fill_padding: fills inputs with padding rows.
+        max_blocks: width of the block tables.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: Qwen3ForCausalLM,
+        pipeline: Pipeline,
+        workspace: Any,
+        memory: GraphMemory | None,
+        fill_padding: Callable[[InputLayout, np.ndarray], None],
+        max_blocks: int,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.pipeline = pipeline
+        self.workspace = workspace
+        self.memory = memory
+        self.fill_padding = fill_padding
+        self.max_blocks = max_blocks
+        self.graphs: dict[bool, DecodeGraphs] = {}  # by whether they are profiled
+        self.marks: StageMarks | None = None  # of the last step
+        # Graphs stay bound to the partitions that they were captured on.
+        captures = memory is not None and pipeline.manager is not None
+        self.lease = pipeline.manager.hold("CUDA graphs") if captures else None
+
+    def layout(self, count: int) -> tuple[InputLayout, np.ndarray]:
+        """The layout of a step of `count` sequences, and the row of each."""
+        size = count if self.memory is None else self.memory.size_for(count)
+        pipelined = self.pipeline.pipelines(count)
+        rows = micro_batch_rows(count, size) if pipelined else np.arange(count)
+        return InputLayout.decode(size, self.max_blocks, pipelined), rows
+
+    def capture(self, *, show_progress: bool) -> None:
+        """Captures the graph of every batch size, each in the way it will be run."""
+        if self.memory is not None:
+            layouts = [self.layout(size)[0] for size in self.memory.sizes]
+            self._graphs().capture(layouts, show_progress=show_progress)
+
+    def run(self, layout: InputLayout, flat: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Issues a step on the host's inputs; returns logits [num_seqs, vocab_size]."""
+        if self.memory is not None:
+            self.marks = self._graphs().replay(layout, flat).marks
+            return self.memory.logits[: layout.num_seqs]
+        self.marks = make_marks(device) if self.config.pipeline_enable_profiling else None
+        inputs = flat.to(device, non_blocking=True)
+        return self._issue(layout, inputs, None, self.marks)
+
+    def count(self, layout: InputLayout, num_seqs: int) -> None:
+        """Adds the last step, which must be complete, to the statistics."""
+        self.pipeline.statistics.count_step(num_seqs, pipelined=layout.pipelined)
+        if self.marks is not None:
+            self.pipeline.statistics.add_times(*self.marks.read())
+
+    def close(self) -> None:
+        """Frees the graphs, then the partitions that they ran on; may be called twice."""
+        for graphs in self.graphs.values():
+            graphs.close()
+        self.graphs = {}
+        if self.lease is not None:
+            self.lease.release()
+        self.pipeline.close()
+
+    def _graphs(self) -> DecodeGraphs:
+        profiled = self.config.pipeline_enable_profiling
+        if profiled not in self.graphs:
+            assert self.memory is not None
+            self.graphs[profiled] = DecodeGraphs(
+                self._issue, self.memory, self.fill_padding, profiled=profiled
+            )
+        return self.graphs[profiled]
+
+    def _issue(
+        self,
+        layout: InputLayout,
+        inputs: torch.Tensor,
+        logits: torch.Tensor | None,
+        marks: StageMarks | None,
+    ) -> torch.Tensor:
+        """Issues the layers and the output head; returns logits, in `logits` if it is given."""
+        if marks is not None:
+            marks.begin_step()
+        pipeline = self.pipeline
+        if layout.pipelined:
+            assert pipeline.scheduler is not None
+            tensors = StepTensors.of(layout, inputs, pipeline.workspace)
+            hidden = pipeline.scheduler.run(tensors, marks=marks)
+        else:
+            tensors = StepTensors.of(layout, inputs, self.workspace)
+            hidden = pipeline.sequential.run(tensors, marks=marks)
+        logits = self.model.compute_logits(hidden, logits)
+        if marks is not None:
+            marks.end_step()
+        return logits

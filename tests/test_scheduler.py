@@ -1,0 +1,440 @@
+"""Scheduler and block manager under random arrivals, aborts, failures and scarce blocks.
+
+`World` stands in for the engine and the model: it keeps, for every slot of the KV cache, the exact
+text (all tokens from the first on) that was last written there, and looks before each step whether
+the slots that the step reads hold what they must. After every event it checks all invariants.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from unittest.mock import patch
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from nanovllm.engine import block_manager
+from nanovllm.engine.block_manager import NO_PREFIX, PADDING_BLOCK, BlockManager
+from nanovllm.engine.scheduler import MAX_PREFILL_STREAK, Scheduler, Step
+from nanovllm.engine.sequence import Sequence, Status
+from nanovllm.sampling_params import SamplingParams
+
+STOP = 0
+ALPHABET = 4  # few tokens, so that unrelated prompts share beginnings too
+STORY = [1, 2, 3, 1, 1, 2, 2, 3, 3, 1, 3, 2, 1, 2, 3, 3]  # what prompts begin with on purpose
+
+TOKENS = st.integers(0, ALPHABET - 1)
+PROMPTS = st.builds(
+    lambda shared, own: STORY[:shared] + own,
+    st.integers(0, len(STORY)),
+    st.lists(TOKENS, min_size=1, max_size=6),
+)
+
+
+def sequence(request_id: int, tokens: list[int], max_tokens: int = 8, max_len: int = 99):
+    return Sequence(
+        request_id=request_id,
+        token_ids=list(tokens),
+        params=SamplingParams(max_tokens=max_tokens),
+        stop_ids=frozenset({STOP}),
+        max_len=max_len,
+        seed=0,
+    )
+
+
+class Texts:
+    """Every text that was ever written, as one number: a trie, so equal numbers are equal texts."""
+
+    EMPTY = 0
+
+    def __init__(self) -> None:
+        self.numbers: dict[tuple[int, int], int] = {}
+        self.tokens: dict[int, list[int]] = {self.EMPTY: []}
+
+    def all_of(self, tokens: list[int]) -> list[int]:
+        """The numbers of tokens[:1], tokens[:2] and so on."""
+        number, result = self.EMPTY, []
+        for token in tokens:
+            longer = self.numbers.setdefault((number, token), len(self.tokens))
+            self.tokens.setdefault(longer, [*self.tokens[number], token])
+            number = longer
+            result.append(number)
+        return result
+
+
+class World:
+    """A scheduler whose model writes texts into KV slots and says what it is told to say."""
+
+    def __init__(
+        self, num_blocks: int, block_size: int, max_num_seqs: int, budget: int, caching: bool
+    ) -> None:
+        self.blocks = BlockManager(num_blocks, block_size, caching)
+        self.scheduler = Scheduler(self.blocks, max_num_seqs, budget)
+        self.texts = Texts()
+        self.kv: dict[int, int] = {}  # slot -> number of the text that ends there
+        self.alive: dict[int, Sequence] = {}
+        self.arrivals = 0
+        self.stalled = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.blocks.num_blocks * self.blocks.block_size
+
+    def arrive(self, prompt: list[int], max_tokens: int, max_len: int = 99) -> Sequence:
+        max_len = min(max_len, self.capacity)
+        seq = sequence(self.arrivals, prompt[:max_len], max_tokens, max_len)
+        self.arrivals += 1
+        self.alive[seq.request_id] = seq
+        self.scheduler.add(seq)
+        self.check()
+        return seq
+
+    def abort(self, request_id: int) -> None:
+        seq = self.alive.pop(request_id)
+        self.scheduler.abort(seq)
+        assert seq.status is Status.FINISHED
+        assert seq.finish_reason == "abort"
+        assert seq.block_table == []
+        self.check()
+
+    def plan(self) -> Step | None:
+        """Schedules a step and checks it."""
+        step = self.scheduler.schedule()
+        assert (step is None) == (not self.alive)
+        if step is not None:
+            self.check_step(step)
+        return step
+
+    def run(self, step: Step) -> int:
+        """Writes and reads the KV slots of `step`; returns how many tokens it draws."""
+        # All tokens are stored before any is read, as in each layer of the model.
+        for chunk in step.chunks:
+            texts = self.texts.all_of(chunk.seq.token_ids)
+            for position in range(chunk.start, chunk.end):
+                self.kv[self.slot(chunk.seq, position)] = texts[position]
+        for chunk in step.chunks:
+            held = [self.kv.get(self.slot(chunk.seq, i)) for i in range(chunk.end)]
+            assert held == self.texts.all_of(chunk.seq.token_ids[: chunk.end])
+        return sum(chunk.samples for chunk in step.chunks)
+
+    def fail(self, step: Step) -> None:
+        """The step stops halfway and leaves rubbish in the slots that it was to write."""
+        for chunk in step.chunks:
+            for position in range(chunk.start, chunk.end):
+                self.kv[self.slot(chunk.seq, position)] = -1
+        self.check()
+
+    def finish(self, step: Step, drawn: list[int]) -> None:
+        """Hands the drawn tokens back, and checks what the scheduler makes of them."""
+        oldest = min(self.alive, default=None)
+        advances = any(chunk.seq.request_id == oldest for chunk in step.chunks)
+        self.stalled = 0 if advances else self.stalled + 1
+        assert self.stalled <= MAX_PREFILL_STREAK, "the oldest request starves"
+        for seq in self.scheduler.update(step, drawn):
+            assert seq.status is Status.FINISHED
+            assert seq.block_table == []
+            assert seq.finish_reason == ("stop" if seq.token_ids[-1] == STOP else "length")
+            del self.alive[seq.request_id]
+        for seq in self.alive.values():
+            assert seq.num_generated < seq.params.max_tokens
+            assert STOP not in seq.token_ids[seq.prompt_len :]
+        self.check()
+
+    def drain(self) -> None:
+        """Runs everything to its end, in a bounded number of steps."""
+        steps_each = (MAX_PREFILL_STREAK + 1) * (self.capacity + 2)
+        for _ in range(steps_each * (len(self.alive) + 1)):
+            step = self.plan()
+            if step is None:
+                break
+            self.finish(step, [1] * self.run(step))
+        assert not self.alive, "requests are left that never finish"
+        assert self.scheduler.is_idle
+        assert self.scheduler.schedule() is None
+        assert len(self.blocks.free) == self.blocks.num_blocks
+
+    def slot(self, seq: Sequence, position: int) -> int:
+        size = self.blocks.block_size
+        return seq.block_table[position // size] * size + position % size
+
+    def check_step(self, step: Step) -> None:
+        scheduler, size = self.scheduler, self.blocks.block_size
+        assert step.chunks
+        assert len(step.chunks) <= scheduler.max_num_seqs
+        assert len({chunk.seq.request_id for chunk in step.chunks}) == len(step.chunks)
+        if not step.is_decode:
+            assert step.num_tokens <= scheduler.max_num_batched_tokens
+        for chunk in step.chunks:
+            seq = chunk.seq
+            assert seq.status is Status.RUNNING
+            assert 0 <= chunk.start < chunk.end <= len(seq.token_ids)
+            assert chunk.end <= len(seq.block_table) * size
+            assert chunk.samples == (chunk.end == len(seq.token_ids))
+            if step.is_decode:
+                assert chunk.samples
+                assert chunk.end == chunk.start + 1
+            written = seq.block_table[chunk.start // size : -(-chunk.end // size)]
+            assert all(self.blocks.blocks[block].owners == 1 for block in written)
+
+    def check(self) -> None:
+        self.check_queues()
+        self.check_owners()
+        self.check_hashes()
+
+    def check_queues(self) -> None:
+        running, waiting = self.scheduler.running, list(self.scheduler.waiting)
+        assert all(seq.status is Status.RUNNING for seq in running)
+        assert all(seq.status is Status.WAITING and not seq.block_table for seq in waiting)
+        assert len(running) <= self.scheduler.max_num_seqs
+        # Nothing is lost, runs are in order of arrival, and nobody waits for a younger one.
+        assert [seq.request_id for seq in (*running, *waiting)] == sorted(self.alive)
+
+    def check_owners(self) -> None:
+        manager, running = self.blocks, self.scheduler.running
+        owners = Counter(block for seq in running for block in set(seq.block_table))
+        assert all(len(set(seq.block_table)) == len(seq.block_table) for seq in running)
+        assert set(manager.blocks) == set(range(1, manager.num_blocks + 1))
+        assert PADDING_BLOCK not in owners
+        assert {i: b.owners for i, b in manager.blocks.items() if b.owners} == dict(owners)
+        assert set(manager.free) == set(manager.blocks) - set(owners)
+        for seq in running:
+            assert seq.num_computed <= len(seq.block_table) * manager.block_size
+            assert len(seq.block_table) <= manager.blocks_for(len(seq.token_ids))
+
+    def check_hashes(self) -> None:
+        """What the prefix cache believes of a block is what the model has written there."""
+        manager, size = self.blocks, self.blocks.block_size
+        for block_id, block in manager.blocks.items():
+            if block.chain_hash is None:
+                continue
+            assert manager.enable_prefix_caching
+            ends = [self.kv.get(block_id * size + offset) for offset in range(size)]
+            text = self.texts.tokens[ends[-1]]
+            assert ends == self.texts.all_of(text)[-size:]
+            assert len(text) % size == 0
+            assert list(block.tokens) == text[-size:]
+            assert block.chain_hash == chain_hash(text, size)
+        for value, block_id in manager.by_hash.items():
+            assert manager.blocks[block_id].chain_hash == value
+        for seq in self.scheduler.running:
+            assert seq.num_registered <= seq.num_computed // size
+            for block_id in seq.block_table[: seq.num_registered]:
+                assert manager.blocks[block_id].chain_hash is not None
+
+
+def chain_hash(tokens: list[int], block_size: int) -> int:
+    """The hash of a text of whole blocks, from its first token on."""
+    value = NO_PREFIX
+    for start in range(0, len(tokens), block_size):
+        value = block_manager.hash_block(value, tuple(tokens[start : start + block_size]))
+    return value
+
+
+class Events(RuleBasedStateMachine):
+    """What may happen to an engine, in any order."""
+
+    @initialize(
+        num_blocks=st.integers(1, 14),
+        block_size=st.integers(1, 4),
+        max_num_seqs=st.integers(1, 5),
+        budget=st.integers(1, 12),
+        caching=st.sampled_from([True, True, False]),
+    )
+    def build(self, **options):
+        self.world = World(**options)
+
+    @rule(prompt=PROMPTS, max_tokens=st.integers(1, 12), max_len=st.integers(2, 30))
+    def arrive(self, prompt, max_tokens, max_len):
+        self.world.arrive(prompt, max_tokens, max_len)
+
+    @rule(data=st.data(), times=st.integers(1, 6))
+    def step(self, data, times):
+        for _ in range(times):
+            step = self.world.plan()
+            if step is not None:
+                self.world.finish(step, self.draw(data, self.world.run(step)))
+
+    @precondition(lambda self: self.world.alive)
+    @rule(data=st.data())
+    def abort(self, data):
+        self.world.abort(data.draw(st.sampled_from(sorted(self.world.alive))))
+
+    @precondition(lambda self: self.world.alive)
+    @rule(data=st.data())
+    def abort_while_a_step_runs(self, data):
+        step = self.world.plan()
+        count = self.world.run(step)
+        self.world.abort(data.draw(st.sampled_from(sorted(self.world.alive))))
+        self.world.finish(step, self.draw(data, count))
+
+    @precondition(lambda self: self.world.alive)
+    @rule()
+    def fail(self):
+        self.world.fail(self.world.plan())
+
+    def draw(self, data, count):
+        return data.draw(st.lists(TOKENS, min_size=count, max_size=count))
+
+    def teardown(self):
+        if hasattr(self, "world"):
+            self.world.drain()
+
+
+def play_events(max_examples: int) -> None:
+    run_state_machine_as_test(
+        Events,
+        settings=settings(
+            max_examples=max_examples,
+            stateful_step_count=40,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+def test_invariants_hold_whatever_happens():
+    play_events(max_examples=150)
+
+
+@pytest.mark.parametrize(
+    "weak_hash",
+    [
+        lambda prefix, tokens: 7,
+        lambda prefix, tokens: sum(tokens) % 2,
+        lambda prefix, tokens: (3 * prefix + sum(tokens)) % 5,
+    ],
+    ids=["constant", "two values", "five values"],
+)
+def test_prefix_caching_is_exact_even_if_hashes_collide(weak_hash):
+    with patch.object(block_manager, "hash_block", weak_hash):
+        play_events(max_examples=40)
+
+
+def drive(world: World, token: int = 1) -> list[Step]:
+    """Runs to the end, always drawing `token`; returns the steps."""
+    steps = []
+    while (step := world.plan()) is not None:
+        steps.append(step)
+        world.finish(step, [token] * world.run(step))
+    return steps
+
+
+def test_a_hash_collision_between_prefixes_does_not_leak_into_the_blocks_after_them():
+    """[1, 2] and [2, 1] collide; their successors then have equal hashes and equal tokens."""
+
+    def collides(prefix, tokens):
+        return hash((prefix, tuple(sorted(tokens))))
+
+    with patch.object(block_manager, "hash_block", collides):
+        world = World(num_blocks=20, block_size=2, max_num_seqs=2, budget=50, caching=True)
+        world.arrive([1, 2, 3], max_tokens=1)
+        drive(world)
+        world.arrive([2, 1, 3, 3, 1], max_tokens=1)
+        drive(world)
+        world.arrive([1, 2, 3, 3, 1], max_tokens=1)
+        (step,) = drive(world)  # `World.run` checks what it reads
+        assert step.chunks[0].start == 2
+
+
+def test_equal_prompts_share_all_full_blocks_but_the_one_with_the_last_token():
+    world = World(num_blocks=20, block_size=4, max_num_seqs=4, budget=100, caching=True)
+    for _ in range(2):
+        world.arrive(STORY[:12], max_tokens=1)
+        (step,) = drive(world)
+    assert (step.chunks[0].start, step.chunks[0].end) == (8, 12)
+    world.arrive(STORY[:13], max_tokens=1)
+    (step,) = drive(world)
+    assert step.chunks[0].start == 12
+
+
+def test_without_prefix_caching_nothing_is_shared():
+    world = World(num_blocks=20, block_size=4, max_num_seqs=4, budget=100, caching=False)
+    for _ in range(2):
+        world.arrive(STORY[:12], max_tokens=1)
+        (step,) = drive(world)
+        assert step.chunks[0].start == 0
+    assert world.blocks.by_hash == {}
+
+
+def test_generated_tokens_are_shared_too():
+    world = World(num_blocks=20, block_size=4, max_num_seqs=4, budget=100, caching=True)
+    first = world.arrive([1, 2, 3], max_tokens=8)
+    drive(world)
+    world.arrive([*first.token_ids[:9], 3], max_tokens=1)
+    (step,) = drive(world)
+    assert step.chunks[0].start == 8
+
+
+def test_cached_blocks_survive_until_others_need_them_and_the_ends_go_first():
+    world = World(num_blocks=4, block_size=2, max_num_seqs=1, budget=100, caching=True)
+    world.arrive([1, 2, 3, 1, 2, 2], max_tokens=1)
+    drive(world)
+    world.arrive([3, 3], max_tokens=2)  # takes the never used block and the cached last one
+    drive(world)
+    world.arrive([1, 2, 3, 1, 2, 2, 1], max_tokens=1)
+    (step,) = drive(world)
+    assert step.chunks[0].start == 4
+
+
+def test_a_long_prompt_is_read_in_chunks_and_samples_once():
+    world = World(num_blocks=20, block_size=4, max_num_seqs=4, budget=5, caching=True)
+    world.arrive(STORY[:12], max_tokens=1)
+    steps = drive(world)
+    assert [(c.start, c.end, c.samples) for step in steps for c in step.chunks] == [
+        (0, 5, False),
+        (5, 10, False),
+        (10, 12, True),
+    ]
+
+
+def test_the_youngest_is_preempted_and_recomputed_and_the_oldest_never_is():
+    world = World(num_blocks=6, block_size=2, max_num_seqs=3, budget=50, caching=False)
+    seqs = [world.arrive([1 + i, 2], max_tokens=8) for i in range(3)]
+    ends = []
+    while (step := world.plan()) is not None:
+        assert seqs[0].status is Status.RUNNING or seqs[0].num_generated == 8
+        world.finish(step, [1] * world.run(step))
+        ends += [s.request_id for s in seqs if s.num_generated == 8 and s.request_id not in ends]
+    assert world.scheduler.num_preemptions > 0
+    assert ends == [0, 1, 2]
+
+
+def test_decode_gets_its_turn_in_a_stream_of_prompts():
+    world = World(num_blocks=200, block_size=4, max_num_seqs=50, budget=4, caching=False)
+    world.arrive([1, 2, 3], max_tokens=8)
+    kinds = []
+    for _ in range(4 * (MAX_PREFILL_STREAK + 1)):
+        world.arrive([2, 2, 3, 3], max_tokens=8)
+        step = world.plan()
+        kinds.append(step.is_decode)
+        world.finish(step, [1] * world.run(step))
+    assert kinds.count(True) == 4
+    world.drain()
+
+
+def test_a_prompt_that_fills_all_blocks_runs_alone():
+    world = World(num_blocks=3, block_size=2, max_num_seqs=4, budget=50, caching=True)
+    seqs = [world.arrive([1, 2, 3, 1, 2, token], max_tokens=4) for token in (1, 2, 3)]
+    drive(world)
+    assert [seq.finish_reason for seq in seqs] == ["length"] * 3
+    assert [seq.num_generated for seq in seqs] == [1] * 3
+
+
+def test_a_failed_step_is_planned_again():
+    world = World(num_blocks=20, block_size=2, max_num_seqs=4, budget=5, caching=True)
+    seq = world.arrive([1, 2, 3, 1, 1, 2, 2], max_tokens=3)
+    while (step := world.plan()) is not None:
+        world.fail(step)
+        again = world.plan()
+        assert [(c.start, c.end) for c in again.chunks] == [(c.start, c.end) for c in step.chunks]
+        world.finish(again, [1] * world.run(again))
+    assert seq.token_ids == [1, 2, 3, 1, 1, 2, 2, 1, 1, 1]

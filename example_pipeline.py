@@ -9,7 +9,6 @@ python example_pipeline.py --timeline steps.png             the same as a pictur
 from __future__ import annotations
 
 import argparse
-import sys
 
 from nanovllm import LLM, Config
 from nanovllm.config import PIPELINE_MODES
@@ -60,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -54,8 +54,9 @@ class DecodeRunner:
         self.graphs: dict[bool, DecodeGraphs] = {}  # by whether they are profiled
         self.marks: StageMarks | None = None  # of the last step
         # Graphs stay bound to the partitions that they were captured on.
-        captures = memory is not None and pipeline.manager is not None
-        self.lease = pipeline.manager.hold("CUDA graphs") if captures else None
+        self.lease = None
+        if memory is not None and pipeline.manager is not None:
+            self.lease = pipeline.manager.hold("CUDA graphs")
 
     def layout(self, count: int) -> tuple[InputLayout, np.ndarray]:
         """The layout of a step of `count` sequences, and the row of each."""

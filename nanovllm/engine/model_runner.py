@@ -26,6 +26,7 @@ from nanovllm.layers.sampler import SamplingBatch, sample
 from nanovllm.models.qwen3 import Qwen3ForCausalLM, rank_heads
 from nanovllm.models.qwen3_config import Qwen3Config
 from nanovllm.utils.loader import fill_randomly, load_weights
+from nanovllm.utils.timeline import save_timeline
 
 
 class ModelRunner:
@@ -76,7 +77,13 @@ class ModelRunner:
             self._fill_padding,
             self.max_blocks,
         )
-        self.decode.capture(show_progress=ranks.is_first)
+        self.statistics = self.pipeline.statistics
+        self.closed = False
+        try:
+            self.decode.capture(show_progress=ranks.is_first)
+        except BaseException:
+            self.decode.close()
+            raise
 
     def __enter__(self) -> ModelRunner:
         return self
@@ -91,11 +98,13 @@ class ModelRunner:
 
     def close(self) -> None:
         """Frees the device's memory and ends the other ranks; may be called twice."""
+        if self.closed:
+            return
+        self.closed = True
         self.decode.close()
         self.ranks.close()
-        # The memory goes with the last references to it.
-        for name in ("model", "decode", "pipeline", "workspace"):
-            self.__dict__.pop(name, None)
+        # The device's memory goes with the last references to it.
+        del self.model, self.decode, self.pipeline, self.workspace
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -111,11 +120,15 @@ class ModelRunner:
 
     def get_pipeline_statistics(self) -> dict[str, object]:
         """What `print_pipeline_statistics` prints; see `PipelineStatistics.as_dict`."""
-        return self.pipeline.statistics.as_dict()
+        return self.statistics.as_dict()
 
     def print_pipeline_statistics(self) -> None:
         """Prints tokens and steps by path, and the stages' mean times if they were profiled."""
-        print(self.pipeline.statistics.format())
+        print(self.statistics.format())
+
+    def save_timeline(self, path: str) -> None:
+        """Writes the stages of the last profiled decode steps to `path`; see utils/timeline.py."""
+        save_timeline(list(self.statistics.recent), path)
 
     def execute(self, step: Step) -> list[int]:
         """Runs `step` on all ranks and returns the drawn tokens, one per sampling chunk."""

@@ -119,7 +119,9 @@ def _make_executor(
     if mode == "microbatch":
         return InlineExecutor(), None
     if device.type != "cuda":
-        raise PipelineUnavailable(f"pipeline_mode={config.pipeline_mode!r} needs a CUDA GPU")
+        raise PipelineUnavailable(
+            f"pipeline_mode={config.pipeline_mode!r} needs a CUDA GPU, and this engine runs on {device}"
+        )
     if mode == "streams":
         return StreamExecutor(torch.cuda.Stream(device), torch.cuda.Stream(device)), None
     manager = GreenContextManager(

@@ -149,7 +149,9 @@ class StepTensors:
                 f"{count - 1}"
             )
         token = cut_at if starts is None else starts[cut_at]
-        halves = self.metadata.split(cut_at) if self.metadata is not None else (None, None)
+        halves: tuple[Metadata | None, Metadata | None] = (None, None)
+        if isinstance(self.metadata, DecodeMetadata):
+            halves = self.metadata.split(cut_at)
         return [
             StepTensors(self.input_ids[:token], self.positions[:token], halves[0]),
             StepTensors(self.input_ids[token:], self.positions[token:], halves[1]),

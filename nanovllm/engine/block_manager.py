@@ -2,14 +2,16 @@
 
 A block holds the keys and values of `block_size` tokens. A block that is full and computed is
 registered under a hash of its tokens and of everything before them; a new sequence takes over the
-registered blocks that match its own beginning. Blocks that no sequence owns keep their contents
-until they are needed, the longest unused first.
+registered blocks that match its own beginning. Hashes may collide, so what a block holds is known
+by a number as well, which no other contents ever get. Blocks that no sequence owns keep their
+contents until they are needed, the longest unused first.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import xxhash
@@ -21,14 +23,25 @@ PADDING_BLOCK = 0
 NO_PREFIX = 0
 
 
+@dataclass(frozen=True)
+class Text:
+    """What a registered block holds: `tokens`, after the text that has the number `prefix`."""
+
+    number: int
+    prefix: int
+    tokens: tuple[int, ...]
+    chain_hash: int
+
+
+EMPTY = Text(number=0, prefix=0, tokens=(), chain_hash=NO_PREFIX)
+
+
 @dataclass(slots=True)
 class Block:
-    """A block: its owners, and what the prefix cache knows of it (`chain_hash` None: nothing)."""
+    """A block: how many sequences own it, and what the prefix cache knows of it."""
 
     owners: int = 0
-    chain_hash: int | None = None
-    prefix_hash: int = NO_PREFIX
-    tokens: tuple[int, ...] = ()
+    text: Text | None = None
 
 
 def hash_block(prefix_hash: int, tokens: tuple[int, ...]) -> int:
@@ -49,6 +62,7 @@ class BlockManager:
         # Blocks without owners, the longest unused first.
         self.free: OrderedDict[int, None] = OrderedDict.fromkeys(self.blocks)
         self.by_hash: dict[int, int] = {}
+        self.numbers = count(EMPTY.number + 1)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens fill or begin."""
@@ -92,13 +106,16 @@ class BlockManager:
             return
         while seq.num_registered < seq.num_computed // self.block_size:
             index = seq.num_registered
+            prefix = self.blocks[seq.block_table[index - 1]].text if index else EMPTY
+            assert prefix is not None  # blocks are registered in order
             tokens = self._tokens_of(seq.token_ids, index)
-            prefix = self._chain_hash(seq, index)
-            chain_hash = hash_block(prefix, tokens)
-            block = self.blocks[seq.block_table[index]]
-            block.chain_hash, block.prefix_hash, block.tokens = chain_hash, prefix, tokens
+            chain_hash = hash_block(prefix.chain_hash, tokens)
             # Of equal blocks, the first stays the one to be found.
-            self.by_hash.setdefault(chain_hash, seq.block_table[index])
+            found = self.by_hash.setdefault(chain_hash, seq.block_table[index])
+            text = self._text_if(found, prefix, tokens)
+            self.blocks[seq.block_table[index]].text = text or Text(
+                next(self.numbers), prefix.number, tokens, chain_hash
+            )
             seq.num_registered += 1
 
     def release(self, seq: Sequence) -> None:
@@ -115,37 +132,31 @@ class BlockManager:
     def _tokens_of(self, token_ids: list[int], index: int) -> tuple[int, ...]:
         return tuple(token_ids[index * self.block_size : (index + 1) * self.block_size])
 
-    def _chain_hash(self, seq: Sequence, index: int) -> int:
-        """Hash of everything before block `index` of `seq`."""
-        if index == 0:
-            return NO_PREFIX
-        chain_hash = self.blocks[seq.block_table[index - 1]].chain_hash
-        assert chain_hash is not None  # blocks are registered in order
-        return chain_hash
+    def _text_if(self, block_id: int, prefix: Text, tokens: tuple[int, ...]) -> Text | None:
+        """The text of a block if it is `tokens` after `prefix`; a hash alone proves nothing."""
+        text = self.blocks[block_id].text
+        same = text is not None and (text.prefix, text.tokens) == (prefix.number, tokens)
+        return text if same else None
 
     def _cached_prefix(self, token_ids: list[int]) -> list[int]:
         """The registered blocks that begin `token_ids`, but never one with its last token."""
         found: list[int] = []
-        prefix = NO_PREFIX
+        prefix = EMPTY
         for index in range((len(token_ids) - 1) // self.block_size):
             tokens = self._tokens_of(token_ids, index)
-            chain_hash = hash_block(prefix, tokens)
-            block_id = self.by_hash.get(chain_hash)
-            if block_id is None:
-                break
-            block = self.blocks[block_id]
-            # A hash may collide; the contents decide.
-            if block.tokens != tokens or block.prefix_hash != prefix:
+            block_id = self.by_hash.get(hash_block(prefix.chain_hash, tokens))
+            text = None if block_id is None else self._text_if(block_id, prefix, tokens)
+            if block_id is None or text is None:
                 break
             found.append(block_id)
-            prefix = chain_hash
+            prefix = text
         return found
 
     def _take(self) -> int:
         """Removes the longest unused block from the free list, forgetting what it held."""
         block_id, _ = self.free.popitem(last=False)
-        block = self.blocks[block_id]
-        if block.chain_hash is not None and self.by_hash.get(block.chain_hash) == block_id:
-            del self.by_hash[block.chain_hash]
+        text = self.blocks[block_id].text
+        if text is not None and self.by_hash.get(text.chain_hash) == block_id:
+            del self.by_hash[text.chain_hash]
         self.blocks[block_id] = Block(owners=1)
         return block_id

@@ -25,9 +25,12 @@ from tqdm import tqdm
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.ranks import RankDiedError, Ranks
+from nanovllm.engine.ranks import Ranks
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence as EngineSequence
+from nanovllm.layers.parallel import ParallelGroup
+from nanovllm.models.qwen3 import rank_heads
+from nanovllm.models.qwen3_config import Qwen3Config
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.hub import resolve_model
 from nanovllm.utils.options import check_names
@@ -75,20 +78,23 @@ class LLMEngine:
         directory = resolve_model(self.config.model)
         self.tokenizer = load_tokenizer(directory)
         device = resolve_device(self.config.device)
-        if dist.is_torchelastic_launched() and self.config.tensor_parallel_size > 1:
-            ranks = Ranks.join_torchrun(self.config.tensor_parallel_size)
+        # Before other processes start, which would all stumble over it.
+        tensor_parallel_size = self.config.tensor_parallel_size
+        rank_heads(Qwen3Config.from_directory(directory), ParallelGroup(size=tensor_parallel_size))
+        if dist.is_torchelastic_launched() and tensor_parallel_size > 1:
+            ranks = Ranks.join_torchrun(self.config, device)
         else:
             ranks = Ranks.spawn(self.config, directory, device)
         try:
-            runner = ModelRunner(self.config, directory, device, ranks)
-        except BaseException as error:
+            with ranks.in_step():
+                runner = ModelRunner(self.config, directory, device, ranks)
+                if not ranks.is_first:
+                    runner.serve()
+        except BaseException:
             ranks.close()
-            if isinstance(error, RuntimeError):
-                ranks.explain(error)
             raise
         if not ranks.is_first:
-            with runner:
-                runner.serve()
+            runner.close()
             raise SystemExit(0)
         self.model_runner = runner
         # Closes at garbage collection or interpreter exit at the latest, without keeping us alive.
@@ -180,10 +186,13 @@ class LLMEngine:
         step = self.scheduler.schedule()
         if step is None:
             return []
+        ranks = self.model_runner.ranks
         try:
-            tokens = self.model_runner.execute(step)
-        except RuntimeError as error:
-            self._close_if_rank_died(error)
+            with ranks.in_step():
+                tokens = self.model_runner.execute(step)
+        except BaseException:
+            if ranks.parted:
+                self.exit()
             raise
         return [self._output(seq) for seq in self.scheduler.update(step, tokens)]
 
@@ -303,13 +312,6 @@ class LLMEngine:
     def _check_open(self) -> None:
         if not self._close.alive:
             raise RuntimeError("this engine has exited; make a new one")
-
-    def _close_if_rank_died(self, error: RuntimeError) -> None:
-        try:
-            self.model_runner.ranks.explain(error)
-        except RankDiedError:
-            self.exit()
-            raise
 
 
 def resolve_device(wanted: str) -> torch.device:

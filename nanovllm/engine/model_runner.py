@@ -50,7 +50,6 @@ class ModelRunner:
         self._load(model_dir)
         self.max_model_len = min(config.max_model_len, self.model_config.max_position_embeddings)
         self.max_blocks = -(-self.max_model_len // self.block_size)
-        self.workspace = self.backend.make_workspace(device, sm_count(device))
         layers = self.model_config.num_hidden_layers
 
         def bind_cache(num_blocks: int) -> None:
@@ -67,17 +66,9 @@ class ModelRunner:
             )
         )
         bind_cache(self.num_blocks)
-        self.pipeline = build_pipeline(config, self.model, self.backend, device, sm_count(device))
-        self.decode = DecodeRunner(
-            config,
-            self.model,
-            self.pipeline,
-            self.workspace,
-            self._graph_memory(dtype),
-            self._fill_padding,
-            self.max_blocks,
-        )
-        self.statistics = self.pipeline.statistics
+        self.graph_memory = self._make_graph_memory(dtype)
+        self.decode = self.make_decode(config)
+        self.statistics = self.decode.pipeline.statistics
         self.closed = False
         try:
             self.decode.capture(show_progress=ranks.is_first)
@@ -104,7 +95,7 @@ class ModelRunner:
         self.decode.close()
         self.ranks.close()
         # The device's memory goes with the last references to it.
-        del self.model, self.decode, self.pipeline, self.workspace
+        del self.model, self.decode, self.graph_memory
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -116,7 +107,7 @@ class ModelRunner:
     @property
     def pipeline_scheduler(self) -> PipelineScheduler:
         """Issues the stages of decode steps: as a pipeline, or in sequence where there is none."""
-        return self.pipeline.scheduler or self.pipeline.sequential
+        return self.decode.pipeline.scheduler or self.decode.pipeline.sequential
 
     def get_pipeline_statistics(self) -> dict[str, object]:
         """What `print_pipeline_statistics` prints; see `PipelineStatistics.as_dict`."""
@@ -197,7 +188,20 @@ class ModelRunner:
         else:
             load_weights(slots, model_dir, show_progress=self.ranks.is_first)
 
-    def _graph_memory(self, dtype: torch.dtype) -> GraphMemory | None:
+    def make_decode(self, config: Config) -> DecodeRunner:
+        """Another way to run decode steps on this model, as `config` says; the caller closes it."""
+        device_sms = sm_count(self.device)
+        return DecodeRunner(
+            config,
+            self.model,
+            build_pipeline(config, self.model, self.backend, self.device, device_sms),
+            self.backend.make_workspace(self.device, device_sms),
+            self.graph_memory,
+            self._fill_padding,
+            self.max_blocks,
+        )
+
+    def _make_graph_memory(self, dtype: torch.dtype) -> GraphMemory | None:
         if self.device.type != "cuda" or self.config.enforce_eager:
             return None
         sizes = batch_sizes(self.config.max_num_seqs)

@@ -1,231 +1,298 @@
-"""The processes of a tensor-parallel run: how they start, talk, and notice each other's death.
+"""The ranks of a tensor-parallel run: how they meet, talk, and notice each other's death.
 
 Rank 0 holds scheduler and sampler; the others run whatever step it sends. A step travels as two
 integer tensors by broadcast, so nothing is ever unpickled.
 
-- In a plain script rank 0 starts the others itself (`Ranks.spawn`). They meet at a store on a free
-  port of the loopback interface, and each ends when the pipe to rank 0 closes.
-- Under torchrun all ranks exist already (`Ranks.join_torchrun`); torchrun ends all if one fails.
+- In a plain script rank 0 starts the others itself (`Ranks.spawn`), and they meet at a store on a
+  free port of the loopback interface.
+- Under torchrun all ranks exist already (`Ranks.join_torchrun`) and meet at its store; torchrun
+  ends all if one fails.
+
+Two process groups connect them: `control` (gloo) carries steps, and may stay silent for days;
+`group` (NCCL on CUDA, else the same one) is the model's.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import itertools
 import os
-import subprocess
-import sys
-import time
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from time import monotonic
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from nanovllm.config import Config
+from nanovllm.engine import process_groups
+from nanovllm.engine.processes import POLL_SECONDS, RankDiedError, Workers, WorkerTask
 from nanovllm.engine.step_inputs import InputLayout
 from nanovllm.layers.parallel import ParallelGroup
 
-BACKEND = "cpu:gloo,cuda:nccl"
-# Workers wait for the next step as long as the user thinks; death is noticed otherwise.
-PATIENCE = timedelta(days=365)
-# How long a process may take to start and import torch, and to be seen dead or to end.
+__all__ = ["RankDiedError", "Ranks"]
+
+# How long processes may take to start and to meet, to be seen dead after an error, and to end.
 JOIN_SECONDS = 300.0
+DEATH_SECONDS = 2.0
 END_SECONDS = 10.0
 
+HEADER_SIZE = 1 + len(dataclasses.fields(InputLayout))
+# Engines of a torchrun job share its store; all ranks make them in the same order.
+_engine_ids = itertools.count()
 
-class RankDiedError(RuntimeError):
-    """A worker process ended although the engine still needs it."""
 
-
-@dataclass
 class Ranks:
     """This process's place among the ranks; with one rank, every method is trivial."""
 
-    group: ParallelGroup = field(default_factory=ParallelGroup)
-    workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    owns_process_group: bool = False
+    def __init__(self) -> None:
+        self.group = ParallelGroup()
+        self.control: dist.ProcessGroup | None = None
+        self.workers = Workers()
+        self.parted = False
+        self._ended = threading.Event()
+        self._guard: threading.Thread | None = None
 
     @classmethod
     def spawn(cls, config: Config, model_dir: Path, device: torch.device) -> Ranks:
         """Starts ranks 1 to N - 1 as processes of this machine and joins them as rank 0.
 
         Raises:
+            ValueError: there are not enough CUDA devices.
             RankDiedError: one of them ended before it joined.
         """
-        if config.tensor_parallel_size == 1:
-            return cls()
-        size = config.tensor_parallel_size
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        ranks = cls(owns_process_group=True)
+        ranks, size = cls(), config.tensor_parallel_size
+        if size == 1:
+            return ranks
+        devices = _devices(device, size)
+        store, port = process_groups.serve_store(timedelta(seconds=JOIN_SECONDS))
+        fields = dataclasses.asdict(config)
+        threads = max(torch.get_num_threads() // size, 1)
         try:
             for rank in range(1, size):
                 task = WorkerTask(
-                    rank, size, store.port, str(model_dir), device.type, dataclasses.asdict(config)
+                    rank, size, port, str(model_dir), str(devices[rank]), threads, fields
                 )
-                ranks.workers.append(task.start())
-            ranks._await_workers(store)
-            ranks.group = _join(store, 0, size)
+                ranks.workers.start(task)
+            with process_groups.surviving_nccl_errors():
+                ranks._while_workers_live(lambda: ranks._connect(store, 0, size, device))
         except BaseException:
-            ranks.close()
+            ranks._part()
             raise
         return ranks
 
     @classmethod
     def join(cls, task: WorkerTask) -> Ranks:
         """Joins as the worker that `task` describes."""
-        store = dist.TCPStore("127.0.0.1", task.port, timeout=timedelta(seconds=JOIN_SECONDS))
-        store.set(_joined_key(task.rank), "1")
-        return cls(_join(store, task.rank, task.size), owns_process_group=True)
+        ranks = cls()
+        store = process_groups.visit_store(task.port, timedelta(seconds=JOIN_SECONDS))
+        ranks._connect(store, task.rank, task.size, torch.device(task.device))
+        return ranks
 
     @classmethod
-    def join_torchrun(cls, size: int) -> Ranks:
+    def join_torchrun(cls, config: Config, device: torch.device) -> Ranks:
         """Joins the ranks that torchrun started, through its own rendezvous.
 
         Raises:
-            ValueError: torchrun started another number of processes.
+            ValueError: torchrun started another number of processes, or the device is not there.
         """
-        world = int(os.environ["WORLD_SIZE"])
+        size, world = config.tensor_parallel_size, int(os.environ["WORLD_SIZE"])
         if world != size:
             raise ValueError(
                 f"tensor_parallel_size={size} is not allowed under torchrun with {world} "
                 f"processes: it must be {world}"
             )
-        owns = not dist.is_initialized()
-        if owns:
-            dist.init_process_group(BACKEND, timeout=PATIENCE)
-        process_group = dist.new_group(backend=BACKEND, timeout=PATIENCE)
-        return cls(ParallelGroup(dist.get_rank(), size, process_group), owns_process_group=owns)
+        if config.device.startswith("cuda:"):
+            raise ValueError(
+                f"device={config.device!r} is not allowed under torchrun: every process needs a "
+                "device of its own, so it must be 'cuda' or 'auto'"
+            )
+        _devices(device, 1)
+        store, rank, _ = next(rendezvous("env://"))
+        prefix = f"nanovllm/{next(_engine_ids)}"
+        one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
+        ranks = cls()
+        ranks._connect(dist.PrefixStore(prefix, store), rank, size, device, one_machine)
+        return ranks
 
     @property
     def is_first(self) -> bool:
         return self.group.rank == 0
 
     def send_step(self, layout: InputLayout, flat: np.ndarray) -> None:
-        """Gives the other ranks a step to run."""
+        """Gives the other ranks a step to run.
+
+        Raises:
+            RankDiedError: one of them has died.
+        """
         if self.group.size > 1:
+            self.workers.check()
             self._broadcast(torch.tensor([1, *dataclasses.astuple(layout)], dtype=torch.int64))
             self._broadcast(torch.from_numpy(flat))
 
     def receive_step(self) -> tuple[InputLayout, np.ndarray] | None:
         """Waits for the next step; None when there will be no more."""
-        header = torch.empty(1 + len(dataclasses.fields(InputLayout)), dtype=torch.int64)
-        more, is_decode, *sizes = self._broadcast(header).tolist()
+        header = self._broadcast(torch.empty(HEADER_SIZE, dtype=torch.int64))
+        more, is_decode, *sizes = header.tolist()
         if not more:
             return None
         layout = InputLayout(bool(is_decode), *sizes)
-        flat = torch.empty(layout.size, dtype=torch.int32)
-        return layout, self._broadcast(flat).numpy()
+        return layout, self._broadcast(torch.empty(layout.size, dtype=torch.int32)).numpy()
 
     def minimum(self, value: int) -> int:
         """The smallest `value` of all ranks."""
         if self.group.size == 1:
             return value
-        tensor = torch.tensor(value, dtype=torch.int64)
-        dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self.group.process_group)
+        tensor = torch.tensor([value], dtype=torch.int64)
+        dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self.control)
         return int(tensor)
 
+    def check(self) -> None:
+        """Raises RankDiedError if a worker has ended."""
+        self.workers.check()
+
     def wait(self, event: torch.cuda.Event) -> None:
-        """Waits for `event`, which a collective with a dead rank would never let happen."""
-        if not self.workers:
+        """Waits for `event`, which a collective with a dead rank would never let happen.
+
+        Raises:
+            RankDiedError: a worker has died, so that what came before the event is void.
+        """
+        if not self.workers.processes:
             event.synchronize()
             return
         while not event.query():
             self.check()
+        self.check()
 
-    def check(self) -> None:
-        """Raises RankDiedError if a worker has ended."""
-        for rank, worker in enumerate(self.workers, start=1):
-            if worker.poll() is not None:
-                raise RankDiedError(
-                    f"rank {rank} of {len(self.workers) + 1} died with exit status "
-                    f"{worker.returncode}; its own message is above"
-                )
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Surrounds what all ranks do together.
 
-    def explain(self, error: RuntimeError) -> None:
-        """Raises RankDiedError if the death of a worker is behind a failed collective."""
-        deadline = time.monotonic() + (1.0 if self.workers else 0.0)
-        while time.monotonic() < deadline:
-            try:
-                self.check()
-            except RankDiedError as death:
-                raise death from error
-            time.sleep(0.02)
+        Whatever breaks it off leaves them at different places for good, so then `parted` is set,
+        the workers are killed, and `close` is all that can follow.
+
+        Raises:
+            RankDiedError: the death of a worker was behind the error.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if self.group.size == 1:
+                raise
+            # A collective fails a moment before the worker that broke it is seen dead.
+            unexplained = isinstance(error, RuntimeError) and not isinstance(error, RankDiedError)
+            death = self.workers.await_death(DEATH_SECONDS) if unexplained else None
+            self._part()
+            if death is None:
+                raise
+            raise death from error
 
     def close(self) -> None:
-        """Ends the workers, politely if they listen, and leaves the process group."""
-        alive = all(worker.poll() is None for worker in self.workers)
-        if self.is_first and self.group.size > 1 and alive:
-            stop = torch.zeros(1 + len(dataclasses.fields(InputLayout)), dtype=torch.int64)
-            self._broadcast(stop)
-        for worker in self.workers:
-            _end(worker, patience=END_SECONDS if alive and self.group.size > 1 else 0.0)
-        self.workers = []
-        if self.owns_process_group and dist.is_initialized():
-            dist.destroy_process_group()
-        self.group = ParallelGroup()
+        """Ends the workers and leaves the groups; may be called twice.
+
+        NOTE: CUDA graphs that hold NCCL collectives must be gone before, or NCCL waits for them.
+        """
+        if self.control is None:
+            return
+        if self.is_first and not self.parted:
+            self._dismiss()
+        self._ended.set()
+        if self._guard is not None:
+            self._guard.join(END_SECONDS)
+        # The store lives here and goes last: workers look at it to their end.
+        self.workers.end(END_SECONDS)
+        self.control = None
+        self.group = dataclasses.replace(self.group, process_group=None)
+
+    def _connect(
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        device: torch.device,
+        one_machine: bool = True,
+    ) -> None:
+        """Meets the other ranks at `store`; returns when all of them have come."""
+        control = process_groups.gloo_group(
+            dist.PrefixStore("control", store), rank, size, one_machine
+        )
+        model = control
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            model = process_groups.nccl_group(dist.PrefixStore("model", store), rank, size)
+            self._guard = threading.Thread(target=self._abort_at_end, args=(model,), daemon=True)
+            self._guard.start()
+            # Makes the communicator, here where `spawn` watches over the workers.
+            dist.all_reduce(torch.zeros(1, device=device), group=model)
+            torch.cuda.synchronize(device)
+        self.control, self.group = control, ParallelGroup(rank, size, model)
+
+    def _while_workers_live(self, task: Callable[[], None]) -> None:
+        """Runs `task`, which may wait forever for a worker that has died."""
+        outcome: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                task()
+                outcome.set_result(None)
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        deadline = monotonic() + JOIN_SECONDS
+        while not wait([outcome], POLL_SECONDS).done:
+            self.check()
+            if monotonic() > deadline:
+                raise RankDiedError(f"the ranks did not meet within {JOIN_SECONDS:.0f} s")
+        if outcome.exception() is not None:
+            death = self.workers.await_death(DEATH_SECONDS)
+            if death is not None:
+                raise death from outcome.exception()
+        outcome.result()
+
+    def _abort_at_end(self, model: dist.ProcessGroup) -> None:
+        """Aborts NCCL when the ranks part or close: no kernel waits for a dead rank after that.
+
+        The only place that does so, in a thread of its own: the main thread may be inside a CUDA
+        call that waits for such a kernel.
+        """
+        while not self._ended.wait(POLL_SECONDS) and self.workers.death() is None:
+            pass
+        process_groups.abort_nccl(model)
+
+    def _part(self) -> None:
+        self.parted = True
+        self._ended.set()
+        self.workers.end(patience=0)
+
+    def _dismiss(self) -> None:
+        """Tells the others that there will be no more steps."""
+        header = torch.zeros(HEADER_SIZE, dtype=torch.int64)
+        try:
+            work = dist.broadcast(header, group=self.control, group_src=0, async_op=True)
+            work.wait(timedelta(seconds=END_SECONDS))
+        except RuntimeError:  # one has died or does not listen
+            self._part()
 
     def _broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
-        dist.broadcast(tensor, group=self.group.process_group, group_src=0)
+        dist.broadcast(tensor, group=self.control, group_src=0)
         return tensor
 
-    def _await_workers(self, store: dist.TCPStore) -> None:
-        deadline = time.monotonic() + JOIN_SECONDS
-        keys = [_joined_key(rank) for rank in range(1, len(self.workers) + 1)]
-        while not store.check(keys):
-            self.check()
-            if time.monotonic() > deadline:
-                raise RankDiedError(f"the workers did not start within {JOIN_SECONDS:.0f} s")
-            time.sleep(0.05)
 
-
-@dataclass(frozen=True)
-class WorkerTask:
-    """What rank 0 tells a worker on its standard input, as one line of JSON."""
-
-    rank: int
-    size: int
-    port: int
-    model_dir: str
-    device_type: str
-    config: dict[str, Any]
-
-    def start(self) -> subprocess.Popen[bytes]:
-        """Starts the worker; its standard input stays open as long as this process lives."""
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "nanovllm.engine.worker"],
-            stdin=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path},
+def _devices(first: torch.device, count: int) -> list[torch.device]:
+    """One device for each of `count` ranks of this machine."""
+    if first.type != "cuda":
+        return [first] * count
+    start = first.index or 0
+    if start + count > torch.cuda.device_count():
+        raise ValueError(
+            f"{count} ranks from device={str(first)!r} on are not allowed: this machine has "
+            f"{torch.cuda.device_count()} CUDA devices"
         )
-        assert worker.stdin is not None
-        worker.stdin.write(json.dumps(dataclasses.asdict(self)).encode() + b"\n")
-        worker.stdin.flush()
-        return worker
-
-
-def _joined_key(rank: int) -> str:
-    return f"joined/{rank}"
-
-
-def _join(store: dist.Store, rank: int, size: int) -> ParallelGroup:
-    if dist.is_initialized():
-        raise RuntimeError(
-            "torch.distributed is in use in this process already: close the other engine first"
-        )
-    dist.init_process_group(BACKEND, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-    return ParallelGroup(rank, size, dist.group.WORLD)
-
-
-def _end(worker: subprocess.Popen[bytes], patience: float) -> None:
-    try:
-        worker.wait(patience)
-    except subprocess.TimeoutExpired:
-        worker.kill()
-        worker.wait()
-    if worker.stdin is not None:
-        worker.stdin.close()
+    return [torch.device("cuda", start + rank) for rank in range(count)]

@@ -84,7 +84,10 @@ class Scheduler:
         seq.finish("abort")
 
     def schedule(self) -> Step | None:
-        """Plans the next step and counts its tokens as computed; None if nothing is left to do."""
+        """Plans the next step; None if nothing is left to do.
+
+        Its tokens count as computed once `update` is called: a step that fails is planned again.
+        """
         decode_due = self.prefill_streak >= MAX_PREFILL_STREAK and any(
             seq.num_uncomputed == 1 for seq in self.running
         )
@@ -92,11 +95,11 @@ class Scheduler:
             chunks = self._prefill_chunks()
             if chunks:
                 self.prefill_streak += 1
-                return self._step(False, chunks)
+                return Step(False, chunks)
         self.prefill_streak = 0
         chunks = self._decode_chunks()
         if chunks:
-            return self._step(True, chunks)
+            return Step(True, chunks)
         return self.schedule() if not self.is_idle else None
 
     def update(self, step: Step, tokens: list[int]) -> list[Sequence]:
@@ -108,6 +111,7 @@ class Scheduler:
             seq = chunk.seq
             if seq.status is not Status.RUNNING:
                 continue  # aborted while the step ran
+            seq.num_computed = chunk.end
             self.blocks.register(seq)
             if token is not None:
                 seq.append(token)
@@ -115,11 +119,6 @@ class Scheduler:
                     self._leave(seq)
                     finished.append(seq)
         return finished
-
-    def _step(self, is_decode: bool, chunks: list[Chunk]) -> Step:
-        for chunk in chunks:
-            chunk.seq.num_computed = chunk.end
-        return Step(is_decode, chunks)
 
     def _prefill_chunks(self) -> list[Chunk]:
         """Chunks of running sequences that still read their prompt, then of newly admitted ones."""

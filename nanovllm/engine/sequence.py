@@ -29,7 +29,7 @@ class Sequence:
         max_len: length in tokens at which it ends, whatever it says.
         seed: of its random draws.
         block_table: ids of the KV blocks it owns a share of, in order.
-        num_computed: tokens whose keys and values are cached, or will be by the step in flight.
+        num_computed: tokens whose keys and values are cached.
         num_registered: leading blocks that the prefix cache knows.
         finish_reason: "stop", "length" or "abort" once finished.
     """

@@ -1,7 +1,7 @@
 """A tensor-parallel worker: `python -m nanovllm.engine.worker`, started by rank 0 alone.
 
-Its task comes as one line of JSON on standard input; the end of that input means that rank 0 is
-gone, and with it the reason to live.
+It is a program of its own, not a multiprocessing child, so that a user's script needs no
+`if __name__ == "__main__"`. See processes.py for its standard input.
 """
 
 from __future__ import annotations
@@ -10,26 +10,42 @@ import json
 import os
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.ranks import Ranks, WorkerTask
+from nanovllm.engine.processes import WorkerTask
+from nanovllm.engine.ranks import Ranks
 
 
 def main() -> None:
-    task = WorkerTask(**json.loads(sys.stdin.buffer.readline()))
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return  # rank 0 has gone already
+    task = WorkerTask(**json.loads(line))
     threading.Thread(target=_end_with_rank_0, daemon=True).start()
-    device = torch.device("cuda", task.rank) if task.device_type == "cuda" else torch.device("cpu")
-    config = Config(**task.config)
+    try:
+        _serve(task)
+    except Exception:
+        print(f"rank {task.rank} of {task.size}: {traceback.format_exc()}", file=sys.stderr)
+        sys.stderr.flush()
+        # NOTE: no ordinary exit: it could wait on a collective whose other ranks wait for this one.
+        os._exit(1)
+
+
+def _serve(task: WorkerTask) -> None:
+    torch.set_num_threads(task.num_threads)
+    config, device = Config(**task.config), torch.device(task.device)
     with ModelRunner(config, Path(task.model_dir), device, Ranks.join(task)) as runner:
         runner.serve()
 
 
 def _end_with_rank_0() -> None:
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 1):
+        pass
     # NOTE: not sys.exit: the main thread may be inside a collective that will never return.
     os._exit(1)
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+# torch 2.13 renamed it, and warns about the old name.
+_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 
 @dataclass(frozen=True)
 class ParallelGroup:
@@ -26,9 +29,9 @@ class ParallelGroup:
         """Joins every rank's [..., n] to [..., n * size], in rank order, on every rank."""
         if self.size == 1:
             return x
-        parts = x.new_empty(self.size, *x.shape)
-        dist.all_gather_into_tensor(parts, x.contiguous(), group=self.process_group)
-        return parts.movedim(0, -2).flatten(-2)
+        parts = x.new_empty(self.size * x.shape[0], *x.shape[1:])
+        _gather(parts, x.contiguous(), group=self.process_group)
+        return parts.view(self.size, *x.shape).movedim(0, -2).flatten(-2)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ def save_timeline(steps: list[list[Span]], path: str) -> None:
             "generate something first"
         )
     if path.endswith(".png"):
-        draw(steps[-1], path)
+        # The last pipelined step, or the last one if none is.
+        draw(next((step for step in reversed(steps) if is_pipelined(step)), steps[-1]), path)
     else:
         Path(path).write_text(json.dumps({"traceEvents": trace_events(steps)}), encoding="utf-8")
 
@@ -67,6 +68,11 @@ def trace_events(steps: list[list[Span]]) -> list[dict[str, object]]:
             )
         origin_ms += max(span.end_ms for span in spans) + GAP_MS
     return events
+
+
+def is_pipelined(spans: list[Span]) -> bool:
+    """Whether a step has more than one micro-batch."""
+    return any(span.micro_batch for span in spans)
 
 
 def label(span: Span) -> str:

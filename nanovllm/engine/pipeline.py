@@ -120,7 +120,7 @@ def _make_executor(
         return InlineExecutor(), None
     if device.type != "cuda":
         raise PipelineUnavailable(
-            f"pipeline_mode={config.pipeline_mode!r} needs a CUDA GPU, and this engine runs on {device}"
+            f"pipeline_mode={config.pipeline_mode!r} needs a CUDA GPU, not {device}"
         )
     if mode == "streams":
         return StreamExecutor(torch.cuda.Stream(device), torch.cuda.Stream(device)), None

@@ -186,7 +186,9 @@ class ModelRunner:
         if self.config.load_format == "dummy":
             fill_randomly(slots)
         else:
-            load_weights(slots, model_dir, show_progress=self.ranks.is_first)
+            load_weights(
+                slots, model_dir, show_progress=self.ranks.is_first, between=self.ranks.check
+            )
 
     def make_decode(self, config: Config) -> DecodeRunner:
         """Another way to run decode steps on this model, as `config` says; the caller closes it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,20 @@ class WeightsError(ValueError):
     """The checkpoint's tensors are not those of the model, or cannot be read."""
 
 
-def load_weights(slots: dict[str, Slot], directory: Path, *, show_progress: bool = True) -> None:
+def load_weights(
+    slots: dict[str, Slot],
+    directory: Path,
+    *,
+    show_progress: bool = True,
+    between: Callable[[], None] = lambda: None,
+) -> None:
     """Fills every slot from the safetensors files in `directory`, reading this rank's part only.
+
+    Args:
+        slots: where each tensor goes.
+        directory: of the checkpoint.
+        show_progress: whether to show a progress bar.
+        between: called after every tensor; what it raises ends the loading.
 
     Raises:
         WeightsError: a tensor is missing, surplus or misshaped, or a file is damaged.
@@ -38,6 +51,7 @@ def load_weights(slots: dict[str, Slot], directory: Path, *, show_progress: bool
                     if name in slots:
                         _fill(slots[name], file.get_slice(name), name, path)
                         bar.update()
+                        between()
 
 
 def fill_randomly(slots: dict[str, Slot], seed: int = 0) -> None:

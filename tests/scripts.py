@@ -1,0 +1,62 @@
+"""User scripts run as processes of their own, plainly or under torchrun, and what is left of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = str(Path(__file__).resolve().parents[1])
+
+
+def start(script: Path, *args: object, processes: int = 0) -> subprocess.Popen[str]:
+    """Starts `script`; with `processes`, as that many under torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    path = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, *(launcher if processes else []), str(script), *map(str, args)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(
+    script: Path, *args: object, processes: int = 0, timeout: float = 60
+) -> subprocess.CompletedProcess[str]:
+    """Runs `script` to its end."""
+    process = start(script, *args, processes=processes)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process still runs; one that only waits to be reaped does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return not Path("/proc/self").exists()  # no /proc on this system, or gone just now
+
+
+def all_end(pids: Iterable[int], seconds: float) -> bool:
+    """Whether all of the processes end within some time."""
+    deadline = time.monotonic() + seconds
+    pids = list(pids)
+    while any(map(is_running, pids)):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True

@@ -1,0 +1,421 @@
+"""Tensor parallelism on the CPU: the same tokens on any number of ranks, and no rank's death hangs.
+
+Starting processes takes most of the time, so many configurations share one torchrun job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3Config
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.ranks import RankDiedError
+from nanovllm.layers.parallel import ParallelGroup, Shard
+from tests import scripts
+from tests.checkpoints import Shape, prompts
+
+ODD_VOCAB = 509  # a prime
+LISTEN = "0A"  # in /proc/net/tcp
+SECONDS = 10.0  # "within seconds", on a busy machine
+GREEDY = {"temperature": 0.0, "max_tokens": 16}
+
+OPTIONS = [
+    {"kvcache_block_size": 16},
+    {"kvcache_block_size": 16, "max_num_batched_tokens": 7},
+    {"kvcache_block_size": 16, "num_kvcache_blocks": 7},
+    {"kvcache_block_size": 16, "num_kvcache_blocks": 6, "max_num_batched_tokens": 13},
+    {"kvcache_block_size": 256, "max_num_seqs": 2},
+]
+
+# Every rank runs all of it; only rank 0 gets an engine, the others serve it within `LLM`.
+SWEEP = """
+import json, sys
+from nanovllm import LLM, SamplingParams
+
+with open(sys.argv[1]) as file:
+    cases = json.load(file)
+results = []
+for case in cases:
+    try:
+        engine = LLM(case["model"], **case["options"])
+    except SystemExit:
+        continue
+    with engine:
+        params = [SamplingParams(**fields) for fields in case["sampling"]]
+        outputs = engine.generate(case["prompts"], params, use_tqdm=False)
+        tokens = [output["token_ids"] for output in outputs]
+        results.append([tokens, engine.scheduler.num_preemptions])
+if results:
+    print(json.dumps(results))
+"""
+
+
+class OddVocabShape(Shape):
+    """A `Shape` whose vocabulary no number of ranks divides."""
+
+    def config(self) -> Qwen3Config:
+        config = super().config()
+        config.vocab_size = ODD_VOCAB
+        return config
+
+
+@dataclass
+class Sweep:
+    """Cases for the script above."""
+
+    directory: Path
+    ranks: int
+
+    def case(self, shape: Shape, options: dict, seed: int) -> dict:
+        model = self.directory / f"model-{self.ranks}-{seed}"
+        shape.write(model)
+        vocab = shape.config().vocab_size
+        given = [[token % vocab for token in prompt] for prompt in prompts(seed, count=5)]
+        drawn = {"temperature": 0.8, "max_tokens": 12, "seed": seed, "top_k": 50, "top_p": 0.9}
+        return {
+            "model": str(model),
+            "prompts": given,
+            "sampling": [GREEDY, GREEDY, GREEDY, drawn, {**drawn, "top_k": -1, "top_p": 1.0}],
+            "options": {"device": "cpu", "max_model_len": 128, **options},
+        }
+
+    def run(self, cases: list[dict]) -> list:
+        """[tokens, number of preemptions] of each case, on all ranks."""
+        for case in cases:
+            case["options"]["tensor_parallel_size"] = self.ranks
+        (self.directory / "cases.json").write_text(json.dumps(cases))
+        script = self.directory / "sweep.py"
+        script.write_text(SWEEP)
+        result = scripts.run(script, self.directory / "cases.json", processes=self.ranks)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+
+def on_one_rank(case: dict) -> list:
+    """What `Sweep.run` gives for the case, computed here."""
+    with LLM(case["model"], **{**case["options"], "tensor_parallel_size": 1}) as engine:
+        params = [SamplingParams(**fields) for fields in case["sampling"]]
+        outputs = engine.generate(case["prompts"], params, use_tqdm=False)
+        return [[output["token_ids"] for output in outputs], engine.scheduler.num_preemptions]
+
+
+def shapes_for_two() -> list[Shape]:
+    drawn = [Shape.random(seed) for seed in range(14)]
+    odd = [OddVocabShape(tied=True, seed=50), OddVocabShape(bias=True, seed=51)]
+    return odd + [shape for shape in drawn if shape.heads % 2 == 0]
+
+
+def shapes_for_four() -> list[Shape]:
+    """More ranks than KV heads, once with the output head tied to a vocabulary in unequal parts."""
+    return [
+        Shape(heads=8, kv_heads=1, bias=True, seed=60),
+        OddVocabShape(heads=8, kv_heads=2, tied=True, seed=61),
+        OddVocabShape(heads=8, kv_heads=2, bias=True, seed=62),
+        Shape(heads=8, kv_heads=4, tied=True, seed=63),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "shapes"), [(2, shapes_for_two()), (4, shapes_for_four())], ids=["two", "four"]
+)
+def test_ranks_agree_with_one_rank_under_torchrun(tmp_path, ranks, shapes):
+    sweep = Sweep(tmp_path, ranks)
+    cases = [
+        sweep.case(shape, OPTIONS[index % len(OPTIONS)], seed=shape.seed)
+        for index, shape in enumerate(shapes)
+    ]
+    results = sweep.run(cases)
+    assert results == [on_one_rank(case) for case in cases]
+    assert sum(preemptions for _, preemptions in results) > 0
+
+
+PLAIN = """
+import sys
+from nanovllm import LLM
+
+def engine():
+    llm = LLM(sys.argv[1], device="cpu", tensor_parallel_size=2, max_model_len=64)
+    tokens = llm.generate([[5, 6, 7]], temperature=0, max_tokens=4, use_tqdm=False)[0]["token_ids"]
+    workers = llm.model_runner.ranks.workers.processes
+    print(*tokens, workers[0].pid)
+    return llm, workers[0]
+
+llm, first = engine()
+llm.exit()
+llm.exit()
+print("first ended:", first.returncode)
+llm, second = engine()
+del llm
+print("second ended:", second.returncode)
+llm, third = engine()
+"""
+
+
+def test_plain_script_ends_its_workers_however_it_drops_the_engine(tmp_path):
+    """Engines one after the other: exited, garbage-collected, left to the interpreter's exit."""
+    Shape().write(tmp_path)
+    script = tmp_path / "plain.py"
+    script.write_text(PLAIN)
+    result = scripts.run(script, tmp_path)
+    assert result.returncode == 0, result.stderr
+    with LLM(str(tmp_path), device="cpu", max_model_len=64) as llm:
+        outputs = llm.generate([[5, 6, 7]], temperature=0, max_tokens=4, use_tqdm=False)
+    expected = [str(token) for token in outputs[0]["token_ids"]]
+    lines = result.stdout.splitlines()
+    runs = [line.split() for line in lines if "ended" not in line]
+    assert [run[:-1] for run in runs] == [expected] * 3
+    assert [line for line in lines if "ended" in line] == ["first ended: 0", "second ended: 0"]
+    assert not any(scripts.is_running(int(run[-1])) for run in runs)
+    noise = [line for line in result.stderr.splitlines() if "Loading weights" not in line]
+    assert not any(noise), result.stderr
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    directory = tmp_path_factory.mktemp("model")
+    Shape().write(directory)
+    return str(directory)
+
+
+def make_engine(model: str, size: int = 2) -> LLM:
+    return LLM(model, device="cpu", max_model_len=64, tensor_parallel_size=size)
+
+
+def generate(engine: LLM) -> None:
+    engine.generate([[5, 6, 7]] * 3, max_tokens=20, ignore_eos=True, use_tqdm=False)
+
+
+def listening_addresses() -> set[str]:
+    """IPv4 and IPv6 addresses (in hexadecimal) at which this process accepts connections."""
+    inodes = set()
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+            inodes.add(os.readlink(link))
+    addresses = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == LISTEN and f"socket:[{fields[9]}]" in inodes:
+                addresses.add(fields[1].split(":")[0])
+    return addresses
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_only_this_machine_can_reach_the_ranks(model):
+    before = listening_addresses()
+    with make_engine(model):
+        assert listening_addresses() - before == {
+            socket.inet_aton("127.0.0.1")[::-1].hex().upper()
+        }
+
+
+def test_worker_killed_between_steps(model):
+    with make_engine(model, size=2) as engine:
+        generate(engine)
+        (worker,) = engine.model_runner.ranks.workers.processes
+        worker.kill()
+        worker.wait()
+        start = time.monotonic()
+        with pytest.raises(RankDiedError, match="rank 1 of 2 was killed by SIGKILL"):
+            generate(engine)
+        assert time.monotonic() - start < SECONDS
+        with pytest.raises(RuntimeError, match="this engine has exited"):
+            generate(engine)
+
+
+def test_interrupted_step_ends_the_engine(model, monkeypatch):
+    """The worker is then in the middle of a step that rank 0 will never join."""
+    engine = make_engine(model)
+    (worker,) = engine.model_runner.ranks.workers.processes
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.model_runner, "run", interrupted)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        generate(engine)
+    assert worker.returncode == -signal.SIGKILL
+    with pytest.raises(RuntimeError, match="this engine has exited"):
+        generate(engine)
+    assert time.monotonic() - start < SECONDS
+
+
+IN_RUNNER = "from nanovllm.engine.model_runner import ModelRunner as place"
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+KILLED = "rank 1 of 2 was killed by SIGKILL"
+RAISE = "raise ValueError('broken on purpose')"
+RAISED = "rank 1 of 2 ended with exit status 1; its own message is above"
+
+
+@pytest.mark.parametrize(
+    ("place", "method", "death", "message"),
+    [
+        ("from nanovllm.engine import process_groups as place", "gloo_group", KILL, KILLED),
+        (IN_RUNNER, "_load", KILL, KILLED),
+        (IN_RUNNER, "_prefill", KILL, KILLED),
+        (IN_RUNNER, "_load", RAISE, RAISED),
+        (IN_RUNNER, "_prefill", RAISE, RAISED),
+    ],
+    ids=["killed joining", "killed loading", "killed in step", "error loading", "error in step"],
+)
+def test_worker_dies(model, tmp_path, monkeypatch, capfd, place, method, death, message):
+    """A worker that breaks at a certain place, since it starts through this 'interpreter'."""
+    script = tmp_path / "broken.py"
+    script.write_text(
+        f"import os, signal\n{place}\ndef die(*args, **kwargs):\n    {death}\n"
+        f"place.{method} = die\nfrom nanovllm.engine import worker\nworker.main()\n"
+    )
+    interpreter = tmp_path / "python"
+    interpreter.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}"\n')
+    interpreter.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(interpreter))
+    # Only rank 0 is left unharmed, so `generate` is the first place where it could hang.
+    start = time.monotonic()
+    with pytest.raises(RankDiedError, match=message), make_engine(model) as engine:
+        start = time.monotonic()
+        generate(engine)
+    assert time.monotonic() - start < SECONDS
+    if death == RAISE:
+        assert "ValueError: broken on purpose" in capfd.readouterr().err
+    # The next engine is not disturbed by what the last one left.
+    monkeypatch.undo()
+    if method == "gloo_group":
+        with make_engine(model) as engine:
+            generate(engine)
+
+
+def test_worker_dies_before_it_joins(model, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    start = time.monotonic()
+    with pytest.raises(RankDiedError, match="rank 1 of 2 ended with exit status 1"):
+        make_engine(model)
+    assert time.monotonic() - start < SECONDS
+
+
+ENDLESS = """
+import sys
+from nanovllm import LLM
+
+llm = LLM(sys.argv[1], device="cpu", tensor_parallel_size=4, max_model_len=64)
+print(*(worker.pid for worker in llm.model_runner.ranks.workers.processes), flush=True)
+while True:
+    llm.generate([[5, 6, 7]], max_tokens=20, use_tqdm=False)
+"""
+
+
+def test_workers_end_with_rank_0(model, tmp_path):
+    script = tmp_path / "endless.py"
+    script.write_text(ENDLESS)
+    rank_0 = scripts.start(script, model)
+    assert rank_0.stdout is not None
+    workers = [int(pid) for pid in rank_0.stdout.readline().split()]
+    assert len(workers) == 3
+    assert all(map(scripts.is_running, workers))
+    time.sleep(0.2)
+    rank_0.kill()
+    rank_0.communicate()
+    assert scripts.all_end(workers, SECONDS)
+
+
+CRASH = """
+import sys
+from nanovllm import LLM
+from nanovllm.engine.model_runner import ModelRunner
+import os
+
+if os.environ["RANK"] == "1":
+    def _prefill(self, *args):
+        raise ValueError("broken on purpose")
+    ModelRunner._prefill = _prefill
+llm = LLM(sys.argv[1], device="cpu", tensor_parallel_size=2, max_model_len=64)
+print("serving", flush=True)
+llm.generate([[5, 6, 7]], max_tokens=20, use_tqdm=False)
+print("generated", flush=True)
+"""
+
+
+def test_crash_of_a_rank_ends_torchrun(model, tmp_path):
+    script = tmp_path / "crash.py"
+    script.write_text(CRASH)
+    job = scripts.start(script, model, processes=2)
+    assert job.stdout is not None
+    assert job.stdout.readline() == "serving\n"
+    start = time.monotonic()
+    out, err = job.communicate(timeout=60)
+    assert time.monotonic() - start < SECONDS
+    assert job.returncode != 0
+    assert out == ""
+    assert "ValueError: broken on purpose" in err
+
+
+@pytest.fixture
+def no_processes(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+
+
+@pytest.mark.usefixtures("no_processes")
+def test_sizes_that_do_not_divide_the_model_are_refused(model):
+    with pytest.raises(
+        ValueError, match="tensor_parallel_size=3 does not divide num_attention_heads=4"
+    ):
+        make_engine(model, size=3)
+
+
+@pytest.mark.usefixtures("no_processes")
+def test_torchrun_with_another_number_of_processes_is_refused(model, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(
+        ValueError,
+        match="tensor_parallel_size=2 is not allowed under torchrun with 4 processes: it must be 4",
+    ):
+        make_engine(model)
+
+
+@pytest.mark.parametrize("full", [1, 5, 8, 509])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_vocabulary_shards_cover_everything_once(full, size):
+    shards = [Shard.ceil(full, ParallelGroup(rank, size)) for rank in range(size)]
+    held = [entry for s in shards for entry in range(s.start, s.start + s.size)]
+    assert held == list(range(full))
+
+
+def test_each_rank_has_the_kv_head_of_its_query_heads():
+    """8 query heads on 4 ranks: rank r has 2r and 2r + 1, which share KV head (2r) // 4."""
+    groups = [ParallelGroup(rank, 4) for rank in range(4)]
+    starts = [Shard.kv_heads(2, 64, group).start // 64 for group in groups]
+    assert starts == [0, 0, 1, 1]
+    assert [Shard.kv_heads(8, 64, group).size // 64 for group in groups] == [2] * 4
+
+
+def test_one_rank_needs_no_collectives():
+    x = torch.randn(3, 4)
+    assert ParallelGroup().all_reduce(x) is x
+    assert ParallelGroup().concat_last_dim(x) is x
+
+
+def test_runner_and_engine_close_once(model, monkeypatch):
+    closed = []
+    close = ModelRunner.close
+    monkeypatch.setattr(ModelRunner, "close", lambda self: (closed.append(self), close(self)))
+    engine = LLM(model, device="cpu", max_model_len=64)
+    engine.exit()
+    engine.exit()
+    assert len(closed) == 1

@@ -59,6 +59,8 @@ class Config:
         load_format: "auto" reads safetensors; "dummy" draws random weights from config.json alone.
         attention_backend: "auto" is "triton" on CUDA and "torch" on the CPU.
         enable_prefix_caching: reuse the KV blocks of equal prompt beginnings.
+        async_scheduling: plan and launch a decode step before the tokens of the last one have
+            reached the host.
         enable_pipeline: run decode as an attention/FFN pipeline where that is possible.
         pipeline_attention_sm_count: SMs for the attention stage, rounded up to the alignment.
         pipeline_ffn_sm_count: SMs for the FFN stage, rounded up to the alignment.
@@ -81,6 +83,7 @@ class Config:
     load_format: str = option("auto", choice("auto", "dummy"))
     attention_backend: str = option("auto", choice("auto", "triton", "flash_attn", "torch"))
     enable_prefix_caching: bool = option(True, boolean)
+    async_scheduling: bool = option(True, boolean)
     enable_pipeline: bool = option(False, boolean)
     pipeline_attention_sm_count: int = option(16, integer(1))
     pipeline_ffn_sm_count: int = option(16, integer(1))

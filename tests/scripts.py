@@ -1,4 +1,4 @@
-"""User scripts run as processes of their own, plainly or under torchrun, and what is left of them."""
+"""Runs user scripts as processes of their own, plainly or under torchrun, and breaks workers."""
 
 from __future__ import annotations
 
@@ -60,3 +60,31 @@ def all_end(pids: Iterable[int], seconds: float) -> bool:
             return False
         time.sleep(0.05)
     return True
+
+
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+RAISE = "raise ValueError('broken on purpose')"
+
+
+def broken_interpreter(directory: Path, place: str, death: str) -> Path:
+    """A `sys.executable` whose workers meet `death` when they call the function at `place`.
+
+    Args:
+        directory: for the files it consists of.
+        place: module and name within `nanovllm.engine`.
+        death: a statement.
+    """
+    module, _, name = place.partition(".")
+    worker = directory / "worker.py"
+    worker.write_text(
+        f"import os, signal\n"
+        f"from nanovllm.engine import {module}, worker\n"
+        f"def die(*args, **kwargs):\n"
+        f"    {death}\n"
+        f"{module}.{name} = die\n"
+        f"worker.main()\n"
+    )
+    interpreter = directory / "python"
+    interpreter.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{worker}"\n')
+    interpreter.chmod(0o700)
+    return interpreter

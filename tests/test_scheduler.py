@@ -8,6 +8,8 @@ the slots that the step reads hold what they must. After every event it checks a
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from unittest.mock import patch
 
 import pytest
@@ -23,7 +25,7 @@ from hypothesis.stateful import (
 
 from nanovllm.engine import block_manager
 from nanovllm.engine.block_manager import NO_PREFIX, PADDING_BLOCK, BlockManager
-from nanovllm.engine.scheduler import MAX_PREFILL_STREAK, Scheduler, Step
+from nanovllm.engine.scheduler import MAX_PREFILL_STREAK, Chunk, Scheduler, Step
 from nanovllm.engine.sequence import Sequence, Status
 from nanovllm.sampling_params import SamplingParams
 
@@ -37,6 +39,20 @@ PROMPTS = st.builds(
     st.integers(0, len(STORY)),
     st.lists(TOKENS, min_size=1, max_size=6),
 )
+
+
+RUBBISH = -1
+
+Draw = Callable[[int], list[int]]  # how many tokens -> the tokens
+
+
+def always(token: int) -> Draw:
+    return lambda count: [token] * count
+
+
+def drawing(data) -> Draw:
+    """Tokens that hypothesis chooses."""
+    return lambda count: data.draw(st.lists(TOKENS, min_size=count, max_size=count))
 
 
 def sequence(request_id: int, tokens: list[int], max_tokens: int = 8, max_len: int = 99):
@@ -70,8 +86,20 @@ class Texts:
         return result
 
 
+@dataclass
+class Launched:
+    """A step that the model has run, and the tokens that it drew; the scheduler has yet to see."""
+
+    step: Step
+    drawn: list[int]
+
+
 class World:
-    """A scheduler whose model writes texts into KV slots and says what it is told to say."""
+    """A scheduler whose model writes texts into KV slots and says what it is told to say.
+
+    As on a device, steps run in the order in which they are launched, one of them perhaps before
+    the scheduler knows the tokens of the one before; these wait in the seats of their sequences.
+    """
 
     def __init__(
         self, num_blocks: int, block_size: int, max_num_seqs: int, budget: int, caching: bool
@@ -80,7 +108,9 @@ class World:
         self.scheduler = Scheduler(self.blocks, max_num_seqs, budget)
         self.texts = Texts()
         self.kv: dict[int, int] = {}  # slot -> number of the text that ends there
+        self.seats: dict[int, int] = {}  # seat -> token that was last drawn there
         self.alive: dict[int, Sequence] = {}
+        self.in_flight: Launched | None = None
         self.arrivals = 0
         self.oldest: int | None = None
         self.stalled = 0  # steps that the oldest has waited
@@ -106,43 +136,62 @@ class World:
         assert seq.block_table == []
         self.check()
 
-    def plan(self) -> Step | None:
-        """Schedules a step and checks it."""
-        step = self.scheduler.schedule()
-        assert (step is None) == (not self.alive)
-        if step is not None:
-            self.check_step(step)
-            self.check_progress(step)
-        return step
+    def step(self, draw: Draw, *, ahead: bool = False) -> Step | None:
+        """What `LLMEngine.step` does; returns the step whose tokens the scheduler has got."""
+        current = self.in_flight or self.launch(draw)
+        if current is None:
+            return None
+        self.in_flight = self.launch(draw, ahead=True) if ahead else None
+        self.finish(current)
+        return current.step
 
-    def run(self, step: Step) -> int:
-        """Writes and reads the KV slots of `step`; returns how many tokens it draws."""
+    def launch(self, draw: Draw, *, ahead: bool = False) -> Launched | None:
+        """Plans a step, checks it and runs it."""
+        step = self.scheduler.schedule(ahead=ahead)
+        if step is None:
+            assert ahead or not self.alive
+            return None
+        self.check_step(step)
+        self.check_progress(step)
+        self.check()
         # All tokens are stored before any is read, as in each layer of the model.
         for chunk in step.chunks:
-            texts = self.texts.all_of(chunk.seq.token_ids)
+            texts = self.texts.all_of(self.tokens(chunk))
             for position in range(chunk.start, chunk.end):
                 self.kv[self.slot(chunk.seq, position)] = texts[position]
         for chunk in step.chunks:
             held = [self.kv.get(self.slot(chunk.seq, i)) for i in range(chunk.end)]
-            assert held == self.texts.all_of(chunk.seq.token_ids[: chunk.end])
-        return sum(chunk.samples for chunk in step.chunks)
+            assert held == self.texts.all_of(self.tokens(chunk))
+        sampling = [chunk.seq.seat for chunk in step.chunks if chunk.samples]
+        drawn = draw(len(sampling))
+        self.seats.update(zip(sampling, drawn, strict=True))
+        return Launched(step, drawn)
 
-    def fail(self, step: Step) -> None:
-        """The step stops halfway and leaves rubbish in the slots that it was to write."""
-        for chunk in step.chunks:
-            for position in range(chunk.start, chunk.end):
-                self.kv[self.slot(chunk.seq, position)] = -1
+    def fail(self, draw: Draw, *, ahead: bool) -> None:
+        """Steps stop halfway and leave rubbish in the slots that they were to write."""
+        launched = [self.in_flight or self.launch(draw)]
+        if ahead:
+            launched.append(self.launch(draw, ahead=True))
+        for item in launched:
+            for chunk in item.step.chunks if item else ():
+                self.seats.pop(chunk.seq.seat, None)
+                if chunk.seq.status is Status.RUNNING:
+                    for position in range(chunk.start, chunk.end):
+                        self.kv[self.slot(chunk.seq, position)] = RUBBISH
+        self.in_flight = None
+        self.scheduler.forget_plans()
         self.check()
 
-    def finish(self, step: Step, drawn: list[int]) -> None:
+    def finish(self, launched: Launched) -> None:
         """Hands the drawn tokens back, and checks what the scheduler makes of them."""
-        for seq in self.scheduler.update(step, drawn):
+        for seq in self.scheduler.update(launched.step, launched.drawn):
             assert seq.status is Status.FINISHED
             assert seq.block_table == []
             assert seq.finish_reason == ("stop" if seq.token_ids[-1] == STOP else "length")
+            assert len(seq.token_ids) <= max(seq.max_len, seq.prompt_len + 1)
             del self.alive[seq.request_id]
         for seq in self.alive.values():
-            assert seq.num_generated < seq.params.max_tokens
+            assert seq.num_generated - seq.num_pending < seq.params.max_tokens
             assert STOP not in seq.token_ids[seq.prompt_len :]
         self.check()
 
@@ -150,14 +199,17 @@ class World:
         """Runs everything to its end, in a bounded number of steps."""
         steps_each = (MAX_PREFILL_STREAK + 1) * (self.capacity + 2)
         for _ in range(steps_each * (len(self.alive) + 1)):
-            step = self.plan()
-            if step is None:
+            if self.step(always(1)) is None:
                 break
-            self.finish(step, [1] * self.run(step))
         assert not self.alive, "requests are left that never finish"
         assert self.scheduler.is_idle
         assert self.scheduler.schedule() is None
         assert len(self.blocks.free) == self.blocks.num_blocks
+
+    def tokens(self, chunk: Chunk) -> list[int]:
+        """The tokens that `chunk` reads to its end; the last may be known on the device only."""
+        known = chunk.seq.token_ids[: chunk.end]
+        return known if len(known) == chunk.end else [*known, self.seats[chunk.seq.seat]]
 
     def slot(self, seq: Sequence, position: int) -> int:
         size = self.blocks.block_size
@@ -173,9 +225,11 @@ class World:
         for chunk in step.chunks:
             seq = chunk.seq
             assert seq.status is Status.RUNNING
-            assert 0 <= chunk.start < chunk.end <= len(seq.token_ids)
-            assert chunk.end <= len(seq.block_table) * size
-            assert chunk.samples == (chunk.end == len(seq.token_ids))
+            assert 0 <= chunk.start < chunk.end <= len(seq.block_table) * size
+            # By now its own token is pending too.
+            assert chunk.end <= seq.length - chunk.samples
+            assert chunk.samples == (chunk.end == seq.length - chunk.samples)
+            assert chunk.end <= len(seq.token_ids) + 1
             if step.is_decode:
                 assert chunk.samples
                 assert chunk.end == chunk.start + 1
@@ -183,8 +237,10 @@ class World:
             assert all(self.blocks.blocks[block].owners == 1 for block in written)
 
     def check_progress(self, step: Step) -> None:
+        """The oldest is in every step, but for a few in a row that prefill others."""
         oldest = min(self.alive)
-        waits = all(chunk.seq.request_id != oldest for chunk in step.chunks)
+        waits = not self.alive[oldest].is_full
+        waits = waits and all(chunk.seq.request_id != oldest for chunk in step.chunks)
         self.stalled = self.stalled + 1 if waits and oldest == self.oldest else int(waits)
         self.oldest = oldest
         assert self.stalled <= MAX_PREFILL_STREAK, "the oldest request starves"
@@ -212,7 +268,10 @@ class World:
         assert set(manager.free) == set(manager.blocks) - set(owners)
         for seq in running:
             assert seq.num_computed <= len(seq.block_table) * manager.block_size
-            assert len(seq.block_table) <= manager.blocks_for(len(seq.token_ids))
+            assert seq.num_computed <= seq.num_scheduled <= seq.length
+            assert len(seq.block_table) <= manager.blocks_for(seq.length)
+        seats = [seq.seat for seq in running] + self.scheduler.free_seats
+        assert sorted(seats) == list(range(self.scheduler.max_num_seqs))
 
     def check_hashes(self) -> None:
         """What the prefix cache believes of a block is what the model has written there."""
@@ -263,12 +322,18 @@ class Events(RuleBasedStateMachine):
     def arrive(self, prompt, max_tokens, max_len):
         self.world.arrive(prompt, max_tokens, max_len)
 
-    @rule(data=st.data(), times=st.integers(1, 6))
-    def step(self, data, times):
-        for _ in range(times):
-            step = self.world.plan()
-            if step is not None:
-                self.world.finish(step, self.draw(data, self.world.run(step)))
+    @rule(data=st.data(), ahead=st.lists(st.booleans(), min_size=1, max_size=6))
+    def step(self, data, ahead):
+        for look_ahead in ahead:
+            self.world.step(drawing(data), ahead=look_ahead)
+
+    @precondition(lambda self: self.world.alive)
+    @rule(data=st.data(), ahead=st.booleans())
+    def abort_while_a_step_runs(self, data, ahead):
+        if self.world.in_flight is None:
+            self.world.in_flight = self.world.launch(drawing(data))
+        self.abort(data)
+        self.world.step(drawing(data), ahead=ahead)
 
     @precondition(lambda self: self.world.alive)
     @rule(data=st.data())
@@ -276,20 +341,9 @@ class Events(RuleBasedStateMachine):
         self.world.abort(data.draw(st.sampled_from(sorted(self.world.alive))))
 
     @precondition(lambda self: self.world.alive)
-    @rule(data=st.data())
-    def abort_while_a_step_runs(self, data):
-        step = self.world.plan()
-        count = self.world.run(step)
-        self.world.abort(data.draw(st.sampled_from(sorted(self.world.alive))))
-        self.world.finish(step, self.draw(data, count))
-
-    @precondition(lambda self: self.world.alive)
-    @rule()
-    def fail(self):
-        self.world.fail(self.world.plan())
-
-    def draw(self, data, count):
-        return data.draw(st.lists(TOKENS, min_size=count, max_size=count))
+    @rule(data=st.data(), ahead=st.booleans())
+    def fail(self, data, ahead):
+        self.world.fail(drawing(data), ahead=ahead)
 
     def teardown(self):
         if hasattr(self, "world"):
@@ -330,9 +384,8 @@ def test_prefix_caching_is_exact_even_if_hashes_collide(weak_hash):
 def drive(world: World, token: int = 1) -> list[Step]:
     """Runs to the end, always drawing `token`; returns the steps."""
     steps = []
-    while (step := world.plan()) is not None:
+    while (step := world.step(always(token))) is not None:
         steps.append(step)
-        world.finish(step, [token] * world.run(step))
     return steps
 
 
@@ -349,7 +402,7 @@ def test_a_hash_collision_between_prefixes_does_not_leak_into_the_blocks_after_t
         world.arrive([2, 1, 3, 3, 1], max_tokens=1)
         drive(world)
         world.arrive([1, 2, 3, 3, 1], max_tokens=1)
-        (step,) = drive(world)  # `World.run` checks what it reads
+        (step,) = drive(world)  # `World.launch` checks what it reads
         assert step.chunks[0].start == 2
 
 
@@ -408,9 +461,8 @@ def test_the_youngest_is_preempted_and_recomputed_and_the_oldest_never_is():
     world = World(num_blocks=6, block_size=2, max_num_seqs=3, budget=50, caching=False)
     seqs = [world.arrive([1 + i, 2], max_tokens=8) for i in range(3)]
     ends = []
-    while (step := world.plan()) is not None:
+    while world.step(always(1)) is not None:
         assert seqs[0].status is Status.RUNNING or seqs[0].num_generated == 8
-        world.finish(step, [1] * world.run(step))
         ends += [s.request_id for s in seqs if s.num_generated == 8 and s.request_id not in ends]
     assert world.scheduler.num_preemptions > 0
     assert ends == [0, 1, 2]
@@ -422,9 +474,7 @@ def test_decode_gets_its_turn_in_a_stream_of_prompts():
     kinds = []
     for _ in range(4 * (MAX_PREFILL_STREAK + 1)):
         world.arrive([2, 2, 3, 3], max_tokens=8)
-        step = world.plan()
-        kinds.append(step.is_decode)
-        world.finish(step, [1] * world.run(step))
+        kinds.append(world.step(always(1)).is_decode)
     assert kinds.count(True) == 4
     world.drain()
 
@@ -440,9 +490,32 @@ def test_a_prompt_that_fills_all_blocks_runs_alone():
 def test_a_failed_step_is_planned_again():
     world = World(num_blocks=20, block_size=2, max_num_seqs=4, budget=5, caching=True)
     seq = world.arrive([1, 2, 3, 1, 1, 2, 2], max_tokens=3)
-    while (step := world.plan()) is not None:
-        world.fail(step)
-        again = world.plan()
-        assert [(c.start, c.end) for c in again.chunks] == [(c.start, c.end) for c in step.chunks]
-        world.finish(again, [1] * world.run(again))
+    while world.alive:
+        world.fail(always(3), ahead=True)
+        world.step(always(1))
     assert seq.token_ids == [1, 2, 3, 1, 1, 2, 2, 1, 1, 1]
+
+
+def test_looking_ahead_goes_on_with_tokens_that_are_not_known_yet():
+    world = World(num_blocks=20, block_size=2, max_num_seqs=4, budget=50, caching=True)
+    seq = world.arrive([1, 2, 3], max_tokens=3)
+    steps = [world.step(always(1), ahead=True) for _ in range(3)]
+    assert [(s.chunks[0].start, s.chunks[0].end) for s in steps] == [(0, 3), (3, 4), (4, 5)]
+    assert seq.finish_reason == "length"
+    assert world.in_flight is None  # nothing was launched beyond max_tokens
+
+
+def test_looking_ahead_preempts_nobody():
+    world = World(num_blocks=2, block_size=2, max_num_seqs=2, budget=50, caching=False)
+    for _ in range(2):
+        world.arrive([1, 2], max_tokens=3, max_len=4)
+    preemptions = []
+    while world.alive:
+        before = world.scheduler.num_preemptions
+        current = world.in_flight or world.launch(always(1))
+        planned = world.scheduler.num_preemptions
+        world.in_flight = world.launch(always(1), ahead=True)
+        assert world.scheduler.num_preemptions == planned
+        preemptions.append(planned - before)
+        world.finish(current)
+    assert sum(preemptions) > 0

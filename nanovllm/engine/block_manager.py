@@ -84,13 +84,13 @@ class BlockManager:
             self.free.pop(block_id, None)
             self.blocks[block_id].owners += 1
         seq.block_table = cached + [self._take() for _ in range(fresh)]
-        seq.num_computed = len(cached) * self.block_size
+        seq.num_computed = seq.num_scheduled = len(cached) * self.block_size
         seq.num_registered = len(cached)
         return True
 
     def extend(self, seq: Sequence) -> bool:
         """Makes room for one more token; returns False if that takes a block and none is free."""
-        if self.blocks_for(seq.num_computed + 1) > len(seq.block_table):
+        if self.blocks_for(seq.num_scheduled + 1) > len(seq.block_table):
             if not self.free:
                 return False
             seq.block_table.append(self._take())
@@ -127,7 +127,7 @@ class BlockManager:
             if block.owners == 0:
                 self.free[block_id] = None
         seq.block_table = []
-        seq.num_computed = seq.num_registered = 0
+        seq.num_computed = seq.num_scheduled = seq.num_registered = 0
 
     def _tokens_of(self, token_ids: list[int], index: int) -> tuple[int, ...]:
         return tuple(token_ids[index * self.block_size : (index + 1) * self.block_size])

@@ -28,6 +28,7 @@ class DecodeRunner:
         config: pipeline_enable_profiling is looked up at every step.
         model: the model, its KV cache bound.
         pipeline: see `build_pipeline`.
+        last_tokens: the last token of each seat, on the device.
         workspace: attention's scratch memory on all SMs.
         memory: for CUDA graphs; None: run eagerly.
         fill_padding: fills inputs with padding rows.
@@ -39,6 +40,7 @@ class DecodeRunner:
         config: Config,
         model: Qwen3ForCausalLM,
         pipeline: Pipeline,
+        last_tokens: torch.Tensor,
         workspace: Any,
         memory: GraphMemory | None,
         fill_padding: Callable[[InputLayout, np.ndarray], None],
@@ -47,6 +49,7 @@ class DecodeRunner:
         self.config = config
         self.model = model
         self.pipeline = pipeline
+        self.last_tokens = last_tokens
         self.workspace = workspace
         self.memory = memory
         self.fill_padding = fill_padding
@@ -117,11 +120,11 @@ class DecodeRunner:
         pipeline = self.pipeline
         if layout.pipelined:
             assert pipeline.scheduler is not None
-            tensors = StepTensors.of(layout, inputs, pipeline.workspace)
-            hidden = pipeline.scheduler.run(tensors, marks=marks)
+            scheduler, workspace = pipeline.scheduler, pipeline.workspace
         else:
-            tensors = StepTensors.of(layout, inputs, self.workspace)
-            hidden = pipeline.sequential.run(tensors, marks=marks)
+            scheduler, workspace = pipeline.sequential, self.workspace
+        tensors = StepTensors.of(layout, inputs, self.last_tokens, workspace)
+        hidden = scheduler.run(tensors, marks=marks)
         logits = self.model.compute_logits(hidden, logits)
         if marks is not None:
             marks.end_step()

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.model_runner import LaunchedStep, ModelRunner
 from nanovllm.engine.ranks import Ranks
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence as EngineSequence
@@ -105,6 +105,7 @@ class LLMEngine:
         self.scheduler = Scheduler(
             blocks, self.config.max_num_seqs, self.config.max_num_batched_tokens
         )
+        self.in_flight: LaunchedStep | None = None
         self.requests: dict[int, EngineSequence] = {}
         self.next_request_id = 0
         self.eos_ids = self._find_eos_ids()
@@ -181,20 +182,42 @@ class LLMEngine:
         return self._queue(self._check_prompt(prompt, "prompt"), params)
 
     def step(self) -> list[RequestOutput]:
-        """Runs one step of the batch; returns the requests that finished with it."""
+        """Runs one step of the batch; returns the requests that finished with it.
+
+        With `async_scheduling` the step after it is already launched when its tokens arrive.
+        """
         self._check_open()
-        step = self.scheduler.schedule()
-        if step is None:
-            return []
-        ranks = self.model_runner.ranks
         try:
-            with ranks.in_step():
-                tokens = self.model_runner.execute(step)
+            with self.model_runner.ranks.in_step():
+                current = self.in_flight or self._launch(ahead=False)
+                if current is None:
+                    return []
+                self.in_flight = self._launch(ahead=True) if self._may_look_ahead() else None
+                tokens = self.model_runner.collect(current)
         except BaseException:
-            if ranks.parted:
+            self.in_flight = None
+            self.scheduler.forget_plans()
+            if self.model_runner.ranks.parted:
                 self.exit()
             raise
-        return [self._output(seq) for seq in self.scheduler.update(step, tokens)]
+        return [self._output(seq) for seq in self.scheduler.update(current.step, tokens)]
+
+    def _launch(self, *, ahead: bool) -> LaunchedStep | None:
+        step = self.scheduler.schedule(ahead=ahead)
+        return None if step is None else self.model_runner.launch(step)
+
+    def _may_look_ahead(self) -> bool:
+        """Whether the next step may be launched before the tokens of the current one are known.
+
+        Not while profiling: the next step overwrites the time marks. Not with several ranks: only
+        rank 0 draws tokens, so the others get them from its host.
+        """
+        config = self.config
+        return (
+            config.async_scheduling
+            and not config.pipeline_enable_profiling
+            and config.tensor_parallel_size == 1
+        )
 
     def is_finished(self) -> bool:
         """Whether no request is waiting or running."""

@@ -1,11 +1,12 @@
 """Runs steps on one rank: inputs to the device, the model (or its graph), logits, tokens.
 
-execute(step)       rank 0: everything, from the scheduler's step to the drawn tokens
-serve()             other ranks: run what rank 0 sends until it stops
+- rank 0: `launch` issues a step, from the scheduler's plan to the drawn tokens; `collect` waits
+- other ranks: `serve` runs what rank 0 sends until it stops
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -27,6 +28,16 @@ from nanovllm.models.qwen3 import Qwen3ForCausalLM, rank_heads
 from nanovllm.models.qwen3_config import Qwen3Config
 from nanovllm.utils.loader import fill_randomly, load_weights
 from nanovllm.utils.timeline import save_timeline
+
+
+@dataclass(frozen=True)
+class LaunchedStep:
+    """A step that has been issued; `tokens` [S] are on the host once `done` has happened."""
+
+    step: Step
+    layout: InputLayout
+    tokens: torch.Tensor
+    done: torch.cuda.Event | None
 
 
 class ModelRunner:
@@ -66,6 +77,7 @@ class ModelRunner:
             )
         )
         bind_cache(self.num_blocks)
+        self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
         self.graph_memory = self._make_graph_memory(dtype)
         self.decode = self.make_decode(config)
         self.statistics = self.decode.pipeline.statistics
@@ -121,8 +133,8 @@ class ModelRunner:
         """Writes the stages of the last profiled decode steps to `path`; see utils/timeline.py."""
         save_timeline(list(self.statistics.recent), path)
 
-    def execute(self, step: Step) -> list[int]:
-        """Runs `step` on all ranks and returns the drawn tokens, one per sampling chunk."""
+    def launch(self, step: Step) -> LaunchedStep:
+        """Issues `step` on all ranks, without waiting for it."""
         rows: np.ndarray | None = None
         if step.is_decode:
             layout, rows = self.decode.layout(len(step.chunks))
@@ -132,10 +144,15 @@ class ModelRunner:
         self._fill(layout, step.chunks, flat.numpy(), rows)
         self.ranks.send_step(layout, flat.numpy())
         logits = self.run(layout, flat)
-        tokens = self._sample(step, logits, rows)
-        if step.is_decode:
-            self.decode.count(layout, len(step.chunks))
-        return tokens
+        return LaunchedStep(step, layout, *self._sample(step, logits, rows))
+
+    def collect(self, launched: LaunchedStep) -> list[int]:
+        """Waits for a step; returns the drawn tokens, one per sampling chunk."""
+        if launched.done is not None:
+            self.ranks.wait(launched.done)
+        if launched.step.is_decode:
+            self.decode.count(launched.layout, len(launched.step.chunks))
+        return launched.tokens.tolist()
 
     def serve(self) -> None:
         """Runs the steps that rank 0 sends, until it stops."""
@@ -151,35 +168,41 @@ class ModelRunner:
         return self._prefill(layout, flat.to(self.device, non_blocking=True))
 
     def _prefill(self, layout: InputLayout, flat: torch.Tensor) -> torch.Tensor:
-        inputs = StepTensors.of(layout, flat, None)
+        inputs = StepTensors.of(layout, flat, self.last_tokens, None)
         hidden = self.model(inputs.input_ids, inputs.positions, inputs.metadata)
         return self.model.compute_logits(hidden[inputs.sample_rows])
 
-    def _sample(self, step: Step, logits: torch.Tensor, rows: np.ndarray | None) -> list[int]:
-        """Draws the next token of each sampling chunk, whose logits are in `rows`."""
+    @torch.inference_mode()
+    def _sample(
+        self, step: Step, logits: torch.Tensor, rows: np.ndarray | None
+    ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Draws the next token of each sampling chunk, whose logits are in `rows`.
+
+        Returns:
+            The tokens on the host, valid after the event.
+        """
         seqs = [chunk.seq for chunk in step.chunks if chunk.samples]
         if not seqs:
-            return []
+            return torch.empty(0, dtype=torch.int64), None
         batch = SamplingBatch.of(
             [seq.params for seq in seqs],
             [seq.seed for seq in seqs],
-            [seq.num_generated for seq in seqs],
+            [seq.num_generated - 1 for seq in seqs],  # the draw itself is pending already
+            [seq.seat for seq in seqs],
             self.model_config.vocab_size,
             self.device,
         )
         if rows is not None and len(rows) < len(logits):
             logits = logits[torch.from_numpy(rows).to(self.device)]
-        return self._to_host(sample(logits, batch))
-
-    def _to_host(self, tokens: torch.Tensor) -> list[int]:
+        tokens = sample(logits, batch)
+        self.last_tokens[batch.seats] = tokens
         if self.device.type != "cuda":
-            return tokens.tolist()
+            return tokens, None
         host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         host.copy_(tokens, non_blocking=True)
         done = torch.cuda.Event()
         done.record()
-        self.ranks.wait(done)
-        return host.tolist()
+        return host, done
 
     def _load(self, model_dir: Path) -> None:
         slots = dict(self.model.slots())
@@ -197,6 +220,7 @@ class ModelRunner:
             config,
             self.model,
             build_pipeline(config, self.model, self.backend, self.device, device_sms),
+            self.last_tokens,
             self.backend.make_workspace(self.device, device_sms),
             self.graph_memory,
             self._fill_padding,

@@ -127,4 +127,8 @@ def _make_executor(
     manager = GreenContextManager(
         device, config.pipeline_attention_sm_count, config.pipeline_ffn_sm_count
     )
-    return StreamExecutor(manager.get_attention_stream(), manager.get_ffn_stream()), manager
+    try:
+        return StreamExecutor(manager.get_attention_stream(), manager.get_ffn_stream()), manager
+    except BaseException:
+        manager.close()
+        raise

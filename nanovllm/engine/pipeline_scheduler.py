@@ -161,17 +161,18 @@ class PipelineScheduler:
             Logits [N, vocab_size].
 
         Raises:
-            ValueError: shapes that do not fit each other.
+            ValueError: inputs that do not fit each other, or a cut that leaves a part empty.
         """
         inputs = StepTensors(input_ids, positions, metadata)
         inputs.check()
+        parts = self._split(inputs, cut_at)
         marks = make_marks(input_ids.device)
         marks.begin_step()
-        logits = self.model.compute_logits(self.run(inputs, cut_at, marks))
+        logits = self.model.compute_logits(self._run_parts(parts, marks))
         marks.end_step()
         if input_ids.is_cuda:
             torch.cuda.current_stream().synchronize()
-        self.statistics.count_step(len(input_ids), pipelined=self.micro_batches > 1)
+        self.statistics.count_step(len(input_ids), pipelined=len(parts) > 1)
         self.statistics.add_times(*marks.read())
         return logits
 
@@ -188,7 +189,12 @@ class PipelineScheduler:
         Returns:
             Hidden states [N, hidden_size] after the final norm.
         """
-        parts = inputs.split(cut_at) if self.micro_batches > 1 else [inputs]
+        return self._run_parts(self._split(inputs, cut_at), marks)
+
+    def _split(self, inputs: StepTensors, cut_at: int | None) -> list[StepTensors]:
+        return inputs.split(cut_at) if self.micro_batches > 1 else [inputs]
+
+    def _run_parts(self, parts: list[StepTensors], marks: StageMarks | None) -> torch.Tensor:
         batches = [MicroBatch(i, part) for i, part in enumerate(parts)]
         self.issue(batches, marks)
         hidden = [_made(batch.hidden) for batch in batches]

@@ -37,8 +37,8 @@ class Chunk:
 
     @classmethod
     def of(cls, seq: Sequence, size: int) -> Chunk:
-        """The next `size` uncomputed tokens of `seq`."""
-        return cls(seq, seq.num_computed, seq.num_computed + size, size == seq.num_uncomputed)
+        """The next `size` tokens of `seq`."""
+        return cls(seq, seq.num_scheduled, seq.num_scheduled + size, size == seq.num_unscheduled)
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.free_seats = list(range(max_num_seqs))
         self.prefill_streak = 0
         self.num_preemptions = 0
 
@@ -83,24 +84,27 @@ class Scheduler:
             self.waiting.remove(seq)
         seq.finish("abort")
 
-    def schedule(self) -> Step | None:
+    def schedule(self, *, ahead: bool = False) -> Step | None:
         """Plans the next step; None if nothing is left to do.
 
-        Its tokens count as computed once `update` is called: a step that fails is planned again.
+        Its tokens count as computed once `update` is called; `forget_plans` takes it back.
+
+        Args:
+            ahead: plan although the last step has not been updated: sequences whose last token is
+                pending go on, as if it would not end them, and none is preempted. None then means
+                that the last step has to be updated first.
         """
-        decode_due = self.prefill_streak >= MAX_PREFILL_STREAK and any(
-            seq.num_uncomputed == 1 for seq in self.running
-        )
-        if not decode_due:
+        ready = (seq.num_unscheduled == 1 and not seq.is_full for seq in self.running)
+        if self.prefill_streak < MAX_PREFILL_STREAK or not any(ready):
             chunks = self._prefill_chunks()
             if chunks:
                 self.prefill_streak += 1
-                return Step(False, chunks)
+                return self._plan(Step(False, chunks))
         self.prefill_streak = 0
-        chunks = self._decode_chunks()
+        chunks = self._decode_chunks(may_preempt=not ahead)
         if chunks:
-            return Step(True, chunks)
-        return self.schedule() if not self.is_idle else None
+            return self._plan(Step(True, chunks))
+        return None if ahead or self.is_idle else self.schedule()
 
     def update(self, step: Step, tokens: list[int]) -> list[Sequence]:
         """Takes the tokens drawn by `step`, one per sampling chunk; returns the finished ones."""
@@ -114,11 +118,24 @@ class Scheduler:
             seq.num_computed = chunk.end
             self.blocks.register(seq)
             if token is not None:
+                seq.num_pending -= 1
                 seq.append(token)
                 if seq.status is Status.FINISHED:
                     self._leave(seq)
                     finished.append(seq)
         return finished
+
+    def forget_plans(self) -> None:
+        """Takes back all steps that were planned and not updated, because they failed."""
+        for seq in self.running:
+            seq.num_scheduled = seq.num_computed
+            seq.num_pending = 0
+
+    def _plan(self, step: Step) -> Step:
+        for chunk in step.chunks:
+            chunk.seq.num_scheduled = chunk.end
+            chunk.seq.num_pending += chunk.samples
+        return step
 
     def _prefill_chunks(self) -> list[Chunk]:
         """Chunks of running sequences that still read their prompt, then of newly admitted ones."""
@@ -127,12 +144,12 @@ class Scheduler:
 
         def take(seq: Sequence) -> None:
             nonlocal budget
-            size = min(seq.num_uncomputed, budget)
+            size = min(seq.num_unscheduled, budget)
             chunks.append(Chunk.of(seq, size))
             budget -= size
 
         for seq in self.running:
-            if seq.num_uncomputed > 1 and budget:
+            if seq.num_unscheduled > 1 and budget:
                 take(seq)
         while budget and self._admit_next():
             take(self.running[-1])
@@ -147,16 +164,22 @@ class Scheduler:
             return False
         seq = self.waiting.popleft()
         seq.status = Status.RUNNING
+        seq.seat = self.free_seats.pop()
         self.running.append(seq)
         return True
 
-    def _decode_chunks(self) -> list[Chunk]:
-        """One token for each sequence that is ready, the oldest first."""
-        chunks = []
+    def _decode_chunks(self, *, may_preempt: bool) -> list[Chunk]:
+        """One token for each sequence that is ready, the oldest first.
+
+        Without preemption there are no chunks at all if one sequence lacks a block.
+        """
+        chunks: list[Chunk] = []
         for seq in list(self.running):
-            if seq.status is not Status.RUNNING or seq.num_uncomputed != 1:
+            if seq.status is not Status.RUNNING or seq.num_unscheduled != 1 or seq.is_full:
                 continue
             while not self.blocks.extend(seq):
+                if not may_preempt:
+                    return []
                 self._preempt(self.running[-1])
                 if seq.status is not Status.RUNNING:
                     break  # it was the youngest itself
@@ -172,4 +195,6 @@ class Scheduler:
 
     def _leave(self, seq: Sequence) -> None:
         self.running.remove(seq)
+        self.free_seats.append(seq.seat)
         self.blocks.release(seq)
+        seq.num_pending = 0

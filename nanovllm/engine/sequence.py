@@ -30,6 +30,9 @@ class Sequence:
         seed: of its random draws.
         block_table: ids of the KV blocks it owns a share of, in order.
         num_computed: tokens whose keys and values are cached.
+        num_scheduled: those, and the ones that steps in flight compute.
+        num_pending: tokens that steps in flight draw, so that their values are not known yet.
+        seat: row of its last token on the device, while it runs.
         num_registered: leading blocks that the prefix cache knows.
         finish_reason: "stop", "length" or "abort" once finished.
     """
@@ -44,6 +47,9 @@ class Sequence:
     status: Status = Status.WAITING
     block_table: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_scheduled: int = 0
+    num_pending: int = 0
+    seat: int = -1
     num_registered: int = 0
     finish_reason: str | None = None
 
@@ -51,21 +57,33 @@ class Sequence:
         self.prompt_len = len(self.token_ids)
 
     @property
-    def num_uncomputed(self) -> int:
-        """Tokens that the model has yet to read; one in decode, more in prefill."""
-        return len(self.token_ids) - self.num_computed
+    def length(self) -> int:
+        """Its tokens, pending ones included."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def num_unscheduled(self) -> int:
+        """Tokens that the model has yet to be given; one in decode, more in prefill."""
+        return self.length - self.num_scheduled
 
     @property
     def num_generated(self) -> int:
-        """Tokens after the prompt."""
-        return len(self.token_ids) - self.prompt_len
+        """Tokens after the prompt, pending ones included."""
+        return self.length - self.prompt_len
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it ends for its length, at the latest when its pending tokens are known."""
+        return self.num_generated >= self.params.max_tokens or (
+            self.num_generated > 0 and self.length >= self.max_len
+        )
 
     def append(self, token: int) -> None:
         """Takes a generated token, and finishes the sequence if it was the last."""
         self.token_ids.append(token)
         if token in self.stop_ids:
             self.finish("stop")
-        elif self.num_generated >= self.params.max_tokens or len(self.token_ids) >= self.max_len:
+        elif self.is_full and not self.num_pending:
             self.finish("length")
 
     def finish(self, reason: str) -> None:

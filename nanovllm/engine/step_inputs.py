@@ -8,12 +8,13 @@ writes them from the scheduler's step with numpy, without a Python loop over tok
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
+from nanovllm import kernels
 from nanovllm.engine.block_manager import PADDING_BLOCK
 from nanovllm.engine.scheduler import Chunk
 from nanovllm.layers.attention import DecodeMetadata, Metadata, PrefillMetadata
@@ -92,7 +93,7 @@ class StepTensors:
     """What the model is called with: T tokens of N sequences, S of which sample.
 
     Attributes:
-        input_ids, positions: int32 [T].
+        input_ids, positions: integer [T].
         metadata: of attention; None: no KV cache, each position 0 begins a sequence.
         sample_rows: int32 [S], tokens whose logits are wanted; None: all.
     """
@@ -103,31 +104,52 @@ class StepTensors:
     sample_rows: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, layout: InputLayout, flat: torch.Tensor, workspace: Any) -> StepTensors:
-        """Views into `flat`, a device tensor laid out as `layout`."""
+    def of(
+        cls, layout: InputLayout, flat: torch.Tensor, last_tokens: torch.Tensor, workspace: Any
+    ) -> StepTensors:
+        """Views into `flat`, a device tensor laid out as `layout`.
+
+        Input ids below 0 stand for tokens that the host does not know yet: -1 - seat is the token
+        in `last_tokens` [seats].
+        """
         views = layout.views(flat)
+        input_ids = views["input_ids"]
+        if layout.is_decode:
+            input_ids = kernels.resolve_tokens(input_ids, last_tokens)
         places = (views["slot_mapping"], views["block_tables"], views["context_lens"])
         metadata: Metadata
         if layout.is_decode:
             metadata = DecodeMetadata(*places, views["tile_offsets"], workspace)
         else:
             metadata = PrefillMetadata(*places, views["cu_seqlens_q"], layout.max_seqlen_q)
-        return cls(views["input_ids"], views["positions"], metadata, views.get("sample_rows"))
+        return cls(input_ids, views["positions"], metadata, views.get("sample_rows"))
 
     def check(self) -> None:
-        """Raises ValueError unless the fields of a decode step fit each other."""
-        count = len(self.input_ids)
-        shapes = {"input_ids": self.input_ids.shape, "positions": self.positions.shape}
-        if self.metadata is not None:
-            shapes["metadata.slot_mapping"] = self.metadata.slot_mapping.shape
-            shapes["metadata.context_lens"] = self.metadata.context_lens.shape
-        for name, shape in shapes.items():
-            if tuple(shape) != (count,) or not count:
+        """Raises ValueError unless this is a decode step whose fields fit each other."""
+        places, n = self.metadata, self.input_ids.numel()
+        expected = {"input_ids": (self.input_ids, (n,)), "positions": (self.positions, (n,))}
+        if isinstance(places, DecodeMetadata):
+            expected |= {
+                "metadata.slot_mapping": (places.slot_mapping, (n,)),
+                "metadata.block_tables": (places.block_tables, (n, *places.block_tables.shape[1:])),
+                "metadata.context_lens": (places.context_lens, (n,)),
+                "metadata.tile_offsets": (places.tile_offsets, (n + 1,)),
+            }
+        elif places is not None:
+            kind = type(places).__name__
+            raise ValueError(f"metadata must be DecodeMetadata or None, not {kind}")
+        for name, (tensor, shape) in expected.items():
+            if tuple(tensor.shape) != shape or not n:
                 raise ValueError(
-                    f"{name} has shape {tuple(shape)}; with input_ids of shape "
-                    f"{tuple(self.input_ids.shape)} it must be [N], N at least 1 and the same for "
-                    "all inputs"
+                    f"{name} has shape {tuple(tensor.shape)}; for {n} tokens it must be {shape}, "
+                    "and there must be at least one token"
                 )
+        positions = [-1, *self.positions.tolist()] if places is None else []
+        if any(position not in (0, before + 1) for before, position in pairwise(positions)):
+            raise ValueError(
+                "positions must count up from 0 in each sequence where there is no metadata to "
+                "say what the KV cache holds"
+            )
 
     def split(self, cut_at: int | None = None) -> list[StepTensors]:
         """Cuts a decode step in two after its first `cut_at` sequences (default: half of them).
@@ -206,7 +228,7 @@ def _fill_decode(
         views[name].fill(0)
     views["slot_mapping"].fill(PADDING_BLOCK * block_size)
     views["context_lens"].fill(1)
-    views["input_ids"][rows] = [chunk.seq.token_ids[chunk.start] for chunk in chunks]
+    views["input_ids"][rows] = [_input_id(chunk) for chunk in chunks]
     views["positions"][rows] = positions
     views["slot_mapping"][rows] = _slots(views["block_tables"], rows, positions, block_size)
     views["context_lens"][rows] = positions + 1
@@ -243,6 +265,12 @@ def _fill_block_tables(target: np.ndarray, chunks: list[Chunk], rows: np.ndarray
     # NOTE: this assigns in row order, so `rows` must rise.
     held = np.arange(target.shape[1]) < lengths[:, None]
     target[held] = np.fromiter(chain.from_iterable(tables), np.int32, int(lengths.sum()))
+
+
+def _input_id(chunk: Chunk) -> int:
+    """The token that a decode chunk reads, or -1 - seat if only the device knows it so far."""
+    tokens = chunk.seq.token_ids
+    return tokens[chunk.start] if chunk.start < len(tokens) else -1 - chunk.seq.seat
 
 
 def _slots(

@@ -16,6 +16,7 @@ __all__ = [
     "add_rms_norm",
     "qk_norm_rope",
     "qk_norm_rope_store",
+    "resolve_tokens",
     "rms_norm",
     "sample",
     "silu_mul",
@@ -80,6 +81,11 @@ def qk_norm_rope_store(
         num_q_heads,
         num_kv_heads,
     )
+
+
+def resolve_tokens(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
+    """See ``reference.resolve_tokens``: ids below 0 become the token of the seat they name."""
+    return reference.resolve_tokens(input_ids, last_tokens)
 
 
 def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, steps: Tensor) -> Tensor:

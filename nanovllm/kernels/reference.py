@@ -225,6 +225,20 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out.reshape(num_q_heads, num_queries, head_dim).transpose(0, 1).to(q.dtype)
 
 
+def resolve_tokens(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
+    """Replace every id below 0, which is ``-1 - seat``, by that seat's last token.
+
+    Args:
+        input_ids: ``[N]`` integers.
+        last_tokens: ``[seats]`` int64.
+
+    Returns:
+        ``[N]`` int64.
+    """
+    seats = (-1 - input_ids).clamp(min=0).long()
+    return torch.where(input_ids < 0, last_tokens[seats], input_ids.long())
+
+
 # ------------------------------------------------------------------ sampling
 
 

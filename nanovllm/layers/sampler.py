@@ -19,6 +19,7 @@ class SamplingBatch:
         temperatures: float32 [S].
         seeds: int64 [S].
         steps: int64 [S], tokens that the request has drawn before.
+        seats: int64 [S], where the token is kept for the next step.
         filtered: rows with a top-k or top-p, int64 [F]; None if there are none.
         top_k: int64 [F]; the vocabulary's size where there is no limit.
         top_p: float32 [F].
@@ -27,6 +28,7 @@ class SamplingBatch:
     temperatures: torch.Tensor
     seeds: torch.Tensor
     steps: torch.Tensor
+    seats: torch.Tensor
     filtered: torch.Tensor | None = None
     top_k: torch.Tensor | None = None
     top_p: torch.Tensor | None = None
@@ -37,23 +39,26 @@ class SamplingBatch:
         params: list[SamplingParams],
         seeds: list[int],
         steps: list[int],
+        seats: list[int],
         vocab_size: int,
         device: torch.device,
     ) -> SamplingBatch:
         """Brings the options of S requests to `device`."""
         temperatures = _upload([p.temperature for p in params], np.float32, device)
-        integers = _upload([seeds, steps], np.int64, device)
+        integers = _upload([seeds, steps, seats], np.int64, device)
         rows = [
             i
             for i, p in enumerate(params)
             if p.temperature > 0 and (0 < p.top_k < vocab_size or p.top_p < 1)
         ]
         if not rows:
-            return cls(temperatures, integers[0], integers[1])
+            return cls(temperatures, integers[0], integers[1], integers[2])
         top_k = [params[i].top_k if params[i].top_k > 0 else vocab_size for i in rows]
         indices = _upload([rows, top_k], np.int64, device)
         top_p = _upload([params[i].top_p for i in rows], np.float32, device)
-        return cls(temperatures, integers[0], integers[1], indices[0], indices[1], top_p)
+        return cls(
+            temperatures, integers[0], integers[1], integers[2], indices[0], indices[1], top_p
+        )
 
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:

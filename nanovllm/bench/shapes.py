@@ -1,0 +1,70 @@
+"""Qwen3's published shapes, as directories that hold nothing but a config.json.
+
+with shape_directory("8B", layers=4) as directory:
+    LLM(directory, load_format="dummy")
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+# What the config.json files of all sizes have in common.
+COMMON: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 40960,
+    "model_type": "qwen3",
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+# hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, tie_word_embeddings
+SIZES: dict[str, tuple[int, int, int, int, bool]] = {
+    "0.6B": (1024, 3072, 28, 16, True),
+    "1.7B": (2048, 6144, 28, 16, True),
+    "4B": (2560, 9728, 36, 32, True),
+    "8B": (4096, 12288, 36, 32, False),
+    "14B": (5120, 17408, 40, 40, False),
+}
+
+
+def published_config(shape: str, layers: int | None = None) -> dict[str, Any]:
+    """config.json of Qwen3-`shape`, with another number of layers if one is given."""
+    hidden, intermediate, all_layers, heads, tied = SIZES[shape]
+    return {
+        **COMMON,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "max_window_layers": all_layers,
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers or all_layers,
+        "tie_word_embeddings": tied,
+    }
+
+
+@contextmanager
+def shape_directory(shape: str, layers: int | None = None) -> Iterator[str]:
+    """A temporary directory with the config.json of that shape."""
+    with TemporaryDirectory(prefix=f"qwen3-{shape}-") as directory:
+        text = json.dumps(published_config(shape, layers), indent=2)
+        (Path(directory) / "config.json").write_text(text, encoding="utf-8")
+        yield directory

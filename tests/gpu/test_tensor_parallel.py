@@ -1,0 +1,183 @@
+"""Tensor parallelism over NCCL, with and without CUDA graphs; every engine in a process of its own,
+
+so that one that hangs fails its test and no other.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import scripts
+from tests.checkpoints import Shape, prompts
+
+if torch.cuda.device_count() < 2:
+    pytest.skip(
+        f"needs 2 CUDA devices, and there are {torch.cuda.device_count()}", allow_module_level=True
+    )
+
+SECONDS = 15.0
+EAGER = pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+SHAPES = [
+    Shape(heads=8, kv_heads=2, seed=1),
+    Shape(heads=8, kv_heads=1, tied=True, bias=True, seed=2),
+    Shape(heads=4, kv_heads=4, head_dim=128, seed=3),
+]
+
+# Greedy tokens, then the logits of a prefill and of decode steps that all follow the same tokens.
+GENERATE = """
+import json, sys
+import torch
+from nanovllm import LLM
+from nanovllm.engine import model_runner
+
+with open(sys.argv[1]) as file:
+    task = json.load(file)
+llm = LLM(device="cuda", max_model_len=128, max_num_seqs=8, num_kvcache_blocks=64,
+          kvcache_block_size=16, **task["options"])
+options = dict(temperature=0, max_tokens=12, ignore_eos=True, use_tqdm=False)
+tokens = [output["token_ids"] for output in llm.generate(task["prompts"], **options)]
+
+logits = []
+
+def always_seven(found, batch):
+    logits.append(found.float().cpu())
+    return torch.full((len(found),), 7, device=found.device)
+
+model_runner.sample = always_seven
+llm.generate(task["prompts"], **options)
+torch.save(torch.cat(logits), sys.argv[2])
+print(json.dumps(tokens))
+"""
+
+
+def generate(
+    directory: Path, model: Path, *, processes: int = 0, **options: object
+) -> tuple[list[list[int]], torch.Tensor]:
+    """Tokens and logits of an engine with these options."""
+    script, task, logits = (directory / name for name in ("generate.py", "task.json", "logits.pt"))
+    script.write_text(GENERATE)
+    options["model"] = str(model)
+    task.write_text(json.dumps({"prompts": prompts(7, count=6), "options": options}))
+    result = scripts.run(script, task, logits, processes=processes, timeout=240)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout), torch.load(logits, weights_only=True)
+
+
+@EAGER
+@pytest.mark.parametrize("shape", SHAPES, ids=["gqa", "one kv head", "mha"])
+def test_float32_tokens_equal_those_of_one_rank(tmp_path, shape, eager):
+    shape.write(tmp_path / "model")
+    options = {"dtype": "float32", "enforce_eager": eager}
+    one, _ = generate(tmp_path, tmp_path / "model", **options)
+    two, _ = generate(tmp_path, tmp_path / "model", tensor_parallel_size=2, **options)
+    assert two == one
+
+
+@EAGER
+def test_bfloat16_logits_are_as_good_as_those_of_one_rank(tmp_path, eager):
+    model = tmp_path / "model"
+    Shape(layers=3, heads=8, kv_heads=2, hidden=256, intermediate=512, seed=4).write(model)
+    _, exact = generate(tmp_path, model, dtype="float32", enforce_eager=eager)
+
+    def error(size: int) -> float:
+        options = {"dtype": "bfloat16", "enforce_eager": eager, "tensor_parallel_size": size}
+        _, logits = generate(tmp_path, model, **options)
+        return float((logits - exact).norm() / exact.norm())
+
+    assert error(2) < 1.5 * error(1) + 5e-3
+
+
+def test_torchrun_gives_the_same_tokens(tmp_path):
+    SHAPES[0].write(tmp_path / "model")
+    options = {"dtype": "float32"}
+    one, _ = generate(tmp_path, tmp_path / "model", **options)
+    options["tensor_parallel_size"] = 2
+    two, _ = generate(tmp_path, tmp_path / "model", processes=2, **options)
+    assert two == one
+
+
+ENGINES = """
+import sys, time
+from nanovllm import LLM
+
+for _ in range(2):
+    llm = LLM(sys.argv[1], device="cuda", tensor_parallel_size=2, max_model_len=128,
+              max_num_seqs=4, num_kvcache_blocks=64, kvcache_block_size=16)
+    llm.generate([[5, 6, 7]], max_tokens=4, use_tqdm=False)
+    (worker,) = llm.model_runner.ranks.workers.processes
+    start = time.monotonic()
+    llm.exit()
+    print(worker.pid, worker.returncode, time.monotonic() - start, flush=True)
+"""
+
+
+def test_engines_one_after_the_other_end_cleanly_and_at_once(tmp_path):
+    SHAPES[0].write(tmp_path / "model")
+    script = tmp_path / "engines.py"
+    script.write_text(ENGINES)
+    result = scripts.run(script, tmp_path / "model", timeout=240)
+    assert result.returncode == 0, result.stderr
+    runs = [line.split() for line in result.stdout.splitlines()]
+    assert len(runs) == 2
+    for pid, status, seconds in runs:
+        assert not scripts.is_running(int(pid))
+        assert status == "0", result.stderr
+        assert float(seconds) < 8  # less than the patience with a worker that does not end
+
+
+# Prints once the engine is there or has failed, and once more when the error is seen.
+DEATH = """
+import sys
+from nanovllm import LLM
+from nanovllm.engine.ranks import RankDiedError
+
+model, sys.executable, mode = sys.argv[1:]
+try:
+    llm = LLM(model, device="cuda", tensor_parallel_size=2, max_model_len=128, max_num_seqs=4,
+              num_kvcache_blocks=-1, gpu_memory_utilization=0.2, kvcache_block_size=16,
+              enforce_eager=mode == "eager")
+    print("made", flush=True)
+    llm.generate([[5, 6, 7]], max_tokens=4, use_tqdm=False)
+except RankDiedError as error:
+    print(error, flush=True)
+"""
+
+
+@EAGER
+@pytest.mark.parametrize(
+    ("place", "made"),
+    [
+        ("model_runner.ModelRunner._load", False),
+        ("model_runner.ModelRunner._run_largest_step", False),
+        ("model_runner.ModelRunner.run", True),
+        ("model_runner.ModelRunner._prefill", True),
+    ],
+)
+def test_killed_worker_ends_rank_0_within_seconds(tmp_path, place, made, eager):
+    """Also where rank 0 has an NCCL kernel running that waits for the worker."""
+    SHAPES[0].write(tmp_path / "model")
+    script = tmp_path / "death.py"
+    script.write_text(DEATH)
+    interpreter = scripts.broken_interpreter(tmp_path, place, scripts.KILL)
+    mode = "eager" if eager else "graphs"
+    job = scripts.start(script, tmp_path / "model", interpreter, mode)
+    assert job.stdout is not None
+    line = job.stdout.readline()
+    assert line.startswith("made" if made else "rank 1 of 2 was killed by SIGKILL"), line
+    start = time.monotonic()
+    out, err = job.communicate(timeout=120)
+    assert time.monotonic() - start < SECONDS
+    assert job.returncode == 0, err
+    if made:
+        assert out.startswith("rank 1 of 2 was killed by SIGKILL")
+
+
+def test_too_few_devices_are_refused(tmp_path):
+    Shape(heads=256, kv_heads=256, head_dim=64, hidden=32, intermediate=256).write(tmp_path)
+    sys.path  # noqa: B018

@@ -1,0 +1,405 @@
+"""Pipelined engines give the sequential tokens; where there is no pipeline, the log says why."""
+
+from __future__ import annotations
+
+import logging
+import random
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from green_ctx import Driver, DriverError, GreenContextError
+from nanovllm import LLM, Config
+from nanovllm.engine import pipeline
+from nanovllm.engine.green_manager import GreenContextManager
+from nanovllm.engine.pipeline import Pipeline, PipelineUnavailable, build_pipeline
+from nanovllm.tiny import CHECKPOINT_DIR, PROMPTS
+from tests.checkpoints import Shape, greedy, prompts
+from tests.test_green_ctx import FakeDriver, Result
+
+MAX_TOKENS = 20
+FAILED = "[ModelRunner] Failed to initialize pipeline: "
+FELL_BACK = "[ModelRunner] Falling back to sequential execution"
+NO_GREEN = "[GreenContextManager] Failed to initialize Green Context: "
+
+
+def pipelined_engine(directory, **options: Any) -> LLM:
+    options = {"kvcache_block_size": 16, "max_model_len": 128} | options
+    return LLM(
+        str(directory),
+        device="cpu",
+        enable_pipeline=True,
+        pipeline_mode="microbatch",
+        pipeline_strict=True,
+        **options,
+    )
+
+
+def tokens_of(outputs) -> list[list[int]]:
+    return [output["token_ids"] for output in outputs]
+
+
+# The same tokens
+
+# Plain, scarce KV blocks with preemption, long prompts in chunks, few seats, no prefix cache.
+SETTINGS = [
+    {},
+    {"num_kvcache_blocks": 8},
+    {"num_kvcache_blocks": 7, "max_num_batched_tokens": 13},
+    {"max_num_seqs": 3},
+    {"enable_prefix_caching": False, "num_kvcache_blocks": 9},
+]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_pipelined_tokens_equal_those_of_transformers(tmp_path, seed):
+    """Prompts share beginnings, and their limits differ, so requests finish in mid-batch."""
+    model = Shape.random(seed).write(tmp_path)
+    rng = random.Random(seed)
+    given = prompts(seed, count=rng.randint(2, 9))
+    limits = [rng.randint(1, MAX_TOKENS) for _ in given]
+    expected = [greedy(model, *pair) for pair in zip(given, limits, strict=True)]
+    for options in rng.sample(SETTINGS, 2):
+        with pipelined_engine(tmp_path, **options) as llm:
+            ids = [
+                llm.add_request(prompt, temperature=0, max_tokens=limit)
+                for prompt, limit in zip(given, limits, strict=True)
+            ]
+            done = {}
+            while not llm.is_finished():
+                done |= {output["request_id"]: output["token_ids"] for output in llm.step()}
+            assert [done[i] for i in ids] == expected, options
+            assert len(llm.scheduler.blocks.free) == llm.scheduler.blocks.num_blocks
+
+
+def test_steps_of_two_sequences_or_more_are_pipelined(tmp_path):
+    Shape().write(tmp_path)
+    with pipelined_engine(tmp_path) as llm:
+        for max_tokens in (8, 4):
+            llm.add_request([5, 6, 7], temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        while not llm.is_finished():
+            llm.step()
+        stats = llm.model_runner.get_pipeline_statistics()
+    # Each prefill draws one token of a request, decode the others: 3 steps for two, 4 for one.
+    assert stats["tokens"] == {"pipelined": 6, "sequential": 4}
+    assert stats["steps"] == {"pipelined": 3, "sequential": 4}
+    assert stats["mode"] == "microbatch"
+    assert stats["fallback_reason"] is None
+
+
+def test_scarce_blocks_do_preempt(tmp_path):
+    """The settings above would prove little if blocks never ran out."""
+    model = Shape(seed=3).write(tmp_path)
+    given = prompts(5, count=6, longest=40)
+    with pipelined_engine(tmp_path, num_kvcache_blocks=8) as llm:
+        outputs = llm.generate(
+            given, temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, use_tqdm=False
+        )
+        assert llm.scheduler.num_preemptions > 0
+        assert llm.model_runner.get_pipeline_statistics()["steps"]["pipelined"] > 0
+    for prompt, tokens in zip(given, tokens_of(outputs), strict=True):
+        expected = greedy(model, prompt, MAX_TOKENS)
+        assert tokens[: len(expected)] == expected
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_aborts_in_mid_run_leave_the_others_as_they_are(tmp_path, seed):
+    model = Shape(seed=seed).write(tmp_path)
+    rng = random.Random(seed)
+    given = prompts(seed, count=7, longest=40)
+    with pipelined_engine(tmp_path, num_kvcache_blocks=10) as llm:
+        ids = [llm.add_request(p, temperature=0, max_tokens=MAX_TOKENS) for p in given]
+        doomed = {ids[2]: rng.randint(1, 6), ids[5]: rng.randint(2, 12)}  # by step
+        done, step = {}, 0
+        while not llm.is_finished():
+            for request_id, when in doomed.items():
+                if when == step:
+                    llm.abort(request_id)
+            done |= {output["request_id"]: output["token_ids"] for output in llm.step()}
+            step += 1
+        assert len(llm.scheduler.blocks.free) == llm.scheduler.blocks.num_blocks
+    assert done.keys() >= set(ids) - doomed.keys()
+    for request_id, tokens in done.items():
+        assert tokens == greedy(model, given[request_id], MAX_TOKENS)
+
+
+def test_sampled_tokens_are_the_sequential_ones(tmp_path):
+    Shape(seed=6).write(tmp_path)
+    given = prompts(6, count=5)
+    sampled = []
+    for options in ({}, {"enable_pipeline": True, "pipeline_mode": "microbatch"}):
+        with LLM(str(tmp_path), device="cpu", kvcache_block_size=16, **options) as llm:
+            outputs = llm.generate(given, temperature=0.8, seed=3, max_tokens=16, use_tqdm=False)
+            sampled.append(tokens_of(outputs))
+    assert sampled[0] == sampled[1]
+
+
+# Where there is no pipeline
+
+
+@pytest.fixture(scope="module")
+def plain_tokens() -> list[list[int]]:
+    with LLM(device="cpu") as llm:
+        outputs = llm.generate(
+            list(PROMPTS[:4]), temperature=0, max_tokens=MAX_TOKENS, use_tqdm=False
+        )
+    return tokens_of(outputs)
+
+
+@pytest.mark.parametrize("mode", ["auto", "green", "streams"])
+def test_an_engine_on_the_cpu_falls_back_and_says_so(mode, caplog, capsys, plain_tokens):
+    caplog.set_level(logging.WARNING)
+    with LLM(
+        device="cpu", enable_pipeline=True, pipeline_mode=mode, pipeline_enable_profiling=True
+    ) as llm:
+        outputs = llm.generate(
+            list(PROMPTS[:4]), temperature=0, max_tokens=MAX_TOKENS, use_tqdm=False
+        )
+        stats = llm.model_runner.get_pipeline_statistics()
+        llm.model_runner.print_pipeline_statistics()
+    reason = f"pipeline_mode={mode!r} needs a CUDA GPU, not cpu"
+    assert caplog.messages == [FAILED + reason, FELL_BACK]
+    assert tokens_of(outputs) == plain_tokens
+    assert stats["mode"] == "sequential"
+    assert stats["fallback_reason"] == reason
+    assert stats["steps"]["pipelined"] == 0
+    # Both stages are timed all the same, one after the other.
+    assert stats["profiled_steps"] == stats["steps"]["sequential"] > 0
+    assert min(stats["avg_attention_ms"], stats["avg_ffn_ms"]) > 0
+    assert stats["avg_total_ms"] >= stats["avg_attention_ms"] + stats["avg_ffn_ms"]
+    assert stats["overlap_share"] == 0.0
+    printed = capsys.readouterr().out
+    assert printed.startswith(
+        "[Pipeline Statistics]\n"
+        f"  Total tokens processed: {stats['total_tokens']}\n"
+        f"  Avg attention time: {stats['avg_attention_ms']:.2f} ms\n"
+        f"  Avg FFN time: {stats['avg_ffn_ms']:.2f} ms\n"
+        f"  Avg total time: {stats['avg_total_ms']:.2f} ms\n"
+    )
+    assert f"  Fallback reason: {reason}\n" in printed
+
+
+def test_modes_that_need_no_gpu_do_not_fall_back(caplog):
+    for mode in ("sequential", "microbatch"):
+        options = {"pipeline_mode": mode, "pipeline_strict": True}
+        with LLM(device="cpu", enable_pipeline=True, **options) as llm:
+            stats = llm.model_runner.get_pipeline_statistics()
+        assert (stats["mode"], stats["fallback_reason"]) == (mode, None)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("mode", ["auto", "green", "streams"])
+def test_a_strict_engine_raises_instead(mode, caplog):
+    with pytest.raises(PipelineUnavailable, match=f"^pipeline_mode='{mode}' needs a CUDA GPU"):
+        LLM(device="cpu", enable_pipeline=True, pipeline_mode=mode, pipeline_strict=True)
+    assert not any(FELL_BACK in message for message in caplog.messages)
+
+
+class OldDriver(FakeDriver):
+    """A driver for CUDA 12.2, which had no green contexts."""
+
+    def _cuDriverGetVersion(self) -> tuple[Any, ...]:
+        return Result.CUDA_SUCCESS, 12020
+
+
+def no_library(flags: int) -> tuple[Any, ...]:
+    raise RuntimeError("libcuda.so.1 was not found")
+
+
+def failing(function: str, *statuses: Result) -> FakeDriver:
+    return FakeDriver(errors={function: list(statuses)})
+
+
+OK, INVALID = Result.CUDA_SUCCESS, Result.CUDA_ERROR_INVALID_RESOURCE_TYPE
+
+# What stands in for the driver's bindings (None: they are not installed), and the true reason.
+DRIVERS = {
+    "no cuda-python": (lambda: None, "cuda-bindings cannot be imported: "),
+    "no driver library": (
+        lambda: SimpleNamespace(cuInit=no_library),
+        "no CUDA driver: libcuda.so.1 was not found",
+    ),
+    "no device": (
+        lambda: failing("cuInit", Result.CUDA_ERROR_NO_DEVICE),
+        "CUDA error code=100 (CUDA_ERROR_NO_DEVICE) in cuInit",
+    ),
+    "an old driver": (
+        lambda: OldDriver(unknown=("cuGreenCtxCreate",)),
+        "driver and cuda-bindings must be for CUDA 12.4 or newer; the driver is for 12.2; "
+        "missing: cuGreenCtxCreate",
+    ),
+    "a device that cannot be split": (
+        lambda: FakeDriver(most_groups=lambda size: 0),
+        "device 0 with 132 SMs cannot make groups of ",
+    ),
+    "error 914": (
+        lambda: failing("cuGreenCtxCreate", INVALID),
+        "CUDA error code=914 (CUDA_ERROR_INVALID_RESOURCE_TYPE) in cuGreenCtxCreate",
+    ),
+    "error 914 at the second partition": (
+        lambda: failing("cuGreenCtxCreate", OK, INVALID),
+        "CUDA error code=914 (CUDA_ERROR_INVALID_RESOURCE_TYPE) in cuGreenCtxCreate",
+    ),
+    "no memory for a stream": (
+        lambda: failing("cuGreenCtxStreamCreate", OK, Result.CUDA_ERROR_OUT_OF_MEMORY),
+        "CUDA error code=2 (CUDA_ERROR_OUT_OF_MEMORY) in cuGreenCtxStreamCreate",
+    ),
+}
+
+
+def build(device: str = "cuda:0", **options: Any) -> Pipeline:
+    """What an engine on `device` would build; no model is needed for that."""
+    config = Config(enable_pipeline=True, **options)
+    backend = SimpleNamespace(make_workspace=lambda device, num_sms: f"for {num_sms} SMs")
+    return build_pipeline(config, None, backend, torch.device(device), 132)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("cause", DRIVERS)
+@pytest.mark.parametrize("mode", ["auto", "green"])
+def test_the_log_says_why_there_are_no_green_contexts(cause, mode, monkeypatch, caplog):
+    make_bindings, reason = DRIVERS[cause]
+    bindings = make_bindings()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", bindings)
+    built = build(pipeline_mode=mode)
+    assert built.scheduler is None
+    assert not built.pipelines(8)
+    assert built.manager is None
+    assert built.statistics.fallback_reason.startswith(reason)
+    assert built.statistics.mode == "sequential"
+    full = built.statistics.fallback_reason
+    assert caplog.messages == [NO_GREEN + full, FAILED + full, FELL_BACK]
+    if isinstance(bindings, FakeDriver):
+        assert (bindings.contexts, bindings.streams) == ({}, {})
+
+
+@pytest.mark.parametrize("cause", DRIVERS)
+def test_strict_raises_the_driver_error_and_leaves_nothing_behind(cause, monkeypatch, caplog):
+    make_bindings, reason = DRIVERS[cause]
+    bindings = make_bindings()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", bindings)
+    with pytest.raises(GreenContextError) as caught:
+        build(pipeline_strict=True)
+    assert str(caught.value).startswith(reason)
+    assert caplog.messages == [NO_GREEN + str(caught.value)]
+    if isinstance(bindings, FakeDriver):
+        assert (bindings.contexts, bindings.streams) == ({}, {})
+
+
+def test_counts_that_do_not_fit_are_named_with_the_device(monkeypatch, caplog):
+    bindings = FakeDriver(sms=132)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", bindings)
+    counts = {"pipeline_attention_sm_count": 100, "pipeline_ffn_sm_count": 40}
+    reason = build(**counts).statistics.fallback_reason
+    assert reason.startswith("pipeline_attention_sm_count=100 and pipeline_ffn_sm_count=40 are not")
+    assert reason.endswith("they need 140 SMs, and the device has 132")
+    assert caplog.messages == [FAILED + reason, FELL_BACK]
+    with pytest.raises(ValueError, match="they need 140 SMs, and the device has 132$"):
+        build(**counts, pipeline_strict=True)
+    assert bindings.contexts == {}
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cpu"])
+@pytest.mark.parametrize("mode", ["auto", "green", "streams", "microbatch"])
+def test_several_gpus_fall_back(device, mode, caplog):
+    options = {"pipeline_mode": mode, "tensor_parallel_size": 2}
+    reason = "tensor_parallel_size=2: the pipeline runs on one GPU"
+    assert build(device, **options).statistics.fallback_reason == reason
+    assert caplog.messages == [FAILED + reason, FELL_BACK]
+    with pytest.raises(PipelineUnavailable, match=f"^{reason}$"):
+        build(device, **options, pipeline_strict=True)
+
+
+def test_a_pipeline_that_is_not_asked_for_is_not_built(monkeypatch, caplog):
+    bindings = FakeDriver()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", bindings)
+    for options in ({"enable_pipeline": False}, {"pipeline_mode": "sequential"}):
+        config = Config(**({"enable_pipeline": True} | options), pipeline_strict=True)
+        built = build_pipeline(config, None, None, torch.device("cuda:0"), 132)  # type: ignore[arg-type]
+        assert built.scheduler is None
+        assert built.statistics.fallback_reason is None
+    assert (bindings.calls, caplog.messages) == ([], [])
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch) -> FakeDriver:
+    """A driver that grants partitions, and torch streams that are only their handles."""
+    bindings = FakeDriver()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", bindings)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: handle)
+    return bindings
+
+
+def test_auto_is_green_where_green_contexts_can_be_had(fake_gpu, caplog):
+    caplog.set_level(logging.INFO)
+    built = build(pipeline_attention_sm_count=30, pipeline_ffn_sm_count=60)
+    assert [built.pipelines(n) for n in (1, 2, 9)] == [False, True, True]
+    stats = built.statistics.as_dict()
+    assert (stats["mode"], stats["fallback_reason"]) == ("green", None)
+    assert (stats["attention_sms"], stats["ffn_sms"], stats["device_sms"]) == (32, 64, 132)
+    assert caplog.messages == ["[ModelRunner] Pipeline: attention on 32 SMs, FFN on 64 of 132"]
+    assert built.workspace == "for 32 SMs"
+    assert "  Mode: green (attention 32, FFN 64 of 132 SMs)" in built.statistics.format()
+    assert len(fake_gpu.contexts) == 2
+    built.close()
+    built.close()
+    assert (fake_gpu.contexts, fake_gpu.streams) == ({}, {})
+
+
+def test_stages_run_on_the_streams_of_their_partitions(fake_gpu):
+    built = build(pipeline_attention_sm_count=24, pipeline_ffn_sm_count=64)
+    streams = {
+        lane.value: fake_gpu.sms_of(stream)
+        for lane, stream in built.scheduler.executor.streams.items()  # type: ignore[union-attr]
+    }
+    assert {name: len(sms) for name, sms in streams.items()} == {"attention": 24, "ffn": 64}
+    assert not streams["attention"] & streams["ffn"]
+    built.close()
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_partitions_do_not_outlive_a_failure_after_them(strict, fake_gpu, monkeypatch):
+    """Whatever goes wrong between the partitions and the finished pipeline."""
+
+    def refuse(*args: Any) -> None:
+        raise DriverError("cuStreamGetCtx", 914, "CUDA_ERROR_INVALID_RESOURCE_TYPE")
+
+    monkeypatch.setattr(pipeline, "StreamExecutor", refuse)
+    if strict:
+        with pytest.raises(DriverError, match="914"):
+            build(pipeline_strict=True)
+    else:
+        assert "914" in build().statistics.fallback_reason
+    assert (fake_gpu.contexts, fake_gpu.streams) == ({}, {})
+
+
+def test_a_closed_manager_gives_no_streams(fake_gpu):
+    manager = GreenContextManager(torch.device("cuda:0"), 16, 16, driver=Driver(fake_gpu))
+    manager.close()
+    with pytest.raises(RuntimeError, match="is closed"):
+        manager.get_attention_stream()
+
+
+# Profiling
+
+
+def test_profiling_can_be_switched_at_any_time():
+    config = Config(device="cpu", enable_pipeline=True, pipeline_mode="microbatch")
+    with LLM(config) as llm:
+
+        def profiled_steps() -> int:
+            options = {"temperature": 0, "max_tokens": 5, "ignore_eos": True, "use_tqdm": False}
+            llm.generate(list(PROMPTS[:2]), **options)
+            return llm.model_runner.get_pipeline_statistics()["profiled_steps"]
+
+        assert profiled_steps() == 0
+        config.pipeline_enable_profiling = True
+        assert profiled_steps() == 4
+        config.pipeline_enable_profiling = False
+        assert profiled_steps() == 4
+
+
+def test_the_embedded_model_is_the_default():
+    assert Config().model == str(CHECKPOINT_DIR)

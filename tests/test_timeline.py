@@ -1,0 +1,213 @@
+"""What is said of the times of the stages: statistics, the printed block, traces and pictures."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanovllm.engine.pipeline_scheduler import PipelineScheduler
+from nanovllm.engine.pipeline_statistics import KEPT_STEPS, PipelineStatistics, time_of_both
+from nanovllm.engine.stage_executor import InlineExecutor
+from nanovllm.engine.stage_marks import CpuMarks, Span
+from nanovllm.utils.timeline import ROWS, save_timeline, trace_events
+from tests.checkpoints import Shape
+from tests.decode_cases import DecodeCase
+
+LAST_MS = 40
+
+# Spans on whole milliseconds, so that what runs at each half tells all.
+spans = st.lists(
+    st.builds(
+        lambda stage, start, length: Span(stage, 0, 0, start, start + length),
+        st.sampled_from(ROWS),
+        st.integers(0, 30),
+        st.integers(0, 10),
+    ),
+    max_size=12,
+)
+
+
+@given(spans)
+def test_time_of_both_is_what_a_look_at_every_moment_finds(spans):
+    def running(stage: str, moment: float) -> bool:
+        return any(s.stage == stage and s.start_ms < moment < s.end_ms for s in spans)
+
+    moments = [tick + 0.5 for tick in range(LAST_MS)]
+    expected = sum(running("attention", moment) and running("ffn", moment) for moment in moments)
+    assert time_of_both(spans) == expected
+
+
+@given(spans)
+def test_time_of_both_does_not_depend_on_the_order_of_the_spans(spans):
+    assert time_of_both(spans[::-1]) == time_of_both(spans)
+
+
+def two_overlapping_stages() -> list[Span]:
+    return [Span("attention", 0, 0, 0.0, 3.0), Span("ffn", 0, 1, 1.0, 5.0)]
+
+
+def test_statistics_are_means_over_the_profiled_steps():
+    statistics = PipelineStatistics(mode="green")
+    for total_ms in (6.0, 10.0):
+        statistics.count_step(4, pipelined=True)
+        statistics.add_times(two_overlapping_stages(), total_ms)
+    statistics.count_step(1, pipelined=False)
+    stats = statistics.as_dict()
+    assert stats["avg_attention_ms"] == 3.0
+    assert stats["avg_ffn_ms"] == 4.0
+    assert stats["avg_total_ms"] == 8.0
+    assert stats["overlap_share"] == 2 * 2.0 / 16.0
+    assert stats["steps"] == {"pipelined": 2, "sequential": 1}
+    assert stats["tokens"] == {"pipelined": 8, "sequential": 1}
+    assert (stats["total_tokens"], stats["profiled_steps"]) == (9, 2)
+
+
+def test_without_profiling_there_are_no_times():
+    statistics = PipelineStatistics()
+    statistics.count_step(3, pipelined=False)
+    stats = statistics.as_dict()
+    for name in ("avg_attention_ms", "avg_ffn_ms", "avg_total_ms", "overlap_share"):
+        assert stats[name] is None
+    assert statistics.format().splitlines()[:5] == [
+        "[Pipeline Statistics]",
+        "  Total tokens processed: 3",
+        "  Avg attention time: not profiled",
+        "  Avg FFN time: not profiled",
+        "  Avg total time: not profiled",
+    ]
+
+
+def test_changing_the_returned_statistics_does_not_change_the_counts():
+    statistics = PipelineStatistics()
+    statistics.as_dict()["tokens"]["pipelined"] = 99
+    assert statistics.as_dict()["tokens"] == {"pipelined": 0, "sequential": 0}
+
+
+def test_only_the_last_steps_are_kept():
+    statistics = PipelineStatistics()
+    for step in range(KEPT_STEPS + 5):
+        statistics.add_times([Span("ffn", step, 0, 0.0, 1.0)], 1.0)
+    layers = [step[0].layer for step in statistics.recent]
+    assert layers == list(range(5, KEPT_STEPS + 5))
+    assert statistics.profiled_steps == KEPT_STEPS + 5
+
+
+def test_the_marks_of_the_cpu_are_times_from_the_beginning_of_the_step():
+    marks = CpuMarks()
+    for _ in range(2):  # a step forgets the one before
+        marks.begin_step()
+        time.sleep(0.01)
+        with marks.around("ffn", 3, 1):
+            time.sleep(0.02)
+        marks.end_step()
+    (span,), total_ms = marks.read()
+    assert (span.stage, span.layer, span.micro_batch) == ("ffn", 3, 1)
+    assert span.start_ms >= 10
+    assert span.end_ms - span.start_ms >= 20
+    assert span.end_ms <= total_ms
+
+
+LAYERS = 3
+
+
+@pytest.fixture(scope="module")
+def steps() -> list[list[Span]]:
+    """The stages of four real steps of two micro-batches."""
+    case = DecodeCase(Shape(layers=LAYERS), 4)
+    scheduler = PipelineScheduler(case.model, InlineExecutor())
+    for _ in range(4):
+        inputs = case.step()
+        scheduler.decode_token(inputs.input_ids, inputs.positions, inputs.metadata)
+        case.append_tokens()
+    return list(scheduler.statistics.recent)
+
+
+def check_trace(events: list[dict], layers: int, micro_batches: int) -> int:
+    """Checks that a Chrome trace shows every stage of every step; returns how many steps."""
+    names = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
+    assert sorted(names.values()) == ["attention", "ffn"]
+    boxes = [event for event in events if event["ph"] == "X"]
+    assert len(boxes) + len(names) == len(events)
+    for row, stage in names.items():
+        inside = sorted((b for b in boxes if b["tid"] == row), key=lambda box: box["ts"])
+        assert {box["cat"] for box in inside} == {stage}
+        for box, following in zip(inside, inside[1:], strict=False):
+            assert box["dur"] >= 0
+            assert box["ts"] + box["dur"] <= following["ts"] + 1e-3, "boxes of a row overlap"
+    drawn = Counter(
+        (b["args"]["step"], b["cat"], b["args"]["layer"], b["args"]["micro_batch"])
+        for b in boxes
+        if b["args"]["layer"] >= 0
+    )
+    num_steps = 1 + max(box["args"]["step"] for box in boxes)
+    assert drawn == Counter(
+        (step, stage, layer, micro_batch)
+        for step in range(num_steps)
+        for stage in ROWS
+        for layer in range(layers)
+        for micro_batch in range(micro_batches)
+    )
+    return num_steps
+
+
+def test_a_trace_has_a_box_for_every_stage_layer_and_micro_batch(steps, tmp_path):
+    path = tmp_path / "steps.json"
+    save_timeline(steps, str(path))
+    assert check_trace(json.loads(path.read_text())["traceEvents"], LAYERS, 2) == len(steps)
+
+
+def test_boxes_are_named_by_micro_batch_and_layer(steps):
+    names = {e["name"] for e in trace_events(steps) if e["ph"] == "X"}
+    assert names == {"A in", "B in", "A0", "B0", "A1", "B1", "A2", "B2"}
+
+
+def test_boxes_have_the_times_of_their_stages_in_microseconds(steps):
+    boxes = [e for e in trace_events(steps) if e["ph"] == "X" and e["args"]["step"] == 0]
+    for span, box in zip(steps[0], boxes, strict=True):
+        assert box["ts"] == pytest.approx(span.start_ms * 1e3)
+        assert box["dur"] == pytest.approx((span.end_ms - span.start_ms) * 1e3)
+
+
+def test_steps_of_a_trace_follow_each_other(steps):
+    boxes = [e for e in trace_events(steps) if e["ph"] == "X"]
+    for step in range(1, len(steps)):
+        ended = max(b["ts"] + b["dur"] for b in boxes if b["args"]["step"] == step - 1)
+        assert ended < min(b["ts"] for b in boxes if b["args"]["step"] == step)
+
+
+def test_a_path_that_ends_in_png_gives_a_picture(steps, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "steps.png"
+    save_timeline(steps, str(path))
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_a_picture_shows_the_last_pipelined_step(steps, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("nanovllm.utils.timeline.draw", lambda spans, path: drawn.append(spans))
+    alone = [[span for span in steps[0] if span.micro_batch == 0]]
+    save_timeline([*steps, *alone], "steps.png")
+    save_timeline(alone, "steps.png")
+    assert drawn == [steps[-1], alone[0]]
+
+
+def test_without_profiled_steps_there_is_nothing_to_draw(tmp_path):
+    path = tmp_path / "steps.json"
+    with pytest.raises(ValueError, match="set pipeline_enable_profiling=True"):
+        save_timeline([], str(path))
+    assert not path.exists()
+
+
+def test_stages_of_one_sequence_have_one_micro_batch():
+    case = DecodeCase(Shape(layers=2), 1)
+    scheduler = PipelineScheduler(case.model, InlineExecutor())
+    with torch.inference_mode():
+        inputs = case.step()
+        scheduler.decode_token(inputs.input_ids, inputs.positions, inputs.metadata)
+    assert check_trace(trace_events(list(scheduler.statistics.recent)), 2, 1) == 1

@@ -77,6 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--layers", type=positive(int), metavar="L", help="with a shape: so many layers of it")
     add("--device", default="auto", help="'auto', 'cpu', 'cuda' or 'cuda:N'")
     add("--enforce-eager", action="store_true", help="without CUDA graphs")
+    add("--sync", action="store_true", help="start no step before the last one's tokens are here")
     add("--attention-sms", type=positive(int), metavar="A", help="default: what the FFN leaves")
     add("--ffn-sms", type=positive(int), metavar="F", help="default: about 72%% of the device")
     add("--json", type=Path, metavar="FILE", help="write the JSON object there as well")
@@ -195,8 +196,9 @@ def open_engine(args: argparse.Namespace, directory: str, **options: Any) -> LLM
         BenchError: there is no such model, or it does not fit.
     """
     options["load_format"] = "auto" if args.shape is None else "dummy"
+    options |= {"device": args.device, "enforce_eager": args.enforce_eager}
     try:
-        return LLMEngine(directory, device=args.device, enforce_eager=args.enforce_eager, **options)
+        return LLMEngine(directory, async_scheduling=not args.sync, **options)
     except (ValueError, FileNotFoundError, MemoryError) as error:
         raise BenchError(str(error)) from error
 

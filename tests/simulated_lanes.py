@@ -172,9 +172,7 @@ class Recording(StageExecutor):
             memory.tensors.update(overwritten)
             inputs = split(memory.inputs)[index]
             fields = {
-                name: inputs.input_ids
-                if address == INPUT_IDS
-                else self.heap.load(memory, address)
+                name: inputs.input_ids if address == INPUT_IDS else self.heap.load(memory, address)
                 for name, address in read.items()
             }
             copy = MicroBatch(index, inputs, **fields)

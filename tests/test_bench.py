@@ -16,7 +16,7 @@ import torch
 
 import bench_pipeline
 from nanovllm import LLM
-from nanovllm.bench import nano
+from nanovllm.bench import BenchError, nano
 from nanovllm.bench.arms import choose_split, open_arms
 from nanovllm.bench.floor import Floor, kv_bytes_per_token, weight_bytes
 from nanovllm.bench.report import format_decode
@@ -126,7 +126,8 @@ class TestDecodeSteps:
         assert record["options"]["load_format"] == "dummy"
 
     def test_one_sequence_cannot_be_cut(self, capsys: pytest.CaptureFixture[str]) -> None:
-        _, record = run(capsys, *QUICK, "--batch", "1", "--modes", "microbatch")
+        _, record = run(capsys, *QUICK, "--batch", "1", "--modes", "microbatch", "--sync")
+        assert record["options"]["async_scheduling"] is False
         assert record["arms"][1]["fallback_reason"] == "a batch of 1 cannot be cut in two"
 
     def test_columns_of_bandwidth(self) -> None:
@@ -212,6 +213,11 @@ class TestParts:
         self, sms: int, attention: int | None, ffn: int | None, split: tuple[int, int] | None
     ) -> None:
         assert choose_split(sms, attention, ffn) == split
+
+    @pytest.mark.parametrize("counts", [(132, None), (None, 140)])
+    def test_a_split_leaves_some_for_both(self, counts: tuple[int | None, int | None]) -> None:
+        with pytest.raises(BenchError, match="none of the device's 132 SMs"):
+            choose_split(132, *counts)
 
 
 class TestEngineSide:

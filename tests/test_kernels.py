@@ -30,6 +30,7 @@ from nanovllm.kernels import (
     reference,
     rope,
     sampling,
+    tokens,
 )
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -284,11 +285,15 @@ def test_attention_references_are_dense_attention():
     close(out, case.dense())
 
 
+FLAT = pytest.mark.parametrize("flat", [False, True])
+
+
+@FLAT
 @pytest.mark.parametrize("block_size", [256, 64, 48, 16])
 @pytest.mark.parametrize("num_sms", [1, 3, 40])
-def test_decode_of_ragged_lengths(poison, block_size, num_sms):
+def test_decode_of_ragged_lengths(poison, block_size, num_sms, flat):
     case = PagedCase(RAGGED, 4, 2, 64, block_size)
-    close(case.decode(num_sms, ctas_per_sm=1), case.dense())
+    close(case.decode(num_sms, ctas_per_sm=1, flat=flat, min_share=1), case.dense())
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -298,12 +303,24 @@ def test_decode_of_grouped_heads(poison, group, dim):
     close(case.decode(2, ctas_per_sm=2), case.dense())
 
 
+@FLAT
 @pytest.mark.parametrize("lengths", [[1], [1000], [1, 1, 1, 1], [640, 1], [63, 64, 65, 128, 129]])
-@pytest.mark.parametrize("programs", [1, 7, 30])
-def test_decode_shares(poison, lengths, programs):
+@pytest.mark.parametrize(("programs", "min_share"), [(1, 1), (7, 1), (7, 3), (30, 1), (30, 2)])
+def test_decode_shares(poison, lengths, programs, min_share, flat):
     """Few long sequences, many short ones, more programs than tiles and fewer."""
     case = PagedCase(lengths, 2, 1, 32, 64)
-    close(case.decode(programs, ctas_per_sm=1), case.dense())
+    out = case.decode(programs, ctas_per_sm=1, min_share=min_share, flat=flat)
+    close(out, case.dense())
+
+
+def test_decode_of_more_sequences_than_are_searched_at_once(poison):
+    case = PagedCase([1, 2, 70] * 400, 1, 1, 32, 64)
+    close(case.decode(3, ctas_per_sm=1), case.dense())
+
+
+def test_decode_joins_more_partials_than_one_chunk_holds(poison):
+    case = PagedCase([3000, 5], 8, 1, 32, 64)
+    close(case.decode(45, ctas_per_sm=1, min_share=1, num_warps=1), case.dense())
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -317,13 +334,16 @@ def test_decode_with_tensor_descriptors(poison):
     case = PagedCase(RAGGED, 4, 2, 64, 64, stale=1000.0)  # must be finite, see the kernel
     close(case.decode(3, tma=True), case.dense())
     close(case.decode(3, tma=True, tile=32), case.dense())
-    with pytest.raises(ValueError, match="block_size is 48"):
-        PagedCase(RAGGED, 4, 2, 64, 48).decode(3, tma=True)
+    close(case.decode(3, tma=True, flat=True), case.dense())
+    case = PagedCase(RAGGED, 4, 2, 64, 48)  # tiles straddle blocks: plain loads
+    close(case.decode(3, tma=True), case.dense())
 
 
-def test_a_workspace_serves_changing_lengths():
+@FLAT
+def test_a_workspace_serves_changing_lengths(flat):
     """As in a replayed graph: same shapes and buffers, other lengths."""
-    workspace = paged_decode.DecodeWorkspace(5, 2, 1, 32, DEVICE)
+    tuning = paged_decode.DecodeTuning(flat=flat)
+    workspace = paged_decode.DecodeWorkspace(5, 2, 1, 32, DEVICE, tuning)
     for lengths in ([500, 3], [1, 1], [64, 700], [1, 65]):
         case = PagedCase(lengths, 2, 1, 32, 64)
         offsets = torch.from_numpy(paged_decode.tile_offsets(np.array(lengths))).to(DEVICE)
@@ -331,6 +351,7 @@ def test_a_workspace_serves_changing_lengths():
             *case.cache(), case.lens, case.scale, offsets, workspace
         )
         close(out, case.dense())
+        assert not workspace.arrivals.any()  # or the next launch would join too early
 
 
 def test_tile_offsets():
@@ -520,3 +541,12 @@ def test_empty_batches(rows):
     assert norm.rms_norm(randn(rows, 64), randn(64), EPS).shape == (0, 64)
     assert activation.silu_mul(randn(rows, 64)).shape == (0, 32)
     assert sampling.sample(*sampling_case(rows, 8)).shape == (0,)
+
+
+def test_resolve_tokens_replaces_what_only_the_device_knows():
+    last_tokens = torch.randint(0, 1000, (300,), device=DEVICE)
+    for count in (1, 7, 300):
+        input_ids = torch.randint(-300, 300, (count,), dtype=torch.int32, device=DEVICE)
+        expected = [int(last_tokens[-1 - i]) if i < 0 else i for i in input_ids.tolist()]
+        assert reference.resolve_tokens(input_ids, last_tokens).tolist() == expected
+        assert tokens.resolve_tokens(input_ids, last_tokens).tolist() == expected

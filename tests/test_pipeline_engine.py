@@ -296,7 +296,7 @@ def test_counts_that_do_not_fit_are_named_with_the_device(monkeypatch, caplog):
     assert reason.startswith("pipeline_attention_sm_count=100 and pipeline_ffn_sm_count=40 are not")
     assert reason.endswith("they need 140 SMs, and the device has 132")
     assert caplog.messages == [FAILED + reason, FELL_BACK]
-    with pytest.raises(ValueError, match="they need 140 SMs, and the device has 132$"):
+    with pytest.raises(ValueError, match=r"they need 140 SMs, and the device has 132$"):
         build(**counts, pipeline_strict=True)
     assert bindings.contexts == {}
 

@@ -30,7 +30,9 @@ Choose = Callable[[list[Lane]], Lane]
 both_cuts = pytest.mark.parametrize("cut", CUTS)
 
 
-def scheduler_for(case: DecodeCase, cut: str = "dense", micro_batches: int = 2) -> PipelineScheduler:
+def scheduler_for(
+    case: DecodeCase, cut: str = "dense", micro_batches: int = 2
+) -> PipelineScheduler:
     return PipelineScheduler(case.model, InlineExecutor(), cut=cut, micro_batches=micro_batches)
 
 

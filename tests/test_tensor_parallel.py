@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,9 @@ import torch
 from transformers import Qwen3Config
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine import process_groups
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.ranks import RankDiedError
+from nanovllm.engine.ranks import RankDiedError, Ranks, devices_for
 from nanovllm.layers.parallel import ParallelGroup, Shard
 from tests import scripts
 from tests.checkpoints import Shape, prompts
@@ -128,10 +130,10 @@ def shapes_for_four() -> list[Shape]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "shapes"), [(2, shapes_for_two()), (4, shapes_for_four())], ids=["two", "four"]
+    ("size", "shapes"), [(2, shapes_for_two()), (4, shapes_for_four())], ids=["two", "four"]
 )
-def test_ranks_agree_with_one_rank_under_torchrun(tmp_path, ranks, shapes):
-    sweep = Sweep(tmp_path, ranks)
+def test_ranks_agree_with_one_rank_under_torchrun(tmp_path, size, shapes):
+    sweep = Sweep(tmp_path, size)
     cases = [
         sweep.case(shape, OPTIONS[index % len(OPTIONS)], seed=shape.seed)
         for index, shape in enumerate(shapes)
@@ -222,31 +224,33 @@ def test_worker_dies_before_it_joins(model, monkeypatch):
     assert time.monotonic() - start < SECONDS
 
 
-def listening_addresses() -> set[str]:
-    """IPv4 and IPv6 addresses (in hexadecimal) at which this process accepts connections."""
-    inodes = set()
+def listening_sockets() -> dict[str, str]:
+    """Where this process accepts TCP connections: addresses in hexadecimal, by socket."""
+    sockets = set()
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # that of the listing itself
-            inodes.add(os.readlink(link))
-    addresses = set()
+            sockets.add(os.readlink(link))
+    addresses = {}
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()
-            if fields[3] == LISTEN and f"socket:[{fields[9]}]" in inodes:
-                addresses.add(fields[1].split(":")[0])
+            name = f"socket:[{fields[9]}]"
+            if fields[3] == LISTEN and name in sockets:
+                addresses[name] = fields[1].split(":")[0]
     return addresses
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_only_this_machine_can_reach_the_ranks_and_exit_ends_them(model):
-    before = listening_addresses()
+    before = listening_sockets()
     with make_engine(model) as engine:
-        addresses = listening_addresses() - before
+        during = listening_sockets()
         (worker,) = engine.model_runner.ranks.workers.processes
         engine.exit()
         engine.exit()
         assert worker.returncode == 0
-    assert addresses == {socket.inet_aton("127.0.0.1")[::-1].hex().upper()}
+    opened = {address for name, address in during.items() if name not in before}
+    assert opened == {socket.inet_aton("127.0.0.1")[::-1].hex().upper()}
 
 
 def test_worker_killed_between_steps(model):
@@ -361,6 +365,34 @@ def test_torchrun_with_another_number_of_processes_is_refused(model, monkeypatch
         match="tensor_parallel_size=2 is not allowed under torchrun with 4 processes: it must be 4",
     ):
         make_engine(model)
+
+
+@pytest.mark.parametrize("death", [True, False], ids=["death", "close"])
+def test_nccl_is_aborted_when_a_worker_dies_and_at_the_end(monkeypatch, death):
+    """What CUDA adds, without CUDA: the thread that frees rank 0 from a kernel without a peer."""
+    aborted: list[object] = []
+    monkeypatch.setattr(process_groups, "abort_nccl", aborted.append)
+    rank_0 = Ranks()
+    worker = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    rank_0.workers.processes.append(worker)
+    guard = threading.Thread(target=rank_0._abort_at_end, args=("the group",))
+    guard.start()
+    time.sleep(0.2)
+    assert aborted == []
+    if death:
+        worker.kill()
+    else:
+        rank_0._ended.set()
+    guard.join(SECONDS)
+    assert aborted == ["the group"]
+    rank_0.workers.end(patience=0)
+
+
+def test_more_ranks_than_devices_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert devices_for(torch.device("cuda", 0), 2)[1] == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="tensor_parallel_size=2 is not allowed with device="):
+        devices_for(torch.device("cuda", 1), 2)
 
 
 @pytest.mark.parametrize("full", [1, 5, 8, 509])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -137,7 +138,7 @@ def check_trace(events: list[dict], layers: int, micro_batches: int) -> int:
     for row, stage in names.items():
         inside = sorted((b for b in boxes if b["tid"] == row), key=lambda box: box["ts"])
         assert {box["cat"] for box in inside} == {stage}
-        for box, following in zip(inside, inside[1:], strict=False):
+        for box, following in pairwise(inside):
             assert box["dur"] >= 0
             assert box["ts"] + box["dur"] <= following["ts"] + 1e-3, "boxes of a row overlap"
     drawn = Counter(

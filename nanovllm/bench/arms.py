@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 import torch
 
+from nanovllm.bench import BenchError
 from nanovllm.engine.decode_runner import DecodeRunner
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
@@ -57,13 +58,21 @@ class Arm:
 
 
 def choose_split(device_sms: int, attention: int | None, ffn: int | None) -> tuple[int, int] | None:
-    """SMs to ask for; where nothing is given, what fills the device. None: leave it as it is."""
+    """SMs to ask for; where nothing is given, what fills the device. None: leave it as it is.
+
+    Raises:
+        BenchError: one stage takes all SMs.
+    """
     if not device_sms:
         return None
     if ffn is None:
         share = round(device_sms * FFN_SHARE / FFN_MULTIPLE) * FFN_MULTIPLE
         ffn = share if attention is None else device_sms - attention
-    return (device_sms - ffn if attention is None else attention), ffn
+    if attention is None:
+        attention = device_sms - ffn
+    if attention < 1 or ffn < 1:
+        raise BenchError(f"one stage leaves none of the device's {device_sms} SMs for the other")
+    return attention, ffn
 
 
 @contextmanager

@@ -107,6 +107,8 @@ class LLMEngine:
         )
         self.in_flight: LaunchedStep | None = None
         self.requests: dict[int, EngineSequence] = {}
+        # Of requests that were added before a `generate` and finished while it ran.
+        self.unclaimed: list[RequestOutput] = []
         self.next_request_id = 0
         self.eos_ids = self._find_eos_ids()
 
@@ -146,8 +148,7 @@ class LLMEngine:
         Raises:
             TypeError, ValueError: a prompt or option is not allowed; then none has been run.
         """
-        if isinstance(prompts, str):
-            prompts = [prompts]
+        prompts = _prompt_list(prompts)
         params = _params_per_prompt(sampling_params, len(prompts), sampling)
         ids = [self._check_prompt(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
         requests = [self._queue(*pair) for pair in zip(ids, params, strict=True)]
@@ -184,8 +185,18 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Runs one step of the batch; returns the requests that finished with it.
 
+        Those that have finished within a call of `generate`, but are not its own, come first.
         With `async_scheduling` the step after it is already launched when its tokens arrive.
         """
+        outputs = [*self.unclaimed, *self._advance()]
+        self.unclaimed = []
+        return outputs
+
+    def is_finished(self) -> bool:
+        """Whether no request is waiting or running, and none has finished unseen."""
+        return not self.requests and not self.unclaimed
+
+    def _advance(self) -> list[RequestOutput]:
         self._check_open()
         try:
             with self.model_runner.ranks.in_step():
@@ -219,10 +230,6 @@ class LLMEngine:
             and config.tensor_parallel_size == 1
         )
 
-    def is_finished(self) -> bool:
-        """Whether no request is waiting or running."""
-        return not self.requests
-
     def abort(self, request_id: int) -> bool:
         """Drops a request; returns False if it has finished already.
 
@@ -245,14 +252,16 @@ class LLMEngine:
         total_tokens, start = 0, time.perf_counter()
         with tqdm(total=len(unfinished), desc="Generating", disable=not use_tqdm) as bar:
             while unfinished:
-                for output in self.step():
-                    if output["request_id"] in unfinished:
-                        unfinished.discard(output["request_id"])
-                        outputs[output["request_id"]] = output
-                        total_tokens += len(output["token_ids"])
-                        rate = total_tokens / (time.perf_counter() - start)
-                        bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-                        bar.update()
+                for output in self._advance():
+                    if output["request_id"] not in unfinished:
+                        self.unclaimed.append(output)
+                        continue
+                    unfinished.discard(output["request_id"])
+                    outputs[output["request_id"]] = output
+                    total_tokens += len(output["token_ids"])
+                    rate = total_tokens / (time.perf_counter() - start)
+                    bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+                    bar.update()
         return outputs
 
     def _queue(self, token_ids: list[int], params: SamplingParams) -> int:
@@ -319,8 +328,8 @@ class LLMEngine:
                 )
             return list(self.tokenizer.encode(prompt))
         try:
-            if isinstance(prompt, Iterable) and not isinstance(prompt, bytes):
-                return [operator.index(token) for token in prompt]
+            if isinstance(prompt, Iterable) and not isinstance(prompt, (bytes, bytearray)):
+                return [_token_id(token) for token in prompt]
         except TypeError:
             pass  # the error below says what is wrong
         raise TypeError(f"{name}={prompt!r:.80} is neither a text nor a list of token ids")
@@ -352,6 +361,20 @@ def resolve_device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
+def _prompt_list(prompts: Any) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, Iterable) and not isinstance(prompts, (bytes, bytearray)):
+        return list(prompts)
+    raise TypeError(f"prompts={prompts!r:.80} is neither a text nor a list of prompts")
+
+
+def _token_id(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError("True and False are no token ids")
+    return operator.index(value)
+
+
 def _params_per_prompt(
     given: SamplingParams | Sequence[SamplingParams] | None, count: int, fields: dict[str, Any]
 ) -> list[SamplingParams]:
@@ -362,6 +385,8 @@ def _params_per_prompt(
         )
     if given is None or isinstance(given, SamplingParams):
         return [given or SamplingParams(**fields)] * count
+    if not isinstance(given, Iterable):
+        raise TypeError(f"sampling_params={given!r} is neither a SamplingParams nor a list of them")
     params = list(given)
     for item in params:
         if not isinstance(item, SamplingParams):

@@ -54,6 +54,7 @@ class Ranks:
     def __init__(self) -> None:
         self.group = ParallelGroup()
         self.control: dist.ProcessGroup | None = None
+        self.device = torch.device("cpu")
         self.workers = Workers()
         self.parted = False
         self._ended = threading.Event()
@@ -70,7 +71,7 @@ class Ranks:
         ranks, size = cls(), config.tensor_parallel_size
         if size == 1:
             return ranks
-        devices = _devices(device, size)
+        devices = devices_for(device, size)
         store, port = process_groups.serve_store(timedelta(seconds=JOIN_SECONDS))
         fields = dataclasses.asdict(config)
         threads = max(torch.get_num_threads() // size, 1)
@@ -113,12 +114,12 @@ class Ranks:
                 f"device={config.device!r} is not allowed under torchrun: every process needs a "
                 "device of its own, so it must be 'cuda' or 'auto'"
             )
-        _devices(device, 1)
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        devices_for(torch.device(device.type, 0), local)
         store, rank, _ = next(rendezvous("env://"))
         prefix = f"nanovllm/{next(_engine_ids)}"
-        one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(world)
         ranks = cls()
-        ranks._connect(dist.PrefixStore(prefix, store), rank, size, device, one_machine)
+        ranks._connect(dist.PrefixStore(prefix, store), rank, size, device, local == world)
         return ranks
 
     @property
@@ -200,8 +201,8 @@ class Ranks:
         """
         if self.control is None:
             return
-        if self.is_first and not self.parted:
-            self._dismiss()
+        if not self.parted:
+            self._finish()
         self._ended.set()
         if self._guard is not None:
             self._guard.join(END_SECONDS)
@@ -222,7 +223,7 @@ class Ranks:
         control = process_groups.gloo_group(
             dist.PrefixStore("control", store), rank, size, one_machine
         )
-        model = control
+        model, self.device = control, device
         if device.type == "cuda":
             torch.cuda.set_device(device)
             model = process_groups.nccl_group(dist.PrefixStore("model", store), rank, size)
@@ -234,7 +235,10 @@ class Ranks:
         self.control, self.group = control, ParallelGroup(rank, size, model)
 
     def _while_workers_live(self, task: Callable[[], None]) -> None:
-        """Runs `task`, which may wait forever for a worker that has died."""
+        """Runs `task`, which may wait forever for a worker that has died.
+
+        If one has, the thread that waits is left behind: nothing can wake it.
+        """
         outcome: Future[None] = Future()
 
         def run() -> None:
@@ -271,12 +275,17 @@ class Ranks:
         self._ended.set()
         self.workers.end(patience=0)
 
-    def _dismiss(self) -> None:
-        """Tells the others that there will be no more steps."""
-        header = torch.zeros(HEADER_SIZE, dtype=torch.int64)
+    def _finish(self) -> None:
+        """Says, as rank 0, that there are no more steps, and lets all ranks end theirs."""
+        patience = timedelta(seconds=END_SECONDS)
+        stop = torch.zeros(HEADER_SIZE, dtype=torch.int64)
         try:
-            work = dist.broadcast(header, group=self.control, group_src=0, async_op=True)
-            work.wait(timedelta(seconds=END_SECONDS))
+            if self.is_first:
+                dist.broadcast(stop, group=self.control, group_src=0, async_op=True).wait(patience)
+            # NOTE: until its last kernel has ended, a rank may read the memory of the others.
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            dist.all_reduce(stop, group=self.control, async_op=True).wait(patience)
         except RuntimeError:  # one has died or does not listen
             self._part()
 
@@ -285,14 +294,18 @@ class Ranks:
         return tensor
 
 
-def _devices(first: torch.device, count: int) -> list[torch.device]:
-    """One device for each of `count` ranks of this machine."""
+def devices_for(first: torch.device, size: int) -> list[torch.device]:
+    """The devices of `size` ranks of this machine, from `first` on.
+
+    Raises:
+        ValueError: there are not enough.
+    """
     if first.type != "cuda":
-        return [first] * count
-    start = first.index or 0
-    if start + count > torch.cuda.device_count():
+        return [first] * size
+    start, present = first.index or 0, torch.cuda.device_count()
+    if start + size > present:
         raise ValueError(
-            f"{count} ranks from device={str(first)!r} on are not allowed: this machine has "
-            f"{torch.cuda.device_count()} CUDA devices"
+            f"tensor_parallel_size={size} is not allowed with device={str(first)!r}: this machine "
+            f"has {present} CUDA device{'s' * (present != 1)}, and every rank needs one"
         )
-    return [torch.device("cuda", start + rank) for rank in range(count)]
+    return [torch.device("cuda", start + rank) for rank in range(size)]

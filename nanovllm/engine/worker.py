@@ -39,8 +39,9 @@ def main() -> None:
 def _serve(task: WorkerTask) -> None:
     torch.set_num_threads(task.num_threads)
     config, device = Config(**task.config), torch.device(task.device)
-    with ModelRunner(config, Path(task.model_dir), device, Ranks.join(task)) as runner:
-        runner.serve()
+    runner = ModelRunner(config, Path(task.model_dir), device, Ranks.join(task))
+    runner.serve()
+    runner.close()  # only then: after an error it would wait for the other ranks
 
 
 def _end_with_rank_0() -> None:

@@ -85,7 +85,7 @@ def qk_norm_rope_store(
 
 def resolve_tokens(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
     """See ``reference.resolve_tokens``: ids below 0 become the token of the seat they name."""
-    return reference.resolve_tokens(input_ids, last_tokens)
+    return _module("tokens", input_ids).resolve_tokens(input_ids, last_tokens)
 
 
 def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, steps: Tensor) -> Tensor:

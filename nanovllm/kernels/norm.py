@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels import pdl
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` for ``x [..., H]``; see ``reference.rms_norm``."""
@@ -37,7 +39,16 @@ def _launch(
     # 8 elements a thread are one 16-byte load of a 16-bit dtype.
     warps = min(max(block // 256, 1), 8)
     _rms_norm_kernel[(rows,)](
-        x, residual, weight, y, total, eps, HIDDEN=hidden, BLOCK=block, num_warps=warps
+        x,
+        residual,
+        weight,
+        y,
+        total,
+        eps,
+        HIDDEN=hidden,
+        BLOCK=block,
+        num_warps=warps,
+        **pdl.options(x),
     )
 
 
@@ -51,10 +62,14 @@ def _rms_norm_kernel(
     eps,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    pdl.let_next_start(PDL)
     row = tl.program_id(0).to(tl.int64) * HIDDEN
     column = tl.arange(0, BLOCK)
     inside = column < HIDDEN
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    pdl.wait_for_inputs(PDL)
     values = tl.load(x + row + column, mask=inside, other=0.0)
     if residual is not None:
         added = tl.load(residual + row + column, mask=inside, other=0.0)
@@ -63,5 +78,4 @@ def _rms_norm_kernel(
         tl.store(total + row + column, values, mask=inside)
     values = values.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(values * values, axis=0) / HIDDEN + eps)
-    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + row + column, (values * inverse * scale).to(y.dtype.element_ty), mask=inside)

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels import pdl
+
 _HEADS_PER_PROGRAM = 8
 
 
@@ -62,6 +64,7 @@ def qk_norm_rope_store(
         HEADS=_HEADS_PER_PROGRAM,
         # One 16-byte load of a 16-bit dtype per thread and half.
         num_warps=max(_HEADS_PER_PROGRAM * half // 256, 1),
+        **pdl.options(qkv),
     )
     return q
 
@@ -106,13 +109,20 @@ def _norm_rope_store_kernel(
     BLOCK_SIZE: tl.constexpr,
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    pdl.let_next_start(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     is_q = head < Q_HEADS
     is_k = (head >= Q_HEADS) & (head < Q_HEADS + KV_HEADS)
     is_v = (head >= Q_HEADS + KV_HEADS) & (head < Q_HEADS + 2 * KV_HEADS)
     column = tl.arange(0, HALF)[None, :]
+    weight1 = tl.where(is_q[:, None], tl.load(q_weight + column), tl.load(k_weight + column))
+    weight2 = tl.where(
+        is_q[:, None], tl.load(q_weight + HALF + column), tl.load(k_weight + HALF + column)
+    )
+    pdl.wait_for_inputs(PDL)
 
     source = qkv + token * qkv_stride + head[:, None] * (2 * HALF) + column
     exists = (is_q | is_k | is_v)[:, None]
@@ -124,10 +134,6 @@ def _norm_rope_store_kernel(
     position = tl.load(positions + token)
     cos = tl.load(cos_sin + position * (2 * HALF) + column)
     sin = tl.load(cos_sin + position * (2 * HALF) + HALF + column)
-    weight1 = tl.where(is_q[:, None], tl.load(q_weight + column), tl.load(k_weight + column))
-    weight2 = tl.where(
-        is_q[:, None], tl.load(q_weight + HALF + column), tl.load(k_weight + HALF + column)
-    )
     inverse = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=1) / (2 * HALF) + eps)[:, None]
     x1 = x1 * inverse * weight1.to(tl.float32)
     x2 = x2 * inverse * weight2.to(tl.float32)

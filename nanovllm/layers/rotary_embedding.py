@@ -41,14 +41,16 @@ def cos_sin_table(rope: RopeConfig, head_dim: int, max_position: int) -> torch.T
 
 def _inverse_wavelengths(rope: RopeConfig, head_dim: int) -> torch.Tensor:
     """float32 [head_dim / 2], radians per position."""
-    extrapolated = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    wavelengths = rope.theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
     if rope.factor is None:
-        return extrapolated
+        return 1.0 / wavelengths
     # YaRN (https://arxiv.org/abs/2309.00071), section 3.2: dimensions that turn often keep their
     # wavelength, those that turn seldom are interpolated by `factor`, and a ramp joins the two.
+    # Rounded as in transformers: in a long context the last bit of a wavelength can be seen.
     low, high = _blend_range(rope, head_dim)
     ramp = ((torch.arange(head_dim // 2).float() - low) / (high - low)).clamp(0, 1)
-    return extrapolated / rope.factor * ramp + extrapolated * (1 - ramp)
+    kept = 1 - ramp
+    return 1.0 / (rope.factor * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
 
 
 def _blend_range(rope: RopeConfig, head_dim: int) -> tuple[float, float]:

@@ -10,6 +10,10 @@ import torch
 from nanovllm import kernels
 from nanovllm.sampling_params import SamplingParams
 
+# Below it a draw is greedy: the likeliest token has all the probability that float32 can tell, and
+# logits divided by much less would overflow.
+LOWEST_TEMPERATURE = 1e-5
+
 
 @dataclass(frozen=True)
 class SamplingBatch:
@@ -44,12 +48,14 @@ class SamplingBatch:
         device: torch.device,
     ) -> SamplingBatch:
         """Brings the options of S requests to `device`."""
-        temperatures = _upload([p.temperature for p in params], np.float32, device)
+        greedy = [p.temperature < LOWEST_TEMPERATURE for p in params]
+        values = [0.0 if greedy[i] else p.temperature for i, p in enumerate(params)]
+        temperatures = _upload(values, np.float32, device)
         integers = _upload([seeds, steps, seats], np.int64, device)
         rows = [
             i
             for i, p in enumerate(params)
-            if p.temperature > 0 and (0 < p.top_k < vocab_size or p.top_p < 1)
+            if not greedy[i] and (0 < p.top_k < vocab_size or p.top_p < 1)
         ]
         if not rows:
             return cls(temperatures, integers[0], integers[1], integers[2])
@@ -78,9 +84,9 @@ def keep_likely(
     """Sets all but the likeliest logits of each row [F, V] to -inf.
 
     Of the `top_k` [F] likeliest, those stay that are needed to reach probability `top_p` [F] among
-    them at `temperatures` [F]; the likeliest always stays.
+    them at `temperatures` [F]; the likeliest always stays. Of equals, the lowest tokens stay.
     """
-    ordered, order = logits.float().sort(dim=-1, descending=True)
+    ordered, order = logits.float().sort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(logits.shape[1], device=logits.device)
     ordered = ordered.masked_fill(ranks >= top_k[:, None], -torch.inf)
     probabilities = (ordered / temperatures[:, None]).softmax(-1)

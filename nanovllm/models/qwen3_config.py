@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.layers.rotary_embedding import RopeConfig
+from nanovllm.utils.options import is_int
 
 ARCHITECTURE = "Qwen3ForCausalLM"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -69,6 +70,9 @@ class Qwen3Config:
                 f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
             )
         max_position = _positive_int(fields, "max_position_embeddings")
+        head_dim = _positive_int(fields, "head_dim", default=hidden // heads)
+        if head_dim % 2:
+            raise UnsupportedModelError(f"head_dim={head_dim} is not even, as rope needs it to be")
         dtype = fields.get("dtype") or fields.get("torch_dtype") or "float32"
         if dtype not in DTYPES:
             raise UnsupportedModelError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
@@ -79,15 +83,15 @@ class Qwen3Config:
             num_hidden_layers=_positive_int(fields, "num_hidden_layers"),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
-            head_dim=_positive_int(fields, "head_dim", default=hidden // heads),
+            head_dim=head_dim,
             max_position_embeddings=max_position,
-            rms_norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=_positive(fields, "rms_norm_eps", default=1e-6),
             rope=_parse_rope(fields, max_position),
             tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
             attention_bias=bool(fields.get("attention_bias", False)),
             dtype=dtype,
             eos_token_ids=tuple(
-                dict.fromkeys((*_id_list(fields.get("eos_token_id")), *_id_list(generation_eos)))
+                dict.fromkeys((*_eos_ids(fields.get("eos_token_id")), *_eos_ids(generation_eos)))
             ),
         )
 
@@ -124,24 +128,39 @@ def _refuse_unsupported(fields: dict[str, Any]) -> None:
 
 
 def _positive_int(fields: dict[str, Any], name: str, default: int | None = None) -> int:
-    value = fields.get(name)
+    value: Any = fields.get(name)
     if value is None:
         value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_int(value) or value < 1:
         raise UnsupportedModelError(f"config.json: {name}={value!r} is not a positive integer")
     return value
 
 
-def _id_list(value: Any) -> list[int]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list) else [value]
+def _positive(fields: dict[str, Any], name: str, default: float) -> float:
+    value = fields.get(name, default)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise UnsupportedModelError(f"config.json: {name}={value!r} is not a positive number")
+    return float(value)
+
+
+def _eos_ids(value: Any) -> list[int]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(is_int(token) for token in ids):
+        raise UnsupportedModelError(f"eos_token_id={value!r} is neither an integer nor a list")
+    return ids
 
 
 def _parse_rope(fields: dict[str, Any], max_position: int) -> RopeConfig:
     """Understands `rope_theta` + `rope_scaling` (4.x) and `rope_parameters` (5.x)."""
-    rope = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
-    theta = float(rope.get("rope_theta") or fields.get("rope_theta") or 10_000.0)
+    rope: dict[str, Any] = {}
+    parts = {name: fields.get(name) or {} for name in ("rope_scaling", "rope_parameters")}
+    for name, part in {"": {"rope_theta": fields.get("rope_theta")}, **parts}.items():
+        if not isinstance(part, dict) or any(isinstance(value, dict) for value in part.values()):
+            raise UnsupportedModelError(
+                f"{name}={part!r} is not supported: it must be a flat object"
+            )
+        rope.update((key, value) for key, value in part.items() if value is not None)
+    theta = _positive(rope, "rope_theta", default=10_000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return RopeConfig(theta)
@@ -149,23 +168,23 @@ def _parse_rope(fields: dict[str, Any], max_position: int) -> RopeConfig:
         raise UnsupportedModelError(
             f"rope_type={kind!r} is not supported: only 'default' and 'yarn' are"
         )
-    original = int(rope.get("original_max_position_embeddings") or max_position)
-    factor = float(rope.get("factor") or max_position / original)
+    original = _positive_int(rope, "original_max_position_embeddings", default=max_position)
+    factor = _positive(rope, "factor", default=max_position / original)
     return RopeConfig(
         theta=theta,
         factor=factor,
         original_max_position=original,
         attention_factor=_yarn_attention_factor(rope, factor),
-        beta_fast=float(rope.get("beta_fast") or 32),
-        beta_slow=float(rope.get("beta_slow") or 1),
+        beta_fast=_positive(rope, "beta_fast", default=32.0),
+        beta_slow=_positive(rope, "beta_slow", default=1.0),
         truncate=bool(rope.get("truncate", True)),
     )
 
 
 def _yarn_attention_factor(rope: dict[str, Any], factor: float) -> float:
     """Scale of cos and sin, YaRN (https://arxiv.org/abs/2309.00071), equation 22."""
-    if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
+    if "attention_factor" in rope:
+        return _positive(rope, "attention_factor", default=1.0)
 
     def magnitude(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0

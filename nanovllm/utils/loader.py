@@ -71,19 +71,30 @@ def _tensors_by_file(directory: Path) -> dict[Path, list[str]]:
         files = sorted(directory.glob("*.safetensors"))
         if not files:
             raise FileNotFoundError(f"{directory} holds no *.safetensors file")
-        return {path: _names(path) for path in files}
+        by_file = {path: _names(path) for path in files}
+        _refuse_duplicates(by_file)
+        return by_file
+    by_file = defaultdict(list)
     try:
         weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        for name, file in weight_map.items():
+            by_file[directory / file].append(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{index} is not a safetensors index: {error!r}") from error
-    by_file: dict[Path, list[str]] = defaultdict(list)
-    for name, file in weight_map.items():
-        by_file[directory / file].append(name)
     for path, names in by_file.items():
         absent = sorted(set(names) - set(_names(path)))
         if absent:
             raise WeightsError(f"{path} lacks {absent[0]!r}, which {INDEX} says it holds")
     return dict(by_file)
+
+
+def _refuse_duplicates(by_file: dict[Path, list[str]]) -> None:
+    """Without an index, nothing says which of two files holds a tensor's true values."""
+    holder: dict[str, Path] = {}
+    for path, names in by_file.items():
+        for name in names:
+            if holder.setdefault(name, path) != path:
+                raise WeightsError(f"tensor {name!r} is both in {holder[name]} and in {path}")
 
 
 def _names(path: Path) -> list[str]:

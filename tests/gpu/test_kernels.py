@@ -19,6 +19,7 @@ from nanovllm.kernels import (
     norm,
     paged_decode,
     paged_prefill,
+    pdl,
     reference,
     rope,
     sampling,
@@ -31,7 +32,9 @@ MODELS = pytest.mark.parametrize(("hq", "hkv"), [(16, 8), (32, 8), (40, 8)])
 NUM_SMS = torch.cuda.get_device_properties(0).multi_processor_count
 TUNINGS = {
     "plain": paged_decode.DecodeTuning(),
-    "tma": paged_decode.DecodeTuning(num_warps=2, tma=True),
+    "plain flat": paged_decode.DecodeTuning(flat=True),
+    "tma": paged_decode.DecodeTuning(ctas_per_sm=5, num_warps=2, tma=True),
+    "tma flat": paged_decode.DecodeTuning(ctas_per_sm=5, num_warps=2, tma=True, flat=True),
 }
 
 
@@ -42,6 +45,11 @@ def seed():
     torch.manual_seed(value)
     random.seed(value)
     return value
+
+
+@pytest.fixture(params=[False, True], ids=["", "pdl"])
+def dependent_launch(request, monkeypatch):
+    monkeypatch.setattr(pdl, "enabled", request.param)
 
 
 def check(actual, expected, limit=1e-2):
@@ -98,7 +106,7 @@ def test_decode(hq, hkv, tuning, num_sms, context_lens):
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)
-def test_decode_in_a_replayed_graph(tuning):
+def test_decode_in_a_replayed_graph(dependent_launch, tuning):
     """One capture serves any lengths, and rows that pad the batch."""
     count, longest, block_size = 24, 3000, 256
     workspace = paged_decode.DecodeWorkspace(NUM_SMS, 16, 8, 128, "cuda", TUNINGS[tuning])
@@ -131,6 +139,50 @@ def test_decode_in_a_replayed_graph(tuning):
         graph.replay()
         args = (q.float(), k_cache, v_cache, tables, lens, 128**-0.5)
         check(out, reference.paged_decode_attention(*args))
+
+
+def test_decode_on_two_streams_at_once():
+    """Two workspaces share no partial result and no count."""
+    cases = [PagedCase(lengths(9, 5000), 16, 8, 128, 256, dtype=BF16) for _ in range(2)]
+    streams = [torch.cuda.Stream() for _ in cases]
+    torch.cuda.synchronize()
+    outs = [[], []]
+    for _ in range(20):
+        for case, stream, results in zip(cases, streams, outs, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(case.decode(NUM_SMS))
+    torch.cuda.synchronize()
+    for case, results in zip(cases, outs, strict=True):
+        for result in results:
+            check(result, case.dense())
+
+
+def test_a_chain_of_dependent_launches(monkeypatch):
+    """Each kernel waits for the results of the one before, however early it starts."""
+    x, weight = randn(8, 1024, dtype=BF16), randn(1024, dtype=BF16)
+    case = rope_case(8, 16, 8, 128, 256, BF16)
+
+    def chain():
+        y, total = x, x
+        for _ in range(10):
+            y, total = norm.add_rms_norm(y, total, weight, EPS)
+            y = activation.silu_mul(torch.cat([y, y], dim=1))
+            y = norm.rms_norm(y, weight, EPS)
+            case["qkv"] = y.repeat(1, 4)
+            y = rope.qk_norm_rope_store(**case).flatten(1)[:, :1024]
+        return y
+
+    expected = chain()
+    monkeypatch.setattr(pdl, "enabled", True)
+    chain()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain()
+    for _ in range(50):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, expected)
 
 
 @MODELS

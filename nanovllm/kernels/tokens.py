@@ -1,0 +1,25 @@
+"""Input ids of a decode step of which some are known on the device only, in one small launch."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 256
+
+
+def resolve_tokens(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
+    """Replace ids below 0 by the last token of a seat; see ``reference.resolve_tokens``."""
+    count = input_ids.shape[0]
+    out = torch.empty(count, dtype=torch.int64, device=input_ids.device)
+    _resolve_kernel[(triton.cdiv(count, BLOCK),)](input_ids, last_tokens, out, count, BLOCK=BLOCK)
+    return out
+
+
+@triton.jit
+def _resolve_kernel(input_ids, last_tokens, out, count, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    given = tl.load(input_ids + index, mask=index < count, other=0).to(tl.int64)
+    pending = given < 0
+    drawn = tl.load(last_tokens - 1 - given, mask=pending & (index < count), other=0)
+    tl.store(out + index, tl.where(pending, drawn, given), mask=index < count)

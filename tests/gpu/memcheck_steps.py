@@ -1,0 +1,65 @@
+"""1,000 pipelined decode steps with changing batch sizes, for a memory checker to watch.
+
+compute-sanitizer --tool memcheck python tests/gpu/memcheck_steps.py
+
+The model is small and the graphs are few, as the checker makes everything many times slower.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from nanovllm import LLM
+from nanovllm.bench.shapes import published_config
+
+STEPS = 1000
+SEATS = 8
+VOCAB = 512
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "eos_token_id": 1,
+}
+
+
+def main() -> None:
+    with TemporaryDirectory() as directory:
+        config = published_config("0.6B", layers=2) | SMALL
+        (Path(directory) / "config.json").write_text(json.dumps(config))
+        with LLM(
+            directory,
+            device="cuda",
+            load_format="dummy",
+            max_num_seqs=SEATS,
+            max_model_len=128,
+            kvcache_block_size=16,
+            num_kvcache_blocks=40,
+            enable_pipeline=True,
+            pipeline_mode="green",
+            pipeline_strict=True,
+        ) as engine:
+            run_steps(engine)
+    print(f"{STEPS} steps done")
+
+
+def run_steps(engine: LLM) -> None:
+    """Requests of all lengths come and go, so the batch grows and shrinks."""
+    rng = random.Random(0)
+    statistics = engine.model_runner.get_pipeline_statistics
+    while sum(statistics()["steps"].values()) < STEPS:  # type: ignore[attr-defined]
+        for _ in range(rng.randint(1, SEATS)):
+            prompt = [rng.randrange(2, VOCAB) for _ in range(rng.randint(1, 60))]
+            engine.add_request(prompt, max_tokens=rng.randint(1, 60), ignore_eos=True)
+        while not engine.is_finished():
+            engine.step()
+
+
+if __name__ == "__main__":
+    main()

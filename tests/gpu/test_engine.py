@@ -1,0 +1,150 @@
+"""The engine on a real GPU: logits, tokens and memory, with and without CUDA graphs."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+from nanovllm import LLM
+from nanovllm.bench.shapes import published_config
+from nanovllm.tiny import PROMPTS
+from tests.checkpoints import Shape, greedy, prompts
+from tests.decode_cases import relative_error
+from tests.gpu.forced_tokens import forced_logits, forced_token, ragged_prompts
+
+VOCAB = 4096
+MAX_TOKENS = 48
+EAGER = pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+GREEN = {"enable_pipeline": True, "pipeline_mode": "green", "pipeline_strict": True}
+WAYS: dict[str, dict[str, Any]] = {
+    "graphs": {},
+    "eager": {"enforce_eager": True},
+    "green graphs": GREEN,
+    "green eager": {**GREEN, "enforce_eager": True},
+}
+
+
+def small_engine(model: Any = None, **options: Any) -> LLM:
+    """With few graphs and little memory, so that several fit beside each other."""
+    given = {} if model is None else {"model": str(model)}
+    defaults = {"max_num_seqs": 8, "max_model_len": 1024, "num_kvcache_blocks": 64}
+    return LLM(device="cuda", **given, **(defaults | options))
+
+
+def texts(engine: LLM, count: int = 8) -> list[str]:
+    outputs = engine.generate(
+        list(PROMPTS[:count]), temperature=0, max_tokens=MAX_TOKENS, use_tqdm=False
+    )
+    return [output["text"] for output in outputs]
+
+
+def write_rounded_model(directory: Path, shape: str) -> transformers.Qwen3ForCausalLM:
+    """Saves two random layers in bfloat16; returns the same weights in float32, on the GPU."""
+    config = published_config(shape, layers=2) | {
+        "vocab_size": VOCAB,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+    }
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config.from_dict(config))
+    model.to(torch.bfloat16).save_pretrained(directory)
+    # Rounded once more in bfloat16, `inv_freq` would be wrong: a model built anew has it right.
+    with torch.device("cuda"):
+        exact = transformers.Qwen3ForCausalLM(transformers.Qwen3Config.from_dict(config))
+    exact.load_state_dict({name: w.float() for name, w in model.state_dict().items()})
+    return exact.float().eval()
+
+
+@torch.inference_mode()
+def exact_logits(
+    model: transformers.Qwen3ForCausalLM, given: list[list[int]], steps: int
+) -> torch.Tensor:
+    """What `forced_logits` should be, by transformers in float32."""
+    forced = [forced_token(step) for step in range(steps - 1)]
+    rows = [
+        model(torch.tensor([[*prompt, *forced]], device="cuda")).logits[0, len(prompt) - 1 :]
+        for prompt in given
+    ]
+    return torch.stack(rows, dim=1).cpu()
+
+
+@pytest.mark.parametrize("shape", ["0.6B", "8B"])
+def test_bfloat16_logits_are_near_those_of_transformers_in_float32(tmp_path, monkeypatch, shape):
+    model = write_rounded_model(tmp_path, shape)
+    given = ragged_prompts(5, 600, VOCAB)
+    expected = exact_logits(model, given, steps=5)
+    del model
+    found = {}
+    for eager in (False, True):
+        with small_engine(tmp_path, dtype="bfloat16", enforce_eager=eager) as engine:
+            logits = found[eager] = forced_logits(monkeypatch, engine, given, steps=5)
+        assert relative_error(logits[0], expected[0]) < 2e-2, "prefill"
+        for step in range(1, 5):
+            assert relative_error(logits[step], expected[step]) < 2e-2, f"decode step {step}"
+    assert relative_error(found[False], found[True]) < 2e-2
+
+
+@EAGER
+@pytest.mark.parametrize("seed", range(3))
+def test_float32_tokens_equal_those_of_transformers(tmp_path, seed, eager):
+    model = Shape.random(seed).write(tmp_path)
+    given = prompts(seed, count=6)
+    options = {"dtype": "float32", "enforce_eager": eager, "kvcache_block_size": 16}
+    with small_engine(tmp_path, max_model_len=128, **options) as engine:
+        outputs = engine.generate(given, temperature=0, max_tokens=20, use_tqdm=False)
+    expected = [greedy(model, prompt, 20) for prompt in given]
+    assert [output["token_ids"] for output in outputs] == expected
+
+
+@pytest.fixture(scope="module")
+def cpu_texts() -> list[str]:
+    with LLM(device="cpu") as engine:
+        return texts(engine)
+
+
+@EAGER
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_embedded_model_writes_the_same_text_as_on_the_cpu(dtype, eager, cpu_texts):
+    with small_engine(dtype=dtype, enforce_eager=eager) as engine:
+        assert texts(engine) == cpu_texts
+
+
+@pytest.mark.parametrize("way", ["graphs", "green graphs"])
+def test_an_engine_gives_its_memory_back(way):
+    def free_after(engines: int) -> int:
+        for _ in range(engines):
+            with small_engine(num_kvcache_blocks=512, **WAYS[way]) as engine:
+                texts(engine, count=4)
+            del engine
+            gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+
+    before = free_after(2)  # the first ones compile kernels and fill the libraries' own pools
+    lost = before - free_after(3)
+    assert lost < 16 << 20, f"3 engines cost {lost / (1 << 20):.1f} MiB of device memory"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_decode_steps_allocate_nothing_that_stays(way):
+    def run(steps: int) -> int:
+        for _ in range(steps):
+            assert engine.step() == []
+        return torch.cuda.memory_allocated()
+
+    with small_engine(**WAYS[way]) as engine:
+        for prompt in ragged_prompts(3, 200, 1024):  # 3 of a graph's 4 rows
+            engine.add_request(prompt, temperature=0.7, max_tokens=700, ignore_eos=True)
+        before = run(40)
+        assert run(500) == before
+        assert len(engine.requests) == 3

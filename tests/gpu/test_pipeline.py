@@ -1,0 +1,362 @@
+"""The pipeline on a real GPU: where its stages run and when, and that they compute the model.
+
+Kernels report their SMs by `record_programs`, which tests/gpu/test_green_ctx.py explains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import operator
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+pytest.importorskip("triton", reason="needs Triton")
+
+from green_ctx import GreenContextError, GreenDevice, PartitionInUse
+from nanovllm import LLM
+from nanovllm.bench.shapes import published_config
+from nanovllm.bench.workload import DecodeWorkload, fill_cache, run_turn
+from nanovllm.config import PIPELINE_MODES
+from nanovllm.engine import model_runner
+from nanovllm.engine.decode_runner import DecodeRunner
+from nanovllm.engine.pipeline_scheduler import Cut, MicroBatch
+from nanovllm.engine.stage_executor import Lane
+from nanovllm.tiny import PROMPTS
+from nanovllm.utils.timeline import trace_events
+from tests.decode_cases import relative_error
+from tests.gpu.forced_tokens import forced_logits, ragged_prompts
+from tests.gpu.test_green_ctx import PROGRAMS, SPIN_NS, record_programs, sms_used
+from tests.test_pipeline_engine import FAILED, FELL_BACK
+from tests.test_seed_spec import QUICK_START, STATISTICS, lines_of, run_block
+from tests.test_timeline import check_trace
+
+NUM_SMS = torch.cuda.get_device_properties(0).multi_processor_count
+TINY_LAYERS = 4
+MAX_TOKENS = 48
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _green_contexts() -> None:
+    try:
+        GreenDevice(0)
+    except GreenContextError as error:
+        pytest.skip(f"no green contexts here: {error}")
+
+
+def split(attention: int, ffn: int) -> dict[str, int]:
+    return {"pipeline_attention_sm_count": attention, "pipeline_ffn_sm_count": ffn}
+
+
+FFN_SMS = NUM_SMS * 3 // 4 // 8 * 8
+SPLITS = {"the seed's": split(16, 16), "the whole device": split(NUM_SMS - FFN_SMS, FFN_SMS)}
+
+
+def pipelined_engine(model: Any = None, mode: str = "green", **options: Any) -> LLM:
+    """With few graphs and little memory, so that several fit beside each other."""
+    given = {} if model is None else {"model": str(model)}
+    defaults = {"max_num_seqs": 8, "max_model_len": 1024, "num_kvcache_blocks": 128}
+    return LLM(
+        device="cuda",
+        enable_pipeline=True,
+        pipeline_mode=mode,
+        pipeline_strict=True,
+        **given,
+        **(defaults | options),
+    )
+
+
+def texts(engine: LLM, count: int = 8, max_tokens: int = MAX_TOKENS) -> list[str]:
+    """What the engine writes after the standard prompts, from the first again after the last."""
+    given = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
+    outputs = engine.generate(given, temperature=0, max_tokens=max_tokens, use_tqdm=False)
+    return [output["text"] for output in outputs]
+
+
+def statistics(engine: LLM) -> dict[str, Any]:
+    return engine.model_runner.get_pipeline_statistics()
+
+
+@pytest.fixture(scope="module")
+def cpu_texts() -> list[str]:
+    """Of all standard prompts."""
+    with LLM(device="cpu") as engine:
+        return texts(engine, len(PROMPTS))
+
+
+# Where and when the stages run
+
+
+class ReportingCut(Cut):
+    """Has every stage of a step also report the SMs that it runs on."""
+
+    def __init__(self, cut: Cut) -> None:
+        super().__init__(cut.model)
+        self.cut, self.first = cut, cut.first
+        shape = (2 * self.model.num_layers, PROGRAMS, 3)
+        self.records = {
+            lane: torch.empty(shape, dtype=torch.int64, device="cuda")
+            for lane in (Lane.ATTENTION, Lane.FFN)
+        }
+        self.forget()
+
+    def forget(self) -> None:
+        for records in self.records.values():
+            records.fill_(-1)
+        torch.cuda.synchronize()
+
+    def begin(self, batch: MicroBatch) -> None:
+        self.cut.begin(batch)
+
+    def attention(self, layer: int, batch: MicroBatch) -> None:
+        self.cut.attention(layer, batch)
+        self._report(Lane.ATTENTION, layer, batch)
+
+    def ffn(self, layer: int, batch: MicroBatch) -> None:
+        self.cut.ffn(layer, batch)
+        self._report(Lane.FFN, layer, batch)
+
+    def _report(self, lane: Lane, layer: int, batch: MicroBatch) -> None:
+        records = self.records[lane][2 * layer + batch.index]
+        record_programs[(PROGRAMS,)](records, SPIN_NS, num_warps=1)
+
+
+def check_partitions(cut: ReportingCut, attention_sms: int, ffn_sms: int) -> None:
+    """Every stage of every layer and micro-batch ran, on its own partition's SMs and all of them.
+
+    The grid is many times what a partition holds at a time, and each program takes its time, so
+    the programs of all launches together are seen on every SM that they may run on.
+    """
+    used = {
+        lane: set().union(*(sms_used(launch) for launch in records))
+        for lane, records in cut.records.items()
+    }
+    assert not used[Lane.ATTENTION] & used[Lane.FFN]
+    assert len(used[Lane.ATTENTION]) == attention_sms
+    assert len(used[Lane.FFN]) == ffn_sms
+
+
+def reporting(decode: DecodeRunner) -> ReportingCut:
+    """Makes an engine's pipeline report, from the next step on."""
+    assert decode.pipeline.scheduler is not None
+    cut = decode.pipeline.scheduler.cut = ReportingCut(decode.pipeline.scheduler.cut)
+    for graphs in decode.graphs.values():
+        graphs.close()
+    return cut
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["replayed graph", "eager"])
+@pytest.mark.parametrize("counts", SPLITS)
+def test_stages_run_on_disjoint_sms_of_the_granted_counts(counts, eager, cpu_texts):
+    with pipelined_engine(enforce_eager=eager, **SPLITS[counts]) as engine:
+        cut = reporting(engine.model_runner.decode)
+        granted = [statistics(engine)[name] for name in ("attention_sms", "ffn_sms")]
+        assert all(map(operator.ge, granted, SPLITS[counts].values()))
+        assert sum(granted) <= NUM_SMS
+        assert texts(engine, 4) == cpu_texts[:4]
+        check_partitions(cut, *granted)
+        # Once more: now all graphs have been captured, so that these are replays.
+        captured = [len(graphs.captured) for graphs in engine.model_runner.decode.graphs.values()]
+        assert len(captured) == (0 if eager else 1)
+        cut.forget()
+        assert texts(engine, 4) == cpu_texts[:4]
+        check_partitions(cut, *granted)
+        after = [len(graphs.captured) for graphs in engine.model_runner.decode.graphs.values()]
+        assert after == captured
+
+
+def write_config(directory: Path, shape: str, layers: int) -> Path:
+    """A model of real layers with random weights and a small vocabulary."""
+    config = published_config(shape, layers) | {"vocab_size": 4096, "eos_token_id": 1}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_stages_of_a_replayed_graph_run_at_the_same_time(tmp_path, monkeypatch):
+    layers, workload = 4, DecodeWorkload(batch=512, context=512, output=16)
+    # One graph is enough, and the largest matters.
+    monkeypatch.setattr(model_runner, "batch_sizes", lambda largest: [largest])
+    with pipelined_engine(
+        write_config(tmp_path, "8B", layers),
+        load_format="dummy",
+        max_num_seqs=workload.batch,
+        num_kvcache_blocks=workload.blocks(256),
+        enable_prefix_caching=False,
+        pipeline_enable_profiling=True,
+        **SPLITS["the whole device"],
+    ) as engine:
+        fill_cache(engine)
+        run_turn(engine, workload, workload.draw_prompts(4096))
+        stats = statistics(engine)
+        steps = list(engine.model_runner.statistics.recent)
+    assert stats["steps"] == {"pipelined": 16, "sequential": 0}
+    assert stats["profiled_steps"] == 16
+    assert check_trace(trace_events(steps), layers, 2) == 16
+    assert stats["overlap_share"] > 0.3
+    # Together the stages ran for longer than the step took.
+    assert stats["avg_attention_ms"] + stats["avg_ffn_ms"] > 1.2 * stats["avg_total_ms"]
+
+
+# What the stages compute
+
+
+@pytest.mark.parametrize(("shape", "layers"), [("0.6B", 4), ("8B", 2)])
+def test_pipelined_bfloat16_logits_are_near_the_sequential_ones(
+    tmp_path, monkeypatch, shape, layers
+):
+    """Full batches and padded ones, whose padding rows are in both micro-batches."""
+    steps = 4
+    given = {count: ragged_prompts(count, 300, 4096, count) for count in (2, 3, 5, 17, 31, 32)}
+    with LLM(
+        str(write_config(tmp_path, shape, layers)),
+        device="cuda",
+        load_format="dummy",
+        max_num_seqs=32,
+        max_model_len=512,
+        num_kvcache_blocks=128,
+        enable_prefix_caching=False,
+    ) as engine:
+        runner = engine.model_runner
+        own = runner.decode
+        expected = {n: forced_logits(monkeypatch, engine, p, steps) for n, p in given.items()}
+        for mode in ("microbatch", "streams", "green"):
+            runner.decode = runner.make_decode(
+                dataclasses.replace(
+                    engine.config,
+                    enable_pipeline=True,
+                    pipeline_mode=mode,
+                    pipeline_strict=True,
+                    **SPLITS["the whole device"],
+                )
+            )
+            try:
+                for count, prompts in given.items():
+                    logits = forced_logits(monkeypatch, engine, prompts, steps)
+                    for step in range(1, steps):
+                        error = relative_error(logits[step], expected[count][step])
+                        assert error < 2e-2, (mode, count, step)
+                tokens = runner.decode.pipeline.statistics.tokens
+                assert tokens == {"pipelined": sum(given) * (steps - 1), "sequential": 0}
+            finally:
+                torch.cuda.synchronize()
+                runner.decode.close()
+                runner.decode = own
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize("mode", PIPELINE_MODES)
+def test_all_modes_write_the_text_of_the_cpu(mode, eager, cpu_texts):
+    with pipelined_engine(mode=mode, enforce_eager=eager) as engine:
+        assert texts(engine) == cpu_texts[:8]
+        stats = statistics(engine)
+    assert stats["mode"] == {"auto": "green"}.get(mode, mode)
+    assert stats["fallback_reason"] is None
+    assert (stats["steps"]["pipelined"] > 0) == (mode != "sequential")
+
+
+@pytest.fixture(scope="module")
+def green() -> Iterator[LLM]:
+    """A float32 engine, whose tokens do not depend on the rest of the batch."""
+    with pipelined_engine(dtype="float32", max_num_seqs=32) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 17, 31, 32])
+def test_green_batches_of_any_size_write_the_text_of_the_cpu(green, count, cpu_texts):
+    before = statistics(green)["steps"]["pipelined"]
+    assert texts(green, count) == (2 * cpu_texts)[:count]
+    if count > 1:
+        assert statistics(green)["steps"]["pipelined"] > before
+
+
+def test_partitions_stay_open_while_graphs_need_them(cpu_texts):
+    with pipelined_engine() as engine:
+        manager = engine.model_runner.decode.pipeline.manager
+        assert manager is not None
+        with pytest.raises(PartitionInUse, match="CUDA graphs"):
+            manager.close()
+        assert not manager.closed
+        assert texts(engine, 4) == cpu_texts[:4]
+    assert manager.closed
+
+
+@torch.inference_mode()
+def test_decode_token_runs_eagerly_beside_the_graphs(green, cpu_texts):
+    scheduler, model = green.model_runner.pipeline_scheduler, green.model_runner.model
+    lengths = [3, 40, 1, 7]
+    tokens = torch.randint(2, 1024, (sum(lengths),), device="cuda")
+    positions = torch.cat([torch.arange(length, device="cuda") for length in lengths])
+    expected = model.compute_logits(model(tokens, positions))
+    before = scheduler.get_statistics()
+    for cut_at in (None, 1, 3):
+        logits = scheduler.decode_token(tokens, positions, cut_at=cut_at)
+        assert relative_error(logits, expected) < 1e-4
+    with pytest.raises(ValueError, match=r"^positions has shape"):
+        scheduler.decode_token(input_ids=tokens, positions=positions[1:])
+    stats = scheduler.get_statistics()
+    assert stats["tokens"]["pipelined"] - before["tokens"]["pipelined"] == 3 * len(tokens)
+    assert stats["profiled_steps"] - before["profiled_steps"] == 3
+    assert texts(green, 3) == cpu_texts[:3]
+
+
+def test_profiling_can_be_switched_at_any_time():
+    with pipelined_engine() as engine:
+
+        def profiled_steps() -> int:
+            options = {"temperature": 0, "max_tokens": 5, "ignore_eos": True, "use_tqdm": False}
+            engine.generate(list(PROMPTS[:3]), **options)
+            return statistics(engine)["profiled_steps"]
+
+        assert profiled_steps() == 0
+        engine.config.pipeline_enable_profiling = True
+        assert profiled_steps() == 4
+        engine.config.pipeline_enable_profiling = False
+        assert profiled_steps() == 4
+        stats, recent = statistics(engine), list(engine.model_runner.statistics.recent)
+    assert min(stats["avg_attention_ms"], stats["avg_ffn_ms"]) > 0
+    assert stats["avg_total_ms"] >= max(stats["avg_attention_ms"], stats["avg_ffn_ms"])
+    assert check_trace(trace_events(recent), TINY_LAYERS, 2) == 4
+
+
+# The specification, and what happens where it cannot be kept
+
+
+def test_quick_start_runs_as_a_pipeline(caplog, capsys):
+    caplog.set_level(logging.INFO)
+    random.seed(0)  # requests without a seed draw theirs here
+    names = run_block(QUICK_START)
+    engine = names["engine"]
+    stats = statistics(engine)
+    engine.exit()
+    assert f"[ModelRunner] Pipeline: attention on 16 SMs, FFN on 16 of {NUM_SMS}" in caplog.messages
+    assert FELL_BACK not in caplog.messages
+    printed = capsys.readouterr().out
+    assert lines_of(STATISTICS).match(printed)
+    assert f"  Mode: green (attention 16, FFN 16 of {NUM_SMS} SMs)\n" in printed
+    assert stats["fallback_reason"] is None
+    (output,) = names["outputs"]
+    assert stats["total_tokens"] == len(output["token_ids"]) - 1
+
+
+def test_an_engine_that_falls_back_decodes_from_graphs_as_ever(caplog, cpu_texts):
+    counts = split(10_000, 16)
+    with pipelined_engine(pipeline_strict=False, **counts) as engine:
+        assert texts(engine) == cpu_texts[:8]
+        stats, (graphs,) = statistics(engine), engine.model_runner.decode.graphs.values()
+        layouts = list(graphs.captured)
+    reason = stats["fallback_reason"]
+    assert reason.startswith("pipeline_attention_sm_count=10000 and pipeline_ffn_sm_count=16 are")
+    assert reason.endswith(f"and the device has {NUM_SMS}")
+    ours = [message for message in caplog.messages if message.startswith("[")]
+    assert ours == [FAILED + reason, FELL_BACK]
+    assert stats["steps"]["pipelined"] == 0 < stats["steps"]["sequential"]
+    assert [layout.num_seqs for layout in layouts] == [8, 4, 2, 1]
+    assert not any(layout.pipelined for layout in layouts)

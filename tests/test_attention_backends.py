@@ -1,0 +1,301 @@
+"""Attention back ends: torch against dense attention, flash_attn's calls against torch.
+
+The flash-attn package needs a GPU, so a stand-in with the documented meaning of the two functions
+that we call (signatures and docstrings of flash-attn 2.8) takes its place here.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from nanovllm import LLM
+from nanovllm.engine import model_runner
+from nanovllm.layers.attention import DecodeMetadata, HeadShape, PrefillMetadata, make_backend
+from nanovllm.layers.attention_flash import FlashAttnBackend
+from nanovllm.layers.attention_torch import TorchBackend
+from tests.checkpoints import Shape, prompts
+
+CPU = torch.device("cpu")
+
+
+def dense(q, k, v, scale):
+    """Causal attention of one sequence whose queries are its last tokens, head by head.
+
+    q [Lq, Hq, D], k and v [Lk, Hkv, D].
+    """
+    out = torch.empty_like(q)
+    group = q.shape[1] // k.shape[1]
+    for head in range(q.shape[1]):
+        for row in range(len(q)):
+            seen = len(k) - len(q) + row + 1
+            scores = k[:seen, head // group] @ q[row, head] * scale
+            out[row, head] = scores.softmax(0) @ v[:seen, head // group]
+    return out
+
+
+class Case:
+    """Sequences of `context` cached tokens, the last `rows` of which are queries."""
+
+    def __init__(self, context, rows, q_heads, kv_heads, head_dim, block_size, seed=0):
+        torch.manual_seed(seed)
+        self.heads = HeadShape(q_heads, kv_heads, head_dim)
+        self.block_size = block_size
+        self.context, self.rows = context, rows
+        self.keys = [torch.randn(length, kv_heads, head_dim) for length in context]
+        self.values = [torch.randn(length, kv_heads, head_dim) for length in context]
+        self.q = torch.randn(sum(rows), q_heads, head_dim)
+        counts = [-(-length // block_size) for length in context]
+        ids = list(range(1, sum(counts) + 3))
+        random.Random(seed).shuffle(ids)
+        # What no sequence has written must not matter.
+        shape = (len(ids) + 1, kv_heads, block_size, head_dim)
+        self.k_cache, self.v_cache = torch.full(shape, 1e4), torch.full(shape, 1e4)
+        width = max(counts) + 1
+        self.tables = torch.zeros(len(context), width, dtype=torch.int32)
+        slots = []
+        for n, length in enumerate(context):
+            for index in range(counts[n]):
+                self.tables[n, index] = ids.pop()
+            for position in range(length):
+                block = self.tables[n, position // block_size]
+                offset = position % block_size
+                self.k_cache[block, :, offset] = self.keys[n][position]
+                self.v_cache[block, :, offset] = self.values[n][position]
+                if position >= length - rows[n]:
+                    slots.append(block * block_size + offset)
+        self.places = (
+            torch.tensor(slots, dtype=torch.int32),
+            self.tables,
+            torch.tensor(context, dtype=torch.int32),
+        )
+
+    def prefill(self, backend):
+        cu = torch.tensor([0, *self.rows]).cumsum(0).to(torch.int32)
+        metadata = PrefillMetadata(*self.places, cu, max(self.rows))
+        return backend.prefill(self.q, self.k_cache, self.v_cache, metadata)
+
+    def decode(self, backend):
+        tiles = [-(-length // backend.tile_size) for length in self.context]
+        offsets = torch.tensor([0, *tiles]).cumsum(0).to(torch.int32)
+        metadata = DecodeMetadata(*self.places, offsets, None)
+        return backend.decode(self.q, self.k_cache, self.v_cache, metadata)
+
+    def dense(self):
+        parts = zip(self.q.split(self.rows), self.keys, self.values, strict=True)
+        return torch.cat([dense(q, k, v, self.heads.scale) for q, k, v in parts])
+
+
+HEADS = [(2, 2, 32), (4, 2, 64), (4, 1, 128), (5, 1, 64), (8, 1, 32)]
+
+
+@pytest.mark.parametrize("block_size", [16, 48, 256])
+@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), HEADS)
+def test_torch_prefill_equals_dense_attention(q_heads, kv_heads, head_dim, block_size):
+    case = Case([5, 40, 17, 1], [5, 3, 17, 1], q_heads, kv_heads, head_dim, block_size)
+    torch.testing.assert_close(case.prefill(TorchBackend(case.heads)), case.dense())
+
+
+@pytest.mark.parametrize("block_size", [16, 48, 256])
+@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), HEADS)
+def test_torch_decode_equals_dense_attention(q_heads, kv_heads, head_dim, block_size):
+    case = Case([1, 40, 16, 49], [1] * 4, q_heads, kv_heads, head_dim, block_size)
+    torch.testing.assert_close(case.decode(TorchBackend(case.heads)), case.dense())
+
+
+def test_torch_gives_a_sequence_the_same_bits_alone_and_in_a_batch():
+    case = Case([20, 33, 7], [1] * 3, 4, 2, 64, 16)
+    together = case.decode(TorchBackend(case.heads))
+    for n in range(3):
+        metadata = DecodeMetadata(*(field[n : n + 1] for field in case.places), None, None)
+        alone = TorchBackend(case.heads).decode(
+            case.q[n : n + 1], case.k_cache, case.v_cache, metadata
+        )
+        assert torch.equal(alone[0], together[n])
+
+
+# ------------------------------------------------------------------ a stand-in for flash-attn
+
+
+def flash_attn_with_kvcache(
+    q,
+    k_cache,
+    v_cache,
+    k=None,
+    v=None,
+    rotary_cos=None,
+    rotary_sin=None,
+    cache_seqlens=None,
+    cache_batch_idx=None,
+    cache_leftpad=None,
+    block_table=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    rotary_interleaved=True,
+    alibi_slopes=None,
+    num_splits=0,
+    return_softmax_lse=False,
+):
+    """q [batch, seqlen, heads, D]; caches [blocks, page, kv heads, D] with a block_table."""
+    assert k is None
+    assert v is None
+    check_paged(k_cache, v_cache, block_table, len(q))
+    assert cache_seqlens.dtype == torch.int32
+    assert cache_seqlens.shape == (len(q),)
+    return torch.stack(
+        [
+            flash(q[n], k_cache, v_cache, block_table[n], int(length), softmax_scale, causal)
+            for n, length in enumerate(cache_seqlens)
+        ]
+    )
+
+
+def flash_attn_varlen_func(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+    block_table=None,
+):
+    """q [total, heads, D]; k and v are paged caches as above if there is a block_table."""
+    batch = len(cu_seqlens_q) - 1
+    check_paged(k, v, block_table, batch)
+    for cu in (cu_seqlens_q, cu_seqlens_k):
+        assert cu.dtype == torch.int32
+        assert cu.shape == (batch + 1,)
+        assert cu[0] == 0
+    assert cu_seqlens_q[-1] == len(q)
+    q_lengths, k_lengths = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+    assert isinstance(max_seqlen_q, int)
+    assert isinstance(max_seqlen_k, int)
+    assert max_seqlen_q >= max(q_lengths)
+    assert max_seqlen_k >= max(k_lengths)
+    return torch.cat(
+        [
+            flash(part, k, v, block_table[n], k_lengths[n], softmax_scale, causal)
+            for n, part in enumerate(q.split(q_lengths))
+        ]
+    )
+
+
+def check_paged(k, v, block_table, batch):
+    assert k.shape == v.shape
+    assert k.shape[1] % 256 == 0, "Paged KV cache block size must be divisible by 256"
+    assert k.stride(-1) == v.stride(-1) == 1, "last dimension must be contiguous"
+    assert block_table.dtype == torch.int32
+    assert block_table.stride(-1) == 1
+    assert block_table.shape[0] == batch
+
+
+def flash(q, k_cache, v_cache, table, length, scale, causal):
+    """One sequence; the mask is aligned to the bottom right, and `scale` defaults to D**-0.5."""
+    k = torch.cat([k_cache[block] for block in table.tolist()])[:length]
+    v = torch.cat([v_cache[block] for block in table.tolist()])[:length]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * (scale or q.shape[-1] ** -0.5)
+    if causal:
+        mask = torch.ones(len(q), length).tril(length - len(q)).bool()
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+
+
+@pytest.fixture
+def flash_attn(monkeypatch) -> ModuleType:
+    module = ModuleType("flash_attn")
+    module.flash_attn_with_kvcache = flash_attn_with_kvcache
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    return module
+
+
+@pytest.mark.parametrize("block_size", [256, 512])
+@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), HEADS)
+def test_flash_attn_prefill_equals_torch(flash_attn, q_heads, kv_heads, head_dim, block_size):
+    case = Case([5, 300, 257, 1], [5, 3, 257, 1], q_heads, kv_heads, head_dim, block_size)
+    backend = FlashAttnBackend(case.heads, block_size)
+    torch.testing.assert_close(case.prefill(backend), case.prefill(TorchBackend(case.heads)))
+
+
+@pytest.mark.parametrize("block_size", [256, 512])
+@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), HEADS)
+def test_flash_attn_decode_equals_torch(flash_attn, q_heads, kv_heads, head_dim, block_size):
+    case = Case([1, 300, 256, 513], [1] * 4, q_heads, kv_heads, head_dim, block_size)
+    backend = FlashAttnBackend(case.heads, block_size)
+    torch.testing.assert_close(case.decode(backend), case.decode(TorchBackend(case.heads)))
+
+
+def test_an_engine_on_flash_attn_says_what_one_on_torch_says(flash_attn, monkeypatch, tmp_path):
+    Shape().write(tmp_path)
+    options = {"device": "cpu", "max_num_batched_tokens": 100}
+    given = prompts(1, count=3, longest=200)
+
+    def run() -> list:
+        with LLM(str(tmp_path), **options) as llm:
+            return llm.generate(given, temperature=0, max_tokens=9, use_tqdm=False)
+
+    expected = run()
+    made = []
+
+    def make_flash(name, heads, device, block_size):
+        made.append(FlashAttnBackend(heads, block_size))
+        return made[-1]
+
+    monkeypatch.setattr(model_runner, "make_backend", make_flash)
+    assert run() == expected
+    assert made
+
+
+# ------------------------------------------------------------------ choosing one
+
+
+@pytest.mark.parametrize("name", ["auto", "torch"])
+def test_the_cpu_has_torch(name):
+    assert isinstance(make_backend(name, HeadShape(2, 1, 64), CPU, 16), TorchBackend)
+
+
+@pytest.mark.parametrize("name", ["triton", "flash_attn"])
+def test_the_cpu_has_no_other(name, tmp_path):
+    Shape(layers=1).write(tmp_path)
+    with pytest.raises(ValueError, match="not allowed on device cpu") as caught:
+        LLM(str(tmp_path), device="cpu", attention_backend=name)
+    assert str(caught.value) == (
+        f"attention_backend='{name}' is not allowed on device cpu: it needs CUDA; use 'auto' or "
+        "'torch'"
+    )
+
+
+def test_flash_attn_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(ImportError) as caught:
+        FlashAttnBackend(HeadShape(2, 1, 64), 256)
+    assert str(caught.value) == (
+        "attention_backend='flash_attn' needs the package flash-attn, which is not installed: "
+        "pip install 'nano-vllm-pipeline[flash-attn]', or use 'auto'"
+    )
+
+
+@pytest.mark.parametrize("block_size", [16, 128, 384])
+def test_flash_attn_needs_blocks_of_multiples_of_256(flash_attn, block_size):
+    with pytest.raises(ValueError, match="kvcache_block_size") as caught:
+        FlashAttnBackend(HeadShape(2, 1, 64), block_size)
+    assert str(caught.value) == (
+        f"kvcache_block_size={block_size} is not allowed with attention_backend='flash_attn': it "
+        "must be a multiple of 256"
+    )

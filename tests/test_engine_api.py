@@ -1,0 +1,682 @@
+"""The engine as its users see it: requests in, completions out, and every error by its message."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanovllm import LLM, Config, LLMEngine, SamplingParams
+from nanovllm.engine.llm_engine import resolve_device
+from nanovllm.tiny import CHECKPOINT_DIR
+from tests.checkpoints import VOCAB, Shape, greedy, prompts
+
+OPTIONS = {"device": "cpu", "max_model_len": 64, "kvcache_block_size": 16}
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+PROMPTS = prompts(3, count=4, longest=30)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    Shape(seed=5).write(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def shared(directory):
+    with LLM(str(directory), **OPTIONS) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def expected(shared) -> list[list[int]]:
+    """What the model says after PROMPTS under GREEDY."""
+    return tokens(shared.generate(PROMPTS, GREEDY, use_tqdm=False))
+
+
+@pytest.fixture
+def llm(shared):
+    """The shared engine; after the test nothing may be left in it, and it must still work."""
+    yield shared
+    assert shared.is_finished()
+    check_empty(shared)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The embedded model, which has a tokenizer."""
+    with LLM(device="cpu") as engine:
+        yield engine
+
+
+def check_empty(engine) -> None:
+    assert engine.requests == {}
+    assert engine.scheduler.is_idle
+    assert len(engine.scheduler.blocks.free) == engine.scheduler.blocks.num_blocks
+
+
+def tokens(outputs) -> list[list[int]]:
+    return [output["token_ids"] for output in outputs]
+
+
+def drain(engine) -> dict[int, list[int]]:
+    outputs = {}
+    while not engine.is_finished():
+        for output in engine.step():
+            outputs[output["request_id"]] = output["token_ids"]
+    return outputs
+
+
+# ------------------------------------------------------------------ making an engine
+
+
+def test_all_ways_to_make_an_engine_are_equal(directory, expected):
+    config = Config(str(directory), **OPTIONS)
+    makers = [
+        lambda: LLM(str(directory), **OPTIONS),
+        lambda: LLM(directory, **OPTIONS),
+        lambda: LLM(model=str(directory), **OPTIONS),
+        lambda: LLMEngine(str(directory), **OPTIONS),
+        lambda: LLMEngine(config),
+        lambda: LLM(config),
+    ]
+    for make in makers:
+        with make() as engine:
+            assert engine.config == config
+            assert tokens(engine.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
+
+
+def test_an_option_overrides_the_config_and_leaves_it_as_it_was(directory):
+    config = Config(str(directory), **OPTIONS)
+    with LLMEngine(config, max_num_seqs=3) as engine:
+        assert engine.config == replace(config, max_num_seqs=3)
+        assert engine.scheduler.max_num_seqs == 3
+    assert config.max_num_seqs == 512
+
+
+def test_without_a_model_the_embedded_one_runs(tiny):
+    assert tiny.config.model == str(CHECKPOINT_DIR)
+
+
+@pytest.mark.parametrize("model", ["directory", "config"])
+def test_an_unknown_option_is_named_with_the_nearest_valid_one(directory, model):
+    given = str(directory) if model == "directory" else Config(str(directory))
+    with pytest.raises(TypeError) as caught:
+        LLM(given, max_seqs=4)
+    assert str(caught.value) == (
+        "Config has no option 'max_seqs'; the nearest valid one is 'max_num_seqs'"
+    )
+
+
+def test_a_bad_option_is_refused(directory):
+    with pytest.raises(ValueError, match=r"^max_num_seqs=0 is not allowed: it must be an integer"):
+        LLM(str(directory), max_num_seqs=0)
+    with pytest.raises(ValueError, match=r"^max_num_seqs=0 is not allowed"):
+        LLM(Config(str(directory)), max_num_seqs=0)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:3"])
+def test_cuda_where_there_is_none_is_refused(directory, monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device") as caught:
+        LLM(str(directory), device=device)
+    assert str(caught.value) == (
+        f"device='{device}' is not allowed: this machine has no usable CUDA GPU"
+    )
+    assert resolve_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bits_run_on_the_cpu(directory, dtype):
+    with LLM(str(directory), dtype=dtype, **OPTIONS) as engine:
+        assert engine.model_runner.model.model.norm.weight.dtype == getattr(torch, dtype)
+        outputs = engine.generate(PROMPTS, GREEDY, use_tqdm=False)
+    assert [len(ids) for ids in tokens(outputs)] == [8] * 4
+
+
+def test_the_models_own_limit_caps_max_model_len(directory):
+    with LLM(str(directory), device="cpu", max_model_len=4096) as engine:
+        with pytest.raises(ValueError, match="has 257 tokens, but max_model_len allows 256"):
+            engine.add_request([5] * 257)
+        assert len(engine.generate([[5] * 256], use_tqdm=False)[0]["token_ids"]) == 1
+
+
+# ------------------------------------------------------------------ prompts and completions
+
+
+def test_completions_are_in_order_and_have_exactly_three_keys(llm, expected):
+    outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    assert [list(output) for output in outputs] == [["text", "token_ids", "finish_reason"]] * 4
+    assert tokens(outputs) == expected
+    assert len({tuple(ids) for ids in expected}) == 4
+    for prompt, ids in zip(PROMPTS, expected, strict=True):
+        assert tokens(llm.generate([prompt], GREEDY, use_tqdm=False)) == [ids]
+
+
+def test_order_is_that_of_the_prompts_although_the_last_finish_first(llm, expected):
+    params = [replace(GREEDY, max_tokens=count) for count in (8, 6, 4, 2)]
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    assert tokens(outputs) == [ids[:n] for ids, n in zip(expected, (8, 6, 4, 2), strict=True)]
+
+
+def test_the_same_prompt_many_times(llm, expected):
+    assert tokens(llm.generate([PROMPTS[0]] * 9, GREEDY, use_tqdm=False)) == [expected[0]] * 9
+
+
+def test_no_prompts_no_completions(llm):
+    assert llm.generate([], use_tqdm=False) == []
+    assert llm.generate([], [], use_tqdm=False) == []
+
+
+@pytest.mark.parametrize("kind", [tuple, iter, torch.tensor])
+def test_token_ids_may_come_in_any_sequence(llm, expected, kind):
+    outputs = llm.generate([kind(prompt) for prompt in PROMPTS], GREEDY, use_tqdm=False)
+    assert tokens(outputs) == expected
+    outputs = llm.generate(iter(PROMPTS), GREEDY, use_tqdm=False)
+    assert tokens(outputs) == expected
+
+
+def test_a_text_a_list_of_texts_and_their_token_ids_are_equal(tiny):
+    text = "Once upon a time"
+    one = tiny.generate(text, temperature=0, max_tokens=20, use_tqdm=False)
+    ids = tiny.tokenizer.encode(text)
+    for given in ([text], (text,), [ids], [tuple(ids)], [torch.tensor(ids)]):
+        assert tiny.generate(given, temperature=0, max_tokens=20, use_tqdm=False) == one
+    mixed = tiny.generate([ids, text], temperature=0, max_tokens=20, use_tqdm=False)
+    assert mixed == one * 2
+
+
+def test_keywords_work_as_in_the_readme(tiny):
+    outputs = tiny.generate(prompts=["Once upon a time", "Tom"], max_tokens=5, use_tqdm=False)
+    assert [len(output["token_ids"]) for output in outputs] == [5, 5]
+    assert [output["finish_reason"] for output in outputs] == ["length"] * 2
+
+
+def test_the_text_is_the_decoded_token_ids_without_special_tokens(tiny):
+    (output,) = tiny.generate("The little fox", temperature=0, max_tokens=300, use_tqdm=False)
+    assert output["finish_reason"] == "stop"
+    assert output["token_ids"][-1] == tiny.tokenizer.eos_token_id
+    assert output["text"] == tiny.tokenizer.decode(output["token_ids"][:-1])
+
+
+def test_without_a_tokenizer_the_text_is_empty(llm):
+    assert llm.generate([PROMPTS[0]], GREEDY, use_tqdm=False)[0]["text"] == ""
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_progress_bar_is_shown_if_asked_for(llm, capsys, shown):
+    llm.generate(PROMPTS, GREEDY, use_tqdm=shown)
+    err = capsys.readouterr().err
+    assert ("Generating" in err) == shown
+    assert ("4/4" in err) == shown
+    assert ("tokens/s" in err) == shown
+
+
+def test_the_progress_bar_is_shown_by_default(llm, capsys):
+    llm.generate(PROMPTS, GREEDY)
+    assert "Generating" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ where a request ends
+
+
+def test_max_tokens_ends_a_request(llm, expected):
+    outputs = llm.generate(PROMPTS, replace(GREEDY, max_tokens=1), use_tqdm=False)
+    assert tokens(outputs) == [ids[:1] for ids in expected]
+    assert {output["finish_reason"] for output in outputs} == {"length"}
+
+
+def first_new(ids: list[int]) -> int:
+    """An index at which a token comes for the first time, but not the first index."""
+    return next(i for i in range(2, len(ids)) if ids[i] not in ids[:i])
+
+
+def test_a_stop_token_ends_a_request_and_is_its_last_token(llm, expected):
+    ids = expected[0]
+    end = first_new(ids)
+    params = replace(GREEDY, stop_token_ids=(VOCAB + 7, ids[end]))
+    (output,) = llm.generate([PROMPTS[0]], params, use_tqdm=False)
+    assert output["token_ids"] == ids[: end + 1]
+    assert output["finish_reason"] == "stop"
+
+
+def test_a_stop_token_at_the_length_limit_counts_as_stop(llm, expected):
+    ids = expected[0]
+    end = first_new(ids)
+    params = replace(GREEDY, stop_token_ids=(ids[end],), max_tokens=end + 1)
+    (output,) = llm.generate([PROMPTS[0]], params, use_tqdm=False)
+    assert (output["token_ids"], output["finish_reason"]) == (ids[: end + 1], "stop")
+
+
+@pytest.mark.parametrize("source", ["config.json", "generation_config.json", "both"])
+def test_an_eos_token_of_either_file_ends_a_request(directory, tmp_path, expected, source):
+    copy = Path(shutil.copytree(directory, tmp_path / "model"))
+    ids = expected[0]
+    end = first_new(ids)
+    for name in ("config.json", "generation_config.json"):
+        fields = json.loads((copy / name).read_text())
+        here = source in (name, "both")
+        fields["eos_token_id"] = [VOCAB - 1, ids[end]] if here else None
+        (copy / name).write_text(json.dumps(fields))
+    with LLM(str(copy), **OPTIONS) as engine:
+        assert engine.eos_ids == {VOCAB - 1, ids[end]}
+        params = SamplingParams(temperature=0, max_tokens=8)
+        (output,) = engine.generate([PROMPTS[0]], params, use_tqdm=False)
+        assert (output["token_ids"], output["finish_reason"]) == (ids[: end + 1], "stop")
+        (output,) = engine.generate([PROMPTS[0]], GREEDY, use_tqdm=False)  # ignores it
+        assert (output["token_ids"], output["finish_reason"]) == (ids, "length")
+
+
+def test_the_eos_token_of_the_tokenizer_counts_too(tmp_path, tiny):
+    copy = Path(shutil.copytree(CHECKPOINT_DIR, tmp_path / "model"))
+    (copy / "generation_config.json").unlink()
+    fields = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**fields, "eos_token_id": 1000}))
+    with LLM(str(copy), device="cpu") as engine:
+        assert engine.eos_ids == {1000, tiny.tokenizer.eos_token_id}
+
+
+@pytest.mark.parametrize("length", [1, 40, 63, 64])
+def test_max_model_len_ends_a_request(llm, length):
+    prompt = [7] * length
+    (output,) = llm.generate([prompt], replace(GREEDY, max_tokens=500), use_tqdm=False)
+    assert len(output["token_ids"]) == max(64 - length, 1)
+    assert output["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("length", [1, 30, 31, 32])
+def test_the_kv_cache_ends_a_request(directory, length):
+    with LLM(str(directory), num_kvcache_blocks=2, **OPTIONS) as engine:
+        params = replace(GREEDY, max_tokens=500)
+        (output,) = engine.generate([[7] * length], params, use_tqdm=False)
+        check_empty(engine)
+    assert len(output["token_ids"]) == max(32 - length, 1)
+    assert output["finish_reason"] == "length"
+
+
+# ------------------------------------------------------------------ sampling
+
+
+SEEDED = [SamplingParams(seed=11 + i, max_tokens=12, ignore_eos=True) for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def seeded(shared) -> list[list[int]]:
+    return [
+        tokens(shared.generate([prompt], params, use_tqdm=False))[0]
+        for prompt, params in zip(PROMPTS, SEEDED, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"async_scheduling": False},
+        {"max_num_batched_tokens": 5},
+        {"max_num_seqs": 2, "enable_prefix_caching": False},
+        {"num_kvcache_blocks": 4},
+        {"num_kvcache_blocks": 4, "async_scheduling": False, "max_num_batched_tokens": 9},
+        {"kvcache_block_size": 32},
+    ],
+    ids=str,
+)
+def test_a_seed_gives_the_same_tokens_whatever_else_is_going_on(directory, seeded, options):
+    with LLM(str(directory), **{**OPTIONS, **options}) as engine:
+        others = [[9, 8, 7]] * 3
+        params = [*SEEDED, *[SamplingParams(max_tokens=20)] * 3]
+        outputs = engine.generate(PROMPTS + others, params, use_tqdm=False)
+        assert tokens(outputs)[:4] == seeded
+        outputs = engine.generate(PROMPTS[::-1], SEEDED[::-1], use_tqdm=False)
+        assert tokens(outputs)[::-1] == seeded
+        if "num_kvcache_blocks" in options:
+            assert engine.scheduler.num_preemptions > 0
+
+
+def test_other_seeds_give_other_tokens(llm, seeded):
+    params = [replace(params, seed=params.seed + 1000) for params in SEEDED]
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    assert all(ours != theirs for ours, theirs in zip(tokens(outputs), seeded, strict=True))
+
+
+def test_without_a_seed_tokens_vary(llm):
+    params = SamplingParams(temperature=3, max_tokens=12, ignore_eos=True)
+    outputs = llm.generate([PROMPTS[0]] * 5, params, use_tqdm=False)
+    assert len({tuple(ids) for ids in tokens(outputs)}) == 5
+
+
+def test_temperature_0_is_greedy(directory, llm, expected):
+    model = Shape(seed=5).build()
+    for prompt, ids in zip(PROMPTS, expected, strict=True):
+        oracle = greedy(model, prompt, 8)
+        assert ids[: len(oracle)] == oracle
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-40}], ids=str
+)
+def test_greedy_in_other_words(llm, expected, sampling):
+    params = SamplingParams(max_tokens=8, ignore_eos=True, **sampling)
+    assert tokens(llm.generate(PROMPTS, params, use_tqdm=False)) == expected
+
+
+# ------------------------------------------------------------------ request by request
+
+
+def test_requests_step_by_step(llm, expected):
+    assert llm.is_finished()
+    assert llm.step() == []
+    ids = [llm.add_request(prompt, GREEDY) for prompt in PROMPTS]
+    assert ids == sorted(set(ids))
+    assert not llm.is_finished()
+    outputs = []
+    while not llm.is_finished():
+        outputs += llm.step()
+    assert [list(output) for output in outputs] == [
+        ["request_id", "text", "token_ids", "finish_reason"]
+    ] * 4
+    assert {out["request_id"]: out["token_ids"] for out in outputs} == dict(
+        zip(ids, expected, strict=True)
+    )
+
+
+def test_add_request_takes_single_options(llm, expected):
+    request = llm.add_request(PROMPTS[1], temperature=0, max_tokens=3, ignore_eos=True)
+    assert drain(llm) == {request: expected[1][:3]}
+
+
+def test_requests_may_arrive_while_others_run(llm, expected):
+    outputs, ids = {}, []
+    for prompt in PROMPTS:
+        ids.append(llm.add_request(prompt, GREEDY))
+        for _ in range(3):
+            outputs.update({out["request_id"]: out["token_ids"] for out in llm.step()})
+    outputs.update(drain(llm))
+    assert [outputs[i] for i in ids] == expected
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_abort_drops_a_request_and_no_other(llm, expected, steps):
+    ids = [llm.add_request(prompt, GREEDY) for prompt in PROMPTS]
+    for _ in range(steps):
+        assert llm.step() == []
+    assert llm.abort(ids[1]) is True
+    assert llm.abort(ids[1]) is False
+    assert drain(llm) == {ids[i]: expected[i] for i in (0, 2, 3)}
+
+
+def test_abort_of_a_finished_request_is_false(llm):
+    request = llm.add_request(PROMPTS[0], GREEDY)
+    drain(llm)
+    assert llm.abort(request) is False
+
+
+def test_abort_of_the_last_request_leaves_the_engine_idle(llm):
+    request = llm.add_request(PROMPTS[0], GREEDY)
+    llm.step()
+    assert llm.abort(request) is True
+    assert llm.is_finished()
+    assert llm.step() == []
+
+
+@pytest.mark.parametrize("ahead", [-1, 0, 5])
+def test_abort_of_an_unknown_request_is_an_error(llm, ahead):
+    unknown = -1 if ahead < 0 else llm.next_request_id + ahead
+    with pytest.raises(KeyError) as caught:
+        llm.abort(unknown)
+    assert caught.value.args[0] == (
+        f"request_id={unknown} is unknown: ids so far are below {llm.next_request_id}"
+    )
+
+
+def test_generate_does_not_swallow_requests_that_were_added_before(llm, expected):
+    before = [llm.add_request(prompt, GREEDY) for prompt in PROMPTS[:2]]
+    outputs = llm.generate(PROMPTS[2:], replace(GREEDY, max_tokens=20), use_tqdm=False)
+    assert [ids[:8] for ids in tokens(outputs)] == expected[2:]
+    assert not llm.is_finished()
+    assert drain(llm) == dict(zip(before, expected[:2], strict=True))
+
+
+# ------------------------------------------------------------------ what is refused
+
+
+def test_all_prompts_of_generate_are_checked_before_any_runs(llm):
+    first = llm.next_request_id
+    with pytest.raises(ValueError, match=r"^prompts\[2\] is empty"):
+        llm.generate([[1], [2], [], [3]], use_tqdm=False)
+    assert llm.next_request_id == first
+
+
+BAD_PROMPTS = [
+    ([], ValueError, "is empty: it must have at least one token"),
+    ((), ValueError, "is empty: it must have at least one token"),
+    ([5, -1], ValueError, "holds token id -1, which is outside the vocabulary: ids are from 0 to"),
+    ([VOCAB], ValueError, f"holds token id {VOCAB}, which is outside the vocabulary"),
+    ([2**70, 5], ValueError, f"holds token id {2**70}, which is outside the vocabulary"),
+    ([1] * 65, ValueError, "has 65 tokens, but max_model_len allows 64"),
+    ("text", ValueError, "is a text, but model="),
+    (None, TypeError, "=None is neither a text nor a list of token ids"),
+    (5, TypeError, "=5 is neither a text nor a list of token ids"),
+    (b"bytes", TypeError, "=b'bytes' is neither a text nor a list of token ids"),
+    (bytearray(b"x"), TypeError, "=bytearray(b'x') is neither a text nor a list of token ids"),
+    ([1.0], TypeError, "=[1.0] is neither a text nor a list of token ids"),
+    (["a"], TypeError, "=['a'] is neither a text nor a list of token ids"),
+    ([[1]], TypeError, "=[[1]] is neither a text nor a list of token ids"),
+    ([True], TypeError, "=[True] is neither a text nor a list of token ids"),
+    ([None], TypeError, "=[None] is neither a text nor a list of token ids"),
+    ({"prompt": [1]}, TypeError, "={'prompt': [1]} is neither a text nor a list of token ids"),
+]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kind", "words"), BAD_PROMPTS, ids=lambda value: repr(value)[:30]
+)
+def test_a_bad_prompt_is_refused_alone(llm, expected, prompt, kind, words):
+    queued = [llm.add_request(good, GREEDY) for good in PROMPTS]
+    llm.step()
+    with pytest.raises(kind) as caught:
+        llm.add_request(prompt)
+    assert str(caught.value).startswith("prompt" + (words if words[0] == "=" else f" {words}"))
+    llm.step()
+    with pytest.raises(kind) as caught:
+        llm.generate([PROMPTS[0], prompt], use_tqdm=False)
+    message = str(caught.value)
+    assert message.startswith("prompts[1]" + (words if words[0] == "=" else f" {words}"))
+    assert drain(llm) == dict(zip(queued, expected, strict=True))
+    assert tokens(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
+
+
+def test_a_text_without_a_tokenizer_says_what_to_do(llm, directory):
+    with pytest.raises(ValueError, match="tokenizer") as caught:
+        llm.generate("hello", use_tqdm=False)
+    assert str(caught.value) == (
+        f"prompts[0] is a text, but model={str(directory)!r} has no tokenizer: give token ids"
+    )
+
+
+def test_an_empty_text_is_refused(tiny):
+    with pytest.raises(ValueError, match=r"^prompts\[0\] is empty: it must have at least one"):
+        tiny.generate("", use_tqdm=False)
+
+
+def test_a_prompt_over_all_kv_blocks_is_refused_alone(directory):
+    with LLM(str(directory), num_kvcache_blocks=2, **OPTIONS) as engine:
+        params = replace(GREEDY, max_tokens=4)
+        queued = engine.add_request(PROMPTS[0], params)
+        with pytest.raises(ValueError, match="33 tokens") as caught:
+            engine.add_request([5] * 33)
+        assert str(caught.value) == (
+            "prompt has 33 tokens, but the KV cache, all of its blocks together, allows 32"
+        )
+        assert list(drain(engine)) == [queued]
+        check_empty(engine)
+
+
+@pytest.mark.parametrize("given", [5, None, b"text", 1.5], ids=repr)
+def test_prompts_that_are_no_list_are_refused(llm, given):
+    with pytest.raises(TypeError) as caught:
+        llm.generate(given, use_tqdm=False)
+    assert str(caught.value) == f"prompts={given!r} is neither a text nor a list of prompts"
+
+
+def test_a_flat_list_of_token_ids_is_refused(llm):
+    with pytest.raises(TypeError, match=r"^prompts\[0\]=1 is neither a text nor a list of token"):
+        llm.generate([1, 2, 3], use_tqdm=False)
+
+
+@pytest.mark.parametrize("call", ["generate", "add_request"])
+def test_an_unknown_sampling_option_is_named_with_the_nearest_valid_one(llm, call):
+    prompt = [PROMPTS[0]] if call == "generate" else PROMPTS[0]
+    with pytest.raises(TypeError) as caught:
+        getattr(llm, call)(prompt, max_new_tokens=5)
+    assert str(caught.value) == (
+        "SamplingParams has no option 'max_new_tokens'; the nearest valid one is 'max_tokens'"
+    )
+
+
+@pytest.mark.parametrize("call", ["generate", "add_request"])
+def test_a_bad_sampling_option_is_refused(llm, call):
+    prompt = [PROMPTS[0]] if call == "generate" else PROMPTS[0]
+    with pytest.raises(ValueError, match=r"^top_p=2 is not allowed: it must be a number above 0"):
+        getattr(llm, call)(prompt, top_p=2)
+
+
+@pytest.mark.parametrize("call", ["generate", "add_request"])
+def test_sampling_params_and_single_options_together_are_refused(llm, call):
+    prompt = [PROMPTS[0]] if call == "generate" else PROMPTS[0]
+    with pytest.raises(TypeError) as caught:
+        getattr(llm, call)(prompt, GREEDY, max_tokens=5, top_k=3)
+    assert str(caught.value) == (
+        "give either sampling_params or single options (max_tokens, top_k), not both"
+    )
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 5])
+def test_sampling_params_of_the_wrong_number_are_refused(llm, count):
+    with pytest.raises(ValueError, match="entries") as caught:
+        llm.generate(PROMPTS, [GREEDY] * count, use_tqdm=False)
+    assert str(caught.value) == (
+        f"sampling_params has {count} entries for 4 prompts: give one, or one each"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (5, "sampling_params=5 is neither a SamplingParams nor a list of them"),
+        ([GREEDY, None, GREEDY, 5], "sampling_params holds None, which is no SamplingParams"),
+        ({"top_k": 1}, "sampling_params holds 'top_k', which is no SamplingParams"),
+        ("greedy", "sampling_params holds 'g', which is no SamplingParams"),
+    ],
+    ids=str,
+)
+def test_sampling_params_of_the_wrong_type_are_refused(llm, given, message):
+    with pytest.raises(TypeError) as caught:
+        llm.generate(PROMPTS, given, use_tqdm=False)
+    assert str(caught.value) == message
+
+
+# ------------------------------------------------------------------ interrupts and exits
+
+
+@pytest.mark.parametrize("method", ["launch", "collect"])
+@pytest.mark.parametrize("after", [0, 1, 5])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_interrupted_generate_leaves_nothing_behind(
+    llm, expected, monkeypatch, method, after, error
+):
+    original = getattr(llm.model_runner, method)
+    calls = iter(range(1000))
+
+    def fails_once(argument):
+        if next(calls) == after:
+            raise error("pulled the plug")
+        return original(argument)
+
+    before = llm.add_request(PROMPTS[0], GREEDY)
+    monkeypatch.setattr(llm.model_runner, method, fails_once)
+    with pytest.raises(error, match="pulled the plug"):
+        llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    assert list(llm.requests) == [before]
+    # What was there before the call goes on, and later calls are unharmed.
+    assert drain(llm) == {before: expected[0]}
+    check_empty(llm)
+    assert tokens(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
+
+
+def test_a_step_that_failed_can_be_repeated(llm, expected, monkeypatch):
+    ids = [llm.add_request(prompt, GREEDY) for prompt in PROMPTS]
+    original = llm.model_runner.collect
+    calls = iter(range(1000))
+
+    def fails_every_other_time(launched):
+        if next(calls) % 2 == 0:
+            raise RuntimeError("out of memory")
+        return original(launched)
+
+    monkeypatch.setattr(llm.model_runner, "collect", fails_every_other_time)
+    outputs = {}
+    while not llm.is_finished():
+        try:
+            outputs.update({out["request_id"]: out["token_ids"] for out in llm.step()})
+        except RuntimeError as error:
+            assert str(error) == "out of memory"
+    assert [outputs[i] for i in ids] == expected
+
+
+def test_exit_twice_is_fine_and_use_after_it_is_an_error(directory):
+    engine = LLM(str(directory), **OPTIONS)
+    engine.add_request(PROMPTS[0], GREEDY)
+    engine.exit()
+    engine.exit()
+    uses = [
+        lambda: engine.generate(PROMPTS, use_tqdm=False),
+        lambda: engine.add_request(PROMPTS[0]),
+        lambda: engine.step(),
+    ]
+    for use in uses:
+        with pytest.raises(RuntimeError) as caught:
+            use()
+        assert str(caught.value) == "this engine has exited; make a new one"
+
+
+def test_a_with_block_ends_the_engine_even_after_an_error(directory):
+    with pytest.raises(ZeroDivisionError), LLM(str(directory), **OPTIONS) as engine:
+        engine.add_request([1 // 0])
+    with pytest.raises(RuntimeError, match="has exited"):
+        engine.step()
+
+
+def test_engines_one_after_the_other(directory, expected):
+    for _ in range(2):
+        with LLM(str(directory), **OPTIONS) as engine:
+            assert tokens(engine.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
+
+
+def test_two_engines_at_once_do_not_disturb_each_other(directory, tmp_path, llm, expected):
+    Shape(seed=6, layers=1).write(tmp_path)
+    with LLM(str(tmp_path), **OPTIONS) as other, LLM(str(directory), **OPTIONS) as same:
+        alone = tokens(other.generate(PROMPTS, GREEDY, use_tqdm=False))
+        assert alone != expected
+        engines = [llm, other, same]
+        ids = [[engine.add_request(p, GREEDY) for p in PROMPTS] for engine in engines]
+        outputs = [{}, {}, {}]
+        while not all(engine.is_finished() for engine in engines):
+            for n, engine in enumerate(engines):
+                outputs[n].update({o["request_id"]: o["token_ids"] for o in engine.step()})
+        said = [[outputs[n][i] for i in ids[n]] for n in range(3)]
+        assert said == [expected, alone, expected]
+
+
+def test_an_engine_that_could_not_start_leaves_room_for_the_next(directory, tmp_path, expected):
+    copy = Path(shutil.copytree(directory, tmp_path / "model"))
+    (copy / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        LLM(str(copy), **OPTIONS)
+    with LLM(str(directory), **OPTIONS) as engine:
+        assert tokens(engine.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected

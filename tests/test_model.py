@@ -1,0 +1,274 @@
+"""The model against transformers, its two stages against its whole, and what an import costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import Qwen3Config as HFConfig
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+from nanovllm.layers.attention import DecodeMetadata, PrefillMetadata
+from nanovllm.layers.attention_torch import TorchBackend
+from nanovllm.layers.parallel import ParallelGroup
+from nanovllm.layers.rotary_embedding import cos_sin_table
+from nanovllm.models.qwen3 import Qwen3ForCausalLM, rank_heads, sequence_starts
+from nanovllm.models.qwen3_config import Qwen3Config, UnsupportedModelError
+from nanovllm.utils.loader import load_weights
+from tests.checkpoints import VOCAB, Shape
+
+CPU = torch.device("cpu")
+BLOCK = 16
+SEEDS = range(12)
+
+
+def load(directory) -> Qwen3ForCausalLM:
+    config = Qwen3Config.from_directory(directory)
+    group = ParallelGroup()
+    backend = TorchBackend(rank_heads(config, group))
+    model = Qwen3ForCausalLM.allocate(config, backend, group, CPU, torch.float32)
+    load_weights(dict(model.slots()), directory, show_progress=False)
+    return model
+
+
+def random_batch(seed: int, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and positions of several sequences in a row."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(VOCAB, (sum(lengths),), generator=generator)
+    return ids, torch.cat([torch.arange(length) for length in lengths])
+
+
+def stage_by_stage(model, ids, positions, metadata=None) -> torch.Tensor:
+    """The model as its stages, alternating over the layers."""
+    hidden = ids
+    for layer in range(model.num_layers):
+        hidden, residual = model.forward_attention(hidden, positions, layer, metadata)
+        hidden = model.forward_ffn(hidden, residual, layer)
+    return hidden
+
+
+def dense_cut(model, ids, positions, metadata=None) -> torch.Tensor:
+    state, residual = model.model.begin(ids)
+    for layer in range(model.num_layers):
+        attended = model.model.attend(layer, state, positions, metadata)
+        state, residual = model.model.dense(layer, attended, residual)
+    return state
+
+
+class Cached:
+    """Steps of sequences of fixed block tables through a KV cache."""
+
+    def __init__(self, model, count: int, max_blocks: int = 4) -> None:
+        heads = model.model.layers[0].self_attn.heads
+        blocks = torch.randperm(count * max_blocks, generator=torch.Generator().manual_seed(0)) + 1
+        self.tables = blocks.reshape(count, max_blocks).to(torch.int32)
+        shape = (model.num_layers, 2, count * max_blocks + 1, heads.num_kv_heads, BLOCK)
+        self.cache = torch.zeros(*shape, heads.head_dim)
+        model.bind_kv_cache(self.cache)
+        self.lengths = [0] * count
+
+    def prefill(self, sizes: list[int]) -> tuple[torch.Tensor, PrefillMetadata]:
+        """Positions and metadata of the next `sizes` tokens of each sequence."""
+        positions, slots = self.advance(sizes)
+        cu = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
+        return positions, PrefillMetadata(slots, self.tables, self.context(), cu, max(sizes))
+
+    def decode(self) -> tuple[torch.Tensor, DecodeMetadata]:
+        positions, slots = self.advance([1] * len(self.lengths))
+        offsets = torch.arange(len(self.lengths) + 1, dtype=torch.int32)
+        return positions, DecodeMetadata(slots, self.tables, self.context(), offsets, None)
+
+    def context(self) -> torch.Tensor:
+        return torch.tensor(self.lengths, dtype=torch.int32)
+
+    def advance(self, sizes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        positions, slots = [], []
+        for n, size in enumerate(sizes):
+            for position in range(self.lengths[n], self.lengths[n] + size):
+                positions.append(position)
+                block = int(self.tables[n, position // BLOCK])
+                slots.append(block * BLOCK + position % BLOCK)
+            self.lengths[n] += size
+        return torch.tensor(positions), torch.tensor(slots, dtype=torch.int32)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("seed", SEEDS)
+def test_logits_equal_those_of_transformers(tmp_path, seed):
+    oracle = Shape.random(seed).write(tmp_path)
+    model = load(tmp_path)
+    lengths = [7, 1, 40, 90]
+    ids, positions = random_batch(seed, lengths)
+    logits = model.compute_logits(model(ids, positions))
+    expected = torch.cat([oracle(part[None]).logits[0] for part in ids.split(lengths)])
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("seed", SEEDS)
+def test_stages_in_turn_equal_the_whole_to_the_last_bit(tmp_path, seed):
+    Shape.random(seed).write(tmp_path)
+    model = load(tmp_path)
+    ids, positions = random_batch(seed, [5, 1, 33])
+    whole = model(ids, positions)
+    assert torch.equal(stage_by_stage(model, ids, positions), whole)
+    assert torch.equal(dense_cut(model, ids, positions), whole)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("seed", SEEDS)
+def test_stages_in_turn_equal_the_whole_with_a_kv_cache(tmp_path, seed):
+    Shape.random(seed).write(tmp_path)
+    model = load(tmp_path)
+    ids, _ = random_batch(seed, [5 + 20 + 17, 3])
+    results = []
+    for run in (model, lambda *args: stage_by_stage(model, *args)):
+        cached = Cached(model, count=3)
+        hidden = [run(ids[:42], *cached.prefill([5, 20, 17]))]
+        hidden.append(run(ids[42:], *cached.decode()))
+        hidden.append(run(ids[:42], *cached.prefill([20, 5, 17])))
+        results.append((*hidden, cached.cache))
+    for whole, staged in zip(*results, strict=True):
+        assert torch.equal(whole, staged)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("seed", range(4))
+def test_a_kv_cache_changes_nothing(tmp_path, seed):
+    """Chunk by chunk and token by token through the cache, or all at once without it."""
+    Shape.random(seed).write(tmp_path)
+    model = load(tmp_path)
+    cached = Cached(model, count=2)
+    texts = torch.randint(VOCAB, (2, 26), generator=torch.Generator().manual_seed(seed))
+    rows = [[], []]
+    for sizes in ([9, 3], [1, 7], [12, 12]):
+        starts = list(cached.lengths)
+        spans = [slice(starts[n], starts[n] + sizes[n]) for n in range(2)]
+        ids = torch.cat([texts[n, spans[n]] for n in range(2)])
+        for n, part in enumerate(model(ids, *cached.prefill(sizes)).split(sizes)):
+            rows[n].append(part)
+    for _ in range(4):
+        ids = torch.stack([texts[n, cached.lengths[n]] for n in range(2)])
+        for n, row in enumerate(model(ids, *cached.decode())):
+            rows[n].append(row[None])
+    for n in range(2):
+        length = cached.lengths[n]
+        expected = model(texts[n, :length], torch.arange(length))
+        torch.testing.assert_close(torch.cat(rows[n]), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_layer_is_its_attention_and_then_its_ffn(tmp_path):
+    Shape(layers=1).write(tmp_path)
+    model = load(tmp_path)
+    layer, table = model.model.layers[0], model.model.cos_sin
+    hidden, positions = torch.randn(9, 48), torch.arange(9)
+    attended, residual = layer.forward_attention(hidden, positions, table)
+    assert torch.equal(residual, hidden)
+    assert torch.equal(layer(hidden, positions, table, None), layer.forward_ffn(attended, residual))
+
+
+@pytest.mark.parametrize(
+    ("positions", "starts"),
+    [
+        ([0, 1, 2], [0, 3]),
+        ([0, 1, 0, 0, 1, 2], [0, 2, 3, 6]),
+        ([0], [0, 1]),
+        ([5, 6, 0, 1], [0, 2, 4]),
+    ],
+)
+def test_each_position_0_begins_a_sequence(positions, starts):
+    assert sequence_starts(torch.tensor(positions)).tolist() == starts
+
+
+# ------------------------------------------------------------------ rope
+
+
+ROPES = [
+    {"rope_type": "default", "rope_theta": 10000.0},
+    {"rope_type": "default", "rope_theta": 1e6},
+    {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0},
+    {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "beta_fast": 16.0, "beta_slow": 2.0},
+    {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "attention_factor": 0.7},
+    {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "mscale": 0.7, "mscale_all_dim": 1.1},
+    {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "truncate": False},
+]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("rope", ROPES, ids=str)
+def test_the_rope_table_is_that_of_transformers(rope, head_dim):
+    longest = 4096
+    if rope["rope_type"] == "yarn":
+        rope = {**rope, "original_max_position_embeddings": 128}
+    theirs = HFConfig(
+        head_dim=head_dim, max_position_embeddings=longest, rope_parameters=dict(rope)
+    )
+    ours = Qwen3Config.from_dict(
+        {
+            **theirs.to_dict(),
+            "architectures": ["Qwen3ForCausalLM"],
+            "rope_parameters": rope,
+        }
+    )
+    cos, sin = Qwen3RotaryEmbedding(theirs)(torch.zeros(1), torch.arange(longest)[None])
+    half = head_dim // 2
+    expected = torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=1)
+    torch.testing.assert_close(
+        cos_sin_table(ours.rope, head_dim, longest), expected, rtol=0, atol=1e-6
+    )
+
+
+def test_yarn_differs_from_default_rope():
+    """Or else the test above would prove little."""
+    fields = HFConfig().to_dict() | {"architectures": ["Qwen3ForCausalLM"]}
+    tables = [
+        cos_sin_table(Qwen3Config.from_dict(fields | {"rope_parameters": rope}).rope, 64, 64)
+        for rope in ROPES[:3]
+    ]
+    assert not torch.allclose(tables[0], tables[1], atol=1e-2)
+    assert not torch.allclose(tables[1], tables[2], atol=1e-2)
+
+
+# ------------------------------------------------------------------ ranks, imports
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (3, "tensor_parallel_size=3 does not divide num_attention_heads=4"),
+        (8, "tensor_parallel_size=8 does not divide num_attention_heads=4"),
+    ],
+)
+def test_a_model_that_cannot_be_split_evenly_is_refused(tmp_path, size, words):
+    Shape(heads=4, kv_heads=2).write(tmp_path)
+    config = Qwen3Config.from_directory(tmp_path)
+    with pytest.raises(UnsupportedModelError) as caught:
+        rank_heads(config, ParallelGroup(0, size))
+    assert str(caught.value) == words
+
+
+def test_kv_heads_that_fit_no_rank_are_refused():
+    fields = HFConfig(
+        num_attention_heads=12, num_key_value_heads=3, intermediate_size=64
+    ).to_dict() | {"architectures": ["Qwen3ForCausalLM"]}
+    with pytest.raises(UnsupportedModelError) as caught:
+        rank_heads(Qwen3Config.from_dict(fields), ParallelGroup(0, 2))
+    assert str(caught.value) == (
+        "tensor_parallel_size=2 neither divides nor is a multiple of num_key_value_heads=3"
+    )
+
+
+def test_an_engine_with_dummy_weights_on_the_cpu_needs_neither_triton_nor_transformers(tmp_path):
+    Shape(layers=1).config().save_pretrained(tmp_path)
+    code = f"""
+import sys
+from nanovllm import LLM, Config, LLMEngine, SamplingParams
+assert not {{"triton", "transformers"}} & sys.modules.keys(), "imported by nanovllm"
+llm = LLM({str(tmp_path)!r}, device="cpu", load_format="dummy", max_model_len=32)
+assert llm.generate([[1, 2]], max_tokens=2, use_tqdm=False)[0]["token_ids"]
+assert not {{"triton", "transformers"}} & sys.modules.keys(), "imported by an engine"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,195 @@
+"""Sampling: which tokens may be drawn, how often, and that equal seeds draw equal tokens."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanovllm import SamplingParams
+from nanovllm.layers.sampler import SamplingBatch, keep_likely, sample
+
+CPU = torch.device("cpu")
+
+
+def draw(logits, params, seeds, steps=None):
+    """One token per row of `logits`."""
+    count = len(logits)
+    batch = SamplingBatch.of(
+        params if isinstance(params, list) else [params] * count,
+        list(seeds),
+        list(steps or [0] * count),
+        list(range(count)),
+        logits.shape[1],
+        CPU,
+    )
+    return sample(logits, batch).tolist()
+
+
+def likely(logits: list[float], temperature: float, top_k: int, top_p: float) -> set[int]:
+    """The tokens that may be drawn, by the definition, one after the other."""
+    ranked = sorted(range(len(logits)), key=lambda i: -logits[i])[:top_k]
+    weights = [math.exp((logits[i] - logits[ranked[0]]) / temperature) for i in ranked]
+    kept, mass = set(), 0.0
+    for token, weight in zip(ranked, weights, strict=True):
+        if mass >= top_p:
+            break
+        kept.add(token)
+        mass += weight / sum(weights)
+    return kept
+
+
+def distribution(logits, params: SamplingParams) -> torch.Tensor:
+    """The probability of each token, in float64."""
+    top_k = params.top_k if params.top_k > 0 else len(logits)
+    kept = likely(logits.tolist(), params.temperature, top_k, params.top_p)
+    scores = torch.full((len(logits),), -math.inf, dtype=torch.float64)
+    for token in kept:
+        scores[token] = logits[token].double() / params.temperature
+    return scores.softmax(0)
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(
+    # Distinct and well apart, so that no rounding decides.
+    logits=st.lists(st.integers(-40, 40), min_size=2, max_size=12, unique=True),
+    temperature=st.sampled_from([0.3, 1.0, 2.5]),
+    top_k=st.integers(1, 14),
+    top_p=st.sampled_from([0.013, 0.21, 0.507, 0.83, 0.971]),
+)
+def test_keep_likely_equals_its_definition(logits, temperature, top_k, top_p):
+    values = [value / 8 for value in logits]
+    kept = keep_likely(
+        torch.tensor([values]),
+        torch.tensor([temperature]),
+        torch.tensor([top_k]),
+        torch.tensor([top_p]),
+    )[0]
+    allowed = (kept > -math.inf).nonzero().flatten().tolist()
+    assert set(allowed) == likely(values, temperature, top_k, top_p)
+    assert all(kept[token] == values[token] for token in allowed)
+
+
+def test_keep_likely_treats_rows_apart():
+    logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]]).repeat(3, 1)
+    kept = keep_likely(
+        logits, torch.ones(3), torch.tensor([1, 2, 4]), torch.tensor([1.0, 1.0, 0.0001])
+    )
+    assert kept.gt(-math.inf).tolist() == [
+        [False, True, False, False],
+        [False, True, True, False],
+        [False, True, False, False],
+    ]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(),
+        SamplingParams(temperature=0.5),
+        SamplingParams(temperature=2.0, top_k=5),
+        SamplingParams(top_p=0.7),
+        SamplingParams(temperature=1.5, top_k=8, top_p=0.8),
+    ],
+    ids=str,
+)
+def test_tokens_are_drawn_as_often_as_their_probability_says(params):
+    logits = torch.randn(20, generator=torch.Generator().manual_seed(1)) * 1.5
+    count = 4000
+    drawn = draw(logits.repeat(count, 1), params, range(count))
+    counts = torch.bincount(torch.tensor(drawn), minlength=20).double()
+    expected = distribution(logits, params) * count
+    assert counts[expected == 0].sum() == 0
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    chi_square = ((counts - expected) ** 2 / expected).sum().item()
+    freedom = len(counts) - 1
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom) + 4
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(top_k=3, top_p=0.9)], ids=str)
+def test_a_draw_depends_on_its_seed_and_step_alone(params):
+    logits = torch.randn(6, 50)
+    seeds, steps = [5, 5, 6, 5, 6, 2**63 - 1], [0, 1, 0, 0, 1, 10**6]
+    together = draw(logits, params, seeds, steps)
+    for row in range(6):
+        alone = draw(logits[row : row + 1], params, seeds[row : row + 1], steps[row : row + 1])
+        assert alone == [together[row]]
+
+
+@pytest.mark.parametrize("varied", ["seed", "step"])
+def test_draws_vary_with(varied):
+    logits = torch.zeros(64, 1000)
+    many, same = list(range(64)), [7] * 64
+    seeds, steps = (many, same) if varied == "seed" else (same, many)
+    assert len(set(draw(logits, SamplingParams(), seeds, steps))) > 50
+
+
+def test_greedy_takes_the_likeliest_whatever_the_other_options():
+    logits = torch.randn(4, 100)
+    best = logits.argmax(-1).tolist()
+    assert draw(logits, SamplingParams(temperature=0), range(4)) == best
+    assert draw(logits, SamplingParams(temperature=0, top_k=3, top_p=0.5), range(4)) == best
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(top_k=1),
+        SamplingParams(temperature=100, top_k=1),
+        SamplingParams(top_p=1e-9),
+        SamplingParams(temperature=1e-3),
+        SamplingParams(temperature=1e-30),
+        SamplingParams(temperature=1e-44),
+        SamplingParams(temperature=1e-300),
+        SamplingParams(temperature=1e-44, top_p=0.5),
+        SamplingParams(temperature=1e-44, top_k=2),
+    ],
+    ids=str,
+)
+def test_greedy_in_other_words(params):
+    logits = torch.randperm(8 * 100).reshape(8, 100).float() - 400
+    logits[0, :50] = 0.0
+    assert draw(logits, params, range(8)) == logits.argmax(-1).tolist()
+
+
+def test_of_equal_logits_greedy_and_top_k_1_take_the_lowest_token():
+    logits = torch.zeros(3, 5000)
+    logits[:, 4000:] = 2.0
+    assert draw(logits, SamplingParams(temperature=0), range(3)) == [4000] * 3
+    assert draw(logits, SamplingParams(top_k=1), range(3)) == [4000] * 3
+
+
+def test_rows_of_one_batch_keep_their_own_options():
+    logits = torch.arange(1000.0).repeat(5, 1) * 1e-3
+    params = [
+        SamplingParams(temperature=0),
+        SamplingParams(),
+        SamplingParams(top_k=1),
+        SamplingParams(top_k=10),
+        SamplingParams(top_p=0.05),
+    ]
+    seen = [set(), set(), set(), set(), set()]
+    for step in range(200):
+        for row, token in enumerate(draw(logits, params, range(5), [step] * 5)):
+            seen[row].add(token)
+    assert seen[0] == seen[2] == {999}
+    assert min(seen[1]) < 100
+    assert seen[3] == set(range(990, 1000))
+    lowest = min(likely(logits[0].tolist(), 1.0, 1000, 0.05))
+    assert lowest <= min(seen[4]) < 990
+
+
+@pytest.mark.parametrize("top_k", [-1, 50, 51, 10**9])
+def test_a_top_k_of_the_whole_vocabulary_or_more_is_no_limit(top_k):
+    batch = SamplingBatch.of([SamplingParams(top_k=top_k)], [0], [0], [0], 50, CPU)
+    assert batch.filtered is None
+
+
+def test_the_logits_are_left_as_they_were():
+    logits = torch.randn(3, 40)
+    before = logits.clone()
+    draw(logits, SamplingParams(top_k=2, top_p=0.5), range(3))
+    assert torch.equal(logits, before)

@@ -616,16 +616,17 @@ def test_a_step_that_failed_can_be_repeated(llm, expected, monkeypatch):
 
     def fails_every_other_time(launched):
         if next(calls) % 2 == 0:
-            raise RuntimeError("out of memory")
+            raise MemoryError
         return original(launched)
 
     monkeypatch.setattr(llm.model_runner, "collect", fails_every_other_time)
-    outputs = {}
+    outputs, failures = {}, 0
     while not llm.is_finished():
         try:
             outputs.update({out["request_id"]: out["token_ids"] for out in llm.step()})
-        except RuntimeError as error:
-            assert str(error) == "out of memory"
+        except MemoryError:
+            failures += 1
+    assert failures > 5
     assert [outputs[i] for i in ids] == expected
 
 

@@ -30,6 +30,7 @@ from nanovllm.kernels import (
     reference,
     rope,
     sampling,
+    small_gemm,
     tokens,
 )
 
@@ -182,6 +183,39 @@ def test_silu_mul(poison, inter, dtype):
     expected = F.silu(gate_up[:, :inter].float()) * gate_up[:, inter:].float()
     close(reference.silu_mul(gate_up), expected.to(dtype), dtype)
     close(activation.silu_mul(gate_up), expected.to(dtype), dtype)
+
+
+# ------------------------------------------------------------------ linear layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize(("inner", "features"), [(64, 8), (192, 100), (1024, 24)])
+@pytest.mark.parametrize("count", [1, 3, 16])
+def test_small_gemm(poison, count, inner, features, dtype):
+    x, residual = randn(count, inner, dtype=dtype), randn(count, inner, dtype=dtype)
+    weight, bias = randn(2 * features, inner, dtype=dtype), randn(2 * features, dtype=dtype)
+    weight *= inner**-0.5
+    norm_weight = randn(inner, dtype=dtype)
+    for bias_or_none in (None, bias):
+        for name, args in {
+            "linear": (x, weight, bias_or_none),
+            "linear_silu_mul": (x, weight),
+            "add_norm_linear": (x, residual, norm_weight, EPS, weight, bias_or_none),
+            "add_norm_linear_silu_mul": (x, residual, norm_weight, EPS, weight),
+        }.items():
+            actual = getattr(small_gemm, name)(*args)
+            expected = getattr(reference, name)(*args)
+            if name.startswith("add_norm"):
+                assert torch.equal(actual[1], expected[1])
+                actual, expected = actual[0], expected[0]
+            close(actual, expected, dtype)
+
+
+def test_small_gemm_says_what_it_cannot_do():
+    with pytest.raises(ValueError, match="17 rows"):
+        small_gemm.linear(randn(17, 64), randn(8, 64))
+    with pytest.raises(ValueError, match="80 columns"):
+        small_gemm.linear(randn(1, 80), randn(8, 80))
 
 
 # ------------------------------------------------------------------ between QKV and attention
@@ -541,6 +575,7 @@ def test_empty_batches(rows):
     assert norm.rms_norm(randn(rows, 64), randn(64), EPS).shape == (0, 64)
     assert activation.silu_mul(randn(rows, 64)).shape == (0, 32)
     assert sampling.sample(*sampling_case(rows, 8)).shape == (0,)
+    assert small_gemm.linear(randn(rows, 64), randn(8, 64)).shape == (0, 8)
 
 
 def test_resolve_tokens_replaces_what_only_the_device_knows():

@@ -23,7 +23,7 @@ from nanovllm.engine.ranks import Ranks
 from nanovllm.engine.scheduler import Chunk, Step
 from nanovllm.engine.step_inputs import InputLayout, StepTensors, fill_inputs
 from nanovllm.layers.attention import make_backend
-from nanovllm.layers.sampler import SamplingBatch, sample
+from nanovllm.layers.sampler import SamplingBatch, sample, upload
 from nanovllm.models.qwen3 import Qwen3ForCausalLM, rank_heads
 from nanovllm.models.qwen3_config import Qwen3Config
 from nanovllm.utils.loader import fill_randomly, load_weights
@@ -61,6 +61,7 @@ class ModelRunner:
         self._load(model_dir)
         self.max_model_len = min(config.max_model_len, self.model_config.max_position_embeddings)
         self.max_blocks = -(-self.max_model_len // self.block_size)
+        self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
         layers = self.model_config.num_hidden_layers
 
         def bind_cache(num_blocks: int) -> None:
@@ -77,7 +78,6 @@ class ModelRunner:
             )
         )
         bind_cache(self.num_blocks)
-        self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
         self.graph_memory = self._make_graph_memory(dtype)
         self.decode = self.make_decode(config)
         self.statistics = self.decode.pipeline.statistics
@@ -193,7 +193,7 @@ class ModelRunner:
             self.device,
         )
         if rows is not None and len(rows) < len(logits):
-            logits = logits[torch.from_numpy(rows).to(self.device)]
+            logits = logits[upload(rows, self.device)]
         tokens = sample(logits, batch)
         self.last_tokens[batch.seats] = tokens
         if self.device.type != "cuda":

@@ -30,6 +30,10 @@ from nanovllm.models.qwen3 import Qwen3ForCausalLM
 logger = logging.getLogger(__name__)
 
 
+# On fewer SMs some cuBLAS kernels fail: there is no room for their clusters of thread blocks.
+MIN_FFN_SMS = 16
+
+
 class PipelineUnavailable(RuntimeError):
     """This machine or configuration cannot run the pipeline that was asked for."""
 
@@ -89,6 +93,9 @@ def build_pipeline(
         statistics.fallback_reason = str(error)
         return Pipeline(None, sequential, statistics)
     statistics.mode = mode
+    pipeline = Pipeline(
+        PipelineScheduler(model, executor, statistics), sequential, statistics, manager=manager
+    )
     attention_sms = device_sms
     if manager is not None:
         attention_sms = manager.attention_sms
@@ -100,13 +107,12 @@ def build_pipeline(
             manager.ffn_sms,
             device_sms,
         )
-    return Pipeline(
-        PipelineScheduler(model, executor, statistics),
-        sequential,
-        statistics,
-        backend.make_workspace(device, attention_sms),
-        manager,
-    )
+    try:
+        pipeline.workspace = backend.make_workspace(device, attention_sms)
+    except BaseException:
+        pipeline.close()
+        raise
+    return pipeline
 
 
 def _make_executor(
@@ -128,6 +134,11 @@ def _make_executor(
         device, config.pipeline_attention_sm_count, config.pipeline_ffn_sm_count
     )
     try:
+        if manager.ffn_sms < MIN_FFN_SMS:
+            raise PipelineUnavailable(
+                f"pipeline_ffn_sm_count={config.pipeline_ffn_sm_count}: {manager.ffn_sms} SMs were "
+                f"granted, and cuBLAS needs at least {MIN_FFN_SMS}"
+            )
         return StreamExecutor(manager.get_attention_stream(), manager.get_ffn_stream()), manager
     except BaseException:
         manager.close()

@@ -104,7 +104,12 @@ class Scheduler:
         chunks = self._decode_chunks(may_preempt=not ahead)
         if chunks:
             return self._plan(Step(True, chunks))
-        return None if ahead or self.is_idle else self.schedule()
+        if ahead or self.is_idle:
+            return None
+        # All that were ready gave way to older ones that still read their prompts.
+        chunks = self._prefill_chunks()
+        assert chunks, "requests are left, but none of them can run"
+        return self._plan(Step(False, chunks))
 
     def update(self, step: Step, tokens: list[int]) -> list[Sequence]:
         """Takes the tokens drawn by `step`, one per sampling chunk; returns the finished ones."""

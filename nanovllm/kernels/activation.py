@@ -27,9 +27,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
-def _silu_mul_kernel(
-    gate_up, out, INTER: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+def _silu_mul_kernel(gate_up, out, INTER: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     pdl.let_next_start(PDL)
     pdl.wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)

@@ -51,6 +51,8 @@ class DecodeTuning:
         min_share: tiles that a program takes at least.
         flat: one loop over a program's tiles, which keeps loading from item to item, instead of
             a loop over its items around one over an item's tiles.
+        min_rows: query rows of a product at least; 16 is what every Triton can multiply, fewer
+            take less shared memory.
         evict_first: mark cached keys and values as the first to leave L2 (without TMA only).
     """
 
@@ -61,6 +63,7 @@ class DecodeTuning:
     tma: bool = False
     min_share: int = 2
     flat: bool = False
+    min_rows: int = 16
     evict_first: bool = False
 
 
@@ -193,7 +196,7 @@ def paged_decode_attention(
         block_tables.stride(0),
         KV_HEADS=num_kv_heads,
         GROUP=group,
-        GROUP_PAD=max(16, triton.next_power_of_2(group)),
+        GROUP_PAD=max(tuning.min_rows, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         TILE=tuning.tile,
@@ -376,9 +379,7 @@ def _attend_tiles(
 
 
 @triton.jit
-def _tile_after(
-    seq, head, tile, context_len, num_seqs, KV_HEADS: tl.constexpr, TILE: tl.constexpr
-):
+def _tile_after(seq, head, tile, context_len, num_seqs, KV_HEADS: tl.constexpr, TILE: tl.constexpr):
     """The next tile: of this item, of the next KV head's, or of the next sequence's."""
     item_ends = (tile + 1) * TILE >= context_len
     tile = tl.where(item_ends, 0, tile + 1)
@@ -592,7 +593,9 @@ def _share_of(tile, total, MIN_SHARE: tl.constexpr):
     count = _num_shares(total, MIN_SHARE)
     size, larger = total // count, total % count
     return tl.where(
-        tile < larger * (size + 1), tile // (size + 1), larger + (tile - larger * (size + 1)) // size
+        tile < larger * (size + 1),
+        tile // (size + 1),
+        larger + (tile - larger * (size + 1)) // size,
     )
 
 

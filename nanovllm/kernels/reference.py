@@ -55,6 +55,41 @@ def _rms_norm32(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight.float()
 
 
+# ------------------------------------------------------------------ linear layers
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` of ``x [N, K]`` and ``weight [M, K]``, rounded once."""
+    out = x.float() @ weight.float().T
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def linear_silu_mul(x: Tensor, weight: Tensor) -> Tensor:
+    """``silu_mul(linear(x, weight))`` of ``weight [2I, K]``, rounded once -> ``[N, I]``."""
+    return silu_mul(x.float() @ weight.float().T).to(x.dtype)
+
+
+def add_norm_linear(
+    x: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``s = x + residual; return linear(rms_norm(s), weight, bias), s``."""
+    y, total = add_rms_norm(x, residual, norm_weight, eps)
+    return linear(y, weight, bias), total
+
+
+def add_norm_linear_silu_mul(
+    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``s = x + residual; return linear_silu_mul(rms_norm(s), weight), s``."""
+    y, total = add_rms_norm(x, residual, norm_weight, eps)
+    return linear_silu_mul(y, weight), total
+
+
 # ------------------------------------------------------------------ between QKV and attention
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, DTypeLike
 
 from nanovllm import kernels
 from nanovllm.sampling_params import SamplingParams
@@ -50,8 +51,8 @@ class SamplingBatch:
         """Brings the options of S requests to `device`."""
         greedy = [p.temperature < LOWEST_TEMPERATURE for p in params]
         values = [0.0 if greedy[i] else p.temperature for i, p in enumerate(params)]
-        temperatures = _upload(values, np.float32, device)
-        integers = _upload([seeds, steps, seats], np.int64, device)
+        temperatures = upload(values, device, np.float32)
+        integers = upload([seeds, steps, seats], device, np.int64)
         rows = [
             i
             for i, p in enumerate(params)
@@ -60,8 +61,8 @@ class SamplingBatch:
         if not rows:
             return cls(temperatures, integers[0], integers[1], integers[2])
         top_k = [params[i].top_k if params[i].top_k > 0 else vocab_size for i in rows]
-        indices = _upload([rows, top_k], np.int64, device)
-        top_p = _upload([params[i].top_p for i in rows], np.float32, device)
+        indices = upload([rows, top_k], device, np.int64)
+        top_p = upload([params[i].top_p for i in rows], device, np.float32)
         return cls(
             temperatures, integers[0], integers[1], integers[2], indices[0], indices[1], top_p
         )
@@ -95,6 +96,7 @@ def keep_likely(
     return logits.masked_fill(dropped.scatter(1, order, dropped), -torch.inf)
 
 
-def _upload(values: list, dtype: type, device: torch.device) -> torch.Tensor:
-    host = torch.from_numpy(np.array(values, dtype))
+def upload(values: ArrayLike, device: torch.device, dtype: DTypeLike | None = None) -> torch.Tensor:
+    """Copies numbers to `device` without waiting for it."""
+    host = torch.from_numpy(np.asarray(values, dtype))
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

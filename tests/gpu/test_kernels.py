@@ -35,6 +35,10 @@ TUNINGS = {
     "plain flat": paged_decode.DecodeTuning(flat=True),
     "tma": paged_decode.DecodeTuning(ctas_per_sm=5, num_warps=2, tma=True),
     "tma flat": paged_decode.DecodeTuning(ctas_per_sm=5, num_warps=2, tma=True, flat=True),
+    "few rows": paged_decode.DecodeTuning(flat=True, min_rows=1),
+    "tma few rows": paged_decode.DecodeTuning(
+        ctas_per_sm=6, num_warps=2, tma=True, flat=True, min_rows=1
+    ),
 }
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from nanovllm.bench import BenchError, report
-from nanovllm.bench.arms import choose_split, open_arms
+from nanovllm.bench.arms import FALLBACK, choose_split, open_arms
 from nanovllm.bench.compare import compare
 from nanovllm.bench.floor import Floor, measure_copy_bandwidth
 from nanovllm.bench.nano import MAX_MODEL_LEN, REQUESTS, run_nano
@@ -86,7 +86,12 @@ def make_parser() -> argparse.ArgumentParser:
     decode("--context", type=positive(int), metavar="C", help="tokens of each at the beginning")
     decode("--output", type=positive(int), metavar="K", help="steps until it begins again")
     decode("--seconds", type=positive(float), metavar="S", help="of measured steps for each mode")
-    decode("--modes", nargs="+", choices=MODES, help="default: all; sequential is always one")
+    decode(
+        "--modes",
+        nargs="+",
+        choices=[*MODES, FALLBACK],
+        help="default: all but fallback; sequential is always one",
+    )
     nano = parser.add_argument_group("--workload nano").add_argument
     nano("--requests", type=positive(int), metavar="N", help=f"default: {REQUESTS} on a GPU")
     nano("--mode", choices=PIPELINE_MODES, help="run it with the pipeline, in this mode")

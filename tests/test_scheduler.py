@@ -359,6 +359,7 @@ def play_events(max_examples: int) -> None:
             stateful_step_count=40,
             deadline=None,
             database=None,
+            report_multiple_bugs=False,
             suppress_health_check=list(HealthCheck),
         ),
     )

@@ -4,7 +4,9 @@
         arms[1].activate()
         engine.step()
 
-An arm that falls back would only measure sequential decode again; it says why instead.
+An arm that falls back would only measure sequential decode again; it says why instead. To measure
+just that, what falling back costs, there is the arm "fallback": a pipeline on more SMs than there
+are.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from nanovllm.engine.decode_runner import DecodeRunner
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
 
+FALLBACK = "fallback"
 # Of all SMs, the part that the FFN gets by default: a group of whole multiples of 8.
 FFN_SHARE = 0.72
 FFN_MULTIPLE = 8
@@ -47,7 +50,7 @@ class Arm:
 
     def fallback_reason(self, batch: int) -> str | None:
         """Why steps of `batch` sequences do not run as asked for; None if they do."""
-        if self.mode == "sequential":
+        if self.mode in ("sequential", FALLBACK):
             return None
         pipeline = self.decode.pipeline
         if pipeline.statistics.fallback_reason is not None:
@@ -83,7 +86,7 @@ def open_arms(
 
     Args:
         engine: its own way must be sequential; it serves as that arm.
-        modes: values of `Config.pipeline_mode`.
+        modes: values of `Config.pipeline_mode`, or "fallback".
         split: SMs of attention and FFN; None: the defaults.
     """
     runner = engine.model_runner
@@ -94,8 +97,12 @@ def open_arms(
             if mode == "sequential":
                 arms.append(Arm(mode, runner, own))
                 continue
-            config = dataclasses.replace(runner.config, enable_pipeline=True, pipeline_mode=mode)
-            if split is not None:
+            config = dataclasses.replace(runner.config, enable_pipeline=True)
+            if mode == FALLBACK:
+                config.pipeline_attention_sm_count = runner.device_sms + 1
+            else:
+                config.pipeline_mode = mode
+            if split is not None and mode != FALLBACK:
                 config.pipeline_attention_sm_count, config.pipeline_ffn_sm_count = split
             arms.append(Arm(mode, runner, runner.make_decode(config)))
         yield arms

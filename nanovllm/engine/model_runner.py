@@ -47,6 +47,7 @@ class ModelRunner:
     def __init__(self, config: Config, model_dir: Path, device: torch.device, ranks: Ranks) -> None:
         self.config = config
         self.device = device
+        self.device_sms = sm_count(device)
         self.ranks = ranks
         self.block_size = config.kvcache_block_size
         self.model_config = Qwen3Config.from_directory(model_dir)
@@ -104,11 +105,15 @@ class ModelRunner:
         if self.closed:
             return
         self.closed = True
+        if self.device.type == "cuda" and not self.ranks.parted:
+            torch.cuda.synchronize(self.device)  # a step launched ahead may still run
         self.decode.close()
         self.ranks.close()
         # The device's memory goes with the last references to it.
         del self.model, self.decode, self.graph_memory
         if self.device.type == "cuda":
+            # cuBLAS keeps a workspace for every stream it has seen, also for those now closed.
+            torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
 
     @property
@@ -215,13 +220,12 @@ class ModelRunner:
 
     def make_decode(self, config: Config) -> DecodeRunner:
         """Another way to run decode steps on this model, as `config` says; the caller closes it."""
-        device_sms = sm_count(self.device)
         return DecodeRunner(
             config,
             self.model,
-            build_pipeline(config, self.model, self.backend, self.device, device_sms),
+            build_pipeline(config, self.model, self.backend, self.device, self.device_sms),
             self.last_tokens,
-            self.backend.make_workspace(self.device, device_sms),
+            self.backend.make_workspace(self.device, self.device_sms),
             self.graph_memory,
             self._fill_padding,
             self.max_blocks,

@@ -569,7 +569,7 @@ def _join_partials(
         acc = acc * decay[:, None] + tl.sum(part * portion[:, :, None], axis=0)
         peak = new_peak
     place = out + member[:, None] * HEAD_DIM + column[None, :]
-    acc = acc / weight[:, None]
+    acc = acc / tl.where(real, weight, 1.0)[:, None]
     tl.store(place, acc.to(out.dtype.element_ty), mask=real[:, None])
 
 

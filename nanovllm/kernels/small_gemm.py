@@ -92,7 +92,7 @@ def _launch(
             num_stages=stages,
             **pdl.options(x),
         )
-    return out, total
+    return out, x if total is None else total
 
 
 def _tiling(features: int, inner: int, gated: bool) -> tuple[int, int, int, int]:

@@ -132,7 +132,9 @@ def test_an_engine_gives_its_memory_back(way):
 
     before = free_after(2)  # the first ones compile kernels and fill the libraries' own pools
     lost = before - free_after(3)
-    assert lost < 16 << 20, f"3 engines cost {lost / (1 << 20):.1f} MiB of device memory"
+    # The driver keeps 4 MiB of every green context; see test_green_ctx.py, which measures it.
+    kept = 3 * 2 * (4 << 20) if way == "green graphs" else 0
+    assert lost < kept + (16 << 20), f"3 engines cost {lost / (1 << 20):.1f} MiB of device memory"
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -23,6 +23,7 @@ from nanovllm.kernels import (
     reference,
     rope,
     sampling,
+    small_gemm,
 )
 from tests.test_kernels import PagedCase, randn, rope_case, sampling_case, without_cache
 
@@ -80,6 +81,22 @@ def test_norms(hidden):
 def test_silu_mul(inter):
     gate_up = randn(512, 2 * inter, dtype=BF16)
     check(activation.silu_mul(gate_up), reference.silu_mul(gate_up.float()))
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 16])
+@pytest.mark.parametrize(("inner", "features"), [(1024, 4096), (3072, 1024), (4096, 12288)])
+def test_small_gemm(dependent_launch, tokens, inner, features):
+    x, residual = randn(tokens, inner, dtype=BF16), randn(tokens, inner, dtype=BF16)
+    weight = (randn(features, inner) * inner**-0.5).to(BF16)
+    bias, norm_weight = randn(features, dtype=BF16), randn(inner, dtype=BF16)
+    norm_args = (x, residual, norm_weight, EPS, weight)
+    check(small_gemm.linear(x, weight, bias), reference.linear(x, weight, bias))
+    check(small_gemm.linear_silu_mul(x, weight), reference.linear_silu_mul(x, weight))
+    for name in ("add_norm_linear", "add_norm_linear_silu_mul"):
+        actual = getattr(small_gemm, name)(*norm_args)
+        expected = getattr(reference, name)(*norm_args)
+        check(actual[0], expected[0])
+        assert torch.equal(actual[1], expected[1])
 
 
 @MODELS

@@ -63,12 +63,16 @@ SPLITS = {"the seed's": split(16, 16), "the whole device": split(NUM_SMS - FFN_S
 def pipelined_engine(model: Any = None, mode: str = "green", **options: Any) -> LLM:
     """With few graphs and little memory, so that several fit beside each other."""
     given = {} if model is None else {"model": str(model)}
-    defaults = {"max_num_seqs": 8, "max_model_len": 1024, "num_kvcache_blocks": 128}
+    defaults = {
+        "max_num_seqs": 8,
+        "max_model_len": 1024,
+        "num_kvcache_blocks": 128,
+        "pipeline_strict": True,
+    }
     return LLM(
         device="cuda",
         enable_pipeline=True,
         pipeline_mode=mode,
-        pipeline_strict=True,
         **given,
         **(defaults | options),
     )

@@ -24,7 +24,7 @@ import torch
 
 from nanovllm.bench import BenchError, report
 from nanovllm.bench.arms import FALLBACK, choose_split, open_arms
-from nanovllm.bench.compare import compare
+from nanovllm.bench.compare import compare, profile_steps
 from nanovllm.bench.floor import Floor, measure_copy_bandwidth
 from nanovllm.bench.nano import MAX_MODEL_LEN, REQUESTS, run_nano
 from nanovllm.bench.shapes import SIZES, shape_directory
@@ -33,6 +33,7 @@ from nanovllm.config import PIPELINE_MODES, Config
 from nanovllm.engine.llm_engine import LLMEngine, resolve_device
 from nanovllm.engine.model_runner import sm_count
 from nanovllm.tiny import CHECKPOINT_DIR
+from nanovllm.utils.timeline import save_timeline
 
 MODES = ("sequential", "microbatch", "streams", "green", "auto")
 # What each workload does where the command line says nothing; a CPU is to be done in seconds.
@@ -92,6 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
         choices=[*MODES, FALLBACK],
         help="default: all but fallback; sequential is always one",
     )
+    decode("--timeline", metavar="FILE", help="draw (.png) or trace a step of the last mode")
     nano = parser.add_argument_group("--workload nano").add_argument
     nano("--requests", type=positive(int), metavar="N", help=f"default: {REQUESTS} on a GPU")
     nano("--mode", choices=PIPELINE_MODES, help="run it with the pipeline, in this mode")
@@ -167,6 +169,8 @@ def run_decode_workload(
             times = compare(engine, arms, workload, args.seconds)
             record = report.describe_run(engine, "decode steps", name)
             record |= report.decode_record(workload, floor, arms, times)
+            if args.timeline is not None:
+                save_timeline(profile_steps(engine, arms[-1], workload), args.timeline)
     print(report.format_decode(record))
     return record
 

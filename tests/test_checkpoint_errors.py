@@ -130,7 +130,7 @@ def test_a_truncated_file_is_named(copy, kept):
 
 def test_a_file_of_rubbish_is_named(copy):
     path = copy / "model.safetensors"
-    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n" * 3)
+    path.write_bytes(b"a pointer to a large file, not the file\n" * 3)
     assert f"{path} is truncated or damaged" in error_of(WeightsError, copy)
 
 
@@ -384,7 +384,7 @@ def test_a_hub_id_offline_says_so():
 @pytest.mark.parametrize("name", ["no such model", "a/b/c", "/no/such/directory", "-x-", "a--b"])
 def test_a_nonsense_name_is_neither_directory_nor_hub_id(name):
     message = error_of(FileNotFoundError, name)
-    assert message == f"model={name!r} is neither a directory nor a model on the hub"
+    assert message == f"model={name!r} is neither a directory nor a model on the hub that you may read"
 
 
 def test_a_model_that_the_hub_does_not_have_is_named(monkeypatch):
@@ -402,7 +402,7 @@ def test_a_model_that_the_hub_does_not_have_is_named(monkeypatch):
     with pytest.raises(FileNotFoundError) as caught:
         resolve_model("somebody/typo")
     assert (
-        str(caught.value) == "model='somebody/typo' is neither a directory nor a model on the hub"
+        str(caught.value) == "model='somebody/typo' is neither a directory nor a model on the hub that you may read"
     )
 
 

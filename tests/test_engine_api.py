@@ -350,6 +350,13 @@ def test_without_a_seed_tokens_vary(llm):
     assert len({tuple(ids) for ids in tokens(outputs)}) == 5
 
 
+def test_each_token_of_a_request_is_drawn_anew(llm):
+    """At this temperature all tokens are about as likely, so equal noise would repeat one."""
+    params = SamplingParams(temperature=100, seed=3, max_tokens=30, ignore_eos=True)
+    (output,) = llm.generate([PROMPTS[0]], params, use_tqdm=False)
+    assert len(set(output["token_ids"])) > 20
+
+
 def test_temperature_0_is_greedy(directory, llm, expected):
     model = Shape(seed=5).build()
     for prompt, ids in zip(PROMPTS, expected, strict=True):

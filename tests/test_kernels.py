@@ -3,11 +3,13 @@
 Without a GPU the Triton kernels run in Triton's interpreter, on the CPU.
 """
 
+import importlib.util
 import math
 import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,6 +37,7 @@ from nanovllm.kernels import (
 )
 
 DEVICE = "cuda" if CUDA else "cpu"
+HOPPER = CUDA and torch.cuda.get_device_capability() >= (9, 0)
 # Triton's interpreter truncates to bfloat16 where the GPU rounds, and has no bfloat16 dot.
 HALF = [torch.float16, *([torch.bfloat16] if CUDA else [])]
 EPS = 1e-6
@@ -137,11 +140,11 @@ class PagedCase:
             )
         return torch.cat(out).to(self.q.dtype)
 
-    def decode(self, num_sms, **tuning):
-        tuning = paged_decode.DecodeTuning(**tuning)
+    def decode(self, num_sms, tuning=None, **changes):
+        tuning = replace(tuning or paged_decode.PLAIN, **changes)
         heads, kv_heads, dim = self.q.shape[1], self.k_cache.shape[1], self.q.shape[2]
         workspace = paged_decode.DecodeWorkspace(num_sms, heads, kv_heads, dim, DEVICE, tuning)
-        offsets = paged_decode.tile_offsets(np.array(self.context_lens), tuning.tile)
+        offsets = paged_decode.tile_offsets(np.array(self.context_lens))
         return paged_decode.paged_decode_attention(
             *self.cache(), self.lens, self.scale, torch.from_numpy(offsets).to(DEVICE), workspace
         )
@@ -189,33 +192,32 @@ def test_silu_mul(poison, inter, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-@pytest.mark.parametrize(("inner", "features"), [(64, 8), (192, 100), (1024, 24)])
-@pytest.mark.parametrize("count", [1, 3, 16])
+@pytest.mark.parametrize(("inner", "features"), [(256, 8), (768, 100), (1024, 24)])
+@pytest.mark.parametrize("count", [1, 3, 8])
 def test_small_gemm(poison, count, inner, features, dtype):
-    x, residual = randn(count, inner, dtype=dtype), randn(count, inner, dtype=dtype)
-    weight, bias = randn(2 * features, inner, dtype=dtype), randn(2 * features, dtype=dtype)
-    weight *= inner**-0.5
-    norm_weight = randn(inner, dtype=dtype)
-    for bias_or_none in (None, bias):
-        for name, args in {
-            "linear": (x, weight, bias_or_none),
-            "linear_silu_mul": (x, weight),
-            "add_norm_linear": (x, residual, norm_weight, EPS, weight, bias_or_none),
-            "add_norm_linear_silu_mul": (x, residual, norm_weight, EPS, weight),
-        }.items():
-            actual = getattr(small_gemm, name)(*args)
-            expected = getattr(reference, name)(*args)
-            if name.startswith("add_norm"):
-                assert torch.equal(actual[1], expected[1])
-                actual, expected = actual[0], expected[0]
-            close(actual, expected, dtype)
+    x, bias = randn(count, inner, dtype=dtype), randn(2 * features, dtype=dtype)
+    weight = randn(2 * features, inner, dtype=dtype) * inner**-0.5
+    for args in ((x, weight), (x, weight, bias)):
+        close(small_gemm.linear(*args), reference.linear(*args), dtype)
+    expected = reference.linear_silu_mul(x, weight)
+    close(small_gemm.linear_silu_mul(x, weight), expected, dtype)
+
+
+def test_linear_references_are_torchs():
+    x, weight, bias = randn(5, 96), randn(40, 96), randn(40)
+    close(reference.linear(x, weight, bias), F.linear(x, weight, bias))
+    close(reference.linear_silu_mul(x, weight), reference.silu_mul(F.linear(x, weight)))
 
 
 def test_small_gemm_says_what_it_cannot_do():
-    with pytest.raises(ValueError, match="17 rows"):
-        small_gemm.linear(randn(17, 64), randn(8, 64))
-    with pytest.raises(ValueError, match="80 columns"):
-        small_gemm.linear(randn(1, 80), randn(8, 80))
+    with pytest.raises(ValueError, match="9 rows"):
+        small_gemm.linear(randn(9, 256), randn(8, 256))
+    with pytest.raises(ValueError, match="320 columns"):
+        small_gemm.linear(randn(1, 320), randn(8, 320))
+    assert small_gemm.supports(randn(8, 256, dtype=torch.bfloat16))
+    for x in (randn(9, 256), randn(8, 320)):
+        assert not small_gemm.supports(x.half())
+    assert not small_gemm.supports(randn(8, 256))
 
 
 # ------------------------------------------------------------------ between QKV and attention
@@ -319,32 +321,38 @@ def test_attention_references_are_dense_attention():
     close(out, case.dense())
 
 
-FLAT = pytest.mark.parametrize("flat", [False, True])
+TUNINGS = {"plain": paged_decode.PLAIN}
+if importlib.util.find_spec("triton.tools.tensor_descriptor") and (HOPPER or not CUDA):
+    TUNINGS["tma"] = paged_decode.TMA
+TUNING = pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
+# With TMA, stale slots must be finite: see the kernel.
+STALE = 1000.0
 
 
-@FLAT
+@TUNING
 @pytest.mark.parametrize("block_size", [256, 64, 48, 16])
 @pytest.mark.parametrize("num_sms", [1, 3, 40])
-def test_decode_of_ragged_lengths(poison, block_size, num_sms, flat):
-    case = PagedCase(RAGGED, 4, 2, 64, block_size)
-    close(case.decode(num_sms, ctas_per_sm=1, flat=flat, min_share=1), case.dense())
+def test_decode_of_ragged_lengths(poison, block_size, num_sms, tuning):
+    stale = STALE if tuning.tma else float("nan")
+    case = PagedCase(RAGGED, 4, 2, 64, block_size, stale=stale)
+    close(case.decode(num_sms, tuning, ctas_per_sm=1), case.dense())
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@TUNING
+@pytest.mark.parametrize("dim", [32, 64, 128, 256])
 @pytest.mark.parametrize("group", [1, 2, 4, 5, 8])
-def test_decode_of_grouped_heads(poison, group, dim):
-    case = PagedCase([130, 3], 2 * group, 2, dim, 64)
-    close(case.decode(2, ctas_per_sm=2), case.dense())
+def test_decode_of_grouped_heads(poison, group, dim, tuning):
+    case = PagedCase([130, 3], 2 * group, 2, dim, 64, stale=STALE)
+    close(case.decode(2, tuning), case.dense())
 
 
-@FLAT
+@TUNING
 @pytest.mark.parametrize("lengths", [[1], [1000], [1, 1, 1, 1], [640, 1], [63, 64, 65, 128, 129]])
-@pytest.mark.parametrize(("programs", "min_share"), [(1, 1), (7, 1), (7, 3), (30, 1), (30, 2)])
-def test_decode_shares(poison, lengths, programs, min_share, flat):
+@pytest.mark.parametrize("programs", [1, 2, 3, 4, 7, 30])
+def test_decode_shares(poison, lengths, programs, tuning):
     """Few long sequences, many short ones, more programs than tiles and fewer."""
-    case = PagedCase(lengths, 2, 1, 32, 64)
-    out = case.decode(programs, ctas_per_sm=1, min_share=min_share, flat=flat)
-    close(out, case.dense())
+    case = PagedCase(lengths, 2, 1, 32, 64, stale=STALE)
+    close(case.decode(programs, tuning, ctas_per_sm=1), case.dense())
 
 
 def test_decode_of_more_sequences_than_are_searched_at_once(poison):
@@ -354,32 +362,22 @@ def test_decode_of_more_sequences_than_are_searched_at_once(poison):
 
 def test_decode_joins_more_partials_than_one_chunk_holds(poison):
     case = PagedCase([3000, 5], 8, 1, 32, 64)
-    close(case.decode(45, ctas_per_sm=1, min_share=1, num_warps=1), case.dense())
+    close(case.decode(45, ctas_per_sm=1, num_warps=1), case.dense())
 
 
+@TUNING
 @pytest.mark.parametrize("dtype", HALF)
-def test_decode_in_16_bits(poison, dtype):
-    case = PagedCase(RAGGED, 4, 2, 64, 256, dtype=dtype)
-    close(case.decode(2), case.dense(), dtype)
+def test_decode_in_16_bits(poison, dtype, tuning):
+    case = PagedCase(RAGGED, 4, 2, 64, 256, dtype=dtype, stale=STALE)
+    close(case.decode(2, tuning), case.dense(), dtype)
 
 
-def test_decode_with_tensor_descriptors(poison):
-    pytest.importorskip("triton.tools.tensor_descriptor", reason="Triton without descriptors")
-    case = PagedCase(RAGGED, 4, 2, 64, 64, stale=1000.0)  # must be finite, see the kernel
-    close(case.decode(3, tma=True), case.dense())
-    close(case.decode(3, tma=True, tile=32), case.dense())
-    close(case.decode(3, tma=True, flat=True), case.dense())
-    case = PagedCase(RAGGED, 4, 2, 64, 48)  # tiles straddle blocks: plain loads
-    close(case.decode(3, tma=True), case.dense())
-
-
-@FLAT
-def test_a_workspace_serves_changing_lengths(flat):
+@TUNING
+def test_a_workspace_serves_changing_lengths(tuning):
     """As in a replayed graph: same shapes and buffers, other lengths."""
-    tuning = paged_decode.DecodeTuning(flat=flat)
     workspace = paged_decode.DecodeWorkspace(5, 2, 1, 32, DEVICE, tuning)
     for lengths in ([500, 3], [1, 1], [64, 700], [1, 65]):
-        case = PagedCase(lengths, 2, 1, 32, 64)
+        case = PagedCase(lengths, 2, 1, 32, 64, stale=STALE)
         offsets = torch.from_numpy(paged_decode.tile_offsets(np.array(lengths))).to(DEVICE)
         out = paged_decode.paged_decode_attention(
             *case.cache(), case.lens, case.scale, offsets, workspace
@@ -388,11 +386,37 @@ def test_a_workspace_serves_changing_lengths(flat):
         assert not workspace.arrivals.any()  # or the next launch would join too early
 
 
+def test_a_workspace_serves_either_tuning(monkeypatch):
+    """The batch decides: few sequences and many need different grids."""
+    if "tma" not in TUNINGS:
+        pytest.skip("Triton without descriptors")
+    monkeypatch.setattr(paged_decode, "_has_tma", lambda: not CUDA or HOPPER)
+    workspace = paged_decode.DecodeWorkspace(90, 2, 1, 32, DEVICE)
+    for count in (1, 100, 90, 91):
+        lengths = [random.randint(1, 200) for _ in range(count)]
+        case = PagedCase(lengths, 2, 1, 32, 64, stale=STALE)
+        offsets = torch.from_numpy(paged_decode.tile_offsets(np.array(lengths))).to(DEVICE)
+        out = paged_decode.paged_decode_attention(
+            *case.cache(), case.lens, case.scale, offsets, workspace
+        )
+        close(out, case.dense())
+        assert not workspace.arrivals.any()
+
+
+def test_tuning_for_partitions_and_small_batches(monkeypatch):
+    tuning_for, plain, tma = paged_decode.tuning_for, paged_decode.PLAIN, paged_decode.TMA
+    monkeypatch.setattr(paged_decode, "_has_tma", lambda: True)
+    assert tuning_for(132, 8 * 512) is plain
+    assert tuning_for(132, 8) is tma
+    assert tuning_for(32, 8 * 512) is tma
+    monkeypatch.setattr(paged_decode, "_has_tma", lambda: False)
+    assert tuning_for(32, 8) is plain
+
+
 def test_tile_offsets():
     offsets = paged_decode.tile_offsets(np.array([1, 64, 65, 200], dtype=np.int32))
     assert offsets.dtype == np.int32
     assert offsets.tolist() == [0, 1, 2, 4, 8]
-    assert paged_decode.tile_offsets(np.array([33]), 16).tolist() == [0, 3]
     with pytest.raises(ValueError, match="context_lens has 0"):
         paged_decode.tile_offsets(np.array([5, 0]))
 
@@ -480,6 +504,24 @@ def test_excluded_tokens_are_never_drawn(poison, sample):
 
 
 @SAMPLERS
+@pytest.mark.parametrize("vocab", [1, 5, 9000])
+def test_a_draw_is_a_token_whatever_the_logits(poison, sample, vocab):
+    """No row may leave the vocabulary: the next step looks its token up in the embedding."""
+    logits, temperatures, seeds, steps = sampling_case(12, vocab)
+    nan, inf = float("nan"), float("inf")
+    for row, value in enumerate((nan, nan, -inf, -inf, inf, inf)):
+        logits[row] = value
+    for row in range(6, 12):
+        logits[row, torch.rand(vocab, device=DEVICE) < 0.5] = nan if row < 9 else inf
+    temperatures[1], temperatures[3], temperatures[7] = 0.7, 1e-30, 1e30
+    tokens = sample(logits, temperatures, seeds, steps)
+    assert ((tokens >= 0) & (tokens < vocab)).all()
+    assert tokens[:4].tolist() == [0, 0, 0, 0]
+    for row in range(6, 9):
+        assert vocab < 9000 or not logits[row, tokens[row]].isnan()
+
+
+@SAMPLERS
 def test_a_draw_depends_on_its_own_row_only(poison, sample):
     logits, temperatures, seeds, steps = sampling_case(6, 3000)
     together = sample(logits, temperatures, seeds, steps)
@@ -560,6 +602,9 @@ def test_dispatch_by_device():
         kernels.rms_norm(x, weight, EPS)
         kernels.add_rms_norm(x, x, weight, EPS)
         kernels.silu_mul(x)
+        assert torch.equal(kernels.linear(x, x, weight[:3]), F.linear(x, x, weight[:3]))
+        silu = kernels.linear_silu_mul(x, x[:2])
+        assert torch.equal(silu, kernels.silu_mul(F.linear(x, x[:2])))
         kernels.qk_norm_rope(**without_cache(case))
         kernels.qk_norm_rope_store(**case)
         kernels.sample(*sampling_case(2, 50))
@@ -575,7 +620,7 @@ def test_empty_batches(rows):
     assert norm.rms_norm(randn(rows, 64), randn(64), EPS).shape == (0, 64)
     assert activation.silu_mul(randn(rows, 64)).shape == (0, 32)
     assert sampling.sample(*sampling_case(rows, 8)).shape == (0,)
-    assert small_gemm.linear(randn(rows, 64), randn(8, 64)).shape == (0, 8)
+    assert small_gemm.linear(randn(rows, 256), randn(8, 256)).shape == (0, 8)
 
 
 def test_resolve_tokens_replaces_what_only_the_device_knows():

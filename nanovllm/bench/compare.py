@@ -15,6 +15,7 @@ from tqdm import tqdm
 from nanovllm.bench.arms import Arm
 from nanovllm.bench.workload import DecodeWorkload, run_turn
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.stage_marks import Span
 
 WARM_UP_TURNS = 2
 FEWEST_ROUNDS = 3
@@ -60,3 +61,18 @@ def compare(
                 times[arm.mode] += turn(arm)
                 bar.update()
     return {mode: StepTimes.of(seconds) for mode, seconds in times.items()}
+
+
+def profile_steps(engine: LLMEngine, arm: Arm, workload: DecodeWorkload) -> list[list[Span]]:
+    """The stages of the last decode steps of a turn, timed; the arm is slower meanwhile."""
+    prompts = workload.draw_prompts(engine.model_runner.model_config.vocab_size)
+    arm.activate()
+    configs = (engine.config, arm.decode.config)
+    for config in configs:
+        config.pipeline_enable_profiling = True
+    try:
+        run_turn(engine, workload, prompts)
+    finally:
+        for config in configs:
+            config.pipeline_enable_profiling = False
+    return list(arm.decode.pipeline.statistics.recent)

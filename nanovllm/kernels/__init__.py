@@ -8,12 +8,15 @@ not here: an attention backend picks those itself.
 from importlib import import_module
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels import reference
 
 __all__ = [
     "add_rms_norm",
+    "linear",
+    "linear_silu_mul",
     "qk_norm_rope",
     "qk_norm_rope_store",
     "resolve_tokens",
@@ -36,6 +39,20 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def silu_mul(gate_up: Tensor) -> Tensor:
     """See ``reference.silu_mul``: ``[T, 2I] -> [T, I]``."""
     return _module("activation", gate_up).silu_mul(gate_up)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See ``reference.linear``: ``x [N, K], weight [M, K] -> [N, M]``."""
+    if _few_rows(x):
+        return _module("small_gemm", x).linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def linear_silu_mul(x: Tensor, gate_up_weight: Tensor) -> Tensor:
+    """See ``reference.linear_silu_mul``: ``x [N, K], gate_up_weight [2I, K] -> [N, I]``."""
+    if _few_rows(x):
+        return _module("small_gemm", x).linear_silu_mul(x, gate_up_weight)
+    return silu_mul(F.linear(x, gate_up_weight))
 
 
 def qk_norm_rope(
@@ -91,6 +108,10 @@ def resolve_tokens(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
 def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, steps: Tensor) -> Tensor:
     """See ``reference.sample``: one token per row of ``logits [N, V]`` -> ``[N]`` int64."""
     return _module("sampling", logits).sample(logits, temperatures, seeds, steps)
+
+
+def _few_rows(x: Tensor) -> bool:
+    return x.is_cuda and _module("small_gemm", x).supports(x)
 
 
 # NOTE: no kernel module may bear the name of a function above. Importing a submodule binds its

@@ -8,8 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels import pdl
-
 _BLOCK = 1024
 
 
@@ -20,16 +18,12 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     out = torch.empty(rows, inter, dtype=gate_up.dtype, device=gate_up.device)
     if rows > 0:
         grid = (rows, triton.cdiv(inter, _BLOCK))
-        _silu_mul_kernel[grid](
-            gate_up, out, INTER=inter, BLOCK=_BLOCK, num_warps=4, **pdl.options(gate_up)
-        )
+        _silu_mul_kernel[grid](gate_up, out, INTER=inter, BLOCK=_BLOCK, num_warps=4)
     return out
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up, out, INTER: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    pdl.let_next_start(PDL)
-    pdl.wait_for_inputs(PDL)
+def _silu_mul_kernel(gate_up, out, INTER: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < INTER

@@ -9,8 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels import pdl
-
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` for ``x [..., H]``; see ``reference.rms_norm``."""
@@ -48,7 +46,6 @@ def _launch(
         HIDDEN=hidden,
         BLOCK=block,
         num_warps=warps,
-        **pdl.options(x),
     )
 
 
@@ -62,14 +59,11 @@ def _rms_norm_kernel(
     eps,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    pdl.let_next_start(PDL)
     row = tl.program_id(0).to(tl.int64) * HIDDEN
     column = tl.arange(0, BLOCK)
     inside = column < HIDDEN
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    pdl.wait_for_inputs(PDL)
     values = tl.load(x + row + column, mask=inside, other=0.0)
     if residual is not None:
         added = tl.load(residual + row + column, mask=inside, other=0.0)

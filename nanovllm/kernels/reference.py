@@ -69,27 +69,6 @@ def linear_silu_mul(x: Tensor, weight: Tensor) -> Tensor:
     return silu_mul(x.float() @ weight.float().T).to(x.dtype)
 
 
-def add_norm_linear(
-    x: Tensor,
-    residual: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    weight: Tensor,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``s = x + residual; return linear(rms_norm(s), weight, bias), s``."""
-    y, total = add_rms_norm(x, residual, norm_weight, eps)
-    return linear(y, weight, bias), total
-
-
-def add_norm_linear_silu_mul(
-    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``s = x + residual; return linear_silu_mul(rms_norm(s), weight), s``."""
-    y, total = add_rms_norm(x, residual, norm_weight, eps)
-    return linear_silu_mul(y, weight), total
-
-
 # ------------------------------------------------------------------ between QKV and attention
 
 
@@ -281,7 +260,8 @@ def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, steps: Tensor) -
     """Draw one token per row from ``softmax(logits / temperature)``.
 
     Args:
-        logits: ``[N, V]``, any float dtype; -inf excludes a token.
+        logits: ``[N, V]``, any float dtype; -inf or NaN excludes a token. A row without any
+            token left gives token 0.
         temperatures: ``[N]`` float32; 0 takes the most likely token (of equals, the lowest).
         seeds: ``[N]`` int64, the request's seed.
         steps: ``[N]`` int64, which token of the request this is.
@@ -301,6 +281,7 @@ def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, steps: Tensor) -
     num_tiles = -(-logits.shape[1] // SAMPLE_TILE)
     warm = temperatures[:, None] > 0
     scores = logits.float() * (1 / torch.where(warm, temperatures[:, None], 1.0))
+    scores = torch.where(scores.isnan(), float("-inf"), scores)
     padding = num_tiles * SAMPLE_TILE - logits.shape[1]
     tiles = torch.nn.functional.pad(scores, (0, padding), value=float("-inf"))
     tiles = tiles.unflatten(1, (num_tiles, SAMPLE_TILE))

@@ -12,8 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels import pdl
-
 _HEADS_PER_PROGRAM = 8
 
 
@@ -64,7 +62,6 @@ def qk_norm_rope_store(
         HEADS=_HEADS_PER_PROGRAM,
         # One 16-byte load of a 16-bit dtype per thread and half.
         num_warps=max(_HEADS_PER_PROGRAM * half // 256, 1),
-        **pdl.options(qkv),
     )
     return q
 
@@ -109,9 +106,7 @@ def _norm_rope_store_kernel(
     BLOCK_SIZE: tl.constexpr,
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    pdl.let_next_start(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     is_q = head < Q_HEADS
@@ -122,7 +117,6 @@ def _norm_rope_store_kernel(
     weight2 = tl.where(
         is_q[:, None], tl.load(q_weight + HALF + column), tl.load(k_weight + HALF + column)
     )
-    pdl.wait_for_inputs(PDL)
 
     source = qkv + token * qkv_stride + head[:, None] * (2 * HALF) + column
     exists = (is_q | is_k | is_v)[:, None]

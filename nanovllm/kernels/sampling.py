@@ -68,7 +68,8 @@ def _weigh_kernel(
     score = _scores(logits + row * row_stride, tile, temperature, VOCAB, TILE)
     weight = tl.max(score, axis=0)
     if temperature > 0:
-        peak = tl.maximum(weight, -3.0e38)  # a tile of -inf only has weight -inf, not NaN
+        # Finite, so that a tile with nothing but -inf, or with inf, does not weigh NaN.
+        peak = tl.minimum(tl.maximum(weight, -3.0e38), 3.0e38)
         weight = peak + tl.log2(tl.sum(tl.exp2(score - peak), axis=0))
     tl.store(weights + row * tl.num_programs(1) + tile, weight)
 
@@ -112,7 +113,9 @@ def _scores(row_logits, tile, temperature, VOCAB: tl.constexpr, TILE: tl.constex
     """``logits / temperature * log2(e)`` of a tile, or just the logits at temperature 0."""
     token = tile * TILE + tl.arange(0, TILE)
     score = tl.load(row_logits + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
-    return score * tl.where(temperature > 0, _LOG2_E / tl.maximum(temperature, 1e-30), 1.0)
+    score *= tl.where(temperature > 0, _LOG2_E / tl.maximum(temperature, 1e-30), 1.0)
+    # NOTE: a NaN is no maximum, so it could let the draw end in a lane beyond the vocabulary.
+    return tl.where(score == score, score, float("-inf"))
 
 
 @triton.jit

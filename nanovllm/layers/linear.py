@@ -7,9 +7,9 @@ a row-parallel one needs a single all-reduce.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from nanovllm import kernels
 from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.layers.slots import Slot, Slots
 
@@ -32,7 +32,7 @@ class PackedColumnLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features] to [T, this rank's rows], the parts side by side."""
-        return F.linear(x, self.weight, self.bias)
+        return kernels.linear(x, self.weight, self.bias)
 
     def slots(self, prefix: str) -> Slots:
         row = 0
@@ -60,7 +60,7 @@ class RowLinear(nn.Module):
         """[T, this rank's in_features] to [T, out_features]."""
         # One rank alone adds the bias, so that it enters the sum once.
         bias = self.bias if self.group.rank == 0 else None
-        return self.group.all_reduce(F.linear(x, self.weight, bias))
+        return self.group.all_reduce(kernels.linear(x, self.weight, bias))
 
     def slots(self, prefix: str) -> Slots:
         yield f"{prefix}.weight", Slot.sharded(self.weight, 1, self.shard)

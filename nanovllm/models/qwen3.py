@@ -107,7 +107,7 @@ class Qwen3MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden_size] to [T, hidden_size]."""
-        return self.down_proj(kernels.silu_mul(self.gate_up_proj(x)))
+        return self.down_proj(kernels.linear_silu_mul(x, self.gate_up_proj.weight))
 
     def slots(self, prefix: str) -> Slots:
         yield from self.gate_up_proj.slots(prefix)

@@ -28,7 +28,7 @@ def resolve_model(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=PATTERNS))
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise FileNotFoundError(
-            f"model={model!r} is neither a directory nor a model on the hub"
+            f"model={model!r} is neither a directory nor a model on the hub that you may read"
         ) from error
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(

@@ -384,7 +384,9 @@ def test_a_hub_id_offline_says_so():
 @pytest.mark.parametrize("name", ["no such model", "a/b/c", "/no/such/directory", "-x-", "a--b"])
 def test_a_nonsense_name_is_neither_directory_nor_hub_id(name):
     message = error_of(FileNotFoundError, name)
-    assert message == f"model={name!r} is neither a directory nor a model on the hub that you may read"
+    assert (
+        message == f"model={name!r} is neither a directory nor a model on the hub that you may read"
+    )
 
 
 def test_a_model_that_the_hub_does_not_have_is_named(monkeypatch):
@@ -402,7 +404,8 @@ def test_a_model_that_the_hub_does_not_have_is_named(monkeypatch):
     with pytest.raises(FileNotFoundError) as caught:
         resolve_model("somebody/typo")
     assert (
-        str(caught.value) == "model='somebody/typo' is neither a directory nor a model on the hub that you may read"
+        str(caught.value)
+        == "model='somebody/typo' is neither a directory nor a model on the hub that you may read"
     )
 
 

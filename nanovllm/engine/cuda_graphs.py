@@ -43,9 +43,17 @@ class GraphMemory:
         self.max_blocks = max_blocks
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
+        self.num_graphs = 0
         largest = InputLayout.decode(sizes[-1], max_blocks)
         self.inputs = torch.zeros(largest.size, dtype=torch.int32, device=device)
         self.logits = torch.zeros(sizes[-1], vocab_size, dtype=dtype, device=device)
+
+    def release(self, num_graphs: int) -> None:
+        """Says that so many graphs are gone."""
+        self.num_graphs -= num_graphs
+        if self.num_graphs == 0:
+            # torch gives a pool up with the last graph in it, and does not take it back.
+            self.pool = torch.cuda.graph_pool_handle()
 
     def size_for(self, count: int) -> int:
         """The smallest size on the ladder that holds `count` sequences."""
@@ -107,6 +115,7 @@ class DecodeGraphs:
         """Frees the graphs."""
         for step in self.captured.values():
             step.graph.reset()
+        self.memory.release(len(self.captured))
         self.captured = {}
 
     @torch.inference_mode()
@@ -123,4 +132,5 @@ class DecodeGraphs:
         # Other threads may go on using CUDA meanwhile, such as NCCL's watchdog.
         with torch.cuda.graph(graph, pool=self.memory.pool, capture_error_mode="thread_local"):
             self.step(layout, inputs, logits, marks)
+        self.memory.num_graphs += 1
         return CapturedStep(graph, marks)

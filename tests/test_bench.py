@@ -303,7 +303,7 @@ class TestBadArguments:
 
 def test_a_timeline_of_the_last_mode_is_written(tmp_path):
     file = tmp_path / "steps.json"
-    small = "--batch 2 --context 16 --output 6 --seconds 0.01 --modes microbatch".split()
-    bench_pipeline.main([*small, "--timeline", str(file)])
+    small = ["--batch", "2", "--context", "16", "--output", "6", "--seconds", "0.01"]
+    bench_pipeline.main([*small, "--modes", "microbatch", "--timeline", str(file)])
     events = json.loads(file.read_text())["traceEvents"]
     assert {event["args"].get("micro_batch") for event in events if event["ph"] == "X"} == {0, 1}

@@ -21,6 +21,8 @@ SHAPE = Shape(layers=2, heads=2, kv_heads=1, hidden=32, intermediate=64)
 SMALL = {"device": "cpu", "max_model_len": 64, "kvcache_block_size": 16, "num_kvcache_blocks": 8}
 PROMPT = [5, 6, 7]
 
+NOT_FOUND = "a directory nor a model on the hub that you may read"
+
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> Path:

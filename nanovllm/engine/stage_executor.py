@@ -1,9 +1,9 @@
 """How the stages of a pipelined step reach the device: on one stream, or on one stream per stage.
 
-The scheduler speaks to an executor in four words: `run` a piece of work on a lane, `record` an
-event behind it, let a lane `wait` for an event, and `on` which lane the step begins and ends. What
-a lane is differs: with `InlineExecutor` all lanes are the current stream, with `StreamExecutor`
-each stage has its own, possibly on its own SM partition.
+The scheduler speaks to an executor in three words: `run` a piece of work on a lane, `record` an
+event behind it, and let a lane `wait` for an event. What a lane is differs: with `InlineExecutor`
+all lanes are the current stream, with `StreamExecutor` each stage has its own, possibly on its own
+SM partition.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         device = complete(args)
-        with model_directory(args, device) as (directory, name):
+        with model_directory(args) as (directory, name):
             run = run_nano_workload if args.workload == "nano" else run_decode_workload
             record = run(args, directory, name, device)
     except BenchError as error:
@@ -125,6 +125,8 @@ def complete(args: argparse.Namespace) -> torch.device:
                 setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
             elif getattr(args, name) is not None:
                 raise BenchError(f"--{name} is an option of --workload {workload} only")
+    if args.workload != "decode" and args.timeline is not None:
+        raise BenchError("--timeline is an option of --workload decode only")
     if args.shape is not None and args.model is not None:
         raise BenchError("give either --shape or --model")
     if args.shape is None and args.model is None and device.type == "cuda":
@@ -137,8 +139,8 @@ def complete(args: argparse.Namespace) -> torch.device:
 
 
 @contextmanager
-def model_directory(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, str]]:
-    """Where the model is, and how it is called."""
+def model_directory(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Where the model is, and what it is called."""
     if args.shape is not None:
         with shape_directory(args.shape, args.layers) as directory:
             yield directory, args.shape

@@ -59,8 +59,8 @@ class Config:
         load_format: "auto" reads safetensors; "dummy" draws random weights from config.json alone.
         attention_backend: "auto" is "triton" on CUDA and "torch" on the CPU.
         enable_prefix_caching: reuse the KV blocks of equal prompt beginnings.
-        async_scheduling: plan and launch a decode step before the tokens of the last one have
-            reached the host.
+        async_scheduling: plan and launch a step before the tokens of the last one have reached the
+            host; without effect while profiling and with several ranks.
         enable_pipeline: run decode as an attention/FFN pipeline where that is possible.
         pipeline_attention_sm_count: SMs for the attention stage, rounded up to the alignment.
         pipeline_ffn_sm_count: SMs for the FFN stage, rounded up to the alignment.

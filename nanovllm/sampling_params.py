@@ -42,7 +42,8 @@ class SamplingParams:
         max_tokens: tokens to generate at the most.
         ignore_eos: go on after an end-of-sequence token.
         stop_token_ids: further tokens that end the request.
-        seed: the same seed gives the same tokens whatever else is in the batch; None: random.
+        seed: the same seed draws the same random numbers whatever else is in the batch; None:
+            random.
     """
 
     temperature: float = option(1.0, number(0, 100))

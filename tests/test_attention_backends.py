@@ -287,7 +287,7 @@ def test_flash_attn_that_is_not_installed_is_named(monkeypatch):
         FlashAttnBackend(HeadShape(2, 1, 64), 256)
     assert str(caught.value) == (
         "attention_backend='flash_attn' needs the package flash-attn, which is not installed: "
-        "pip install 'nano-vllm-pipeline[flash-attn]', or use 'auto'"
+        "pip install flash-attn, or use 'auto'"
     )
 
 

@@ -37,7 +37,7 @@ def count_blocks(
     device: torch.device,
     run_largest_step: Callable[[], None],
 ) -> int:
-    """Blocks that fit: as configured, or as many as memory allows, but no more than can be used.
+    """Blocks to allocate: as configured, or as many as memory allows (on the CPU, as are useful).
 
     Args:
         config: num_kvcache_blocks, gpu_memory_utilization and so on.
@@ -58,8 +58,9 @@ def count_blocks(
     if budget < 2 * block_bytes:
         raise MemoryError(
             f"gpu_memory_utilization={config.gpu_memory_utilization} leaves "
-            f"{budget / GIB:.2f} GiB for the KV cache on {device}, less than one block "
-            f"({block_bytes / GIB:.3f} GiB): raise it, or lower max_num_batched_tokens"
+            f"{budget / GIB:.2f} GiB for the KV cache on {device}, less than a block and "
+            f"the padding block ({2 * block_bytes / GIB:.3f} GiB): raise it, or lower "
+            "max_num_batched_tokens"
         )
     return budget // block_bytes - 1  # one for padding
 

@@ -64,6 +64,10 @@ class LLMEngine:
         TypeError: an option does not exist.
         ValueError: an option's value is not allowed, or the model is not supported.
         FileNotFoundError: the model is not there.
+        ImportError: the attention back end's package is not installed.
+        MemoryError: no KV block fits.
+        RankDiedError: another rank ended.
+        PipelineUnavailable, GreenContextError: there is no pipeline, with `pipeline_strict`.
 
     NOTE: under torchrun the ranks above 0 serve rank 0 from within this constructor; when rank 0's
     engine exits, they end with SystemExit(0). The rest of the script runs on rank 0 alone.

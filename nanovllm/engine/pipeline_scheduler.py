@@ -91,7 +91,10 @@ class DenseCut(Cut):
 
 
 class SeedCut(Cut):
-    """Attention with its norm and projections, then the FFN with its norm."""
+    """Attention with its norm and projections, then the FFN with its norm.
+
+    The cut of the original specification, slower than the dense one, which the engine uses.
+    """
 
     first = Lane.ATTENTION
 

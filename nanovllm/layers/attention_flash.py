@@ -24,7 +24,7 @@ class FlashAttnBackend(AttentionBackend):
         except ImportError as error:
             raise ImportError(
                 "attention_backend='flash_attn' needs the package flash-attn, which is not "
-                "installed: pip install 'nano-vllm-pipeline[flash-attn]', or use 'auto'"
+                "installed: pip install flash-attn, or use 'auto'"
             ) from error
         if block_size % PAGE_MULTIPLE:
             raise ValueError(

@@ -1,0 +1,45 @@
+"""Engines that the tests of this folder share: a small random model, and the embedded one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nanovllm import LLM
+from tests.checkpoints import Shape
+from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, check_empty, tokens
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    Shape(seed=5).write(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def shared(directory):
+    with LLM(str(directory), **OPTIONS) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def expected(shared) -> list[list[int]]:
+    """What the model says after PROMPTS under GREEDY."""
+    return tokens(shared.generate(PROMPTS, GREEDY, use_tqdm=False))
+
+
+@pytest.fixture
+def llm(shared):
+    """The shared engine; after the test nothing may be left in it, and it must still work."""
+    yield shared
+    assert shared.is_finished()
+    check_empty(shared)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The embedded model, which has a tokenizer."""
+    with LLM(device="cpu") as engine:
+        yield engine

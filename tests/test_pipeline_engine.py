@@ -18,7 +18,7 @@ from nanovllm.engine.green_manager import GreenContextManager
 from nanovllm.engine.pipeline import Pipeline, PipelineUnavailable, build_pipeline
 from nanovllm.tiny import CHECKPOINT_DIR, PROMPTS
 from tests.checkpoints import Shape, greedy, prompts
-from tests.test_green_ctx import FakeDriver, Result
+from tests.fake_driver import FakeDriver, Result
 
 MAX_TOKENS = 20
 FAILED = "[ModelRunner] Failed to initialize pipeline: "

@@ -29,7 +29,7 @@ from nanovllm.engine.stage_executor import InlineExecutor
 from nanovllm.tiny import CHECKPOINT_DIR, PROMPTS
 from tests.checkpoints import Shape
 from tests.decode_cases import DecodeCase, relative_error
-from tests.test_green_ctx import FakeDriver, Result
+from tests.fake_driver import FakeDriver, Result
 from tests.test_timeline import check_trace
 
 ROOT = Path(example_pipeline.__file__).resolve().parent

@@ -1,0 +1,194 @@
+"""A stand-in for `cuda.bindings.driver` that deals out numbered SMs.
+
+It keeps the real one's rules: groups are rounded up, only the device's own resource can be split, a
+context may join parts of one split only, and a stream belongs to a partition if it was created on
+it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from enum import IntEnum
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+import green_ctx
+from green_ctx import (
+    Driver,
+    GreenDevice,
+)
+from nanovllm.engine.green_manager import GreenContextManager
+
+ROOT = Path(green_ctx.__file__).resolve().parent
+CUDA0 = torch.device("cuda:0")
+
+
+class Result(IntEnum):
+    """The few of the driver's status codes that these tests need."""
+
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_INVALID_VALUE = 1
+    CUDA_ERROR_OUT_OF_MEMORY = 2
+    CUDA_ERROR_NO_DEVICE = 100
+    CUDA_ERROR_INVALID_RESOURCE_TYPE = 914
+    CUDA_ERROR_INVALID_RESOURCE_CONFIGURATION = 915
+
+
+OK = Result.CUDA_SUCCESS
+BAD_CONFIGURATION = Result.CUDA_ERROR_INVALID_RESOURCE_CONFIGURATION
+
+
+class FakeDriver:
+    """Stands for `cuda.bindings.driver`.
+
+    Args:
+        sms: SMs of the device; they are numbered from 0.
+        granularity: minimum and alignment of co-scheduled groups; otherwise both are 2.
+        fields: whether resources tell minimum and alignment: 13 they do, 12 they have no such
+            fields, 0 the fields are there but hold 0.
+        unbound: functions that the bindings lack.
+        unknown: functions that the bindings have and the driver lacks.
+        most_groups: how many groups of a size the device can arrange; default: as many as fit.
+        errors: function -> statuses of its calls in turn, then success.
+    """
+
+    def __init__(
+        self,
+        sms: int = 132,
+        granularity: tuple[int, int] = (8, 8),
+        *,
+        fields: int = 13,
+        unbound: tuple[str, ...] = (),
+        unknown: tuple[str, ...] = (),
+        most_groups: Callable[[int], int] = lambda size: sys.maxsize,
+        errors: dict[str, list[Result]] | None = None,
+    ) -> None:
+        self.sms, self.granularity, self.fields = frozenset(range(sms)), granularity, fields
+        self.unbound, self.unknown, self.most_groups = unbound, unknown, most_groups
+        self.errors = errors or {}
+        self.calls: list[str] = []
+        self.contexts: dict[int, frozenset[int]] = {}  # live green contexts and their SMs
+        self.streams: dict[int, tuple[int, int]] = {}  # live streams: (green context, priority)
+        self.current: list[int] = [-1]  # stack of current contexts; -1 is the primary one
+        self._handles = count(1000)
+        self.CUdevResourceType = SimpleNamespace(CU_DEV_RESOURCE_TYPE_SM="SM")
+
+    def __getattr__(self, name: str) -> Callable[..., tuple[Any, ...]]:
+        """The driver's function `name`: logs the call, and fails as `errors` says."""
+        if not name.startswith("cu") or name in self.unbound:
+            raise AttributeError(name)
+
+        def call(*args: Any) -> tuple[Any, ...]:
+            self.calls.append(name)
+            status = self.errors[name].pop(0) if self.errors.get(name) else OK
+            return getattr(self, f"_{name}")(*args) if status is OK else (status, None)
+
+        return call
+
+    def sms_of(self, stream: int) -> frozenset[int]:
+        """The SMs that kernels on a live stream may run on."""
+        return self.contexts[self.streams[stream][0]]
+
+    def _resource(self, sms: frozenset[int], split: object) -> SimpleNamespace:
+        sm = SimpleNamespace(smCount=len(sms))
+        if self.fields != 12:
+            sm.minSmPartitionSize, sm.smCoscheduledAlignment = (
+                self.granularity if self.fields == 13 else (0, 0)
+            )
+        return SimpleNamespace(sm=sm, sms=sms, split=split)
+
+    def _cuInit(self, flags: int) -> tuple[Any, ...]:
+        return (OK,)
+
+    def _cuDriverGetVersion(self) -> tuple[Any, ...]:
+        return OK, 13000
+
+    def _cuGetProcAddress(self, symbol: bytes, version: int, flags: int) -> tuple[Any, ...]:
+        return OK, 0 if symbol.decode() in self.unknown else 0xC0DE, 0
+
+    def _cuDeviceGet(self, ordinal: int) -> tuple[Any, ...]:
+        return OK, ordinal
+
+    def _cuDeviceGetDevResource(self, device: int, kind: str) -> tuple[Any, ...]:
+        assert kind == "SM"
+        return OK, self._resource(self.sms, None)
+
+    def _cuDevSmResourceSplitByCount(
+        self, groups: int, resource: Any, flags: int, at_least: int
+    ) -> tuple[Any, ...]:
+        if resource.split is not None:
+            return BAD_CONFIGURATION, None, None, None
+        if not 0 < at_least <= len(resource.sms):
+            return Result.CUDA_ERROR_INVALID_VALUE, None, None, None
+        minimum, alignment = (2, 2) if flags == 1 else self.granularity
+        size = max(minimum, -(-at_least // alignment) * alignment)
+        made = min(groups, len(resource.sms) // size, self.most_groups(size))
+        if made == 0:
+            return BAD_CONFIGURATION, None, None, None
+        sms, split = sorted(resource.sms), object()
+        parts = [frozenset(sms[n * size : (n + 1) * size]) for n in range(made)]
+        rest = frozenset(sms[made * size :])
+        return OK, [self._resource(p, split) for p in parts], made, self._resource(rest, split)
+
+    def _cuDevResourceGenerateDesc(self, resources: list[Any], number: int) -> tuple[Any, ...]:
+        assert len(resources) == number
+        if len({id(resource.split) for resource in resources}) != 1:
+            return BAD_CONFIGURATION, None
+        return OK, frozenset().union(*(resource.sms for resource in resources))
+
+    def _cuGreenCtxCreate(self, desc: frozenset[int], device: int, flags: int) -> tuple[Any, ...]:
+        assert flags == green_ctx.DEFAULT_STREAM
+        context = next(self._handles)
+        self.contexts[context] = desc
+        return OK, context
+
+    def _cuGreenCtxDestroy(self, context: int) -> tuple[Any, ...]:
+        assert all(owner != context for owner, _ in self.streams.values()), "streams go first"
+        del self.contexts[context]
+        return (OK,)
+
+    def _cuGreenCtxGetDevResource(self, context: int, kind: str) -> tuple[Any, ...]:
+        return OK, self._resource(self.contexts[context], object())
+
+    def _cuGreenCtxStreamCreate(self, context: int, flags: int, priority: int) -> tuple[Any, ...]:
+        assert flags == green_ctx.NON_BLOCKING
+        stream = next(self._handles)
+        self.streams[stream] = (context, priority)
+        return OK, stream
+
+    def _cuCtxFromGreenCtx(self, context: int) -> tuple[Any, ...]:
+        return OK, context
+
+    def _cuCtxPushCurrent(self, context: int) -> tuple[Any, ...]:
+        self.current.append(context)
+        return (OK,)
+
+    def _cuCtxPopCurrent(self) -> tuple[Any, ...]:
+        return OK, self.current.pop()
+
+    def _cuStreamCreateWithPriority(self, flags: int, priority: int) -> tuple[Any, ...]:
+        return self._cuGreenCtxStreamCreate(self.current[-1], flags, priority)
+
+    def _cuStreamSynchronize(self, stream: int) -> tuple[Any, ...]:
+        assert stream in self.streams
+        return (OK,)
+
+    def _cuStreamDestroy(self, stream: int) -> tuple[Any, ...]:
+        del self.streams[stream]
+        return (OK,)
+
+
+def device_with(fake: FakeDriver) -> GreenDevice:
+    return GreenDevice(0, Driver(fake))
+
+
+def manager_with(fake: FakeDriver, attention: int, ffn: int, **options: Any) -> GreenContextManager:
+    return GreenContextManager(CUDA0, attention, ffn, driver=Driver(fake), **options)
+
+
+# What there is to split, and what a driver may lack.

@@ -1,0 +1,104 @@
+"""Small JSON values kept on disk between runs: what was measured once on this machine.
+
+    cache = DiskCache("plans")
+    cache.write({"device": "NVIDIA H200", "torch": "2.11.0"}, [1, 2, 3])
+    cache.read({"device": "NVIDIA H200", "torch": "2.11.0"})  # [1, 2, 3]
+
+A value belongs to a key, an object that says what the value depends on. The key's hash is in the
+file's name and the key itself in the file, where it is compared. A cache may always be lost: what
+cannot be read is not there, what cannot be written is not kept, and either is only a warning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """The user's cache folder of this package: below $XDG_CACHE_HOME, or else below ~/.cache.
+
+    Raises:
+        RuntimeError: this user has no home directory.
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # The XDG specification wants a relative path ignored, as an empty one is.
+    return (root if root.is_absolute() else Path.home() / ".cache") / "nano-vllm"
+
+
+class DiskCache:
+    """JSON values by key, one file each.
+
+    Args:
+        name: what is kept, as the beginning of the file names.
+        folder: where; default: `cache_folder()`. It is made when it is first written to.
+    """
+
+    def __init__(self, name: str, folder: Path | None = None) -> None:
+        self.name = name
+        self.folder = folder
+
+    def path(self, key: Mapping[str, Any]) -> Path:
+        """The file of that key, whether it exists or not."""
+        digest = hashlib.sha256(_canonical(key).encode()).hexdigest()
+        folder = cache_folder() if self.folder is None else self.folder
+        return folder / f"{self.name}-{digest[:16]}.json"
+
+    def read(self, key: Mapping[str, Any]) -> Any:
+        """The value written under that key; None if there is none or it cannot be read."""
+        try:
+            path = self.path(key)
+            entry = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        # Deep nesting, in a file that is not ours, overflows the parser's stack.
+        except (OSError, RuntimeError, ValueError) as error:
+            logger.warning("Cache of %s: cannot be read: %s", self.name, error)
+            return None
+        if not isinstance(entry, dict) or entry.keys() != {"key", "value"}:
+            logger.warning("Cache of %s: %s does not hold a key and a value", self.name, path)
+            return None
+        if _canonical(entry["key"]) != _canonical(key):
+            logger.warning("Cache of %s: %s belongs to another key", self.name, path)
+            return None
+        return entry["value"]
+
+    def write(self, key: Mapping[str, Any], value: Any) -> None:
+        """Keeps a value of plain JSON types under that key, in place of any earlier one.
+
+        Raises:
+            TypeError, ValueError: the key or the value is not JSON.
+        """
+        text = json.dumps({"key": key, "value": value}, allow_nan=False)
+        try:
+            path = self.path(key)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _replace(path, text)
+        except (OSError, RuntimeError) as error:
+            logger.warning("Cache of %s: cannot be written: %s", self.name, error)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file at once: a reader finds the old text or the new one, and never a part."""
+    # In the same folder: a rename is atomic within a file system only.
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _canonical(key: Any) -> str:
+    """The same text for equal keys, in whatever order their fields are."""
+    return json.dumps(key, sort_keys=True, allow_nan=False)

@@ -17,7 +17,8 @@ import torch
 import bench_pipeline
 from nanovllm import LLM
 from nanovllm.bench import BenchError, nano
-from nanovllm.bench.arms import choose_split, open_arms
+from nanovllm.bench.arms import ArmSpec, arm_specs, choose_split, default_splits, open_arms
+from nanovllm.bench.command_line import MODES
 from nanovllm.bench.floor import Floor, kv_bytes_per_token, weight_bytes
 from nanovllm.bench.report import format_decode
 from nanovllm.bench.shapes import SIZES, published_config, shape_directory
@@ -71,7 +72,7 @@ class TestDecodeSteps:
     def test_the_table_has_a_row_a_mode(self, output: tuple[list[str], dict[str, Any]]) -> None:
         lines, record = output
         rows = {line.split()[0]: line for line in lines[-5:]}
-        assert list(rows) == list(bench_pipeline.MODES)
+        assert list(rows) == list(MODES)
         for arm in record["arms"]:
             if not arm["fell_back"]:
                 assert f"{arm['step_ms']['median']:.3f}" in rows[arm["mode"]]
@@ -89,6 +90,7 @@ class TestDecodeSteps:
         assert record["versions"]["torch"] == torch.__version__
         assert {"python", "triton", "cuda", "driver", "transformers"} <= record["versions"].keys()
         assert record["date"].startswith("20")
+        assert 0 < record["startup_seconds"] < 60
 
     def test_times_rates_and_ratios_agree(self, output: tuple[list[str], dict[str, Any]]) -> None:
         arms = {arm["mode"]: arm for arm in output[1]["arms"]}
@@ -214,6 +216,31 @@ class TestParts:
     ) -> None:
         assert choose_split(sms, attention, ffn) == split
 
+    @pytest.mark.parametrize("sms", range(16, 200, 2))
+    def test_default_splits_fill_the_device_with_multiples_of_8(self, sms: int) -> None:
+        splits = default_splits(sms)
+        assert len(splits) == len(set(splits)) >= 1
+        for attention, ffn in splits:
+            assert attention > 0
+            assert ffn > 0
+            assert ffn % 8 == 0
+            assert attention + ffn == sms
+
+    def test_default_splits_of_a_device_that_is_known(self) -> None:
+        assert default_splits(132) == [(28, 104), (36, 96), (44, 88), (60, 72)]
+        assert default_splits(0) == []
+
+    def test_green_has_an_arm_a_split(self) -> None:
+        splits = [(28, 104), (60, 72), (28, 104)]
+        specs = arm_specs(["auto", "green", "auto"], splits, (36, 96))
+        assert [(spec.label, spec.mode, spec.split) for spec in specs] == [
+            ("sequential", "sequential", (36, 96)),
+            ("auto", "auto", (36, 96)),
+            ("green 28+104", "green", (28, 104)),
+            ("green 60+72", "green", (60, 72)),
+        ]
+        assert arm_specs(["green"], [], (36, 96))[1].label == "green"
+
     @pytest.mark.parametrize("counts", [(132, None), (None, 140)])
     def test_a_split_leaves_some_for_both(self, counts: tuple[int | None, int | None]) -> None:
         with pytest.raises(BenchError, match="none of the device's 132 SMs"):
@@ -234,6 +261,8 @@ class TestEngineSide:
             seat(engine, workload, prompts)
             running = engine.scheduler.running
             blocks = [block for seq in running for block in seq.block_table]
+            assert [seq.token_ids[:-1] for seq in running] == prompts
+            assert [seq.prompt_len for seq in running] == [300] * 4
             assert len(set(blocks)) == len(blocks) == 8
             assert [seq.num_computed for seq in running] == [300] * 4
             cache = engine.model_runner.model.model.layers[-1].self_attn.k_cache
@@ -250,7 +279,7 @@ class TestEngineSide:
         with LLM(device="cpu", num_kvcache_blocks=4) as engine:
             own = engine.model_runner.decode
             before = engine.generate(["Once upon"], max_tokens=5, temperature=0, use_tqdm=False)
-            with open_arms(engine, ["sequential", "microbatch"], None) as arms:
+            with open_arms(engine, [ArmSpec("sequential"), ArmSpec("microbatch")]) as arms:
                 arms[1].activate()
                 assert engine.model_runner.decode is not own
             assert engine.model_runner.decode is own
@@ -269,8 +298,9 @@ class TestBadArguments:
             (["--modes", "fast"], "--modes: invalid choice: 'fast'"),
             (["--shape", "8B", "--model", "m"], "give either --shape or --model"),
             (["--layers", "2"], "--layers needs --shape"),
-            (["--requests", "2"], "--requests is an option of --workload nano only"),
+            (["--requests", "2"], "--requests is an option of --workload nano and --workload pre"),
             (["--workload", "nano", "--batch", "2"], "--batch is an option of --workload decode"),
+            (["--workload", "nano", "--map"], "not allowed with argument --workload"),
             (["--output", "4"], "output=4 is not allowed: it must be at least 5"),
             (["--context", "4090"], "must be below the model's longest sequence, 4096 tokens"),
             (["--device", "tpu"], "device='tpu' is not allowed"),

@@ -1,6 +1,7 @@
 """The pipeline modes beside each other, on the weights and the KV cache of one engine.
 
-    with open_arms(engine, ["sequential", "green"], split=(36, 96)) as arms:
+    specs = [ArmSpec("sequential"), ArmSpec("green", split=(36, 96))]
+    with open_arms(engine, specs) as arms:
         arms[1].activate()
         engine.step()
 
@@ -22,10 +23,32 @@ from nanovllm.engine.decode_runner import DecodeRunner
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
 
-FALLBACK = "fallback"
-# Of all SMs, the part that the FFN gets by default: a group of whole multiples of 8.
-FFN_SHARE = 0.72
+SEQUENTIAL, GREEN, AUTO, FALLBACK = "sequential", "green", "auto", "fallback"
+# Of all SMs, the parts that the FFN may get: a group of whole multiples of 8.
 FFN_MULTIPLE = 8
+FFN_SHARE = 0.72
+FFN_SHARES = (0.79, 0.72, 0.67, 0.55)
+Split = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmSpec:
+    """What an arm is to be.
+
+    Attributes:
+        mode: a value of `Config.pipeline_mode`, or "fallback".
+        split: SMs of attention and FFN to ask for; None: the defaults of `Config`.
+        name: its name, where that is not the mode.
+    """
+
+    mode: str
+    split: Split | None = None
+    name: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name in tables and records; no two arms may have the same."""
+        return self.name or self.mode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +56,22 @@ class Arm:
     """One way to run decode steps.
 
     Attributes:
-        mode: as asked for.
+        spec: as asked for.
         runner: the engine's.
         decode: runs the steps.
     """
 
-    mode: str
+    spec: ArmSpec
     runner: ModelRunner
     decode: DecodeRunner
+
+    @property
+    def mode(self) -> str:
+        return self.spec.mode
+
+    @property
+    def label(self) -> str:
+        return self.spec.label
 
     def activate(self) -> None:
         """Makes the engine's next decode steps run this way; none may be under way."""
@@ -50,17 +81,23 @@ class Arm:
 
     def fallback_reason(self, batch: int) -> str | None:
         """Why steps of `batch` sequences do not run as asked for; None if they do."""
-        if self.mode in ("sequential", FALLBACK):
+        if self.mode in (SEQUENTIAL, FALLBACK):
             return None
         pipeline = self.decode.pipeline
         if pipeline.statistics.fallback_reason is not None:
             return pipeline.statistics.fallback_reason
-        if self.mode != "auto" and not pipeline.pipelines(batch):
+        if self.mode != AUTO and not pipeline.pipelines(batch):
             return f"a batch of {batch} cannot be cut in two"
         return None
 
 
-def choose_split(device_sms: int, attention: int | None, ffn: int | None) -> tuple[int, int] | None:
+def split_for(device_sms: int, ffn_share: float) -> Split:
+    """SMs of attention and FFN that fill the device, about `ffn_share` of them for the FFN."""
+    ffn = round(device_sms * ffn_share / FFN_MULTIPLE) * FFN_MULTIPLE
+    return device_sms - ffn, ffn
+
+
+def choose_split(device_sms: int, attention: int | None, ffn: int | None) -> Split | None:
     """SMs to ask for; where nothing is given, what fills the device. None: leave it as it is.
 
     Raises:
@@ -69,8 +106,7 @@ def choose_split(device_sms: int, attention: int | None, ffn: int | None) -> tup
     if not device_sms:
         return None
     if ffn is None:
-        share = round(device_sms * FFN_SHARE / FFN_MULTIPLE) * FFN_MULTIPLE
-        ffn = share if attention is None else device_sms - attention
+        ffn = split_for(device_sms, FFN_SHARE)[1] if attention is None else device_sms - attention
     if attention is None:
         attention = device_sms - ffn
     if attention < 1 or ffn < 1:
@@ -78,33 +114,48 @@ def choose_split(device_sms: int, attention: int | None, ffn: int | None) -> tup
     return attention, ffn
 
 
+def default_splits(device_sms: int) -> list[Split]:
+    """The splits to try where none are given: of 132 SMs, 28, 36, 44 and 60 for attention."""
+    splits = [split_for(device_sms, share) for share in FFN_SHARES]
+    return [split for split in dict.fromkeys(splits) if min(split) > 0]
+
+
+def arm_specs(modes: Sequence[str], splits: Sequence[Split], other: Split | None) -> list[ArmSpec]:
+    """One arm a mode, but green with each of `splits`; sequential is always the first.
+
+    Args:
+        modes: values of `Config.pipeline_mode`, or "fallback".
+        splits: of the green arms; none: there is one green arm like the others.
+        other: split of all other arms.
+    """
+    specs: list[ArmSpec] = []
+    for mode in dict.fromkeys((SEQUENTIAL, *modes)):
+        if mode == GREEN and splits:
+            specs += [ArmSpec(mode, split, green_label(split)) for split in dict.fromkeys(splits)]
+        else:
+            specs.append(ArmSpec(mode, other))
+    return specs
+
+
+def green_label(split: Split) -> str:
+    return f"{GREEN} {split[0]}+{split[1]}"
+
+
 @contextmanager
-def open_arms(
-    engine: LLMEngine, modes: Sequence[str], split: tuple[int, int] | None
-) -> Iterator[list[Arm]]:
-    """One arm a mode, and afterwards the engine as it was.
+def open_arms(engine: LLMEngine, specs: Sequence[ArmSpec]) -> Iterator[list[Arm]]:
+    """The arms, and afterwards the engine as it was.
 
     Args:
         engine: its own way must be sequential; it serves as that arm.
-        modes: values of `Config.pipeline_mode`, or "fallback".
-        split: SMs of attention and FFN; None: the defaults.
+        specs: one for each arm.
     """
     runner = engine.model_runner
     own = runner.decode
     arms: list[Arm] = []
     try:
-        for mode in modes:
-            if mode == "sequential":
-                arms.append(Arm(mode, runner, own))
-                continue
-            config = dataclasses.replace(runner.config, enable_pipeline=True)
-            if mode == FALLBACK:
-                config.pipeline_attention_sm_count = runner.device_sms + 1
-            else:
-                config.pipeline_mode = mode
-            if split is not None and mode != FALLBACK:
-                config.pipeline_attention_sm_count, config.pipeline_ffn_sm_count = split
-            arms.append(Arm(mode, runner, runner.make_decode(config)))
+        for spec in specs:
+            decode = own if spec.mode == SEQUENTIAL else make_decode(runner, spec)
+            arms.append(Arm(spec, runner, decode))
         yield arms
     finally:
         if runner.device.type == "cuda":
@@ -113,3 +164,15 @@ def open_arms(
         for arm in arms:
             if arm.decode is not own:
                 arm.decode.close()
+
+
+def make_decode(runner: ModelRunner, spec: ArmSpec) -> DecodeRunner:
+    """The pipeline that `spec` asks for, or what the engine falls back to."""
+    config = dataclasses.replace(runner.config, enable_pipeline=True)
+    if spec.mode == FALLBACK:
+        config.pipeline_attention_sm_count = runner.device_sms + 1
+        return runner.make_decode(config)
+    config.pipeline_mode = spec.mode
+    if spec.split is not None:
+        config.pipeline_attention_sm_count, config.pipeline_ffn_sm_count = spec.split
+    return runner.make_decode(config)

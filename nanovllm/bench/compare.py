@@ -7,6 +7,8 @@ arm one turn; every second round goes backwards, so that no arm always follows t
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +21,9 @@ from nanovllm.engine.stage_marks import Span
 
 WARM_UP_TURNS = 2
 FEWEST_ROUNDS = 3
+
+# The label of an arm, and the times of its steps in one turn, in seconds.
+Turn = tuple[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -37,30 +42,43 @@ class StepTimes:
 
 
 def compare(
-    engine: LLMEngine, arms: list[Arm], workload: DecodeWorkload, seconds: float
+    engine: LLMEngine, arms: Sequence[Arm], workload: DecodeWorkload, seconds: float
 ) -> dict[str, StepTimes]:
-    """Step times by mode of all arms that do not fall back, from `seconds` of steps each."""
+    """Step times by label of all arms that do not fall back, from `seconds` of steps each."""
+    timed = timed_arms(arms, workload.batch)
+    labels = [arm.label for arm in timed]
+    turns = run_turns(engine, timed, workload, dict.fromkeys(labels, WARM_UP_TURNS))
+    total = WARM_UP_TURNS * len(labels)
+    # Of each arm, the last turn.
+    lengths = {label: sum(times) for label, times in tqdm(turns, "Warming up", total, unit="turn")}
+    rounds = max(FEWEST_ROUNDS, math.ceil(seconds / min(lengths.values())))
+    turns = run_turns(engine, timed, workload, dict.fromkeys(labels, rounds))
+    return gather(tqdm(turns, "Measuring", rounds * len(labels), unit="turn"))
+
+
+def timed_arms(arms: Sequence[Arm], batch: int) -> list[Arm]:
+    """Those that run steps of `batch` sequences as asked for."""
+    return [arm for arm in arms if arm.fallback_reason(batch) is None]
+
+
+def run_turns(
+    engine: LLMEngine, arms: Sequence[Arm], workload: DecodeWorkload, rounds: Mapping[str, int]
+) -> Iterator[Turn]:
+    """The arms in turn; `rounds` says by label how many turns each of them gets."""
     prompts = workload.draw_prompts(engine.model_runner.model_config.vocab_size)
+    for number in range(max(rounds.values())):
+        for arm in arms[:: -1 if number % 2 else 1]:
+            if number < rounds[arm.label]:
+                arm.activate()
+                yield arm.label, run_turn(engine, workload, prompts)
 
-    def turn(arm: Arm) -> list[float]:
-        arm.activate()
-        return run_turn(engine, workload, prompts)
 
-    timed = [arm for arm in arms if arm.fallback_reason(workload.batch) is None]
-    with tqdm(desc="Warming up", total=WARM_UP_TURNS * len(timed), unit="turn") as bar:
-        for _ in range(WARM_UP_TURNS):
-            lengths = []
-            for arm in timed:
-                lengths.append(sum(turn(arm)))
-                bar.update()
-    rounds = max(FEWEST_ROUNDS, math.ceil(seconds / min(lengths)))
-    times: dict[str, list[float]] = {arm.mode: [] for arm in timed}
-    with tqdm(desc="Measuring", total=rounds * len(timed), unit="turn") as bar:
-        for number in range(rounds):
-            for arm in timed[:: -1 if number % 2 else 1]:
-                times[arm.mode] += turn(arm)
-                bar.update()
-    return {mode: StepTimes.of(seconds) for mode, seconds in times.items()}
+def gather(turns: Iterable[Turn]) -> dict[str, StepTimes]:
+    """Step times by label, over all turns."""
+    times: dict[str, list[float]] = defaultdict(list)
+    for label, seconds in turns:
+        times[label] += seconds
+    return {label: StepTimes.of(seconds) for label, seconds in times.items()}
 
 
 def profile_steps(engine: LLMEngine, arm: Arm, workload: DecodeWorkload) -> list[list[Span]]:

@@ -14,34 +14,58 @@ import torch
 
 from nanovllm.bench.arms import Arm
 from nanovllm.bench.compare import StepTimes
+from nanovllm.bench.engines import StartedEngine
 from nanovllm.bench.floor import Floor
 from nanovllm.bench.nano import NanoResult
 from nanovllm.bench.workload import DecodeWorkload
 from nanovllm.config import Config
-from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner, sm_count
 from nanovllm.engine.pipeline_statistics import PipelineStatistics
 
 PACKAGES = ("torch", "triton", "transformers", "cuda-bindings")
 
 
-def describe_run(engine: LLMEngine, benchmark: str, model_name: str) -> dict[str, Any]:
+def describe_run(started: StartedEngine, benchmark: str) -> dict[str, Any]:
     """What was measured, where, when, and with what."""
-    runner = engine.model_runner
-    model = runner.model
-    weight = model.model.embed_tokens.weight
+    device = started.engine.model_runner.device
+    return describe_machine(device, benchmark) | describe_engine(started)
+
+
+def describe_machine(device: torch.device, benchmark: str) -> dict[str, Any]:
+    """Where and when; `benchmark` is the record's kind."""
     return {
         "benchmark": benchmark,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": describe_device(runner.device),
+        "device": describe_device(device),
         "versions": describe_versions(),
+    }
+
+
+def describe_engine(started: StartedEngine) -> dict[str, Any]:
+    """The model, the engine's options, and how long it took to start."""
+    model = started.engine.model_runner.model
+    weight = model.model.embed_tokens.weight
+    return {
         "model": {
-            "name": model_name,
+            "name": started.name,
             "layers": model.num_layers,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "dtype": str(weight.dtype).removeprefix("torch."),
         },
-        "options": changed_options(engine.config),
+        "options": changed_options(started.engine.config),
+        "startup_seconds": started.startup_seconds,
+    }
+
+
+def describe_arm(arm: Arm) -> dict[str, Any]:
+    """What an arm was to be, and the SMs that it was granted."""
+    statistics = arm.decode.pipeline.statistics
+    return {
+        "label": arm.label,
+        "mode": arm.mode,
+        "attention_sms": statistics.attention_sms,
+        "ffn_sms": statistics.ffn_sms,
+        "fallback_reason": statistics.fallback_reason,
     }
 
 
@@ -108,7 +132,7 @@ def decode_record(
         "mean_context": workload.mean_context,
         "floor": None if floor is None else floor_record(floor),
         "arms": [
-            arm_record(arm, workload.batch, floor, times.get(arm.mode), reference) for arm in arms
+            arm_record(arm, workload.batch, floor, times.get(arm.label), reference) for arm in arms
         ],
     }
 

@@ -25,7 +25,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from nanovllm.bench import BenchError, report
-from nanovllm.bench.arms import Split, arm_specs, choose_split, default_splits, open_arms
+from nanovllm.bench.arms import Split, arm_specs, choose_split, open_arms
 from nanovllm.bench.command_line import complete, make_parser
 from nanovllm.bench.compare import compare, profile_steps
 from nanovllm.bench.engines import StartedEngine, start_engine
@@ -38,6 +38,7 @@ from nanovllm.bench.sweep import Grid, sweep
 from nanovllm.bench.workload import DecodeWorkload, fill_cache
 from nanovllm.config import Config
 from nanovllm.engine.model_runner import sm_count
+from nanovllm.engine.planned_decode import splits_to_try
 from nanovllm.utils.timeline import save_timeline
 
 Record = dict[str, Any]
@@ -104,7 +105,7 @@ def run_map(args: argparse.Namespace) -> Record:
     if args.stored is not None:
         record = read_map(args.stored)
     else:
-        splits = args.splits or default_splits(sm_count(args.device))
+        splits = args.splits or splits_to_try(sm_count(args.device))
         specs = arm_specs(args.modes, splits, split_of(args))
         grid = Grid(args.shapes, args.layers, args.batches, args.contexts, specs, args.seconds)
         record = sweep(

@@ -17,7 +17,7 @@ import torch
 import bench_pipeline
 from nanovllm import LLM
 from nanovllm.bench import BenchError, nano
-from nanovllm.bench.arms import ArmSpec, arm_specs, choose_split, default_splits, open_arms
+from nanovllm.bench.arms import ArmSpec, arm_specs, choose_split, open_arms
 from nanovllm.bench.command_line import MODES
 from nanovllm.bench.floor import Floor, kv_bytes_per_token, weight_bytes
 from nanovllm.bench.report import format_decode
@@ -215,20 +215,6 @@ class TestParts:
         self, sms: int, attention: int | None, ffn: int | None, split: tuple[int, int] | None
     ) -> None:
         assert choose_split(sms, attention, ffn) == split
-
-    @pytest.mark.parametrize("sms", range(16, 200, 2))
-    def test_default_splits_fill_the_device_with_multiples_of_8(self, sms: int) -> None:
-        splits = default_splits(sms)
-        assert len(splits) == len(set(splits)) >= 1
-        for attention, ffn in splits:
-            assert attention > 0
-            assert ffn > 0
-            assert ffn % 8 == 0
-            assert attention + ffn == sms
-
-    def test_default_splits_of_a_device_that_is_known(self) -> None:
-        assert default_splits(132) == [(28, 104), (36, 96), (44, 88), (60, 72)]
-        assert default_splits(0) == []
 
     def test_green_has_an_arm_a_split(self) -> None:
         splits = [(28, 104), (60, 72), (28, 104)]

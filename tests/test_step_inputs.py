@@ -72,6 +72,9 @@ def expected_fields(layout, chunks, block_size, tile_size, rows) -> dict[str, li
         tiles.append(tiles[-1] + (chunk.end + tile_size - 1) // tile_size)
         if chunk.samples:
             sampled.append(ends[-1] - 1)
+    if layout.pipelined:
+        padding = [0] * (layout.num_samples - len(chunks))
+        return {**fields, "tile_offsets": tiles, "sample_rows": [*rows, *padding]}
     if layout.is_decode:
         return {**fields, "tile_offsets": tiles}
     return {**fields, "cu_seqlens_q": ends, "sample_rows": sampled}
@@ -114,18 +117,35 @@ def test_decode(seed, block_size, padding):
 def test_decode_in_two_halves_with_padding_in_each(count, size):
     rng = random.Random(count)
     chunks = [random_chunk(rng, 16, i, decode=True) for i in range(count)]
-    rows = micro_batch_rows(count, size)
-    assert sorted(set(rows.tolist())) == rows.tolist()
-    assert len(rows) == count
-    check(InputLayout.decode(size, MAX_BLOCKS), chunks, 16, rows=rows)
+    rows = micro_batch_rows(np.array([chunk.end for chunk in chunks]), size)
+    check(InputLayout.decode(size, MAX_BLOCKS, pipelined=True), chunks, 16, rows=rows)
 
 
 @pytest.mark.parametrize("size", range(1, 12))
-def test_micro_batches_are_as_equal_as_may_be(size):
+def test_micro_batches_of_equal_sequences_are_as_equal_as_may_be(size):
     for count in range(1, size + 1):
-        first = sum(micro_batch_rows(count, size) < (size + 1) // 2)
-        assert first == (count + 1) // 2
-        assert max(micro_batch_rows(count, size)) < size
+        rows = micro_batch_rows(np.full(count, 100), size)
+        assert len(set(rows.tolist())) == count
+        assert sum(rows < (size + 1) // 2) == (count + 1) // 2
+        assert max(rows) < size
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_micro_batches_carry_the_same_work(seed):
+    """As far as whole sequences allow: the halves differ by no more than one of them."""
+    rng = np.random.default_rng(seed)
+    size = int(rng.integers(16, 300))
+    lengths = rng.integers(1, 4096, int(rng.integers(size // 2 + 1, size + 1)))
+    rows = micro_batch_rows(lengths, size)
+    first = rows < (size + 1) // 2
+    assert len(set(rows.tolist())) == len(lengths)
+    assert abs(int(lengths[first].sum()) - int(lengths[~first].sum())) <= lengths.max()
+
+
+def test_one_long_sequence_is_balanced_by_many_short_ones():
+    lengths = np.array([100, 1000, 100, 100, 100, 100])
+    rows = micro_batch_rows(lengths, 12)
+    assert (rows < 6).tolist() == [False, True, False, False, False, False]
 
 
 def test_a_step_of_padding_alone():

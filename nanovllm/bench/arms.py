@@ -19,16 +19,13 @@ from contextlib import contextmanager
 import torch
 
 from nanovllm.bench import BenchError
-from nanovllm.engine.decode_runner import DecodeRunner
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.planned_decode import Decode, PlannedDecode, Split, split_for
 
 SEQUENTIAL, GREEN, AUTO, FALLBACK = "sequential", "green", "auto", "fallback"
-# Of all SMs, the parts that the FFN may get: a group of whole multiples of 8.
-FFN_MULTIPLE = 8
+# The FFN's part of all SMs where nothing is said.
 FFN_SHARE = 0.72
-FFN_SHARES = (0.79, 0.72, 0.67, 0.55)
-Split = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +60,7 @@ class Arm:
 
     spec: ArmSpec
     runner: ModelRunner
-    decode: DecodeRunner
+    decode: Decode
 
     @property
     def mode(self) -> str:
@@ -91,12 +88,6 @@ class Arm:
         return None
 
 
-def split_for(device_sms: int, ffn_share: float) -> Split:
-    """SMs of attention and FFN that fill the device, about `ffn_share` of them for the FFN."""
-    ffn = round(device_sms * ffn_share / FFN_MULTIPLE) * FFN_MULTIPLE
-    return device_sms - ffn, ffn
-
-
 def choose_split(device_sms: int, attention: int | None, ffn: int | None) -> Split | None:
     """SMs to ask for; where nothing is given, what fills the device. None: leave it as it is.
 
@@ -112,12 +103,6 @@ def choose_split(device_sms: int, attention: int | None, ffn: int | None) -> Spl
     if attention < 1 or ffn < 1:
         raise BenchError(f"one stage leaves none of the device's {device_sms} SMs for the other")
     return attention, ffn
-
-
-def default_splits(device_sms: int) -> list[Split]:
-    """The splits to try where none are given: of 132 SMs, 28, 36, 44 and 60 for attention."""
-    splits = [split_for(device_sms, share) for share in FFN_SHARES]
-    return [split for split in dict.fromkeys(splits) if min(split) > 0]
 
 
 def arm_specs(modes: Sequence[str], splits: Sequence[Split], other: Split | None) -> list[ArmSpec]:
@@ -156,6 +141,8 @@ def open_arms(engine: LLMEngine, specs: Sequence[ArmSpec]) -> Iterator[list[Arm]
         for spec in specs:
             decode = own if spec.mode == SEQUENTIAL else make_decode(runner, spec)
             arms.append(Arm(spec, runner, decode))
+            if isinstance(decode, PlannedDecode):
+                decode.calibrate(show_progress=True)
         yield arms
     finally:
         if runner.device.type == "cuda":
@@ -166,7 +153,7 @@ def open_arms(engine: LLMEngine, specs: Sequence[ArmSpec]) -> Iterator[list[Arm]
                 arm.decode.close()
 
 
-def make_decode(runner: ModelRunner, spec: ArmSpec) -> DecodeRunner:
+def make_decode(runner: ModelRunner, spec: ArmSpec) -> Decode:
     """The pipeline that `spec` asks for, or what the engine falls back to."""
     config = dataclasses.replace(runner.config, enable_pipeline=True)
     if spec.mode == FALLBACK:

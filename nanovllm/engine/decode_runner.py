@@ -8,6 +8,7 @@ inputs are filled, because a pipelined step spreads its sequences over two micro
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,17 @@ from nanovllm.engine.pipeline import Pipeline
 from nanovllm.engine.stage_marks import StageMarks, make_marks
 from nanovllm.engine.step_inputs import InputLayout, StepTensors, micro_batch_rows
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """How one decode step runs: the layout of its inputs, and the row of each sequence.
+
+    `rows` is None where the sequences are the first rows in order.
+    """
+
+    layout: InputLayout
+    rows: np.ndarray | None
 
 
 class DecodeRunner:
@@ -61,21 +73,42 @@ class DecodeRunner:
         if memory is not None and pipeline.manager is not None:
             self.lease = pipeline.manager.hold("CUDA graphs")
 
-    def layout(self, count: int) -> tuple[InputLayout, np.ndarray]:
-        """The layout of a step of `count` sequences, and the row of each."""
-        size = count if self.memory is None else self.memory.size_for(count)
-        pipelined = self.pipeline.pipelines(count)
-        rows = micro_batch_rows(count, size) if pipelined else np.arange(count)
-        return InputLayout.decode(size, self.max_blocks, pipelined), rows
+    @property
+    def graph_sizes(self) -> list[int]:
+        """Batch sizes that there are graphs for; none where steps run eagerly."""
+        return [] if self.memory is None else self.memory.sizes
 
-    def capture(self, *, show_progress: bool) -> None:
-        """Captures the graph of every batch size, each in the way it will be run."""
+    def prepare(self, context_lens: np.ndarray) -> DecodeStep:
+        """How a step will run.
+
+        Args:
+            context_lens: int [N], tokens of each sequence.
+        """
+        count = len(context_lens)
+        return self.prepare_size(
+            context_lens, count if self.memory is None else self.memory.size_for(count)
+        )
+
+    def prepare_size(self, context_lens: np.ndarray, size: int) -> DecodeStep:
+        """The same, with padding to `size` sequences."""
+        layout = self.layout(size)
+        return DecodeStep(
+            layout, micro_batch_rows(context_lens, size) if layout.pipelined else None
+        )
+
+    def layout(self, size: int) -> InputLayout:
+        """The layout of a step of `size` sequences, padding included."""
+        return InputLayout.decode(size, self.max_blocks, self.pipeline.pipelines(size))
+
+    def capture(self, *, show_progress: bool, sizes: list[int] | None = None) -> None:
+        """Captures the graphs of these batch sizes (default: all), each in the way it will run."""
         if self.memory is not None:
-            layouts = [self.layout(size)[0] for size in self.memory.sizes]
+            layouts = [self.layout(size) for size in sizes or self.memory.sizes]
             self._graphs().capture(layouts, show_progress=show_progress)
 
-    def run(self, layout: InputLayout, flat: torch.Tensor, device: torch.device) -> torch.Tensor:
+    def run(self, step: DecodeStep, flat: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Issues a step on the host's inputs; returns logits [num_seqs, vocab_size]."""
+        layout = step.layout
         if self.memory is not None:
             self.marks = self._graphs().replay(layout, flat).marks
             return self.memory.logits[: layout.num_seqs]
@@ -83,9 +116,9 @@ class DecodeRunner:
         inputs = flat.to(device, non_blocking=True)
         return self._issue(layout, inputs, None, self.marks)
 
-    def count(self, layout: InputLayout, num_seqs: int) -> None:
+    def finish(self, step: DecodeStep, num_seqs: int) -> None:
         """Adds the last step, which must be complete, to the statistics."""
-        self.pipeline.statistics.count_step(num_seqs, pipelined=layout.pipelined)
+        self.pipeline.statistics.count_step(num_seqs, pipelined=step.layout.pipelined)
         if self.marks is not None:
             self.pipeline.statistics.add_times(*self.marks.read())
 
@@ -125,6 +158,8 @@ class DecodeRunner:
             scheduler, workspace = pipeline.sequential, self.workspace
         tensors = StepTensors.of(layout, inputs, self.last_tokens, workspace)
         hidden = scheduler.run(tensors, marks=marks)
+        if tensors.sample_rows is not None:
+            hidden = hidden[tensors.sample_rows]
         logits = self.model.compute_logits(hidden, logits)
         if marks is not None:
             marks.end_step()

@@ -15,15 +15,18 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine import kv_cache
+from nanovllm.engine.calibration import Calibration, DeviceTimer, calibration_key
 from nanovllm.engine.cuda_graphs import GraphMemory, batch_sizes
-from nanovllm.engine.decode_runner import DecodeRunner
-from nanovllm.engine.pipeline import build_pipeline
+from nanovllm.engine.decode_runner import DecodeRunner, DecodeStep
+from nanovllm.engine.pipeline import Pipeline, build_pipeline, sequential_pipeline
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
+from nanovllm.engine.pipeline_statistics import PipelineStatistics
+from nanovllm.engine.planned_decode import Decode, make_planned_decode, splits_to_try
 from nanovllm.engine.ranks import Ranks
 from nanovllm.engine.scheduler import Chunk, Step
 from nanovllm.engine.step_inputs import InputLayout, StepTensors, fill_inputs
 from nanovllm.layers.attention import make_backend
-from nanovllm.layers.sampler import SamplingBatch, sample, upload
+from nanovllm.layers.sampler import SamplingBatch, sample
 from nanovllm.models.qwen3 import Qwen3ForCausalLM, rank_heads
 from nanovllm.models.qwen3_config import Qwen3Config
 from nanovllm.utils.loader import fill_randomly, load_weights
@@ -35,7 +38,7 @@ class LaunchedStep:
     """A step that has been issued; `tokens` [S] are on the host once `done` has happened."""
 
     step: Step
-    layout: InputLayout
+    decode: DecodeStep | None
     tokens: torch.Tensor
     done: torch.cuda.Event | None
 
@@ -80,7 +83,7 @@ class ModelRunner:
         )
         bind_cache(self.num_blocks)
         self.graph_memory = self._make_graph_memory(dtype)
-        self.decode = self.make_decode(config)
+        self.decode: Decode = self.make_decode(config)
         self.statistics = self.decode.pipeline.statistics
         self.closed = False
         try:
@@ -140,23 +143,24 @@ class ModelRunner:
 
     def launch(self, step: Step) -> LaunchedStep:
         """Issues `step` on all ranks, without waiting for it."""
-        rows: np.ndarray | None = None
+        decode: DecodeStep | None = None
         if step.is_decode:
-            layout, rows = self.decode.layout(len(step.chunks))
+            decode = self.decode.prepare(np.array([chunk.end for chunk in step.chunks]))
+            layout, rows = decode.layout, decode.rows
         else:
-            layout = InputLayout.prefill(step.chunks, self.max_blocks)
+            layout, rows = InputLayout.prefill(step.chunks, self.max_blocks), None
         flat = torch.empty(layout.size, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         self._fill(layout, step.chunks, flat.numpy(), rows)
         self.ranks.send_step(layout, flat.numpy())
-        logits = self.run(layout, flat)
-        return LaunchedStep(step, layout, *self._sample(step, logits, rows))
+        logits = self.run(layout, flat, decode)
+        return LaunchedStep(step, decode, *self._sample(step, logits))
 
     def collect(self, launched: LaunchedStep) -> list[int]:
         """Waits for a step; returns the drawn tokens, one per sampling chunk."""
         if launched.done is not None:
             self.ranks.wait(launched.done)
-        if launched.step.is_decode:
-            self.decode.count(launched.layout, len(launched.step.chunks))
+        if launched.decode is not None:
+            self.decode.finish(launched.decode, len(launched.step.chunks))
         return launched.tokens.tolist()
 
     def serve(self) -> None:
@@ -166,10 +170,18 @@ class ModelRunner:
             self.run(layout, torch.from_numpy(flat))
 
     @torch.inference_mode()
-    def run(self, layout: InputLayout, flat: torch.Tensor) -> torch.Tensor:
-        """Runs the model on the host's inputs; returns logits [num_samples, vocab_size]."""
+    def run(
+        self, layout: InputLayout, flat: torch.Tensor, decode: DecodeStep | None = None
+    ) -> torch.Tensor:
+        """Runs the model on the host's inputs; returns logits [num_samples, vocab_size].
+
+        Args:
+            layout: of `flat`.
+            flat: int32 [layout.size], on the host.
+            decode: on rank 0, how a decode step runs.
+        """
         if layout.is_decode:
-            return self.decode.run(layout, flat, self.device)
+            return self.decode.run(decode or DecodeStep(layout, None), flat, self.device)
         return self._prefill(layout, flat.to(self.device, non_blocking=True))
 
     def _prefill(self, layout: InputLayout, flat: torch.Tensor) -> torch.Tensor:
@@ -179,9 +191,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _sample(
-        self, step: Step, logits: torch.Tensor, rows: np.ndarray | None
+        self, step: Step, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Draws the next token of each sampling chunk, whose logits are in `rows`.
+        """Draws the next token of each sampling chunk, whose logits are the first rows.
 
         Returns:
             The tokens on the host, valid after the event.
@@ -197,9 +209,7 @@ class ModelRunner:
             self.model_config.vocab_size,
             self.device,
         )
-        if rows is not None and len(rows) < len(logits):
-            logits = logits[upload(rows, self.device)]
-        tokens = sample(logits, batch)
+        tokens = sample(logits[: len(seqs)], batch)
         self.last_tokens[batch.seats] = tokens
         if self.device.type != "cuda":
             return tokens, None
@@ -218,17 +228,58 @@ class ModelRunner:
                 slots, model_dir, show_progress=self.ranks.is_first, between=self.ranks.check
             )
 
-    def make_decode(self, config: Config) -> DecodeRunner:
-        """Another way to run decode steps on this model, as `config` says; the caller closes it."""
+    def make_decode(self, config: Config) -> Decode:
+        """A way to run decode steps on this model, as `config` says; the caller closes it."""
+        statistics = PipelineStatistics()
+        way = self._make_way(config, self._build_pipeline(config, statistics))
+        is_auto = config.enable_pipeline and config.pipeline_mode == "auto"
+        if not is_auto or way.pipeline.scheduler is None:
+            return way
+        return make_planned_decode(
+            config,
+            way,
+            self._make_way(config, sequential_pipeline(self.model, statistics)),
+            lambda split: self._make_way(config, self._build_pipeline(split, statistics)),
+            self._calibration(config),
+            splits_to_try(self.device_sms),
+        )
+
+    def _build_pipeline(self, config: Config, statistics: PipelineStatistics) -> Pipeline:
+        return build_pipeline(
+            config, self.model, self.backend, self.device, self.device_sms, statistics
+        )
+
+    def _make_way(self, config: Config, pipeline: Pipeline) -> DecodeRunner:
         return DecodeRunner(
             config,
             self.model,
-            build_pipeline(config, self.model, self.backend, self.device, self.device_sms),
+            pipeline,
             self.last_tokens,
             self.backend.make_workspace(self.device, self.device_sms),
             self.graph_memory,
             self._fill_padding,
             self.max_blocks,
+        )
+
+    def _calibration(self, config: Config) -> Calibration:
+        layers = [layer.self_attn for layer in self.model.model.layers]
+        caches = [cache for layer in layers for cache in (layer.k_cache, layer.v_cache)]
+        token_bytes = sum(cache[0, :, 0].nbytes for cache in caches)
+        weight_bytes = sum(weight.nbytes for weight in self.model.parameters())
+        tile_size = self.backend.tile_size
+        return Calibration(
+            DeviceTimer(self.device, caches, self.num_blocks, self.block_size, tile_size),
+            config.max_num_seqs,
+            self.capacity,
+            self.max_model_len,
+            weight_bytes / token_bytes,
+            calibration_key(
+                self.model_config,
+                self.device,
+                dtype=str(caches[0].dtype),
+                block_size=self.block_size,
+                backend=type(self.backend).__name__,
+            ),
         )
 
     def _make_graph_memory(self, dtype: torch.dtype) -> GraphMemory | None:

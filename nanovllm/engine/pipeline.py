@@ -5,7 +5,8 @@
     microbatch   2              the current one               nothing
     streams      2              two plain ones                CUDA
     green        2              two, on disjoint SMs          CUDA, green contexts
-    auto         green if it can be had
+
+Mode "auto" chooses among several of these at every step: see planned_decode.py.
 
 If what is asked for cannot be had, the engine falls back to its ordinary decode path, at no cost.
 """
@@ -66,36 +67,50 @@ class Pipeline:
             self.manager.close()
 
 
+def sequential_pipeline(model: Qwen3ForCausalLM, statistics: PipelineStatistics) -> Pipeline:
+    """No pipeline, and no reason needed."""
+    scheduler = PipelineScheduler(model, InlineExecutor(), statistics, micro_batches=1)
+    return Pipeline(None, scheduler, statistics)
+
+
 def build_pipeline(
     config: Config,
     model: Qwen3ForCausalLM,
     backend: AttentionBackend,
     device: torch.device,
     device_sms: int,
+    statistics: PipelineStatistics | None = None,
 ) -> Pipeline:
     """Builds what `config` asks for; logs why and falls back if it cannot be had.
+
+    Args:
+        config: the mode ("auto" means green here), its SMs, and whether to fall back.
+        model: its KV cache bound.
+        backend: of attention.
+        device: where.
+        device_sms: SMs of the device.
+        statistics: shared with other pipelines; default: new ones.
 
     Raises:
         PipelineUnavailable, GreenContextError, ValueError: instead, with `pipeline_strict`.
     """
-    statistics = PipelineStatistics()
-    sequential = PipelineScheduler(model, InlineExecutor(), statistics, micro_batches=1)
+    statistics = statistics or PipelineStatistics()
+    none = sequential_pipeline(model, statistics)
     if not config.enable_pipeline or config.pipeline_mode == "sequential":
-        return Pipeline(None, sequential, statistics)
+        return none
     mode = "green" if config.pipeline_mode == "auto" else config.pipeline_mode
     try:
-        executor, manager = _make_executor(config, mode, device)
+        executor, manager = _make_executor(config, mode, device, device_sms)
     except (PipelineUnavailable, GreenContextError, ValueError) as error:
         if config.pipeline_strict:
             raise
         logger.warning("[ModelRunner] Failed to initialize pipeline: %s", error)
         logger.warning("[ModelRunner] Falling back to sequential execution")
         statistics.fallback_reason = str(error)
-        return Pipeline(None, sequential, statistics)
+        return none
     statistics.mode = mode
-    pipeline = Pipeline(
-        PipelineScheduler(model, executor, statistics), sequential, statistics, manager=manager
-    )
+    scheduler = PipelineScheduler(model, executor, statistics)
+    pipeline = Pipeline(scheduler, none.sequential, statistics, manager=manager)
     attention_sms = device_sms
     if manager is not None:
         attention_sms = manager.attention_sms
@@ -116,7 +131,7 @@ def build_pipeline(
 
 
 def _make_executor(
-    config: Config, mode: str, device: torch.device
+    config: Config, mode: str, device: torch.device, device_sms: int
 ) -> tuple[StageExecutor, GreenContextManager | None]:
     if config.tensor_parallel_size > 1:
         raise PipelineUnavailable(
@@ -127,6 +142,11 @@ def _make_executor(
     if device.type != "cuda":
         raise PipelineUnavailable(
             f"pipeline_mode={config.pipeline_mode!r} needs a CUDA GPU, not {device}"
+        )
+    if config.pipeline_mode == "auto" and config.enforce_eager:
+        raise PipelineUnavailable(
+            "pipeline_mode='auto' chooses between CUDA graphs, and with enforce_eager=True there "
+            "are none; 'green' and 'streams' run without"
         )
     if mode == "streams":
         return StreamExecutor(torch.cuda.Stream(device), torch.cuda.Stream(device)), None
@@ -139,7 +159,8 @@ def _make_executor(
                 f"pipeline_ffn_sm_count={config.pipeline_ffn_sm_count}: {manager.ffn_sms} SMs were "
                 f"granted, and cuBLAS needs at least {MIN_FFN_SMS}"
             )
-        return StreamExecutor(manager.get_attention_stream(), manager.get_ffn_stream()), manager
+        streams = manager.get_attention_stream(), manager.get_ffn_stream()
+        return StreamExecutor(*streams, manager.ffn_sms, device_sms), manager
     except BaseException:
         manager.close()
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from nanovllm.engine.planner import Planner
 from nanovllm.engine.stage_marks import Span
 
 # Steps whose stages are kept for a timeline.
@@ -16,9 +17,10 @@ class PipelineStatistics:
     """Counts and times of the decode steps of one engine.
 
     Attributes:
-        mode: how steps are issued, one of `Config.pipeline_mode`'s values but "auto".
+        mode: how steps are issued, one of `Config.pipeline_mode`'s values; "auto" with a planner.
         attention_sms, ffn_sms, device_sms: SMs granted to the stages, and the device's; None
-            without partitions.
+            without partitions, and with several.
+        planner: chooses how each step is issued, in mode "auto".
         fallback_reason: why there is no pipeline although one was asked for.
         steps, tokens: of pipelined and of sequential decode steps.
         profiled_steps: steps whose stages were timed.
@@ -31,6 +33,7 @@ class PipelineStatistics:
     attention_sms: int | None = None
     ffn_sms: int | None = None
     device_sms: int | None = None
+    planner: Planner | None = None
     fallback_reason: str | None = None
     steps: dict[str, int] = field(default_factory=lambda: {"pipelined": 0, "sequential": 0})
     tokens: dict[str, int] = field(default_factory=lambda: {"pipelined": 0, "sequential": 0})
@@ -75,6 +78,7 @@ class PipelineStatistics:
             "tokens": dict(self.tokens),
             "profiled_steps": self.profiled_steps,
             "overlap_share": self.both_ms / self.total_ms if self.total_ms else None,
+            "planner": None if self.planner is None else self.planner.as_dict(),
             "fallback_reason": self.fallback_reason,
         }
 
@@ -98,6 +102,8 @@ class PipelineStatistics:
             )
         if self.total_ms:
             lines.append(f"  Both stages running: {self.both_ms / self.total_ms:.0%} of the time")
+        if self.planner is not None:
+            lines += [f"  {line}" for line in self.planner.lines()]
         if self.fallback_reason is not None:
             lines.append(f"  Fallback reason: {self.fallback_reason}")
         return "\n".join(lines)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from nanovllm.engine.stage_marks import StageMarks
+from nanovllm.kernels.library_sms import limited_to
 
 
 class Lane(Enum):
@@ -73,11 +75,20 @@ class StreamExecutor(StageExecutor):
     until its own lane has waited for that reader. `PipelineScheduler` says how it does that.
     """
 
-    def __init__(self, attention: torch.cuda.Stream, ffn: torch.cuda.Stream) -> None:
+    def __init__(
+        self,
+        attention: torch.cuda.Stream,
+        ffn: torch.cuda.Stream,
+        ffn_sms: int | None = None,
+        device_sms: int = 0,
+    ) -> None:
+        """Streams of the stages; with partitions also the FFN's SMs, and the device's."""
         self.streams = {Lane.ATTENTION: attention, Lane.FFN: ffn}
+        self.ffn_sms = ffn_sms
+        self.device_sms = device_sms
 
     def run(self, work: Work, function: Callable[[], None], marks: StageMarks | None) -> None:
-        with torch.cuda.stream(self._stream(work.lane)):
+        with torch.cuda.stream(self._stream(work.lane)), self._partition(work.lane):
             run_marked(work, function, marks)
 
     def record(self, lane: Lane) -> torch.cuda.Event:
@@ -87,6 +98,11 @@ class StreamExecutor(StageExecutor):
 
     def wait(self, lane: Lane, event: torch.cuda.Event) -> None:
         self._stream(lane).wait_event(event)
+
+    def _partition(self, lane: Lane) -> AbstractContextManager[None]:
+        if lane is Lane.FFN and self.ffn_sms is not None:
+            return limited_to(self.ffn_sms, self.device_sms)
+        return nullcontext()
 
     def _stream(self, lane: Lane) -> torch.cuda.Stream:
         return self.streams.get(lane) or torch.cuda.current_stream()

@@ -32,7 +32,8 @@ class InputLayout:
         num_samples: S, sequences that draw a token.
         max_blocks: width of the block tables.
         max_seqlen_q: most new tokens of a sequence.
-        pipelined: whether a decode step is run as a pipeline.
+        pipelined: whether a decode step is run as a pipeline, its sequences dealt out to two
+            micro-batches.
     """
 
     is_decode: bool
@@ -70,6 +71,7 @@ class InputLayout:
             fields["tile_offsets"] = (n + 1,)
         else:
             fields["cu_seqlens_q"] = (n + 1,)
+        if self.pipelined or not self.is_decode:
             fields["sample_rows"] = (self.num_samples,)
         return fields
 
@@ -95,7 +97,7 @@ class StepTensors:
     Attributes:
         input_ids, positions: integer [T].
         metadata: of attention; None: no KV cache, each position 0 begins a sequence.
-        sample_rows: int32 [S], tokens whose logits are wanted; None: all.
+        sample_rows: int32 [S], tokens whose logits are wanted, in that order; None: all.
     """
 
     input_ids: torch.Tensor
@@ -196,8 +198,8 @@ def fill_inputs(
         block_size: tokens of a KV block.
         tile_size: the attention back end's.
         flat: is overwritten.
-        rows: in decode, the row of each chunk; default: the first rows. All other rows are
-            padding: one token of context, in the padding block.
+        rows: in decode, the row of each chunk, in any order; default: the first rows. All other
+            rows are padding: one token of context, in the padding block.
     """
     views = layout.views(flat)
     _fill_block_tables(views["block_tables"], chunks, rows)
@@ -210,10 +212,32 @@ def fill_inputs(
         _fill_prefill(views, chunks, starts, ends, block_size)
 
 
-def micro_batch_rows(count: int, size: int) -> np.ndarray:
-    """Rows for `count` sequences in a step of `size` that is cut in half: half of them each."""
-    first = min((count + 1) // 2, (size + 1) // 2)
-    return np.concatenate([np.arange(first), (size + 1) // 2 + np.arange(count - first)])
+def micro_batch_rows(context_lens: np.ndarray, size: int) -> np.ndarray:
+    """Rows for sequences in a step of `size` rows that is cut in half: the same work in each half.
+
+    What differs between the halves is attention's work, hence the context tokens. Long sequences
+    choose first, and each goes where fewer tokens are so far (the LPT rule of scheduling, Graham,
+    1969), as long as there is a row left.
+
+    Args:
+        context_lens: int [N], tokens of each sequence; N is at most `size`.
+        size: rows of both halves; an odd one belongs to the first.
+
+    Returns:
+        int64 [N], the row of each sequence.
+    """
+    ends = ((size + 1) // 2, size)
+    following, tokens = [0, ends[0]], [0, 0]
+    rows = np.empty(len(context_lens), np.int64)
+    longest_first = np.argsort(-context_lens, kind="stable").tolist()
+    for i, length in zip(longest_first, context_lens[longest_first].tolist(), strict=True):
+        half = int(tokens[1] < tokens[0])
+        if following[half] == ends[half]:
+            half = 1 - half
+        rows[i] = following[half]
+        following[half] += 1
+        tokens[half] += length
+    return rows
 
 
 def _fill_decode(
@@ -232,6 +256,9 @@ def _fill_decode(
     views["positions"][rows] = positions
     views["slot_mapping"][rows] = _slots(views["block_tables"], rows, positions, block_size)
     views["context_lens"][rows] = positions + 1
+    if "sample_rows" in views:
+        views["sample_rows"].fill(0)
+        views["sample_rows"][: len(rows)] = rows
     _running_sum(views["tile_offsets"], -(-views["context_lens"] // tile_size))
 
 
@@ -259,10 +286,13 @@ def _fill_prefill(
 def _fill_block_tables(target: np.ndarray, chunks: list[Chunk], rows: np.ndarray | None) -> None:
     """Writes the chunks' ragged block tables into `rows` of `target`; the rest is padding."""
     tables = [chunk.seq.block_table for chunk in chunks]
+    if rows is None:
+        rows = np.arange(len(tables))
     lengths = np.zeros(len(target), np.int32)
-    lengths[slice(len(tables)) if rows is None else rows] = [len(table) for table in tables]
+    lengths[rows] = [len(table) for table in tables]
     target.fill(PADDING_BLOCK)
-    # NOTE: this assigns in row order, so `rows` must rise.
+    # The mask below takes values row by row.
+    tables = [tables[i] for i in np.argsort(rows).tolist()]
     held = np.arange(target.shape[1]) < lengths[:, None]
     target[held] = np.fromiter(chain.from_iterable(tables), np.int32, int(lengths.sum()))
 

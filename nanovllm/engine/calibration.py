@@ -201,6 +201,7 @@ class DeviceTimer:
         self.block_size = block_size
         self.tile_size = tile_size
 
+    @torch.inference_mode()
     def __call__(self, way: DecodeRunner, batch: int, tokens: int) -> float:
         """Median seconds of a step of `batch` sequences that have `tokens` tokens together."""
         while self.unfilled:  # zeros would take less power, hence less time

@@ -44,7 +44,7 @@ class GraphMemory:
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
         self.num_graphs = 0
-        largest = InputLayout.decode(sizes[-1], max_blocks)
+        largest = InputLayout.decode(sizes[-1], max_blocks, pipelined=True)
         self.inputs = torch.zeros(largest.size, dtype=torch.int32, device=device)
         self.logits = torch.zeros(sizes[-1], vocab_size, dtype=dtype, device=device)
 

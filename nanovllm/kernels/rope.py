@@ -137,7 +137,7 @@ def _norm_rope_store_kernel(
     q_out = q + (token * Q_HEADS + head[:, None]) * (2 * HALF) + column
     tl.store(q_out, y1, mask=is_q[:, None])
     tl.store(q_out + HALF, y2, mask=is_q[:, None])
-    slot = tl.load(slot_mapping + token)
+    slot = tl.load(slot_mapping + token).to(tl.int64)  # rows times head_dim can exceed 2^31
     first_row = (slot // BLOCK_SIZE) * KV_HEADS * BLOCK_SIZE + slot % BLOCK_SIZE
     k_row = first_row + (head[:, None] - Q_HEADS) * BLOCK_SIZE
     k_out = k_cache + k_row * (2 * HALF) + column

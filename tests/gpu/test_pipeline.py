@@ -28,6 +28,7 @@ from nanovllm.bench.workload import DecodeWorkload, fill_cache, run_turn
 from nanovllm.config import PIPELINE_MODES
 from nanovllm.engine import model_runner
 from nanovllm.engine.decode_runner import DecodeRunner
+from nanovllm.engine.pipeline import PipelineUnavailable
 from nanovllm.engine.pipeline_scheduler import Cut, MicroBatch
 from nanovllm.engine.stage_executor import Lane
 from nanovllm.tiny import PROMPTS
@@ -57,6 +58,7 @@ def split(attention: int, ffn: int) -> dict[str, int]:
 
 
 FFN_SMS = NUM_SMS * 3 // 4 // 8 * 8
+FIXED_MODES = [mode for mode in PIPELINE_MODES if mode != "auto"]
 SPLITS = {"the seed's": split(16, 16), "the whole device": split(NUM_SMS - FFN_SMS, FFN_SMS)}
 
 
@@ -256,14 +258,19 @@ def test_pipelined_bfloat16_logits_are_near_the_sequential_ones(
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
-@pytest.mark.parametrize("mode", PIPELINE_MODES)
+@pytest.mark.parametrize("mode", FIXED_MODES)
 def test_all_modes_write_the_text_of_the_cpu(mode, eager, cpu_texts):
     with pipelined_engine(mode=mode, enforce_eager=eager) as engine:
         assert texts(engine) == cpu_texts[:8]
         stats = statistics(engine)
-    assert stats["mode"] == {"auto": "green"}.get(mode, mode)
+    assert stats["mode"] == mode
     assert stats["fallback_reason"] is None
     assert (stats["steps"]["pipelined"] > 0) == (mode != "sequential")
+
+
+def test_auto_has_no_choice_without_graphs():
+    with pytest.raises(PipelineUnavailable, match="enforce_eager=True"):
+        pipelined_engine(mode="auto", enforce_eager=True)
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +351,8 @@ def test_quick_start_runs_as_a_pipeline(caplog, capsys):
     assert FELL_BACK not in caplog.messages
     printed = capsys.readouterr().out
     assert lines_of(STATISTICS).match(printed)
-    assert f"  Mode: green (attention 16, FFN 16 of {NUM_SMS} SMs)\n" in printed
+    assert "  Mode: auto\n" in printed
+    assert "  Plan: sequential (switched 0 times)\n" in printed  # of a batch of one
     assert stats["fallback_reason"] is None
     (output,) = names["outputs"]
     assert stats["total_tokens"] == len(output["token_ids"]) - 1

@@ -20,7 +20,7 @@ CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel module is imported
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 # ruff: noqa: E402
 from nanovllm import kernels
@@ -202,6 +202,11 @@ def test_small_gemm(poison, count, inner, features, dtype):
         close(small_gemm.linear(*args), reference.linear(*args), dtype)
     expected = reference.linear_silu_mul(x, weight)
     close(small_gemm.linear_silu_mul(x, weight), expected, dtype)
+
+
+def test_row_counts_meet_every_form_of_the_small_gemm():
+    forms = {triton.next_power_of_2(count) for count in range(1, small_gemm.MAX_ROWS + 1)}
+    assert {triton.next_power_of_2(count) for count in small_gemm.row_counts()} == forms
 
 
 def test_linear_references_are_torchs():
@@ -457,6 +462,14 @@ def test_prefill_of_grouped_heads(poison, group, dim):
 def test_prefill_in_16_bits(poison, dtype):
     case = PagedCase([150, 140], 4, 2, 64, 256, [22, 140], dtype=dtype)
     close(case.prefill(paged_prefill), case.dense(), dtype)
+
+
+@pytest.mark.parametrize(("dim", "itemsize"), [(128, 2), (256, 2), (128, 4)])
+def test_lengths_of_tilings_meet_every_tiling(dim, itemsize):
+    lengths = paged_prefill.lengths_of_tilings(dim, itemsize)
+    met = [paged_prefill._tiling(dim, itemsize, length) for length in lengths]
+    assert len(set(met)) == len(met)
+    assert set(met) == {paged_prefill._tiling(dim, itemsize, length) for length in range(1, 300)}
 
 
 def test_causal_attention(poison):

@@ -13,6 +13,7 @@ from types import TracebackType
 import numpy as np
 import torch
 
+from nanovllm import kernels
 from nanovllm.config import Config
 from nanovllm.engine import kv_cache
 from nanovllm.engine.cuda_graphs import GraphMemory, batch_sizes
@@ -22,10 +23,12 @@ from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.ranks import Ranks
 from nanovllm.engine.scheduler import Chunk, Step
 from nanovllm.engine.step_inputs import InputLayout, StepTensors, fill_inputs
+from nanovllm.engine.warm_up import warm_up
 from nanovllm.layers.attention import make_backend
 from nanovllm.layers.sampler import SamplingBatch, sample, upload
 from nanovllm.models.qwen3 import Qwen3ForCausalLM, rank_heads
 from nanovllm.models.qwen3_config import Qwen3Config
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.loader import fill_randomly, load_weights
 from nanovllm.utils.timeline import save_timeline
 
@@ -84,6 +87,8 @@ class ModelRunner:
         self.statistics = self.decode.pipeline.statistics
         self.closed = False
         try:
+            if device.type == "cuda":
+                self._warm_up(dtype)
             self.decode.capture(show_progress=ranks.is_first)
         except BaseException:
             self.decode.close()
@@ -198,7 +203,14 @@ class ModelRunner:
             self.device,
         )
         if rows is not None and len(rows) < len(logits):
-            logits = logits[upload(rows, self.device)]
+            first = rows[-1] == len(rows) - 1  # rows rise, so these are the first ones
+            logits = logits[: len(rows)] if first else logits[upload(rows, self.device)]
+        return self._draw(logits, batch)
+
+    def _draw(
+        self, logits: torch.Tensor, batch: SamplingBatch
+    ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Draws a token from each row, keeps it for the next step, and sends it to the host."""
         tokens = sample(logits, batch)
         self.last_tokens[batch.seats] = tokens
         if self.device.type != "cuda":
@@ -251,18 +263,39 @@ class ModelRunner:
         tokens, longest = self.config.max_num_batched_tokens, self.max_model_len
         sizes = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
         sizes = sizes[: self.config.max_num_seqs]
+        self._prefill_padding(sizes)
+        # What decode needs at most beyond that: logits, a copy of those that are drawn from, and
+        # room for the graphs' own memory.
+        logits = torch.zeros(
+            self.config.max_num_seqs, self.model_config.vocab_size, device=self.device
+        )
+        logits.softmax(-1)
+
+    def _prefill_padding(self, sizes: list[int]) -> torch.Tensor:
+        """Prefills sequences of these lengths in the padding block; returns their logits."""
         count = len(sizes)
         layout = InputLayout(False, sum(sizes), count, count, self.max_blocks, max(sizes))
         host = np.zeros(layout.size, np.int32)
         views = layout.views(host)
         np.cumsum(sizes, out=views["cu_seqlens_q"][1:])
         views["context_lens"][:] = sizes
-        self._prefill(layout, torch.from_numpy(host).to(self.device))
-        # What decode needs at most beyond that: logits, and their copy in float32 for top-p.
-        logits = torch.zeros(
-            self.config.max_num_seqs, self.model_config.vocab_size, device=self.device
+        return self._prefill(layout, torch.from_numpy(host).to(self.device))
+
+    def _warm_up(self, dtype: torch.dtype) -> None:
+        config, device, vocab_size = self.config, self.device, self.model_config.vocab_size
+
+        def draw(logits: torch.Tensor, params: list[SamplingParams]) -> None:
+            zeros = [0] * len(params)
+            self._draw(logits, SamplingBatch.of(params, zeros, zeros, zeros, vocab_size, device))
+
+        warm_up(
+            self._prefill_padding,
+            kernels.linear_row_counts() + self.backend.prefill_lengths(dtype),
+            draw if self.ranks.is_first else None,
+            (lambda size: self.decode.run_padding(size, device)) if config.enforce_eager else None,
+            config.max_num_seqs,
+            min(config.max_num_batched_tokens, self.max_model_len),
         )
-        logits.softmax(-1)
 
 
 def resolve_dtype(wanted: str, checkpoint: str, device: torch.device) -> torch.dtype:

@@ -17,6 +17,7 @@ __all__ = [
     "add_rms_norm",
     "find_cut",
     "linear",
+    "linear_row_counts",
     "linear_silu_mul",
     "qk_norm_rope",
     "qk_norm_rope_store",
@@ -126,6 +127,11 @@ def sample(
 ) -> Tensor:
     """See ``reference.sample``: one token per row of ``logits [N, V]`` -> ``[N]`` int64."""
     return _module("sampling", logits).sample(logits, temperatures, seeds, steps, cut)
+
+
+def linear_row_counts() -> list[int]:
+    """Numbers of rows for each of which ``linear`` runs another kernel on CUDA."""
+    return import_module("nanovllm.kernels.small_gemm").row_counts()
 
 
 def _few_rows(x: Tensor) -> bool:

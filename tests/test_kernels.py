@@ -20,12 +20,13 @@ CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel module is imported
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 # ruff: noqa: E402
 from nanovllm import kernels
 from nanovllm.kernels import (
     activation,
+    likely,
     norm,
     paged_decode,
     paged_prefill,
@@ -201,6 +202,11 @@ def test_small_gemm(poison, count, inner, features, dtype):
         close(small_gemm.linear(*args), reference.linear(*args), dtype)
     expected = reference.linear_silu_mul(x, weight)
     close(small_gemm.linear_silu_mul(x, weight), expected, dtype)
+
+
+def test_row_counts_meet_every_form_of_the_small_gemm():
+    forms = {triton.next_power_of_2(count) for count in range(1, small_gemm.MAX_ROWS + 1)}
+    assert {triton.next_power_of_2(count) for count in small_gemm.row_counts()} == forms
 
 
 def test_linear_references_are_torchs():
@@ -458,6 +464,14 @@ def test_prefill_in_16_bits(poison, dtype):
     close(case.prefill(paged_prefill), case.dense(), dtype)
 
 
+@pytest.mark.parametrize(("dim", "itemsize"), [(128, 2), (256, 2), (128, 4)])
+def test_lengths_of_tilings_meet_every_tiling(dim, itemsize):
+    lengths = paged_prefill.lengths_of_tilings(dim, itemsize)
+    met = [paged_prefill._tiling(dim, itemsize, length) for length in lengths]
+    assert len(set(met)) == len(met)
+    assert set(met) == {paged_prefill._tiling(dim, itemsize, length) for length in range(1, 300)}
+
+
 def test_causal_attention(poison):
     case = PagedCase([1, 70, 16], 6, 2, 32, 16, [1, 70, 16])
     k, v = torch.cat(case.keys), torch.cat(case.values)
@@ -537,6 +551,136 @@ def test_rows_may_be_strided(poison, sample):
     assert torch.equal(sample(wide[:, :4200], *rest), sample(logits, *rest))
 
 
+# ------------------------------------------------------------------ top-k and top-p
+
+# Sums in float32, in another order: a token whose cumulative probability is this close to top_p
+# may stay or go.
+BORDER = 1e-6
+CUTS = pytest.mark.parametrize("find_cut", [reference.find_cut, likely.find_cut])
+LIMITS = pytest.mark.parametrize("limits", ["k", "p", "kp"])
+
+
+def cut_case(rows, vocab, dtype, limits, spread=3.0):
+    """Arguments of ``find_cut``; all rows but the last are filtered."""
+    logits = (randn(rows, vocab) * spread).to(dtype)
+    temperatures = torch.rand(rows, device=DEVICE) * 1.5 + 0.1
+    top_k = torch.randint(1, vocab + 3, (rows - 1,), device=DEVICE)
+    few = torch.tensor([1, 20, vocab], device=DEVICE)
+    top_k[:3] = few
+    top_p = torch.rand(rows - 1, device=DEVICE)
+    top_p[1:5] = torch.tensor([0.9, 1e-6, 1.0, 0.999], device=DEVICE)
+    ids = torch.arange(rows - 1, device=DEVICE)
+    return (
+        logits,
+        temperatures,
+        ids,
+        top_k if "k" in limits else None,
+        top_p if "p" in limits else None,
+    )
+
+
+def within(logits, cut):
+    """Which tokens of each row stay, by a cut."""
+    least, last = (x[:, None] for x in cut)
+    among = torch.arange(logits.shape[1], device=logits.device) <= last
+    return ((logits > least) | ((logits == least) & among)) & (logits > float("-inf"))
+
+
+def check_cut(cut, logits, temperatures, rows, top_k, top_p, border=BORDER):
+    """That what stays is right by sorting, but for what lies at the border of top_p."""
+    stay = within(logits, cut)
+    for item, row in enumerate(rows.tolist()):
+        values = torch.where(logits[row].isnan(), float("-inf"), logits[row].double())
+        ordered, order = values.sort(descending=True, stable=True)
+        limit = len(values) if top_k is None else int(top_k[item])
+        limit = min(limit, int((ordered > float("-inf")).sum()))
+        count = int(stay[row].sum())
+        assert count <= limit
+        assert stay[row][order[:count]].all(), "what stays is not the likeliest, or not the lowest"
+        p = 1.0 if top_p is None else float(top_p[item])
+        if p >= 1:
+            assert count == limit
+        elif limit > 0:
+            mass = (ordered[:limit] / temperatures[row].double()).softmax(0)
+            before = mass.cumsum(0) - mass
+            assert count >= 1
+            assert count == 1 or before[count - 1] < p + border
+            assert count == limit or before[count] >= p - border
+    unfiltered = torch.ones(len(logits), dtype=torch.bool, device=DEVICE)
+    unfiltered[rows] = False
+    assert torch.equal(stay[unfiltered], logits[unfiltered] > float("-inf"))
+
+
+@CUTS
+@LIMITS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("vocab", "spread"), [(50, 3.0), (9000, 3.0), (17000, 0.3)])
+def test_cut(poison, find_cut, vocab, spread, dtype, limits):
+    """In 16 bits many of the logits are equal."""
+    case = cut_case(8, vocab, dtype, limits, spread)
+    check_cut(find_cut(*case), *case)
+
+
+@CUTS
+@LIMITS
+def test_cut_of_odd_rows(poison, find_cut, limits):
+    logits, *rest = cut_case(12, 9000, torch.float32, limits)
+    logits[0], logits[1], logits[2, 5:] = 1.5, float("-inf"), float("-inf")
+    logits[3, ::2], logits[4, ::3] = float("nan"), -3.4e38
+    logits[5] = logits[5].round()
+    logits[6, torch.randperm(9000)[:5000]] = float("-inf")
+    logits[7], logits[7, 8000:] = 0.0, -0.0
+    logits[8] *= 1e6
+    check_cut(find_cut(logits, *rest), logits, *rest)
+
+
+@LIMITS
+def test_cuts_agree_with_sorting(poison, limits):
+    """Probabilities so far apart that no rounding decides."""
+    logits, temperatures, rows, top_k, top_p = cut_case(6, 5000, torch.float32, limits)
+    logits = torch.argsort(logits, dim=-1).argsort(-1).float() * 0.7
+    if top_p is not None:
+        top_p[:] = torch.tensor([0.3, 0.62, 0.97, 1.0, 1e-9], device=DEVICE)
+    temperatures[:] = 1.0
+    everything, certain = torch.full_like(rows, 5000), temperatures.new_ones(len(rows))
+    kept = reference.keep_likely(
+        logits[rows],
+        temperatures[rows],
+        everything if top_k is None else top_k,
+        certain if top_p is None else top_p,
+    )
+    cut = likely.find_cut(logits, temperatures, rows, top_k, top_p)
+    assert torch.equal(within(logits, cut)[rows], kept > float("-inf"))
+
+
+@LIMITS
+def test_a_cut_depends_on_its_own_row_only(poison, limits):
+    logits, temperatures, rows, top_k, top_p = cut_case(7, 9000, torch.bfloat16, limits)
+    together = likely.find_cut(logits, temperatures, rows, top_k, top_p)
+    for n in range(6):
+        one = [None if x is None else x[n : n + 1] for x in (top_k, top_p)]
+        alone = likely.find_cut(logits, temperatures, rows[n : n + 1], *one)
+        assert [x[n] for x in alone] == [x[n] for x in together]
+
+
+@SAMPLERS
+def test_a_draw_stays_within_the_cut(poison, sample):
+    logits, temperatures, seeds, steps = sampling_case(6, 5000)
+    logits = logits.round()
+    cut = (logits.amax(-1) - 1, torch.full((6,), 3000, dtype=torch.int32, device=DEVICE))
+    kept = logits.masked_fill(~within(logits, cut), float("-inf"))
+    expected = sample(kept, temperatures, seeds, steps)
+    assert torch.equal(sample(logits, temperatures, seeds, steps, cut), expected)
+
+
+def test_as_many_passes_as_any_row_may_need():
+    """Seven pivots leave an eighth of the keys, so 3 bits a pass: 16, 19 and 32 bits."""
+    assert [likely.num_passes(shift) for shift in (16, 13, 0)] == [6, 7, 11]
+
+
+# ------------------------------------------------------------------ draws by chance
+
+
 def chi_square(counts, probs):
     """How far chi-square lies above what is expected, in its standard deviations."""
     expected = probs * counts.sum()
@@ -608,6 +752,7 @@ def test_dispatch_by_device():
         kernels.qk_norm_rope(**without_cache(case))
         kernels.qk_norm_rope_store(**case)
         kernels.sample(*sampling_case(2, 50))
+        kernels.find_cut(*cut_case(6, 50, torch.float32, "kp"))
 
 
 def test_import_without_triton():

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm import SamplingParams
-from nanovllm.layers.sampler import SamplingBatch, keep_likely, sample
+from nanovllm.kernels.reference import find_cut, keep_likely
+from nanovllm.layers.sampler import SamplingBatch, sample
 
 CPU = torch.device("cpu")
 
@@ -83,6 +84,34 @@ def test_keep_likely_treats_rows_apart():
         [False, True, True, False],
         [False, True, False, False],
     ]
+
+
+def within(logits, cut) -> torch.Tensor:
+    """Which tokens of each row stay, by a cut."""
+    least, last = (x[:, None] for x in cut)
+    among = torch.arange(logits.shape[1], device=logits.device) <= last
+    return ((logits > least) | ((logits == least) & among)) & (logits > -math.inf)
+
+
+@pytest.mark.parametrize("top_p", [None, 0.4])
+@pytest.mark.parametrize("top_k", [None, 7])
+def test_the_cut_is_where_sorting_ends(top_k, top_p):
+    """Equal logits, rows without a choice, and rows that are not filtered."""
+    logits = torch.randn(6, 300).mul(3).round()
+    logits[1], logits[2], logits[3, 4:] = 0.0, -math.inf, -math.inf
+    logits[4, ::2] = math.nan
+    rows, temperatures = torch.arange(5), torch.full((6,), 0.8)
+    top_ks = None if top_k is None else torch.tensor([top_k, 1, 300, 2, 300])
+    top_ps = None if top_p is None else torch.tensor([top_p, 1.0, top_p, 1e-9, 1.0])
+    kept = keep_likely(
+        logits[rows],
+        temperatures[rows],
+        torch.full((5,), 300) if top_ks is None else top_ks,
+        torch.ones(5) if top_ps is None else top_ps,
+    )
+    stay = within(logits, find_cut(logits, temperatures, rows, top_ks, top_ps))
+    assert torch.equal(stay[:5], kept > -math.inf)
+    assert stay[5].all()
 
 
 @pytest.mark.parametrize(
@@ -186,6 +215,23 @@ def test_rows_of_one_batch_keep_their_own_options():
 def test_a_top_k_of_the_whole_vocabulary_or_more_is_no_limit(top_k):
     batch = SamplingBatch.of([SamplingParams(top_k=top_k)], [0], [0], [0], 50, CPU)
     assert batch.filtered is None
+
+
+def test_only_the_limits_that_rows_have_are_looked_for():
+    plain = SamplingParams(temperature=0, top_k=5, top_p=0.5)  # greedy: nothing to filter
+    few, nucleus = SamplingParams(top_k=5), SamplingParams(top_p=0.5)
+
+    def limits(*params):
+        count = len(params)
+        ids = list(range(count))
+        batch = SamplingBatch.of(list(params), ids, ids, ids, 50, CPU)
+        fields = (batch.filtered, batch.top_k, batch.top_p)
+        return [None if x is None else x.tolist() for x in fields]
+
+    assert limits(plain) == [None, None, None]
+    assert limits(plain, few) == [[1], [5], None]
+    assert limits(nucleus, plain) == [[0], None, [0.5]]
+    assert limits(few, plain, nucleus) == [[0, 2], [5, 50], [1.0, 0.5]]
 
 
 def test_the_logits_are_left_as_they_were():

@@ -8,7 +8,8 @@ memory pool for everything between, so a step's logits are valid until the next 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +44,7 @@ class GraphMemory:
         self.max_blocks = max_blocks
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)  # captures run on it
         self.num_graphs = 0
         largest = InputLayout.decode(sizes[-1], max_blocks, pipelined=True)
         self.inputs = torch.zeros(largest.size, dtype=torch.int32, device=device)
@@ -54,6 +56,23 @@ class GraphMemory:
         if self.num_graphs == 0:
             # torch gives a pool up with the last graph in it, and does not take it back.
             self.pool = torch.cuda.graph_pool_handle()
+
+    @contextmanager
+    def capturing(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        """Captures what is issued in it.
+
+        As `torch.cuda.graph` does, which would give all cached memory back to the device at every
+        graph (and collect garbage, before torch 2.9), to take it again for the next.
+        """
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.stream(self.stream):
+            # Other threads may go on using CUDA meanwhile, such as NCCL's watchdog.
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                yield
+            finally:
+                graph.capture_end()
+        self.num_graphs += 1
 
     def size_for(self, count: int) -> int:
         """The smallest size on the ladder that holds `count` sequences."""
@@ -97,6 +116,8 @@ class DecodeGraphs:
         # The largest first: the others then fit into the pool's memory.
         for layout in tqdm(layouts[::-1], desc="Capturing CUDA graphs", disable=not show_progress):
             self.get(layout)
+        # The steps that were run before their captures leave memory in sizes of their own.
+        torch.cuda.empty_cache()
 
     def get(self, layout: InputLayout) -> CapturedStep:
         """The captured step of that layout."""
@@ -126,11 +147,8 @@ class DecodeGraphs:
         inputs.copy_(torch.from_numpy(host))
         logits = self.memory.logits[: layout.num_seqs]
         self.step(layout, inputs, logits, None)  # outside: compiles kernels, makes handles
-        torch.cuda.synchronize(self.memory.device)
         marks = make_marks(self.memory.device, in_graph=True) if self.profiled else None
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on using CUDA meanwhile, such as NCCL's watchdog.
-        with torch.cuda.graph(graph, pool=self.memory.pool, capture_error_mode="thread_local"):
+        with self.memory.capturing(graph):
             self.step(layout, inputs, logits, marks)
-        self.memory.num_graphs += 1
         return CapturedStep(graph, marks)

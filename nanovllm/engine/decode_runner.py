@@ -116,6 +116,13 @@ class DecodeRunner:
         inputs = flat.to(device, non_blocking=True)
         return self._issue(layout, inputs, None, self.marks)
 
+    def run_padding(self, size: int, device: torch.device) -> torch.Tensor:
+        """Issues a step of `size` sequences, all of them padding."""
+        layout = self.layout(size)
+        host = np.empty(layout.size, np.int32)
+        self.fill_padding(layout, host)
+        return self.run(DecodeStep(layout, None), torch.from_numpy(host), device)
+
     def finish(self, step: DecodeStep, num_seqs: int) -> None:
         """Adds the last step, which must be complete, to the statistics."""
         self.pipeline.statistics.count_step(num_seqs, pipelined=step.layout.pipelined)

@@ -6,13 +6,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import torch
 
+from nanovllm import kernels
 from nanovllm.config import Config
 from nanovllm.engine import kv_cache
 from nanovllm.engine.calibration import Calibration, DeviceTimer, calibration_key
@@ -25,10 +28,12 @@ from nanovllm.engine.planned_decode import Decode, make_planned_decode, splits_t
 from nanovllm.engine.ranks import Ranks
 from nanovllm.engine.scheduler import Chunk, Step
 from nanovllm.engine.step_inputs import InputLayout, StepTensors, fill_inputs
+from nanovllm.engine.warm_up import warm_up
 from nanovllm.layers.attention import make_backend
 from nanovllm.layers.sampler import SamplingBatch, sample
 from nanovllm.models.qwen3 import Qwen3ForCausalLM, rank_heads
 from nanovllm.models.qwen3_config import Qwen3Config
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.loader import fill_randomly, load_weights
 from nanovllm.utils.timeline import save_timeline
 
@@ -87,6 +92,8 @@ class ModelRunner:
         self.statistics = self.decode.pipeline.statistics
         self.closed = False
         try:
+            if device.type == "cuda":
+                self._warm_up(dtype)
             self.decode.capture(show_progress=ranks.is_first)
         except BaseException:
             self.decode.close()
@@ -209,7 +216,13 @@ class ModelRunner:
             self.model_config.vocab_size,
             self.device,
         )
-        tokens = sample(logits[: len(seqs)], batch)
+        return self._draw(logits[: len(seqs)], batch)
+
+    def _draw(
+        self, logits: torch.Tensor, batch: SamplingBatch
+    ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Draws a token from each row, keeps it for the next step, and sends it to the host."""
+        tokens = sample(logits, batch)
         self.last_tokens[batch.seats] = tokens
         if self.device.type != "cuda":
             return tokens, None
@@ -302,18 +315,42 @@ class ModelRunner:
         tokens, longest = self.config.max_num_batched_tokens, self.max_model_len
         sizes = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
         sizes = sizes[: self.config.max_num_seqs]
+        self._prefill_padding(sizes)
+        # What decode needs at most beyond that: logits, a copy of those that are drawn from, and
+        # room for the graphs' own memory.
+        logits = torch.zeros(
+            self.config.max_num_seqs, self.model_config.vocab_size, device=self.device
+        )
+        logits.softmax(-1)
+
+    def _prefill_padding(self, sizes: list[int]) -> torch.Tensor:
+        """Prefills sequences of these lengths in the padding block; returns their logits."""
         count = len(sizes)
         layout = InputLayout(False, sum(sizes), count, count, self.max_blocks, max(sizes))
         host = np.zeros(layout.size, np.int32)
         views = layout.views(host)
         np.cumsum(sizes, out=views["cu_seqlens_q"][1:])
         views["context_lens"][:] = sizes
-        self._prefill(layout, torch.from_numpy(host).to(self.device))
-        # What decode needs at most beyond that: logits, and their copy in float32 for top-p.
-        logits = torch.zeros(
-            self.config.max_num_seqs, self.model_config.vocab_size, device=self.device
+        return self._prefill(layout, torch.from_numpy(host).to(self.device))
+
+    def _warm_up(self, dtype: torch.dtype) -> None:
+        config, device, vocab_size = self.config, self.device, self.model_config.vocab_size
+
+        def draw(logits: torch.Tensor, params: list[SamplingParams]) -> None:
+            zeros = [0] * len(params)
+            self._draw(logits, SamplingBatch.of(params, zeros, zeros, zeros, vocab_size, device))
+
+        decode: Callable[[int], object] | None = None
+        if config.enforce_eager and isinstance(self.decode, DecodeRunner):
+            decode = partial(self.decode.run_padding, device=device)
+        warm_up(
+            self._prefill_padding,
+            kernels.linear_row_counts() + self.backend.prefill_lengths(dtype),
+            draw if self.ranks.is_first else None,
+            decode,
+            config.max_num_seqs,
+            min(config.max_num_batched_tokens, self.max_model_len),
         )
-        logits.softmax(-1)
 
 
 def resolve_dtype(wanted: str, checkpoint: str, device: torch.device) -> torch.dtype:

@@ -15,7 +15,9 @@ from nanovllm.kernels import reference
 
 __all__ = [
     "add_rms_norm",
+    "find_cut",
     "linear",
+    "linear_row_counts",
     "linear_silu_mul",
     "qk_norm_rope",
     "qk_norm_rope_store",
@@ -105,9 +107,31 @@ def resolve_tokens(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
     return _module("tokens", input_ids).resolve_tokens(input_ids, last_tokens)
 
 
-def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, steps: Tensor) -> Tensor:
+def find_cut(
+    logits: Tensor,
+    temperatures: Tensor,
+    rows: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See ``reference.find_cut``: where the likely tokens of ``logits[rows]`` end."""
+    return _module("likely", logits).find_cut(logits, temperatures, rows, top_k, top_p)
+
+
+def sample(
+    logits: Tensor,
+    temperatures: Tensor,
+    seeds: Tensor,
+    steps: Tensor,
+    cut: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """See ``reference.sample``: one token per row of ``logits [N, V]`` -> ``[N]`` int64."""
-    return _module("sampling", logits).sample(logits, temperatures, seeds, steps)
+    return _module("sampling", logits).sample(logits, temperatures, seeds, steps, cut)
+
+
+def linear_row_counts() -> list[int]:
+    """Numbers of rows for each of which ``linear`` runs another kernel on CUDA."""
+    return import_module("nanovllm.kernels.small_gemm").row_counts()
 
 
 def _few_rows(x: Tensor) -> bool:

@@ -203,7 +203,12 @@ def _descriptor(cache: Tensor) -> Any:
     return TensorDescriptor.from_tensor(cache.view(-1, head_dim), [TILE, head_dim])
 
 
-@triton.jit(do_not_specialize=["num_seqs", "table_stride"])
+# The alignment of tables and lengths varies with the batch, as they are views into one buffer.
+@triton.jit(
+    do_not_specialize=[
+        "block_tables", "context_lens", "tile_offsets", "num_seqs", "table_stride",
+    ]
+)  # fmt: skip
 def _decode_kernel(
     q, k_cache, v_cache, out, partial_out, partial_lse, arrivals,
     block_tables, context_lens, tile_offsets, scale_log2, num_seqs, table_stride,

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from nanovllm.kernels.paging import block_of, tile_rows
 
+_TILES_Q = (16, 32, 64)  # rows of a tile of queries; the least that hold the longest sequence
+
 
 def paged_prefill_attention(
     q: Tensor,
@@ -77,12 +79,17 @@ def _tiling(head_dim: int, itemsize: int, max_seqlen_q: int) -> tuple[int, int, 
     On an H200 (16 and 8 heads of 128, TFLOP/s for 1 x 4096, 16 x 1024, 8 x 512 after 4096 and
     64 x 256 tokens): 64x64 by 4 warps 435, 316, 451, 149; 128x128 by 8 warps 415, 281, 447, 113.
     """
-    tile_q = max(triton.next_power_of_2(max_seqlen_q), 16)
+    tile_q = next((tile for tile in _TILES_Q if tile >= max_seqlen_q), _TILES_Q[-1])
     if itemsize == 4:  # exact products, not on the tensor cores: for tests, not for speed
         return 16, 16, 4, 2
     if head_dim > 128:
-        return min(tile_q, 64), 32, 4, 2
-    return min(tile_q, 64), 64, 4, 3
+        return tile_q, 32, 4, 2
+    return tile_q, 64, 4, 3
+
+
+def lengths_of_tilings(head_dim: int, itemsize: int) -> list[int]:
+    """A ``max_seqlen_q`` for every tiling there is, each of which is compiled on its own."""
+    return list({_tiling(head_dim, itemsize, length): length for length in _TILES_Q}.values())
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
@@ -99,7 +106,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale:
     return paged_prefill_attention(q, keys, values, tables, cu_seqlens, lengths, longest, scale)
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+# The alignment of tables and lengths varies with the batch, as they are views into one buffer.
+@triton.jit(do_not_specialize=["block_tables", "cu_seqlens_q", "context_lens", "table_stride"])
 def _prefill_kernel(
     q,
     k_cache,

@@ -256,7 +256,77 @@ def resolve_tokens(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
 # ------------------------------------------------------------------ sampling
 
 
-def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, steps: Tensor) -> Tensor:
+def keep_likely(logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Sets all but the likeliest logits of each row [F, V] to -inf, by sorting.
+
+    Of the `top_k` [F] likeliest, those stay that are needed to reach probability `top_p` [F] among
+    them at `temperatures` [F]; the likeliest always stays. Of equals, the lowest tokens stay.
+    NaN is never likely.
+    """
+    logits = torch.where(logits.isnan(), float("-inf"), logits)
+    ordered, order = logits.float().sort(dim=-1, descending=True, stable=True)
+    dropped = ~_are_likely(ordered, temperatures, top_k, top_p)
+    return logits.masked_fill(dropped.scatter(1, order, dropped), float("-inf"))
+
+
+def find_cut(
+    logits: Tensor,
+    temperatures: Tensor,
+    rows: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Where the tokens end that ``keep_likely`` keeps of the rows in `rows`.
+
+    Args:
+        logits: ``[N, V]``.
+        temperatures: ``[N]`` float32, above 0 where a row is filtered.
+        rows: ``[F]`` int64.
+        top_k: ``[F]`` int64; None: no row has one.
+        top_p: ``[F]`` float32; None: no row has one.
+
+    Returns:
+        The least logit that stays, ``[N]`` float32, and of those equal to it the last token that
+        stays, ``[N]`` int32; -inf and V in rows that are not filtered.
+    """
+    vocab = logits.shape[1]
+    values = logits[rows].float()
+    values = torch.where(values.isnan(), float("-inf"), values)
+    top_k = torch.full_like(rows, vocab) if top_k is None else top_k
+    top_p = temperatures.new_ones(len(rows)) if top_p is None else top_p
+    ordered = values.topk(min(int(top_k.max()), vocab)).values
+    likely = _are_likely(ordered, temperatures[rows], top_k, top_p)
+    least = ordered.gather(1, (likely.sum(-1, keepdim=True) - 1).clamp(min=0))
+    # Of those equal to the least, so many stay as are among the likely.
+    stay = (likely & (ordered == least)).sum(-1, keepdim=True)
+    last = ((values == least).cumsum(-1) < stay).sum(-1)
+    floors = logits.new_full((len(logits),), float("-inf"), dtype=torch.float32)
+    lasts = logits.new_full((len(logits),), vocab, dtype=torch.int32)
+    return floors.index_copy(0, rows, least[:, 0]), lasts.index_copy(0, rows, last.int())
+
+
+def _are_likely(ordered: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Which of the logits ``[F, K]``, in falling order, are likely; see ``keep_likely``.
+
+    Probabilities add up in float64, as a sum that the vocabulary's tail is lost in ends too late.
+    """
+    ranks = torch.arange(ordered.shape[1], device=ordered.device)
+    ordered = ordered.masked_fill(ranks >= top_k[:, None], float("-inf"))
+    below_peak = ordered.double().clamp(max=torch.finfo(torch.float32).max)
+    below_peak = below_peak - below_peak[:, :1]
+    probabilities = (below_peak / temperatures[:, None]).softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    enough = (before >= top_p[:, None]) & (top_p[:, None] < 1)
+    return ~enough & ~ordered.isneginf()
+
+
+def sample(
+    logits: Tensor,
+    temperatures: Tensor,
+    seeds: Tensor,
+    steps: Tensor,
+    cut: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Draw one token per row from ``softmax(logits / temperature)``.
 
     Args:
@@ -265,6 +335,7 @@ def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, steps: Tensor) -
         temperatures: ``[N]`` float32; 0 takes the most likely token (of equals, the lowest).
         seeds: ``[N]`` int64, the request's seed.
         steps: ``[N]`` int64, which token of the request this is.
+        cut: where each row's tokens end, see ``find_cut``; None: they may all be drawn.
 
     Returns:
         ``[N]`` int64.
@@ -278,6 +349,11 @@ def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, steps: Tensor) -
     within that tile. The product of the two probabilities is the softmax's, and the noise of all
     other tiles is never needed.
     """
+    if cut is not None:
+        least, last = (x[:, None] for x in cut)
+        among = torch.arange(logits.shape[1], device=logits.device) <= last
+        stays = (logits > least) | ((logits == least) & among)
+        logits = logits.masked_fill(~stays, float("-inf"))
     num_tiles = -(-logits.shape[1] // SAMPLE_TILE)
     warm = temperatures[:, None] > 0
     scores = logits.float() * (1 / torch.where(warm, temperatures[:, None], 1.0))

@@ -88,7 +88,8 @@ def qk_norm_rope(
     return q, k.squeeze(2), v.squeeze(2)
 
 
-@triton.jit
+# The alignment of positions and slots, read one by one, varies with the batch.
+@triton.jit(do_not_specialize=["positions", "slot_mapping"])
 def _norm_rope_store_kernel(
     qkv,
     q_weight,

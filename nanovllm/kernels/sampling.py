@@ -19,13 +19,20 @@ from nanovllm.kernels.reference import SAMPLE_TILE
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, steps: Tensor) -> Tensor:
+def sample(
+    logits: Tensor,
+    temperatures: Tensor,
+    seeds: Tensor,
+    steps: Tensor,
+    cut: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Draw one token per row; see ``reference.sample``.
 
     Args:
         logits: ``[N, V]``, any float dtype; rows may be strided, a row may not.
         temperatures: ``[N]`` float32, 0 for greedy.
         seeds, steps: ``[N]`` int64.
+        cut: ``[N]`` float32 and ``[N]`` int32, see ``likely.find_cut``; None: draw of all tokens.
 
     Returns:
         ``[N]`` int64.
@@ -37,14 +44,25 @@ def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, steps: Tensor) -
         return tokens
     weights = torch.empty(rows, tiles, dtype=torch.float32, device=logits.device)
     stride = logits.stride(0)
+    floors, lasts = cut or (None, None)
     _weigh_kernel[(rows, tiles)](
-        logits, temperatures, weights, stride, VOCAB=vocab, TILE=SAMPLE_TILE, num_warps=8
+        logits,
+        temperatures,
+        floors,
+        lasts,
+        weights,
+        stride,
+        VOCAB=vocab,
+        TILE=SAMPLE_TILE,
+        num_warps=8,
     )
     _draw_kernel[(rows,)](
         logits,
         temperatures,
         seeds,
         steps,
+        floors,
+        lasts,
         weights,
         tokens,
         stride,
@@ -57,15 +75,24 @@ def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, steps: Tensor) -
     return tokens
 
 
-@triton.jit
+# NOTE: the options of a batch are views with an alignment that varies with its size. If Triton
+# specialised on that, a kernel would be compiled in the middle of a run.
+@triton.jit(do_not_specialize=["temperatures"])
 def _weigh_kernel(
-    logits, temperatures, weights, row_stride, VOCAB: tl.constexpr, TILE: tl.constexpr
+    logits,
+    temperatures,
+    floors,
+    lasts,
+    weights,
+    row_stride,
+    VOCAB: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """The log-sum-exp of one row's logits in one tile, or their maximum at temperature 0."""
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     temperature = tl.load(temperatures + row)
-    score = _scores(logits + row * row_stride, tile, temperature, VOCAB, TILE)
+    score = _scores(logits, row, row_stride, tile, temperature, floors, lasts, VOCAB, TILE)
     weight = tl.max(score, axis=0)
     if temperature > 0:
         # Finite, so that a tile with nothing but -inf, or with inf, does not weigh NaN.
@@ -74,12 +101,14 @@ def _weigh_kernel(
     tl.store(weights + row * tl.num_programs(1) + tile, weight)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["temperatures", "seeds", "steps"])
 def _draw_kernel(
     logits,
     temperatures,
     seeds,
     steps,
+    floors,
+    lasts,
     weights,
     tokens,
     row_stride,
@@ -101,7 +130,7 @@ def _draw_kernel(
         weight += _gumbel(seed, step, NUM_TILES * TILE + tiles)
     _, tile = tl.max(weight, axis=0, return_indices=True)
 
-    score = _scores(logits + row * row_stride, tile, temperature, VOCAB, TILE)
+    score = _scores(logits, row, row_stride, tile, temperature, floors, lasts, VOCAB, TILE)
     if temperature > 0:
         score += _gumbel(seed, step, tile * TILE + tl.arange(0, TILE))
     _, place = tl.max(score, axis=0, return_indices=True)
@@ -109,10 +138,28 @@ def _draw_kernel(
 
 
 @triton.jit
-def _scores(row_logits, tile, temperature, VOCAB: tl.constexpr, TILE: tl.constexpr):
-    """``logits / temperature * log2(e)`` of a tile, or just the logits at temperature 0."""
+def _scores(
+    logits,
+    row,
+    row_stride,
+    tile,
+    temperature,
+    floors,
+    lasts,
+    VOCAB: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """``logits / temperature * log2(e)`` of a tile, or just the logits at temperature 0.
+
+    What is beyond the row's cut, if there is one, is -inf.
+    """
     token = tile * TILE + tl.arange(0, TILE)
-    score = tl.load(row_logits + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
+    place = logits + row * row_stride + token
+    score = tl.load(place, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
+    if floors is not None:
+        least = tl.load(floors + row)
+        stays = (score > least) | ((score == least) & (token <= tl.load(lasts + row)))
+        score = tl.where(stays, score, float("-inf"))
     score *= tl.where(temperature > 0, _LOG2_E / tl.maximum(temperature, 1e-30), 1.0)
     # NOTE: a NaN is no maximum, so it could let the draw end in a lane beyond the vocabulary.
     return tl.where(score == score, score, float("-inf"))

@@ -16,7 +16,7 @@ def resolve_tokens(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["input_ids", "count"])
 def _resolve_kernel(input_ids, last_tokens, out, count, BLOCK: tl.constexpr):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     given = tl.load(input_ids + index, mask=index < count, other=0).to(tl.int64)

@@ -109,6 +109,10 @@ class AttentionBackend(ABC):
         """Scratch memory for decode on `num_sms` SMs; one per stream that decodes."""
         return None
 
+    def prefill_lengths(self, dtype: torch.dtype) -> list[int]:
+        """Lengths of sequences in prefill for each of which other kernels run."""
+        return [1]
+
     @abstractmethod
     def decode(
         self,

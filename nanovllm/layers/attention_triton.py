@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nanovllm.kernels.paged_decode import TILE, DecodeWorkspace, paged_decode_attention
-from nanovllm.kernels.paged_prefill import paged_prefill_attention
+from nanovllm.kernels.paged_prefill import lengths_of_tilings, paged_prefill_attention
 from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, PrefillMetadata
 
 
@@ -19,6 +19,9 @@ class TritonBackend(AttentionBackend):
         return DecodeWorkspace(
             num_sms, heads.num_q_heads, heads.num_kv_heads, heads.head_dim, device
         )
+
+    def prefill_lengths(self, dtype: torch.dtype) -> list[int]:
+        return lengths_of_tilings(self.heads.head_dim, dtype.itemsize)
 
     def decode(
         self,

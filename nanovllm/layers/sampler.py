@@ -26,8 +26,8 @@ class SamplingBatch:
         steps: int64 [S], tokens that the request has drawn before.
         seats: int64 [S], where the token is kept for the next step.
         filtered: rows with a top-k or top-p, int64 [F]; None if there are none.
-        top_k: int64 [F]; the vocabulary's size where there is no limit.
-        top_p: float32 [F].
+        top_k: int64 [F], the vocabulary's size where there is no limit; None if there is nowhere.
+        top_p: float32 [F], 1 where there is no limit; None if there is nowhere.
     """
 
     temperatures: torch.Tensor
@@ -60,40 +60,26 @@ class SamplingBatch:
         ]
         if not rows:
             return cls(temperatures, integers[0], integers[1], integers[2])
-        top_k = [params[i].top_k if params[i].top_k > 0 else vocab_size for i in rows]
-        indices = upload([rows, top_k], device, np.int64)
-        top_p = upload([params[i].top_p for i in rows], device, np.float32)
+        filtered = upload(rows, device, np.int64)
+        top_k = [k if 0 < (k := params[i].top_k) < vocab_size else vocab_size for i in rows]
+        top_p = [params[i].top_p for i in rows]
         return cls(
-            temperatures, integers[0], integers[1], integers[2], indices[0], indices[1], top_p
+            temperatures,
+            integers[0],
+            integers[1],
+            integers[2],
+            filtered,
+            upload(top_k, device, np.int64) if min(top_k) < vocab_size else None,
+            upload(top_p, device, np.float32) if min(top_p) < 1 else None,
         )
 
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     """Logits [S, vocab_size] to tokens, int64 [S]."""
+    cut = None
     if batch.filtered is not None:
-        assert batch.top_k is not None
-        assert batch.top_p is not None
-        rows = batch.filtered
-        kept = keep_likely(logits[rows], batch.temperatures[rows], batch.top_k, batch.top_p)
-        logits = logits.index_copy(0, rows, kept)
-    return kernels.sample(logits, batch.temperatures, batch.seeds, batch.steps)
-
-
-def keep_likely(
-    logits: torch.Tensor, temperatures: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
-) -> torch.Tensor:
-    """Sets all but the likeliest logits of each row [F, V] to -inf.
-
-    Of the `top_k` [F] likeliest, those stay that are needed to reach probability `top_p` [F] among
-    them at `temperatures` [F]; the likeliest always stays. Of equals, the lowest tokens stay.
-    """
-    ordered, order = logits.float().sort(dim=-1, descending=True, stable=True)
-    ranks = torch.arange(logits.shape[1], device=logits.device)
-    ordered = ordered.masked_fill(ranks >= top_k[:, None], -torch.inf)
-    probabilities = (ordered / temperatures[:, None]).softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    dropped = (before >= top_p[:, None]) | ordered.isneginf()
-    return logits.masked_fill(dropped.scatter(1, order, dropped), -torch.inf)
+        cut = kernels.find_cut(logits, batch.temperatures, batch.filtered, batch.top_k, batch.top_p)
+    return kernels.sample(logits, batch.temperatures, batch.seeds, batch.steps, cut)
 
 
 def upload(values: ArrayLike, device: torch.device, dtype: DTypeLike | None = None) -> torch.Tensor:

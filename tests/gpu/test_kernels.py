@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
 from nanovllm import kernels
 from nanovllm.kernels import (
     activation,
+    likely,
     norm,
     paged_decode,
     paged_prefill,
@@ -25,7 +26,15 @@ from nanovllm.kernels import (
     sampling,
     small_gemm,
 )
-from tests.test_kernels import PagedCase, randn, rope_case, sampling_case, without_cache
+from tests.test_kernels import (
+    PagedCase,
+    check_cut,
+    cut_case,
+    randn,
+    rope_case,
+    sampling_case,
+    without_cache,
+)
 
 EPS = 1e-6
 BF16 = torch.bfloat16
@@ -221,3 +230,27 @@ def test_sample(dtype):
     assert torch.equal(actual[greedy], expected[greedy])
     # A draw compares sums that the two round differently, so a rare one may differ.
     assert (actual != expected).sum() <= 1
+
+
+@pytest.mark.parametrize("limits", ["k", "p", "kp"])
+@pytest.mark.parametrize("spread", [0.6, 3.0])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_cut(dtype, spread, limits):
+    """Of flat rows, where most tokens are needed to reach top_p, and of steeper ones."""
+    case = cut_case(16, 151936, dtype, limits, spread)
+    cut = likely.find_cut(*case)
+    check_cut(cut, *case, border=4e-6)
+    for _ in range(3):
+        assert all(torch.equal(*pair) for pair in zip(cut, likely.find_cut(*case), strict=True))
+
+
+def test_cut_does_not_wait_for_the_device():
+    case = cut_case(16, 151936, BF16, "kp")
+    inputs = sampling_case(16, 151936, BF16)
+    kernels.sample(*inputs, kernels.find_cut(*case))  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kernels.sample(*inputs, kernels.find_cut(*case))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -149,7 +149,8 @@ def run_round(engine: LLM) -> None:
 
 
 # A process that starts an engine and generates, first once, then with other lengths and batches.
-# Prints the seconds of the start, and the files in Triton's cache after the first time and the end.
+# Prints the seconds of the start, and the files in Triton's cache after it, after the first time
+# and at the end.
 START = """
 import json, os, random, sys, time
 from pathlib import Path
@@ -173,13 +174,16 @@ with shape_directory(sys.argv[1]) as directory:
     start = time.perf_counter()
     engine = LLM(directory, device="cuda", load_format="dummy")
     seconds = time.perf_counter() - start
+    started = files()
     with engine:
         generate([5, 1, 300, 3000])
         first = files()
         for lengths in ([1], [3], [8], [16] * 16, [4096 - 12], [700] * 40,
                         [random.randint(1, 900) for _ in range(77)]):
             generate(lengths)
-        print(json.dumps({"seconds": seconds, "first": first, "end": files()}))
+        print(json.dumps(
+            {"seconds": seconds, "started": started, "first": first, "end": files()}
+        ))
 """
 
 
@@ -208,6 +212,10 @@ class TestStartUp:
         cold = processes[0]
         assert any(name.endswith(".cubin") for name in cold["first"])
         assert set(cold["end"]) - set(cold["first"]) == set()
+
+    def test_no_request_compiles_a_kernel(self, processes: list[dict[str, Any]]) -> None:
+        cold = processes[0]
+        assert set(cold["end"]) - set(cold["started"]) == set()
 
     def test_a_second_process_compiles_nothing(self, processes: list[dict[str, Any]]) -> None:
         cold, warm = processes

@@ -28,14 +28,21 @@ from nanovllm.bench import BenchError, report
 from nanovllm.bench.arms import Split, arm_specs, choose_split, default_splits, open_arms
 from nanovllm.bench.command_line import complete, make_parser
 from nanovllm.bench.compare import compare, profile_steps
+from nanovllm.bench.curves import draw_curves, format_curves, measure_curves
 from nanovllm.bench.engines import StartedEngine, start_engine
 from nanovllm.bench.floor import Floor, measure_copy_bandwidth
 from nanovllm.bench.heat_map import draw_map
 from nanovllm.bench.map_report import format_map
 from nanovllm.bench.nano import MAX_MODEL_LEN, run_nano
-from nanovllm.bench.stored import read_map, write_record
+from nanovllm.bench.prefill import (
+    format_prefill,
+    measure_matmul_peak,
+    prefill_record,
+    run_prefill,
+)
+from nanovllm.bench.stored import read_map, read_record, write_record
 from nanovllm.bench.sweep import Grid, sweep
-from nanovllm.bench.workload import DecodeWorkload, fill_cache
+from nanovllm.bench.workload import DecodeWorkload, fill_cache, room_options
 from nanovllm.config import Config
 from nanovllm.engine.model_runner import sm_count
 from nanovllm.utils.timeline import save_timeline
@@ -61,10 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run_decode(args: argparse.Namespace) -> Record:
     """Compares the modes; prints the table and returns the JSON object."""
     workload = DecodeWorkload(args.batch, args.context, args.output)
-    options: dict[str, Any] = {"max_num_seqs": args.batch, "enable_prefix_caching": False}
+    options = room_options(args.device, args.batch, workload.max_len)
     options["max_model_len"] = max(Config.max_model_len, workload.max_len)
-    if args.device.type == "cpu":
-        options["num_kvcache_blocks"] = workload.blocks(Config.kvcache_block_size)
     with start(args, **options) as started:
         engine = started.engine
         workload.check_fits(engine)
@@ -99,6 +104,21 @@ def run_nano_workload(args: argparse.Namespace) -> Record:
     return record
 
 
+def run_prefill_workload(args: argparse.Namespace) -> Record:
+    """Measures prefill; prints the result and returns the JSON object."""
+    options = room_options(args.device, args.requests, args.tokens + 1)
+    options["max_num_batched_tokens"] = args.requests * args.tokens
+    options["enforce_eager"] = True  # graphs are for decode, which nothing reaches
+    with start(args, **options) as started:
+        runner = started.engine.model_runner
+        result = run_prefill(started.engine, args.requests, args.tokens)
+        dtype = runner.model.model.embed_tokens.weight.dtype
+        record = report.describe_run(started, "prefill")
+        record |= prefill_record(result, measure_matmul_peak(runner.device, dtype))
+    print(format_prefill(record))
+    return record
+
+
 def run_map(args: argparse.Namespace) -> Record:
     """Measures the map, or reads it; prints and draws it, and returns the JSON object."""
     if args.stored is not None:
@@ -116,6 +136,18 @@ def run_map(args: argparse.Namespace) -> Record:
     return record
 
 
+def run_curves(args: argparse.Namespace) -> Record:
+    """Measures the curves, or reads them; prints and draws them, and returns the JSON object."""
+    if args.stored is not None:
+        record = read_record(args.stored[0], "curves")
+    else:
+        record = measure_curves(args.device)
+    print(format_curves(record))
+    if args.plot is not None:
+        draw_curves(record, args.plot)
+    return record
+
+
 def split_of(args: argparse.Namespace) -> Split | None:
     """SMs of attention and FFN to ask for; None where there are no SMs."""
     return choose_split(sm_count(args.device), args.attention_sms, args.ffn_sms)
@@ -123,7 +155,8 @@ def split_of(args: argparse.Namespace) -> Split | None:
 
 def start(args: argparse.Namespace, **options: Any) -> AbstractContextManager[StartedEngine]:
     """The engine of a workload."""
-    return start_engine(args.shape, args.layers, args.model, **engine_options(args), **options)
+    options = engine_options(args) | options
+    return start_engine(args.shape, args.layers, args.model, **options)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -138,7 +171,9 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
 RUN = {
     "decode": run_decode,
     "nano": run_nano_workload,
+    "prefill": run_prefill_workload,
     "map": run_map,
+    "curves": run_curves,
 }
 
 

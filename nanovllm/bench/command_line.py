@@ -31,7 +31,7 @@ PICTURE = ("plot", "stored")
 OPTIONS: dict[str, tuple[str, ...]] = {
     "decode": (*MODEL, *SPLIT, "batch", "context", "output", "seconds", "modes", "timeline"),
     "nano": (*MODEL, *SPLIT, "requests", "mode"),
-    "prefill": (*MODEL, "requests", "tokens"),
+    "prefill": ("shape", "model", "layers", "requests", "tokens"),
     "map": (*ENGINE, *SPLIT, *PICTURE, "shapes", "batches", "contexts", "splits", "seconds",
             "modes"),
     "curves": PICTURE,

@@ -22,8 +22,7 @@ from nanovllm.bench.arms import SEQUENTIAL, Arm, ArmSpec, open_arms
 from nanovllm.bench.compare import StepTimes, gather, run_turns, timed_arms
 from nanovllm.bench.engines import start_engine
 from nanovllm.bench.gains import judge, summarize
-from nanovllm.bench.workload import EDGE_STEPS, DecodeWorkload, fill_cache
-from nanovllm.config import Config
+from nanovllm.bench.workload import EDGE_STEPS, DecodeWorkload, fill_cache, room_options
 from nanovllm.engine.llm_engine import LLMEngine
 
 BENCHMARK = "map"
@@ -92,7 +91,8 @@ def sweep_shape(
     grid: Grid, shape: str, device: torch.device, options: dict[str, Any], bar: tqdm[Any]
 ) -> dict[str, Any]:
     """The record of one shape; without arms if not even its engine fits."""
-    options = options | engine_options(grid, device)
+    largest = DecodeWorkload(max(grid.batches), max(grid.contexts), LONGEST_OUTPUT)
+    options = options | room_options(device, largest.batch, largest.max_len)
     start = time.perf_counter()
     try:
         with start_engine(shape, grid.layers, None, **options) as started:
@@ -114,19 +114,6 @@ def sweep_shape(
         points = [unmeasured_point(*point, str(error)) for point in grid.points]
         bar.update(len(points))
         return {"name": shape, "arms": [], "points": points}
-
-
-def engine_options(grid: Grid, device: torch.device) -> dict[str, Any]:
-    """Fields of `Config` that make room for the largest point."""
-    largest = DecodeWorkload(max(grid.batches), max(grid.contexts), LONGEST_OUTPUT)
-    options: dict[str, Any] = {
-        "max_num_seqs": largest.batch,
-        "max_model_len": largest.max_len,
-        "enable_prefix_caching": False,
-    }
-    if device.type == "cpu":
-        options["num_kvcache_blocks"] = largest.blocks(Config.kvcache_block_size)
-    return options
 
 
 def measure_point(

@@ -8,6 +8,7 @@ workload.py      decode steps at a given batch and context, without a prefill be
 compare.py       the arms in turn: their step times
 floor.py         the time below which no step can be: bytes over bandwidth
 nano.py          nano-vllm's own benchmark
+idle.py          ... and the time in which the GPU waits for its next step
 prefill.py       prefill alone
 curves.py        attention bandwidth and GEMM rate against SM count
 report.py        tables, and one JSON object

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from nanovllm.bench import DoesNotFit, report
-from nanovllm.bench.arms import SEQUENTIAL, Arm, ArmSpec, open_arms
+from nanovllm.bench.arms import AUTO, SEQUENTIAL, Arm, ArmSpec, open_arms
 from nanovllm.bench.compare import StepTimes, gather, run_turns, timed_arms
 from nanovllm.bench.engines import start_engine
 from nanovllm.bench.gains import judge, summarize
@@ -119,7 +119,10 @@ def sweep_shape(
 def measure_point(
     engine: LLMEngine, arms: Sequence[Arm], batch: int, context: int, seconds: float, bar: tqdm[Any]
 ) -> dict[str, Any]:
-    """The record of one point: step times of all arms that do not fall back, and their gains."""
+    """The record of one point: step times of all arms that do not fall back, and their gains.
+
+    "plan" is the one that auto has in use at the end, if it has a planner.
+    """
     bar.set_postfix_str(f"batch {batch}, context {context}")
     try:
         DecodeWorkload(batch, context, LONGEST_OUTPUT).check_fits(engine)
@@ -140,6 +143,7 @@ def measure_point(
         "reason": None,
         "output": output,
         "arms": {arm.label: times_record(times[arm.label]) for arm in timed},
+        "plan": next((arm.plan for arm in timed if arm.mode == AUTO), None),
         **judge({arm.label: times[arm.label].median * 1e3 for arm in timed}),
     }
 
@@ -172,8 +176,14 @@ def unmeasured_point(batch: int, context: int, reason: str) -> dict[str, Any]:
     """The record of a point that does not fit."""
     nothing = judge({SEQUENTIAL: 1.0})
     return {
-        "batch": batch, "context": context, "reason": reason, "output": None, "arms": {}, **nothing
-    }  # fmt: skip
+        "batch": batch,
+        "context": context,
+        "reason": reason,
+        "output": None,
+        "arms": {},
+        "plan": None,
+        **nothing,
+    }
 
 
 def free_memory(device: torch.device) -> None:

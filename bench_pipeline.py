@@ -3,6 +3,7 @@
 python bench_pipeline.py                        Qwen3-0.6B's shape; without a GPU the tiny model
 python bench_pipeline.py --shape 8B --batch 512 --context 512 --attention-sms 36 --ffn-sms 96
 python bench_pipeline.py --model Qwen/Qwen3-4B --modes green auto --json result.json
+python bench_pipeline.py --workload growing     contexts from 128 to 4096: all plans, and auto
 python bench_pipeline.py --workload nano        nano-vllm's own benchmark, prefill included
 python bench_pipeline.py --workload prefill     prompts alone, at the 8B shape
 python bench_pipeline.py --map --plot map.png --json map.json    where the pipeline pays
@@ -31,6 +32,8 @@ from nanovllm.bench.compare import compare, profile_steps
 from nanovllm.bench.curves import draw_curves, format_curves, measure_curves
 from nanovllm.bench.engines import StartedEngine, start_engine
 from nanovllm.bench.floor import Floor, measure_copy_bandwidth
+from nanovllm.bench.growing import Growth, growing_record, run_passages
+from nanovllm.bench.growing_report import format_growing
 from nanovllm.bench.heat_map import draw_map
 from nanovllm.bench.map_report import format_map
 from nanovllm.bench.nano import MAX_MODEL_LEN, run_nano
@@ -88,6 +91,22 @@ def run_decode(args: argparse.Namespace) -> Record:
     return record
 
 
+def run_growing(args: argparse.Namespace) -> Record:
+    """Measures all arms on growing sequences; prints the table and returns the JSON object."""
+    growth = Growth(args.batch, args.context, args.until, args.stages, args.output)
+    options = room_options(args.device, args.batch, growth.largest.max_len)
+    with start(args, **options) as started:
+        engine = started.engine
+        growth.largest.check_fits(engine)
+        fill_cache(engine)
+        with open_arms(engine, arm_specs(args.modes, splits_of(args), split_of(args))) as arms:
+            passages = run_passages(engine, arms, growth, args.rounds)
+            record = report.describe_run(started, "growing")
+            record |= growing_record(growth, arms, passages)
+    print(format_growing(record))
+    return record
+
+
 def run_nano_workload(args: argparse.Namespace) -> Record:
     """Runs nano-vllm's benchmark; prints the result and returns the JSON object."""
     options: dict[str, Any] = {"max_model_len": MAX_MODEL_LEN}
@@ -124,8 +143,7 @@ def run_map(args: argparse.Namespace) -> Record:
     if args.stored is not None:
         record = read_map(args.stored)
     else:
-        splits = args.splits or default_splits(sm_count(args.device))
-        specs = arm_specs(args.modes, splits, split_of(args))
+        specs = arm_specs(args.modes, splits_of(args), split_of(args))
         grid = Grid(args.shapes, args.layers, args.batches, args.contexts, specs, args.seconds)
         record = sweep(
             grid, args.device, engine_options(args), lambda part: write_record(part, args.json)
@@ -153,6 +171,11 @@ def split_of(args: argparse.Namespace) -> Split | None:
     return choose_split(sm_count(args.device), args.attention_sms, args.ffn_sms)
 
 
+def splits_of(args: argparse.Namespace) -> list[Split]:
+    """SMs of each green arm; none where there are no SMs."""
+    return args.splits or default_splits(sm_count(args.device))
+
+
 def start(args: argparse.Namespace, **options: Any) -> AbstractContextManager[StartedEngine]:
     """The engine of a workload."""
     options = engine_options(args) | options
@@ -170,6 +193,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
 
 RUN = {
     "decode": run_decode,
+    "growing": run_growing,
     "nano": run_nano_workload,
     "prefill": run_prefill_workload,
     "map": run_map,

@@ -478,8 +478,8 @@ class TestBadArguments:
     @pytest.mark.parametrize(
         ("argv", "message"),
         [
-            (["--batch", "2"], "--batch is an option of --workload decode only"),
-            (["--model", "m"], "--model is an option of --workload decode and --workload nano"),
+            (["--batch", "2"], "--batch is an option of --workload decode and --workload grow"),
+            (["--model", "m"], "--model is an option of --workload decode and --workload growing"),
             (["--splits", "36-96"], "36-96 is not of the form A+F, such as 36+96"),
             (["--splits", "0+96"], "0+96 is not of the form A+F"),
             (["--splits", "36+96"], "--splits needs green among --modes"),

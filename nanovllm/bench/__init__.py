@@ -16,6 +16,8 @@ sweep.py         the map: all arms over shapes, batches and contexts
 gains.py         ... what it says of each point, and in sum
 map_report.py    ... as a table
 heat_map.py      ... as a picture
+growing.py       all arms on sequences that grow from a short context to a long one
+growing_report.py ... as a table
 """
 
 

@@ -3,6 +3,7 @@
 python bench_pipeline.py                        Qwen3-0.6B's shape; without a GPU the tiny model
 python bench_pipeline.py --shape 8B --batch 512 --context 512 --attention-sms 36 --ffn-sms 96
 python bench_pipeline.py --model Qwen/Qwen3-4B --modes green auto --json result.json
+python bench_pipeline.py --workload growing     contexts from 128 to 4096: all plans, and auto
 python bench_pipeline.py --workload nano        nano-vllm's own benchmark, prefill included
 python bench_pipeline.py --workload prefill     prompts alone, at the 8B shape
 python bench_pipeline.py --map --plot map.png --json map.json    where the pipeline pays
@@ -28,14 +29,23 @@ from nanovllm.bench import BenchError, report
 from nanovllm.bench.arms import Split, arm_specs, choose_split, open_arms
 from nanovllm.bench.command_line import complete, make_parser
 from nanovllm.bench.compare import compare, profile_steps
+from nanovllm.bench.curves import draw_curves, format_curves, measure_curves
 from nanovllm.bench.engines import StartedEngine, start_engine
 from nanovllm.bench.floor import Floor, measure_copy_bandwidth
+from nanovllm.bench.growing import Growth, growing_record, run_passages
+from nanovllm.bench.growing_report import format_growing
 from nanovllm.bench.heat_map import draw_map
 from nanovllm.bench.map_report import format_map
 from nanovllm.bench.nano import MAX_MODEL_LEN, run_nano
-from nanovllm.bench.stored import read_map, write_record
+from nanovllm.bench.prefill import (
+    format_prefill,
+    measure_matmul_peak,
+    prefill_record,
+    run_prefill,
+)
+from nanovllm.bench.stored import read_map, read_record, write_record
 from nanovllm.bench.sweep import Grid, sweep
-from nanovllm.bench.workload import DecodeWorkload, fill_cache
+from nanovllm.bench.workload import DecodeWorkload, fill_cache, room_options
 from nanovllm.config import Config
 from nanovllm.engine.model_runner import sm_count
 from nanovllm.engine.planned_decode import splits_to_try
@@ -62,10 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run_decode(args: argparse.Namespace) -> Record:
     """Compares the modes; prints the table and returns the JSON object."""
     workload = DecodeWorkload(args.batch, args.context, args.output)
-    options: dict[str, Any] = {"max_num_seqs": args.batch, "enable_prefix_caching": False}
+    options = room_options(args.device, args.batch, workload.max_len)
     options["max_model_len"] = max(Config.max_model_len, workload.max_len)
-    if args.device.type == "cpu":
-        options["num_kvcache_blocks"] = workload.blocks(Config.kvcache_block_size)
     with start(args, **options) as started:
         engine = started.engine
         workload.check_fits(engine)
@@ -81,6 +89,22 @@ def run_decode(args: argparse.Namespace) -> Record:
             if args.timeline is not None:
                 save_timeline(profile_steps(engine, arms[-1], workload), args.timeline)
     print(report.format_decode(record))
+    return record
+
+
+def run_growing(args: argparse.Namespace) -> Record:
+    """Measures all arms on growing sequences; prints the table and returns the JSON object."""
+    growth = Growth(args.batch, args.context, args.until, args.stages, args.output)
+    options = room_options(args.device, args.batch, growth.largest.max_len)
+    with start(args, **options) as started:
+        engine = started.engine
+        growth.largest.check_fits(engine)
+        fill_cache(engine)
+        with open_arms(engine, arm_specs(args.modes, splits_of(args), split_of(args))) as arms:
+            passages = run_passages(engine, arms, growth, args.rounds)
+            record = report.describe_run(started, "growing")
+            record |= growing_record(growth, arms, passages)
+    print(format_growing(record))
     return record
 
 
@@ -100,13 +124,27 @@ def run_nano_workload(args: argparse.Namespace) -> Record:
     return record
 
 
+def run_prefill_workload(args: argparse.Namespace) -> Record:
+    """Measures prefill; prints the result and returns the JSON object."""
+    options = room_options(args.device, args.requests, args.tokens + 1)
+    options["max_num_batched_tokens"] = args.requests * args.tokens
+    options["enforce_eager"] = True  # graphs are for decode, which nothing reaches
+    with start(args, **options) as started:
+        runner = started.engine.model_runner
+        result = run_prefill(started.engine, args.requests, args.tokens)
+        dtype = runner.model.model.embed_tokens.weight.dtype
+        record = report.describe_run(started, "prefill")
+        record |= prefill_record(result, measure_matmul_peak(runner.device, dtype))
+    print(format_prefill(record))
+    return record
+
+
 def run_map(args: argparse.Namespace) -> Record:
     """Measures the map, or reads it; prints and draws it, and returns the JSON object."""
     if args.stored is not None:
         record = read_map(args.stored)
     else:
-        splits = args.splits or splits_to_try(sm_count(args.device))
-        specs = arm_specs(args.modes, splits, split_of(args))
+        specs = arm_specs(args.modes, splits_of(args), split_of(args))
         grid = Grid(args.shapes, args.layers, args.batches, args.contexts, specs, args.seconds)
         record = sweep(
             grid, args.device, engine_options(args), lambda part: write_record(part, args.json)
@@ -117,14 +155,32 @@ def run_map(args: argparse.Namespace) -> Record:
     return record
 
 
+def run_curves(args: argparse.Namespace) -> Record:
+    """Measures the curves, or reads them; prints and draws them, and returns the JSON object."""
+    if args.stored is not None:
+        record = read_record(args.stored[0], "curves")
+    else:
+        record = measure_curves(args.device)
+    print(format_curves(record))
+    if args.plot is not None:
+        draw_curves(record, args.plot)
+    return record
+
+
 def split_of(args: argparse.Namespace) -> Split | None:
     """SMs of attention and FFN to ask for; None where there are no SMs."""
     return choose_split(sm_count(args.device), args.attention_sms, args.ffn_sms)
 
 
+def splits_of(args: argparse.Namespace) -> list[Split]:
+    """SMs of each green arm; none where there are no SMs."""
+    return args.splits or splits_to_try(sm_count(args.device))
+
+
 def start(args: argparse.Namespace, **options: Any) -> AbstractContextManager[StartedEngine]:
     """The engine of a workload."""
-    return start_engine(args.shape, args.layers, args.model, **engine_options(args), **options)
+    options = engine_options(args) | options
+    return start_engine(args.shape, args.layers, args.model, **options)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -138,8 +194,11 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
 
 RUN = {
     "decode": run_decode,
+    "growing": run_growing,
     "nano": run_nano_workload,
+    "prefill": run_prefill_workload,
     "map": run_map,
+    "curves": run_curves,
 }
 
 

@@ -20,7 +20,7 @@ from nanovllm.bench import BenchError, nano
 from nanovllm.bench.arms import ArmSpec, arm_specs, choose_split, open_arms
 from nanovllm.bench.command_line import MODES
 from nanovllm.bench.floor import Floor, kv_bytes_per_token, weight_bytes
-from nanovllm.bench.report import format_decode
+from nanovllm.bench.report import format_decode, format_nano
 from nanovllm.bench.shapes import SIZES, published_config, shape_directory
 from nanovllm.bench.workload import DecodeWorkload, fill_cache, run_turn, seat
 from nanovllm.layers.attention import HeadShape
@@ -176,6 +176,25 @@ class TestNano:
         assert record["fell_back"] == (mode == "green")
         assert record["steps_by_path"]["pipelined" if mode == "microbatch" else "sequential"] > 7
         assert f"{rate:,.0f} output tokens per second" in lines
+        assert record["gpu_idle_share"] is None
+        assert record["prefill_seconds"] > 0
+        assert record["decode_seconds"] > 0
+        assert record["prefill_seconds"] + record["decode_seconds"] < record["seconds"]
+        assert any(line.startswith("prefill steps take ") for line in lines)
+
+    def test_the_time_without_work_is_a_line(self) -> None:
+        record = {
+            "model": {"name": "0.6B", "layers": 28, "parameters": 6e8, "dtype": "bfloat16"},
+            "device": {"name": "GPU"},
+            "requests": 256, "prompt_tokens": 142_827, "output_tokens": 133_966, "seconds": 5.0,
+            "output_tokens_per_second": 26_793.2, "runs_as": "sequential", "fell_back": False,
+            "prefill_seconds": 0.8, "decode_seconds": 4.0,
+            "gpu_idle_share": 0.0123, "gpu_idle_gaps": 1_020,
+        }  # fmt: skip
+        assert format_nano(record).splitlines()[-2:] == [
+            "prefill steps take 0.80 s of it, decode steps 4.00 s",
+            "between decode steps the GPU is idle for 1.23% of the time (1,020 gaps)",
+        ]
 
 
 class TestParts:

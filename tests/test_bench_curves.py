@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+import bench_pipeline
 from green_ctx import Granularity
 from nanovllm.bench import BenchError, curves, curves_work
 from nanovllm.bench.curves import (
@@ -34,6 +35,7 @@ from nanovllm.bench.curves import (
 from nanovllm.bench.curves_picture import draw_bandwidth, draw_gemm
 from nanovllm.bench.curves_work import AttentionWork, DenseWork, ReadWork, Work, random_layers
 from nanovllm.bench.shapes import published_config
+from nanovllm.bench.stored import write_record
 from nanovllm.bench.timing import steady_seconds
 from nanovllm.kernels import reference
 from nanovllm.models.qwen3_config import Qwen3Config
@@ -315,3 +317,53 @@ class TestRefusals:
     def test_of_cuda_where_there_is_none(self) -> None:
         with pytest.raises(BenchError, match="need a CUDA GPU, not cuda:0"):
             measure_curves(torch.device("cuda", 0))
+
+
+class TestCommandLine:
+    def test_a_stored_record_is_printed_and_drawn(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        stored, picture = tmp_path / "curves.json", tmp_path / "curves.png"
+        record = make_record()
+        write_record(record, stored)
+        bench_pipeline.main(["--curves", "--from", str(stored), "--plot", str(picture)])
+        *lines, last = capsys.readouterr().out.splitlines()
+        assert lines == format_curves(record).splitlines()
+        assert json.loads(last) == record
+        draw_curves(record, tmp_path / "expected.png")
+        assert (imread(picture) == imread(tmp_path / "expected.png")).all()
+
+    def test_with_json_the_record_goes_there_alone(
+        self,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        record, file = make_record(), tmp_path / "curves.json"
+        monkeypatch.setattr(bench_pipeline, "measure_curves", lambda device: record)
+        bench_pipeline.main(["--curves", "--device", "cpu", "--json", str(file)])
+        assert capsys.readouterr().out.splitlines() == format_curves(record).splitlines()
+        assert json.loads(file.read_text(encoding="utf-8")) == record
+
+    @pytest.mark.parametrize(
+        ("argv", "message"),
+        [
+            (["--device", "cpu"], "curves need a CUDA GPU, not cpu"),
+            (["--from", "a.json", "b.json"], "--curves --from takes one file"),
+            (["--from", "nowhere.json"], "--from nowhere.json cannot be read"),
+            (["--shape", "8B"], "--shape is an option of --workload decode"),
+            (["--plot", "curves.pdf"], "the name must end in .png"),
+        ],
+    )
+    def test_bad_arguments_say_why(
+        self, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit):
+            bench_pipeline.main(["--curves", *argv])
+        assert message in capsys.readouterr().err
+
+    def test_a_map_is_no_curves(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        write_record({"benchmark": "map"}, tmp_path / "map.json")
+        with pytest.raises(SystemExit):
+            bench_pipeline.main(["--curves", "--from", str(tmp_path / "map.json")])
+        assert "does not hold the JSON object of a --curves run" in capsys.readouterr().err

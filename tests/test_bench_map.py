@@ -19,7 +19,7 @@ from matplotlib.image import imread
 import bench_pipeline
 from nanovllm import LLM
 from nanovllm.bench import BenchError, DoesNotFit, sweep
-from nanovllm.bench.arms import ArmSpec
+from nanovllm.bench.arms import Arm, ArmSpec
 from nanovllm.bench.compare import gather, run_turns
 from nanovllm.bench.gains import judge, regions, summarize
 from nanovllm.bench.heat_map import draw_map
@@ -27,6 +27,7 @@ from nanovllm.bench.map_report import format_map
 from nanovllm.bench.stored import read_map, write_record
 from nanovllm.bench.sweep import FEWEST_ROUNDS, FEWEST_STEPS, MOST_STEPS, plan_turns
 from nanovllm.bench.workload import EDGE_STEPS, DecodeWorkload, fill_cache
+from nanovllm.engine.pipeline_statistics import PipelineStatistics
 
 LABELS = ("sequential", "streams", "green 36+96", "auto")
 BATCHES = {"0.6B": [1, 8, 32], "14B": [1, 8]}
@@ -174,6 +175,55 @@ class TestOnTheCpu:
         monkeypatch.setattr(sweep, "start_engine", refuse)
         run_map("--device", "cpu")
         assert "Qwen3 tiny: not measured, no memory left" in capsys.readouterr().out
+
+
+class TestPlans:
+    """Which plan auto chose, where it has a planner."""
+
+    def test_a_point_has_the_plan_in_use_at_its_end(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        as_dict = PipelineStatistics.as_dict
+
+        def planned(self: PipelineStatistics) -> dict[str, object]:
+            only_fours = self.tokens["sequential"] == 4 * self.steps["sequential"]
+            plan = "sequential" if only_fours else "green 36+96"
+            return as_dict(self) | {"planner": {"plan": plan, "switches": 1, "plans": {}}}
+
+        monkeypatch.setattr(PipelineStatistics, "as_dict", planned)
+        monkeypatch.setattr(Arm, "fallback_reason", lambda self, batch: None)
+        argv = ["--device", "cpu", "--seconds", "0.01", "--modes", "auto", "--contexts", "16"]
+        run_map(*argv, "--batches", "2", "4")
+        *table, last = capsys.readouterr().out.splitlines()
+        points = json.loads(last)["shapes"][0]["points"]
+        assert [(point["batch"], point["plan"]) for point in points] == [
+            (4, "sequential"),
+            (2, "green 36+96"),
+        ]
+        (head,) = (line for line in table if line.startswith("batch"))
+        assert head.endswith("  auto's plan  best")
+        rows = [line.split() for line in table if line.split()[1:2] == ["16"]]
+        assert [row[4] for row in rows] == ["36+96", "sequential"]
+
+    def test_without_a_planner_there_is_neither_plan_nor_column(
+        self, record: dict[str, Any]
+    ) -> None:
+        assert all(point["plan"] is None for point in record["shapes"][0]["points"])
+        assert "auto's plan" not in format_map(record)
+
+    def test_maps_of_before_have_no_plans(self) -> None:
+        old = make_point(8, 128, sequential=1.0, auto=1.0)
+        assert "auto's plan" not in format_map(make_map(make_shape("8B", [old])))
+        new = make_point(8, 512, sequential=1.0, auto=1.0) | {"plan": "streams"}
+        rows = format_map(make_map(make_shape("8B", [old, new]))).splitlines()
+        assert [row.split()[-2] for row in rows if row.startswith("    8")] == ["-", "streams"]
+
+    @pytest.mark.parametrize("extra", [{}, {"planner": None}])
+    def test_an_arm_without_a_planner_has_no_plan(self, extra: dict[str, Any]) -> None:
+        statistics = SimpleNamespace(as_dict=lambda: {"mode": "green"} | extra)
+        decode: Any = SimpleNamespace(pipeline=SimpleNamespace(statistics=statistics))
+        runner: Any = None
+        assert Arm(ArmSpec("auto"), runner, decode).plan is None
 
 
 class TestTurns:
@@ -428,8 +478,8 @@ class TestBadArguments:
     @pytest.mark.parametrize(
         ("argv", "message"),
         [
-            (["--batch", "2"], "--batch is an option of --workload decode only"),
-            (["--model", "m"], "--model is an option of --workload decode and --workload nano"),
+            (["--batch", "2"], "--batch is an option of --workload decode and --workload grow"),
+            (["--model", "m"], "--model is an option of --workload decode and --workload growing"),
             (["--splits", "36-96"], "36-96 is not of the form A+F, such as 36+96"),
             (["--splits", "0+96"], "0+96 is not of the form A+F"),
             (["--splits", "36+96"], "--splits needs green among --modes"),

@@ -5,6 +5,7 @@ Run with `pytest tests/test_bench_prefill.py`; it takes some seconds.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import bench_pipeline
 from nanovllm import LLM
 from nanovllm.bench import BenchError, prefill
 from nanovllm.bench.prefill import (
@@ -191,3 +193,31 @@ def test_record_and_text_follow_from_the_result() -> None:
     assert times.startswith(f"8 prompts of 2,048 tokens in one step: {middle * 1e3:.1f} ms, median")
     assert tokens == f"{8 * 2048 / middle:,.0f} tokens per second"
     assert f"{100 * record['peak_share']:.1f}% of a large matrix product (782 TFLOP/s)" in flops
+
+
+class TestCommandLine:
+    ARGV = ("--workload", "prefill", "--device", "cpu", "--requests", "3", "--tokens", "20")
+
+    def test_prints_the_result_and_its_record(self, capsys: pytest.CaptureFixture[str]) -> None:
+        bench_pipeline.main(self.ARGV)
+        *lines, last = capsys.readouterr().out.splitlines()
+        record = json.loads(last)
+        assert lines == format_prefill(record).splitlines()
+        assert record["benchmark"] == "prefill"
+        assert record["model"]["name"] == "tiny"
+        assert (record["requests"], record["tokens"]) == (3, 20)
+        assert record["options"]["max_num_batched_tokens"] == 60
+        assert record["options"]["enable_prefix_caching"] is False
+
+    def test_refuses_what_is_for_decode(self, capsys: pytest.CaptureFixture[str]) -> None:
+        for option in ("--sync", "--enforce-eager"):
+            with pytest.raises(SystemExit):
+                bench_pipeline.main([*self.ARGV, option])
+            assert f"{option} is an option of --workload decode" in capsys.readouterr().err
+
+    def test_refuses_prompts_that_the_model_cannot_read(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit):
+            bench_pipeline.main([*self.ARGV, "--tokens", "5000"])
+        assert "prompt has 5000 tokens, but max_model_len allows 4096" in capsys.readouterr().err

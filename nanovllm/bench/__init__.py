@@ -8,6 +8,7 @@ workload.py      decode steps at a given batch and context, without a prefill be
 compare.py       the arms in turn: their step times
 floor.py         the time below which no step can be: bytes over bandwidth
 nano.py          nano-vllm's own benchmark
+idle.py          ... and the time in which the GPU waits for its next step
 prefill.py       prefill alone
 curves.py        attention bandwidth and GEMM rate against SM count
 report.py        tables, and one JSON object
@@ -15,6 +16,8 @@ sweep.py         the map: all arms over shapes, batches and contexts
 gains.py         ... what it says of each point, and in sum
 map_report.py    ... as a table
 heat_map.py      ... as a picture
+growing.py       all arms on sequences that grow from a short context to a long one
+growing_report.py ... as a table
 """
 
 

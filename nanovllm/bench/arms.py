@@ -70,6 +70,12 @@ class Arm:
     def label(self) -> str:
         return self.spec.label
 
+    @property
+    def plan(self) -> str | None:
+        """The plan in use, where a planner chooses one; None before its first step."""
+        planner = self.decode.pipeline.statistics.as_dict().get("planner")
+        return planner["plan"] if isinstance(planner, dict) else None
+
     def activate(self) -> None:
         """Makes the engine's next decode steps run this way; none may be under way."""
         if self.runner.device.type == "cuda":

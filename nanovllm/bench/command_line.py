@@ -1,7 +1,7 @@
 """The command line of `bench_pipeline.py`: its options, and what they are where nothing is said.
 
-One of five tasks is asked for: --workload decode, nano or prefill, --map, or --curves. Every option
-but --device and --json belongs to some of them only; given to another, it is refused.
+One of six tasks is asked for: --workload decode, growing, nano or prefill, --map, or --curves.
+Every option but --device and --json belongs to some of them only; given to another, it is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nanovllm.config import PIPELINE_MODES, Config
 from nanovllm.engine.llm_engine import resolve_device
 
 MODES = ("sequential", "microbatch", "streams", "green", "auto")
-WORKLOADS = ("decode", "nano", "prefill")
+WORKLOADS = ("decode", "growing", "nano", "prefill")
 
 ENGINE = ("layers", "enforce_eager", "sync")
 MODEL = ("shape", "model", *ENGINE)
@@ -30,8 +30,10 @@ SPLIT = ("attention_sms", "ffn_sms")
 PICTURE = ("plot", "stored")
 OPTIONS: dict[str, tuple[str, ...]] = {
     "decode": (*MODEL, *SPLIT, "batch", "context", "output", "seconds", "modes", "timeline"),
+    "growing": (*MODEL, *SPLIT, "batch", "context", "until", "stages", "output", "rounds", "modes",
+                "splits"),
     "nano": (*MODEL, *SPLIT, "requests", "mode"),
-    "prefill": (*MODEL, "requests", "tokens"),
+    "prefill": ("shape", "model", "layers", "requests", "tokens"),
     "map": (*ENGINE, *SPLIT, *PICTURE, "shapes", "batches", "contexts", "splits", "seconds",
             "modes"),
     "curves": PICTURE,
@@ -41,6 +43,26 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "decode": {
         "cuda": {"batch": 256, "context": 1024, "output": 64, "seconds": 2.0, "modes": MODES},
         "cpu": {"batch": 8, "context": 64, "output": 16, "seconds": 0.5, "modes": MODES},
+    },
+    "growing": {
+        "cuda": {
+            "batch": 512,
+            "context": 128,
+            "until": 4096,
+            "stages": 16,
+            "output": 24,
+            "rounds": 2,
+            "modes": ("sequential", "green", "auto"),
+        },
+        "cpu": {
+            "batch": 4,
+            "context": 16,
+            "until": 64,
+            "stages": 3,
+            "output": 8,
+            "rounds": 2,
+            "modes": ("sequential", "microbatch", "auto"),
+        },
     },
     "nano": {
         "cuda": {"requests": REQUESTS, "mode": "sequential"},
@@ -68,7 +90,14 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "curves": {"cuda": {}, "cpu": {}},
 }
-DEFAULT_SHAPE = {"decode": "0.6B", "nano": "0.6B", "prefill": "8B"}
+# The model on a GPU where none is given: a shape, and how many layers of it, None for all.
+# Growing to 4096 tokens, 512 sequences have 240 GB of keys and values in 28 layers.
+DEFAULT_SHAPE: dict[str, tuple[str, int | None]] = {
+    "decode": ("0.6B", None),
+    "growing": ("0.6B", 14),
+    "nano": ("0.6B", None),
+    "prefill": ("8B", None),
+}
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -101,17 +130,29 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def add_decode_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("decode steps").add_argument
+    add = parser.add_argument_group("--workload decode and growing, and --map").add_argument
     add("--batch", type=positive(int), metavar="N", help="sequences")
     add("--context", type=positive(int), metavar="C", help="tokens of each at the beginning")
-    add("--output", type=positive(int), metavar="K", help="steps until it begins again")
+    add("--output", type=positive(int), metavar="K", help="steps in a row, then it begins again")
+    add("--until", type=positive(int), metavar="C", help="growing: tokens of each at the end")
+    add("--stages", type=positive(int), metavar="M", help="growing: contexts where steps are run")
+    add("--rounds", type=positive(int), metavar="R", help="growing: how often, for each arm")
     add("--timeline", metavar="FILE", help="draw (.png) or trace a step of the last mode")
     add("--seconds", type=positive(float), metavar="S", help="of measured steps for each arm")
     add(
         "--modes",
         nargs="+",
         choices=[*MODES, FALLBACK],
-        help="default: all but fallback, in a map also microbatch; sequential is always one",
+        help="default: all but fallback, in a map also microbatch, and growing sequential, green "
+        "and auto; sequential is always one",
+    )
+    add(
+        "--splits",
+        nargs="+",
+        type=split,
+        metavar="A+F",
+        help="map and growing: SMs of attention and FFN, an arm each; --attention-sms and "
+        "--ffn-sms are auto's",
     )
 
 
@@ -129,13 +170,6 @@ def add_map_options(parser: argparse.ArgumentParser) -> None:
     add("--shapes", nargs="+", choices=[*SIZES, TINY], help="default: all but tiny")
     add("--batches", nargs="+", type=positive(int), metavar="N", help="default: 1 to 1024")
     add("--contexts", nargs="+", type=positive(int), metavar="C", help="default: 128 to 8192")
-    add(
-        "--splits",
-        nargs="+",
-        type=split,
-        metavar="A+F",
-        help="SMs of attention and FFN, an arm each; --attention-sms and --ffn-sms are auto's",
-    )
 
 
 def positive(kind: type) -> Callable[[str], Any]:
@@ -180,9 +214,20 @@ def complete(args: argparse.Namespace) -> None:
     if args.task == "map":
         complete_map(args)
     elif args.task in DEFAULT_SHAPE and args.shape is None and args.model is None:
-        args.shape = DEFAULT_SHAPE[args.task] if args.device.type == "cuda" else TINY
+        complete_shape(args)
+    if args.splits is not None and GREEN not in args.modes:
+        raise BenchError("--splits needs green among --modes")
     if args.layers is not None and {args.shape, *(args.shapes or ())}.isdisjoint(SIZES):
         raise BenchError("--layers needs --shape: a checkpoint has the layers that it has")
+
+
+def complete_shape(args: argparse.Namespace) -> None:
+    """The model of a task that was given none."""
+    if args.device.type == "cpu":
+        args.shape = TINY
+        return
+    args.shape, layers = DEFAULT_SHAPE[args.task]
+    args.layers = args.layers or layers
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -224,11 +269,9 @@ def check_files(args: argparse.Namespace) -> None:
 
 
 def complete_map(args: argparse.Namespace) -> None:
-    """Puts the points in order, and refuses splits and layers that nothing would use."""
+    """Puts the points in order, and refuses layers that nothing would use."""
     args.shapes = ordered_by(args.shapes, [TINY, *SIZES])
     args.batches, args.contexts = sorted({*args.batches}), sorted({*args.contexts})
-    if args.splits is not None and GREEN not in args.modes:
-        raise BenchError("--splits needs green among --modes")
     if args.layers is not None and TINY in args.shapes:
         raise BenchError(f"--layers does not go with {TINY} among --shapes: its layers are fixed")
 

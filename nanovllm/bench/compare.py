@@ -67,10 +67,15 @@ def run_turns(
     """The arms in turn; `rounds` says by label how many turns each of them gets."""
     prompts = workload.draw_prompts(engine.model_runner.model_config.vocab_size)
     for number in range(max(rounds.values())):
-        for arm in arms[:: -1 if number % 2 else 1]:
+        for arm in in_order(arms, number):
             if number < rounds[arm.label]:
                 arm.activate()
                 yield arm.label, run_turn(engine, workload, prompts)
+
+
+def in_order(arms: Sequence[Arm], number: int) -> Sequence[Arm]:
+    """The arms as that round takes them."""
+    return arms[:: -1 if number % 2 else 1]
 
 
 def gather(turns: Iterable[Turn]) -> dict[str, StepTimes]:

@@ -8,6 +8,8 @@ from nanovllm.bench.arms import AUTO, GREEN, SEQUENTIAL
 from nanovllm.bench.gains import AUTO_TOLERANCE, LEAST_AUTO_GAIN, REGION_GAIN
 from nanovllm.bench.report import format_title
 
+PLAN_TITLE, PLAN_WIDTH = "auto's plan", 13
+
 
 def format_map(record: dict[str, Any]) -> str:
     """The table of every shape, then the summary."""
@@ -23,7 +25,9 @@ def format_shape(record: dict[str, Any], shape: dict[str, Any]) -> str:
     labels = [arm["label"] for arm in shape["arms"] if arm["label"] != SEQUENTIAL]
     widths = {label: max(len(short_label(label)), 5) + 2 for label in labels}
     head = f"{'batch':>5}{'context':>9}{'seq. ms':>10}"
-    head += "".join(f"{short_label(label):>{widths[label]}}" for label in labels) + "  best"
+    head += "".join(f"{short_label(label):>{widths[label]}}" for label in labels)
+    planned = any(map(auto_plan, points))
+    head += f"{PLAN_TITLE:>{PLAN_WIDTH}}  best" if planned else "  best"
     lines = [
         format_title({**record, **shape}),
         f"start-up {shape['startup_seconds']:.1f} s, {shape['kv_blocks']:,} KV blocks, "
@@ -37,11 +41,14 @@ def format_shape(record: dict[str, Any], shape: dict[str, Any]) -> str:
         "",
         head,
     ]
-    return "\n".join([*lines, *(format_point(point, widths) for point in points)])
+    return "\n".join([*lines, *(format_point(point, widths, planned) for point in points)])
 
 
-def format_point(point: dict[str, Any], widths: dict[str, int]) -> str:
-    """A row of that table; "-" for an arm that cannot run there, "!" where auto fails."""
+def format_point(point: dict[str, Any], widths: dict[str, int], planned: bool) -> str:
+    """A row of that table; "-" for an arm that cannot run there, "!" where auto fails.
+
+    With `planned` it has the plan that auto chose.
+    """
     start = f"{point['batch']:>5}{point['context']:>9}"
     if point["reason"] is not None:
         return f"{start}  does not fit"
@@ -49,8 +56,15 @@ def format_point(point: dict[str, Any], widths: dict[str, int]) -> str:
     for label, width in widths.items():
         gain = point["gains"].get(label)
         row += f"{'-':>{width}}" if gain is None else f"{gain:>{width}.3f}"
+    if planned:
+        row += f"{short_label(auto_plan(point) or '-'):>{PLAN_WIDTH}}"
     best = "-" if point["best"] is None else short_label(point["best"])
     return f"{row}  {best}{'  ! auto' if point['auto_holds'] is False else ''}"
+
+
+def auto_plan(point: dict[str, Any]) -> str | None:
+    """What a planner chose; None without one, as in all maps of before there was one."""
+    return point.get("plan")
 
 
 def short_label(label: str) -> str:

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from random import Random
 
+from nanovllm.bench.idle import StepMeter, StepTotals
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.sampling_params import SamplingParams
 
@@ -21,12 +22,13 @@ MAX_MODEL_LEN = 4096
 
 @dataclass(frozen=True)
 class NanoResult:
-    """Tokens and seconds of one run."""
+    """Tokens and seconds of one run, and what its steps took on the device."""
 
     requests: int
     prompt_tokens: int
     output_tokens: int
     seconds: float
+    steps: StepTotals
 
     @property
     def tokens_per_second(self) -> float:
@@ -54,8 +56,9 @@ def run_nano(engine: LLMEngine, count: int) -> NanoResult:
     """Runs `count` requests, after a short one to warm up."""
     prompts, params = draw_requests(count, engine.model_runner.model_config.vocab_size)
     engine.generate([[*range(SHORTEST)]], temperature=0.6, ignore_eos=True, use_tqdm=False)
-    start = time.perf_counter()
-    outputs = engine.generate(prompts, params)
-    seconds = time.perf_counter() - start
+    with StepMeter(engine.model_runner) as meter:
+        start = time.perf_counter()
+        outputs = engine.generate(prompts, params)
+        seconds = time.perf_counter() - start
     output_tokens = sum(len(output["token_ids"]) for output in outputs)
-    return NanoResult(count, sum(map(len, prompts)), output_tokens, seconds)
+    return NanoResult(count, sum(map(len, prompts)), output_tokens, seconds, meter.totals())

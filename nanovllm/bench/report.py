@@ -187,8 +187,11 @@ def pipeline_record(statistics: PipelineStatistics) -> dict[str, Any]:
 def nano_record(runner: ModelRunner, result: NanoResult) -> dict[str, Any]:
     """The JSON fields of a run of nano-vllm's benchmark."""
     statistics = runner.decode.pipeline.statistics
+    fields = dataclasses.asdict(result)
+    totals = fields.pop("steps")
     return {
-        **dataclasses.asdict(result),
+        **fields,
+        **totals,
         "output_tokens_per_second": result.tokens_per_second,
         **pipeline_record(statistics),
         "fell_back": statistics.fallback_reason is not None,
@@ -248,7 +251,14 @@ def format_nano(record: dict[str, Any]) -> str:
         f"{record['output_tokens']:,} out, in {record['seconds']:.2f} s, decode "
         f"{record['runs_as']}",
         f"{record['output_tokens_per_second']:,.0f} output tokens per second",
+        f"prefill steps take {record['prefill_seconds']:.2f} s of it, decode steps "
+        f"{record['decode_seconds']:.2f} s",
     ]
+    if record["gpu_idle_share"] is not None:
+        lines.append(
+            f"between decode steps the GPU is idle for {record['gpu_idle_share']:.2%} of the time "
+            f"({record['gpu_idle_gaps']:,} gaps)"
+        )
     if record["fell_back"]:
         lines.append(f"The pipeline fell back: {record['fallback_reason']}")
     return "\n".join(lines)

@@ -18,12 +18,11 @@ import torch
 from tqdm import tqdm
 
 from nanovllm.bench import DoesNotFit, report
-from nanovllm.bench.arms import SEQUENTIAL, Arm, ArmSpec, open_arms
+from nanovllm.bench.arms import AUTO, SEQUENTIAL, Arm, ArmSpec, open_arms
 from nanovllm.bench.compare import StepTimes, gather, run_turns, timed_arms
 from nanovllm.bench.engines import start_engine
 from nanovllm.bench.gains import judge, summarize
-from nanovllm.bench.workload import EDGE_STEPS, DecodeWorkload, fill_cache
-from nanovllm.config import Config
+from nanovllm.bench.workload import EDGE_STEPS, DecodeWorkload, fill_cache, room_options
 from nanovllm.engine.llm_engine import LLMEngine
 
 BENCHMARK = "map"
@@ -92,7 +91,8 @@ def sweep_shape(
     grid: Grid, shape: str, device: torch.device, options: dict[str, Any], bar: tqdm[Any]
 ) -> dict[str, Any]:
     """The record of one shape; without arms if not even its engine fits."""
-    options = options | engine_options(grid, device)
+    largest = DecodeWorkload(max(grid.batches), max(grid.contexts), LONGEST_OUTPUT)
+    options = options | room_options(device, largest.batch, largest.max_len)
     start = time.perf_counter()
     try:
         with start_engine(shape, grid.layers, None, **options) as started:
@@ -116,23 +116,13 @@ def sweep_shape(
         return {"name": shape, "arms": [], "points": points}
 
 
-def engine_options(grid: Grid, device: torch.device) -> dict[str, Any]:
-    """Fields of `Config` that make room for the largest point."""
-    largest = DecodeWorkload(max(grid.batches), max(grid.contexts), LONGEST_OUTPUT)
-    options: dict[str, Any] = {
-        "max_num_seqs": largest.batch,
-        "max_model_len": largest.max_len,
-        "enable_prefix_caching": False,
-    }
-    if device.type == "cpu":
-        options["num_kvcache_blocks"] = largest.blocks(Config.kvcache_block_size)
-    return options
-
-
 def measure_point(
     engine: LLMEngine, arms: Sequence[Arm], batch: int, context: int, seconds: float, bar: tqdm[Any]
 ) -> dict[str, Any]:
-    """The record of one point: step times of all arms that do not fall back, and their gains."""
+    """The record of one point: step times of all arms that do not fall back, and their gains.
+
+    "plan" is the one that auto has in use at the end, if it has a planner.
+    """
     bar.set_postfix_str(f"batch {batch}, context {context}")
     try:
         DecodeWorkload(batch, context, LONGEST_OUTPUT).check_fits(engine)
@@ -153,6 +143,7 @@ def measure_point(
         "reason": None,
         "output": output,
         "arms": {arm.label: times_record(times[arm.label]) for arm in timed},
+        "plan": next((arm.plan for arm in timed if arm.mode == AUTO), None),
         **judge({arm.label: times[arm.label].median * 1e3 for arm in timed}),
     }
 
@@ -185,8 +176,14 @@ def unmeasured_point(batch: int, context: int, reason: str) -> dict[str, Any]:
     """The record of a point that does not fit."""
     nothing = judge({SEQUENTIAL: 1.0})
     return {
-        "batch": batch, "context": context, "reason": reason, "output": None, "arms": {}, **nothing
-    }  # fmt: skip
+        "batch": batch,
+        "context": context,
+        "reason": reason,
+        "output": None,
+        "arms": {},
+        "plan": None,
+        **nothing,
+    }
 
 
 def free_memory(device: torch.device) -> None:

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from nanovllm.bench import BenchError, DoesNotFit
+from nanovllm.config import Config
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.scheduler import ADMISSION_RESERVE
 from nanovllm.sampling_params import SamplingParams
@@ -54,9 +56,8 @@ class DecodeWorkload:
         return self.context + self.output + 1
 
     def blocks(self, block_size: int) -> int:
-        """KV blocks that a turn needs, with what the scheduler keeps free on admission."""
-        blocks = self.batch * -(-self.max_len // block_size)
-        return int(blocks * (1 + 2 * ADMISSION_RESERVE)) + 2
+        """KV blocks that a turn needs."""
+        return kv_blocks(self.batch, self.max_len, block_size)
 
     def check_fits(self, engine: LLMEngine) -> None:
         """Raises DoesNotFit if the engine has no room for all sequences at a time."""
@@ -82,6 +83,25 @@ class DecodeWorkload:
         firsts = np.random.default_rng(0).integers(0, vocab_size, self.batch).tolist()
         rest = [0] * (self.context - 1)
         return [[first, *rest] for first in firsts]
+
+
+def kv_blocks(sequences: int, tokens: int, block_size: int) -> int:
+    """KV blocks for so many sequences of `tokens` tokens that are all admitted at a time."""
+    blocks = sequences * -(-tokens // block_size)
+    return int(blocks * (1 + 2 * ADMISSION_RESERVE)) + 2
+
+
+def room_options(device: torch.device, sequences: int, tokens: int) -> dict[str, Any]:
+    """Fields of `Config` that make room for so many sequences of `tokens` tokens, none shared."""
+    options: dict[str, Any] = {
+        "max_num_seqs": sequences,
+        "max_model_len": tokens,
+        "enable_prefix_caching": False,
+        "gpu_memory_utilization": 0.94,  # there are no requests but ours
+    }
+    if device.type == "cpu":
+        options["num_kvcache_blocks"] = kv_blocks(sequences, tokens, Config.kvcache_block_size)
+    return options
 
 
 @torch.inference_mode()

@@ -263,7 +263,8 @@ def _decode_kernel(
     weight = tl.zeros([GROUP_PAD, TILE], tl.float32)
     acc = tl.zeros([GROUP_PAD, HEAD_DIM], tl.float32)
     # NOTE: no nested `while`: Triton 3.6 gave its result `seq` the value from before the loop.
-    for position in range(begin, end):
+    # With TMA's two warps, what is hoisted out of the loop would be spilled in it.
+    for position in tl.range(begin, end, disable_licm=TMA):
         table = block_tables + seq.to(tl.int64) * table_stride
         # NOTE: not in every step: what feeds a matrix product is prefetched, and would wait there.
         if (tile == 0) | (position == begin):

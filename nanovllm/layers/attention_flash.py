@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import torch
 
-from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, HeadShape, PrefillMetadata
+from nanovllm.layers.attention import (
+    AttentionBackend,
+    DecodeMetadata,
+    HeadShape,
+    NormRope,
+    PrefillMetadata,
+)
 
 # flash-attn 2 reads pages of whole multiples of this many tokens.
 PAGE_MULTIPLE = 256
@@ -35,11 +41,13 @@ class FlashAttnBackend(AttentionBackend):
 
     def decode(
         self,
-        q: torch.Tensor,
+        qkv: torch.Tensor,
+        norm_rope: NormRope,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         metadata: DecodeMetadata,
     ) -> torch.Tensor:
+        q = self.finish_and_store(qkv, norm_rope, k_cache, v_cache, metadata)
         out = self.flash_attn.flash_attn_with_kvcache(
             q.unsqueeze(1),
             k_cache.transpose(1, 2),

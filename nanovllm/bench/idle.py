@@ -155,13 +155,11 @@ class StepMeter:
             self._steps[-1].end.synchronize()
         return StepTotals.of(self._steps, on_gpu=self.on_gpu)
 
-    def _wrap_run(
-        self, run: Callable[[InputLayout, torch.Tensor], torch.Tensor]
-    ) -> Callable[[InputLayout, torch.Tensor], torch.Tensor]:
-        def marked(layout: InputLayout, flat: torch.Tensor) -> torch.Tensor:
+    def _wrap_run(self, run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def marked(layout: InputLayout, *args: Any) -> torch.Tensor:
             self._begin = self._mark()
             start = time.perf_counter()
-            logits = run(layout, flat)
+            logits = run(layout, *args)
             seconds = time.perf_counter() - start
             graph = self._captured and layout.is_decode
             ran_dry = graph and bool(self._steps) and self._steps[-1].end.query()

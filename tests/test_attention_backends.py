@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import sys
-from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -16,17 +15,9 @@ import torch
 
 from nanovllm import LLM
 from nanovllm.engine import model_runner
-from nanovllm.kernels import reference
-from nanovllm.layers.attention import (
-    DecodeMetadata,
-    HeadShape,
-    NormRope,
-    PrefillMetadata,
-    make_backend,
-)
+from nanovllm.layers.attention import DecodeMetadata, HeadShape, PrefillMetadata, make_backend
 from nanovllm.layers.attention_flash import FlashAttnBackend
 from nanovllm.layers.attention_torch import TorchBackend
-from nanovllm.layers.rotary_embedding import RopeConfig, cos_sin_table
 from tests.checkpoints import Shape, prompts
 
 CPU = torch.device("cpu")
@@ -88,50 +79,15 @@ class Case:
         metadata = PrefillMetadata(*self.places, cu, max(self.rows))
         return backend.prefill(self.q, self.k_cache, self.v_cache, metadata)
 
+    def decode(self, backend):
+        tiles = [-(-length // backend.tile_size) for length in self.context]
+        offsets = torch.tensor([0, *tiles]).cumsum(0).to(torch.int32)
+        metadata = DecodeMetadata(*self.places, offsets, None)
+        return backend.decode(self.q, self.k_cache, self.v_cache, metadata)
+
     def dense(self):
         parts = zip(self.q.split(self.rows), self.keys, self.values, strict=True)
         return torch.cat([dense(q, k, v, self.heads.scale) for q, k, v in parts])
-
-
-class DecodeCase(Case):
-    """Sequences whose last tokens are not cached yet, but given as their raw projections."""
-
-    def __init__(self, context, q_heads, kv_heads, head_dim, block_size, seed=0):
-        super().__init__(context, [1] * len(context), q_heads, kv_heads, head_dim, block_size, seed)
-        self.qkv = torch.randn(len(context), (q_heads + 2 * kv_heads) * head_dim)
-        self.norm_rope = NormRope(
-            torch.randn(head_dim),
-            torch.randn(head_dim),
-            1e-6,
-            cos_sin_table(RopeConfig(theta=1e4), head_dim, max(context)),
-            self.places[2] - 1,
-        )
-        self.q, k, v = self.norm_rope.apply(self.qkv, self.heads)
-        slots = self.places[0].long()
-        for cache in (self.k_cache, self.v_cache):
-            cache[slots // block_size, :, slots % block_size] = 1e4
-        for n in range(len(context)):
-            self.keys[n][-1], self.values[n][-1] = k[n], v[n]
-        self.caches_after = self.k_cache.clone(), self.v_cache.clone()
-        reference.store_kv(k, v, *self.caches_after, slots)
-
-    def decode(self, backend, rows=slice(None)):
-        """Of some of the sequences; the caches must then hold the new keys and values."""
-        fields = (field[rows] for field in self.places)
-        tiles = [-(-length // backend.tile_size) for length in self.context[rows]]
-        offsets = torch.tensor([0, *tiles]).cumsum(0).to(torch.int32)
-        norm_rope = replace(self.norm_rope, positions=self.norm_rope.positions[rows])
-        return backend.decode(
-            self.qkv[rows],
-            norm_rope,
-            self.k_cache,
-            self.v_cache,
-            DecodeMetadata(*fields, offsets, None),
-        )
-
-    def check_caches(self):
-        assert torch.equal(self.k_cache, self.caches_after[0])
-        assert torch.equal(self.v_cache, self.caches_after[1])
 
 
 HEADS = [(2, 2, 32), (4, 2, 64), (4, 1, 128), (5, 1, 64), (8, 1, 32)]
@@ -147,16 +103,18 @@ def test_torch_prefill_equals_dense_attention(q_heads, kv_heads, head_dim, block
 @pytest.mark.parametrize("block_size", [16, 48, 256])
 @pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), HEADS)
 def test_torch_decode_equals_dense_attention(q_heads, kv_heads, head_dim, block_size):
-    case = DecodeCase([1, 40, 16, 49], q_heads, kv_heads, head_dim, block_size)
+    case = Case([1, 40, 16, 49], [1] * 4, q_heads, kv_heads, head_dim, block_size)
     torch.testing.assert_close(case.decode(TorchBackend(case.heads)), case.dense())
-    case.check_caches()
 
 
 def test_torch_gives_a_sequence_the_same_bits_alone_and_in_a_batch():
-    case = DecodeCase([20, 33, 7], 4, 2, 64, 16)
+    case = Case([20, 33, 7], [1] * 3, 4, 2, 64, 16)
     together = case.decode(TorchBackend(case.heads))
     for n in range(3):
-        alone = case.decode(TorchBackend(case.heads), slice(n, n + 1))
+        metadata = DecodeMetadata(*(field[n : n + 1] for field in case.places), None, None)
+        alone = TorchBackend(case.heads).decode(
+            case.q[n : n + 1], case.k_cache, case.v_cache, metadata
+        )
         assert torch.equal(alone[0], together[n])
 
 
@@ -278,10 +236,9 @@ def test_flash_attn_prefill_equals_torch(flash_attn, q_heads, kv_heads, head_dim
 @pytest.mark.parametrize("block_size", [256, 512])
 @pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), HEADS)
 def test_flash_attn_decode_equals_torch(flash_attn, q_heads, kv_heads, head_dim, block_size):
-    case = DecodeCase([1, 300, 256, 513], q_heads, kv_heads, head_dim, block_size)
-    found = case.decode(FlashAttnBackend(case.heads, block_size))
-    case.check_caches()
-    torch.testing.assert_close(found, case.decode(TorchBackend(case.heads)))
+    case = Case([1, 300, 256, 513], [1] * 4, q_heads, kv_heads, head_dim, block_size)
+    backend = FlashAttnBackend(case.heads, block_size)
+    torch.testing.assert_close(case.decode(backend), case.decode(TorchBackend(case.heads)))
 
 
 def test_an_engine_on_flash_attn_says_what_one_on_torch_says(flash_attn, monkeypatch, tmp_path):

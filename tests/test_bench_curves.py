@@ -110,9 +110,8 @@ class TestWork:
         work = AttentionWork(SMALL, 3, 150, DEVICE, torch.float32)
         found = work.prepare(num_sms)()
         lengths = torch.full((3,), 150, dtype=torch.int32, device=DEVICE)
-        norms = work.norm_weight, work.norm_weight, work.eps, work.cos_sin
-        expected = reference.fused_decode_attention(
-            work.qkv, *norms, work.keys, work.values, work.tables, lengths, 32**-0.5
+        expected = reference.paged_decode_attention(
+            work.query, work.keys, work.values, work.tables, lengths, 32**-0.5
         )
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         assert work.amount == 3 * 150 * 2 * (2 * 32) * 4

@@ -36,7 +36,6 @@ from nanovllm.kernels import (
     small_gemm,
     tokens,
 )
-from nanovllm.layers.rotary_embedding import RopeConfig, cos_sin_table
 
 DEVICE = "cuda" if CUDA else "cpu"
 HOPPER = CUDA and torch.cuda.get_device_capability() >= (9, 0)
@@ -142,69 +141,19 @@ class PagedCase:
             )
         return torch.cat(out).to(self.q.dtype)
 
+    def decode(self, num_sms, tuning=None, **changes):
+        tuning = replace(tuning or paged_decode.PLAIN, **changes)
+        heads, kv_heads, dim = self.q.shape[1], self.k_cache.shape[1], self.q.shape[2]
+        workspace = paged_decode.DecodeWorkspace(num_sms, heads, kv_heads, dim, DEVICE, tuning)
+        offsets = paged_decode.tile_offsets(np.array(self.context_lens))
+        return paged_decode.paged_decode_attention(
+            *self.cache(), self.lens, self.scale, torch.from_numpy(offsets).to(DEVICE), workspace
+        )
+
     def prefill(self, module):
         return module.paged_prefill_attention(
             *self.cache(), self.cu_seqlens, self.lens, max(self.query_lens), self.scale
         )
-
-
-class DecodeCase(PagedCase):
-    """A decode step: the last token of each sequence comes as its raw projection, not cached."""
-
-    def __init__(self, context_lens, hq, hkv, dim, block_size, **options):
-        super().__init__(context_lens, hq, hkv, dim, block_size, **options)
-        dtype = self.k_cache.dtype
-        stale = options.get("stale", float("nan"))
-        self.qkv = randn(len(context_lens), (hq + 2 * hkv) * dim, dtype=dtype) * 2
-        self.norms = randn(dim, dtype=dtype), randn(dim, dtype=dtype), EPS
-        self.cos_sin = cos_sin_table(RopeConfig(theta=1e4), dim, max(context_lens)).to(DEVICE)
-        positions = self.lens.long() - 1
-        self.q, new_keys, new_values = reference.qk_norm_rope(
-            self.qkv, *self.norms, self.cos_sin, positions, hq, hkv
-        )
-        self.expected_caches = self.k_cache, self.v_cache
-        self.k_cache, self.v_cache = self.k_cache.clone(), self.v_cache.clone()
-        for n, position in enumerate(positions.tolist()):
-            self.keys[n][-1], self.values[n][-1] = new_keys[n], new_values[n]
-            block, offset = self.tables[n, position // block_size], position % block_size
-            for cache in (self.k_cache, self.v_cache):
-                cache[block, :, offset] = stale
-            for cache, new in zip(self.expected_caches, (new_keys, new_values), strict=True):
-                cache[block, :, offset] = new[n]
-
-    def stage(self, module, *rest):
-        """The fused attention stage of ``module``; ``rest`` is what only the kernel needs."""
-        cache = self.k_cache, self.v_cache, self.tables
-        return module.fused_decode_attention(
-            self.qkv, *self.norms, self.cos_sin, *cache, self.lens, self.scale, *rest
-        )
-
-    def decode_with(self, workspace):
-        offsets = paged_decode.tile_offsets(np.array(self.context_lens))
-        return self.stage(paged_decode, torch.from_numpy(offsets).to(DEVICE), workspace)
-
-    def decode(self, num_sms, tuning=None, **changes):
-        tuning = replace(tuning or paged_decode.PLAIN, **changes)
-        heads, kv_heads, dim = self.q.shape[1], self.k_cache.shape[1], self.q.shape[2]
-        return self.decode_with(
-            paged_decode.DecodeWorkspace(num_sms, heads, kv_heads, dim, DEVICE, tuning)
-        )
-
-    def check_caches(self):
-        """The new keys and values are stored, and nothing else has changed."""
-        dtype = self.k_cache.dtype
-        caches = zip((self.k_cache, self.v_cache), self.expected_caches, strict=True)
-        for (actual, expected), is_key in zip(caches, (True, False), strict=True):
-            new = torch.zeros(actual.shape[0], actual.shape[2], dtype=torch.bool, device=DEVICE)
-            for n, length in enumerate(self.context_lens):
-                block, offset = divmod(length - 1, actual.shape[2])
-                new[self.tables[n, block], offset] = True
-            actual, expected = actual.transpose(1, 2), expected.transpose(1, 2)
-            if is_key:
-                close(actual[new], expected[new], dtype)
-                actual, expected = actual[~new], expected[~new]
-            assert torch.equal(actual.isnan(), expected.isnan())
-            assert torch.equal(actual.nan_to_num(), expected.nan_to_num())
 
 
 # ------------------------------------------------------------------ normalisation and activation
@@ -370,9 +319,6 @@ RAGGED = [1, 200, 64, 65, 17]
 def test_attention_references_are_dense_attention():
     case = PagedCase([1, 37, 16], 6, 2, 32, 16)
     close(reference.paged_decode_attention(*case.cache(), case.lens, case.scale), case.dense())
-    case = DecodeCase([1, 37, 16], 6, 2, 32, 16)
-    close(case.stage(reference), case.dense())
-    case.check_caches()
     case = PagedCase([1, 37, 16], 6, 2, 32, 16, [1, 20, 16])
     close(case.prefill(reference), case.dense())
     case = PagedCase([1, 37, 16], 6, 2, 32, 16, [1, 37, 16])
@@ -394,18 +340,16 @@ STALE = 1000.0
 @pytest.mark.parametrize("num_sms", [1, 3, 40])
 def test_decode_of_ragged_lengths(poison, block_size, num_sms, tuning):
     stale = STALE if tuning.tma else float("nan")
-    case = DecodeCase(RAGGED, 4, 2, 64, block_size, stale=stale)
+    case = PagedCase(RAGGED, 4, 2, 64, block_size, stale=stale)
     close(case.decode(num_sms, tuning, ctas_per_sm=1), case.dense())
-    case.check_caches()
 
 
 @TUNING
 @pytest.mark.parametrize("dim", [32, 64, 128, 256])
 @pytest.mark.parametrize("group", [1, 2, 4, 5, 8])
 def test_decode_of_grouped_heads(poison, group, dim, tuning):
-    case = DecodeCase([130, 3], 2 * group, 2, dim, 64, stale=STALE)
+    case = PagedCase([130, 3], 2 * group, 2, dim, 64, stale=STALE)
     close(case.decode(2, tuning), case.dense())
-    case.check_caches()
 
 
 @TUNING
@@ -413,68 +357,24 @@ def test_decode_of_grouped_heads(poison, group, dim, tuning):
 @pytest.mark.parametrize("programs", [1, 2, 3, 4, 7, 30])
 def test_decode_shares(poison, lengths, programs, tuning):
     """Few long sequences, many short ones, more programs than tiles and fewer."""
-    case = DecodeCase(lengths, 2, 1, 32, 64, stale=STALE)
+    case = PagedCase(lengths, 2, 1, 32, 64, stale=STALE)
     close(case.decode(programs, tuning, ctas_per_sm=1), case.dense())
-    case.check_caches()
-
-
-@TUNING
-@pytest.mark.parametrize("programs", [1, 2, 3, 8, 40])
-def test_decode_where_the_last_tile_is_only_the_new_token(poison, programs, tuning):
-    """Nothing of the tile is visible; with a context of 1 the result is the value, exactly."""
-    case = DecodeCase([65, 1, 129, 257, 1], 4, 2, 32, 64, stale=STALE)
-    out = case.decode(programs, tuning, ctas_per_sm=1)
-    close(out, case.dense())
-    for n in (1, 4):
-        assert torch.equal(out[n], case.values[n][0].repeat_interleave(2, dim=0))
-    case.check_caches()
-
-
-@TUNING
-def test_decode_of_padding_rows(poison, tuning):
-    """Rows that share a slot do not see each other, nor the sequences them."""
-    case = DecodeCase([70, 1, 130, 1, 1], 4, 2, 32, 64, stale=STALE)
-    case.tables[[1, 3, 4]] = 0
-    close(case.decode(3, tuning), case.dense())
-
-
-def test_decode_reads_strided_rows(poison):
-    case = DecodeCase([70, 3], 4, 2, 32, 64)
-    case.qkv = torch.cat([case.qkv, case.qkv], dim=1)[:, : case.qkv.shape[1]]
-    close(case.decode(3), case.dense())
-
-
-def test_fusing_changes_nothing_but_the_rounding(poison):
-    """One launch, against norm, rope and store in a launch and the reference's attention."""
-    fused = DecodeCase([1, 200, 64, 65, 17], 6, 2, 64, 64, dtype=torch.float16)
-    caches = fused.k_cache.clone(), fused.v_cache.clone()
-    positions = fused.lens.long() - 1
-    blocks = fused.tables.gather(1, (positions // 64)[:, None])[:, 0].long()
-    q = rope.qk_norm_rope_store(
-        fused.qkv, *fused.norms, fused.cos_sin, positions, blocks * 64 + positions % 64,
-        *caches, 6, 2,
-    )  # fmt: skip
-    expected = reference.paged_decode_attention(q, *caches, fused.tables, fused.lens, fused.scale)
-    close(fused.decode(3), expected, torch.float16)
-    for actual, cache in zip((fused.k_cache, fused.v_cache), caches, strict=True):
-        assert torch.equal(actual.isnan(), cache.isnan())
-        close(actual.nan_to_num(), cache.nan_to_num(), torch.float16)
 
 
 def test_decode_of_more_sequences_than_are_searched_at_once(poison):
-    case = DecodeCase([1, 2, 70] * 400, 1, 1, 32, 64)
+    case = PagedCase([1, 2, 70] * 400, 1, 1, 32, 64)
     close(case.decode(3, ctas_per_sm=1), case.dense())
 
 
 def test_decode_joins_more_partials_than_one_chunk_holds(poison):
-    case = DecodeCase([3000, 5], 8, 1, 32, 64)
+    case = PagedCase([3000, 5], 8, 1, 32, 64)
     close(case.decode(45, ctas_per_sm=1, num_warps=1), case.dense())
 
 
 @TUNING
 @pytest.mark.parametrize("dtype", HALF)
 def test_decode_in_16_bits(poison, dtype, tuning):
-    case = DecodeCase(RAGGED, 4, 2, 64, 256, dtype=dtype, stale=STALE)
+    case = PagedCase(RAGGED, 4, 2, 64, 256, dtype=dtype, stale=STALE)
     close(case.decode(2, tuning), case.dense(), dtype)
 
 
@@ -483,8 +383,12 @@ def test_a_workspace_serves_changing_lengths(tuning):
     """As in a replayed graph: same shapes and buffers, other lengths."""
     workspace = paged_decode.DecodeWorkspace(5, 2, 1, 32, DEVICE, tuning)
     for lengths in ([500, 3], [1, 1], [64, 700], [1, 65]):
-        case = DecodeCase(lengths, 2, 1, 32, 64, stale=STALE)
-        close(case.decode_with(workspace), case.dense())
+        case = PagedCase(lengths, 2, 1, 32, 64, stale=STALE)
+        offsets = torch.from_numpy(paged_decode.tile_offsets(np.array(lengths))).to(DEVICE)
+        out = paged_decode.paged_decode_attention(
+            *case.cache(), case.lens, case.scale, offsets, workspace
+        )
+        close(out, case.dense())
         assert not workspace.arrivals.any()  # or the next launch would join too early
 
 
@@ -496,8 +400,12 @@ def test_a_workspace_serves_either_tuning(monkeypatch):
     workspace = paged_decode.DecodeWorkspace(90, 2, 1, 32, DEVICE)
     for count in (1, 100, 90, 91):
         lengths = [random.randint(1, 200) for _ in range(count)]
-        case = DecodeCase(lengths, 2, 1, 32, 64, stale=STALE)
-        close(case.decode_with(workspace), case.dense())
+        case = PagedCase(lengths, 2, 1, 32, 64, stale=STALE)
+        offsets = torch.from_numpy(paged_decode.tile_offsets(np.array(lengths))).to(DEVICE)
+        out = paged_decode.paged_decode_attention(
+            *case.cache(), case.lens, case.scale, offsets, workspace
+        )
+        close(out, case.dense())
         assert not workspace.arrivals.any()
 
 

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.bench.prefill import layer_matrices, layer_weights
-from nanovllm.layers.rotary_embedding import cos_sin_table
 from nanovllm.models.qwen3_config import Qwen3Config
 
 BLOCK_SIZE = 256
@@ -38,7 +37,7 @@ class Work(ABC):
 
 
 class AttentionWork(Work):
-    """The attention stage of decode over random keys and values; `amount` is their bytes.
+    """Paged decode attention over random keys and values; `amount` is their bytes.
 
     Args:
         config: the model, whose heads are taken.
@@ -57,17 +56,13 @@ class AttentionWork(Work):
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self.heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.eps = config.rms_norm_eps
         q_heads, kv_heads, head_dim = self.heads
         token_bytes = 2 * kv_heads * head_dim * dtype.itemsize
         super().__init__("attention", sequences * context * token_bytes)
         blocks = -(-context // BLOCK_SIZE)
         shape = (sequences * blocks, kv_heads, BLOCK_SIZE, head_dim)
         self.keys, self.values = (torch.randn(shape, dtype=dtype, device=device) for _ in range(2))
-        width = (q_heads + 2 * kv_heads) * head_dim
-        self.qkv = torch.randn(sequences, width, dtype=dtype, device=device)
-        self.norm_weight = torch.ones(head_dim, dtype=dtype, device=device)
-        self.cos_sin = cos_sin_table(config.rope, head_dim, context).to(device)
+        self.query = torch.randn(sequences, q_heads, head_dim, dtype=dtype, device=device)
         # In any order, as after many requests have come and gone.
         order = torch.randperm(sequences * blocks, device=device)
         self.tables = order.to(torch.int32).view(sequences, blocks)
@@ -77,19 +72,17 @@ class AttentionWork(Work):
         # Here, because a machine without a GPU need not have Triton.
         from nanovllm.kernels.paged_decode import (
             DecodeWorkspace,
-            fused_decode_attention,
+            paged_decode_attention,
             tile_offsets,
         )
 
-        device = self.qkv.device
+        device = self.query.device
         lengths = torch.from_numpy(self.lengths).to(device)
         offsets = torch.from_numpy(tile_offsets(self.lengths)).to(device)
         workspace = DecodeWorkspace(num_sms, *self.heads, device)
-        scale = self.heads[2] ** -0.5
-        norms = self.norm_weight, self.norm_weight, self.eps
-        places = self.keys, self.values, self.tables, lengths
-        return lambda: fused_decode_attention(
-            self.qkv, *norms, self.cos_sin, *places, scale, offsets, workspace
+        scale = self.query.shape[2] ** -0.5
+        return lambda: paged_decode_attention(
+            self.query, self.keys, self.values, self.tables, lengths, scale, offsets, workspace
         )
 
 

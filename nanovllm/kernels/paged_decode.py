@@ -1,7 +1,4 @@
-"""The attention stage of a decode step in one kernel: one new token per sequence, paged KV cache.
-
-It takes the QKV projection as it is, because norm, rope and the store of the new key and value in a
-launch of their own take 2.5 to 4 us (H200), whatever the batch.
+"""Attention of one new token per sequence over the paged KV cache: the decode step's kernel.
 
 Decoding reads every cached key and value once and computes little, so the floor is
 ``2 * sum(context_lens) * Hkv * D`` elements over the memory bandwidth. Reaching it takes every SM
@@ -14,9 +11,6 @@ not into sequences:
   shares; with fewer tiles than programs, the last ones exit. A program finds its place from
   ``tile_offsets``, a prefix sum that the host computes once a step, and then runs one loop over
   its tiles, so that it keeps loading from item to item.
-- Where a program begins with an item, it finishes the item's queries and keeps them in registers.
-  The program that has the item's last tile also stores the new key and value, and its softmax
-  begins with them; the tiles are masked to the tokens before (``new_token.py``).
 - An item inside one share is finished on the spot. An item cut by share borders leaves one
   partial result in each share it touches. The program that stores the last of them joins them,
   weighted by their softmax sums (Dao et al., "Flash-Decoding", 2023; equal shares and joining by
@@ -39,15 +33,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.new_token import begin_item
 from nanovllm.kernels.paging import block_of, tile_rows
-from nanovllm.kernels.shares import (
-    find_sequence,
-    join_cut_items,
-    load_offsets,
-    share_begin,
-    tile_after,
-)
+from nanovllm.kernels.shares import find_sequence, join_cut_items, share_begin, tile_after
 
 TILE = 64
 
@@ -153,12 +140,8 @@ def tile_offsets(context_lens: np.ndarray) -> np.ndarray:
     return offsets
 
 
-def fused_decode_attention(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    eps: float,
-    cos_sin: Tensor,
+def paged_decode_attention(
+    q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     block_tables: Tensor,
@@ -167,38 +150,35 @@ def fused_decode_attention(
     tile_offsets: Tensor,
     workspace: DecodeWorkspace,
 ) -> Tensor:
-    """Norm, rotate, store and attend; see ``reference.fused_decode_attention``.
+    """Attention of one new token per sequence; see ``reference.paged_decode_attention``.
 
     Args:
-        qkv: ``[N, (Hq + 2 Hkv) * D]`` in the caches' dtype; rows may be strided, a row may not.
-        q_weight, k_weight: ``[D]``.
-        cos_sin: ``[max_pos, D]`` float32, contiguous.
-        k_cache, v_cache: ``[num_blocks, Hkv, block_size, D]``, contiguous, written in place.
+        q: ``[N, Hq, D]``.
+        k_cache, v_cache: ``[num_blocks, Hkv, block_size, D]``, contiguous.
         block_tables: ``[N, max_blocks]`` int32.
         context_lens: ``[N]`` int32.
         tile_offsets: ``[N + 1]`` int32, ``tile_offsets(context_lens)`` on the device.
         workspace: made for these head counts; used by one launch at a time.
 
     Returns:
-        ``[N, Hq, D]`` in qkv's dtype.
+        ``[N, Hq, D]`` in q's dtype.
     """
-    _, num_kv_heads, block_size, head_dim = k_cache.shape
-    num_seqs = qkv.shape[0]
-    num_q_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-    out = torch.empty(num_seqs, num_q_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    num_seqs, num_q_heads, head_dim = q.shape
+    _, num_kv_heads, block_size, _ = k_cache.shape
+    q = q.contiguous()
+    out = torch.empty_like(q)
     if num_seqs == 0:
         return out
     tuning = workspace.tuning or tuning_for(workspace.num_sms, num_seqs * num_kv_heads)
     if tuning.tma and block_size % TILE:
         tuning = PLAIN  # tiles straddle blocks
-    k_tiles, v_tiles = (_descriptor(c) if tuning.tma else c for c in (k_cache, v_cache))
+    keys, values = (_descriptor(c) if tuning.tma else c for c in (k_cache, v_cache))
     group = num_q_heads // num_kv_heads
     group_pad = triton.next_power_of_2(group)
     _decode_kernel[(workspace.num_sms * tuning.ctas_per_sm,)](
-        qkv, q_weight, k_weight, eps, cos_sin, k_cache, v_cache, k_tiles, v_tiles,
-        out, workspace.partial_out, workspace.partial_lse, workspace.arrivals,
+        q, keys, values, out, workspace.partial_out, workspace.partial_lse, workspace.arrivals,
         block_tables, context_lens, tile_offsets,
-        scale * math.log2(math.e), num_seqs, qkv.stride(0), block_tables.stride(0),
+        scale * math.log2(math.e), num_seqs, block_tables.stride(0),
         KV_HEADS=num_kv_heads,
         GROUP=group,
         GROUP_PAD=group_pad,
@@ -211,7 +191,7 @@ def fused_decode_attention(
         # So that all programs of an SM fit into its 65536 registers.
         maxnreg=min(65536 // (32 * tuning.num_warps * tuning.ctas_per_sm) // 8 * 8, 248),
         # More stages of keys and values wider than this do not fit into shared memory.
-        num_stages=tuning.num_stages if head_dim * qkv.element_size() <= 512 else 2,
+        num_stages=tuning.num_stages if head_dim * q.element_size() <= 512 else 2,
     )  # fmt: skip
     return out
 
@@ -230,27 +210,26 @@ def _descriptor(cache: Tensor) -> Any:
     ]
 )  # fmt: skip
 def _decode_kernel(
-    qkv, q_weight, k_weight, eps, cos_sin, k_cache, v_cache, k_tiles, v_tiles,
-    out, partial_out, partial_lse, arrivals,
-    block_tables, context_lens, tile_offsets, scale_log2, num_seqs, qkv_stride, table_stride,
+    q, k_cache, v_cache, out, partial_out, partial_lse, arrivals,
+    block_tables, context_lens, tile_offsets, scale_log2, num_seqs, table_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr, JOIN_CHUNK: tl.constexpr,
 ):  # fmt: skip
-    # Before anything waits, because everything waits for these.
-    first_offsets = load_offsets(tile_offsets, 0, num_seqs)
+    program = tl.program_id(0)
     total = tl.load(tile_offsets + num_seqs) * KV_HEADS
-    begin = share_begin(tl.program_id(0), total)
-    end = share_begin(tl.program_id(0) + 1, total)
+    begin = share_begin(program, total)
+    end = share_begin(program + 1, total)
     if begin == end:
         return
-    seq = find_sequence(tile_offsets, first_offsets, num_seqs, begin // KV_HEADS)
+    first_seq = find_sequence(tile_offsets, num_seqs, begin // KV_HEADS)
 
     # The loads of an item's first tiles are under way while the last tiles of the one before are
     # computed. The lengths and blocks that a tile's addresses depend on are looked up one more
     # step ahead.
+    seq = first_seq
     context_len = tl.load(context_lens + seq)
-    within = begin - tl.load(tile_offsets + seq) * KV_HEADS
     item_tiles = (context_len + TILE - 1) // TILE
+    within = begin - tl.load(tile_offsets + seq) * KV_HEADS
     head = within // item_tiles
     tile = within % item_tiles
     block = block_of(block_tables + seq.to(tl.int64) * table_stride, tile * TILE, BLOCK_SIZE)
@@ -260,33 +239,16 @@ def _decode_kernel(
     next_len = tl.load(context_lens + next_seq)
     next_table = block_tables + next_seq.to(tl.int64) * table_stride
     next_block = block_of(next_table, next_tile * TILE, BLOCK_SIZE)
-    first_item, first_begin = seq * KV_HEADS + head, begin - tile
-    first_end = first_begin + item_tiles
 
-    query = tl.zeros([GROUP_PAD, HEAD_DIM], qkv.dtype.element_ty)
     peak = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     weight = tl.zeros([GROUP_PAD, TILE], tl.float32)
     acc = tl.zeros([GROUP_PAD, HEAD_DIM], tl.float32)
     # NOTE: no nested `while`: Triton 3.6 gave its result `seq` the value from before the loop.
-    # With TMA's two warps, what is hoisted out of the loop would be spilled in it.
-    for position in tl.range(begin, end, disable_licm=TMA):
-        table = block_tables + seq.to(tl.int64) * table_stride
-        # NOTE: not in every step: what feeds a matrix product is prefetched, and would wait there.
-        if (tile == 0) | (position == begin):
-            # Whoever has the last tile counts the new token in, and before any tile, because that
-            # tile may hold nothing else: a softmax over no token at all would be NaN.
-            owns_new = position - tile + (context_len + TILE - 1) // TILE <= end
-            token = context_len - 1
-            new_block = block_of(table, token, BLOCK_SIZE)
-            slot = ((new_block * KV_HEADS + head) * BLOCK_SIZE + token % BLOCK_SIZE) * HEAD_DIM
-            query, peak, weight, acc = begin_item(
-                qkv + seq.to(tl.int64) * qkv_stride, q_weight, k_weight, eps,
-                cos_sin + token.to(tl.int64) * HEAD_DIM, k_cache + slot, v_cache + slot,
-                scale_log2, head, owns_new, KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, TILE,
-            )  # fmt: skip
+    for position in range(begin, end):
         peak, weight, acc = _attend_tile(
-            query, k_tiles, v_tiles, table, block, head, tile * TILE, context_len - 1, scale_log2,
-            peak, weight, acc, KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, TMA,
+            q, k_cache, v_cache, block_tables + seq.to(tl.int64) * table_stride, block, seq, head,
+            tile * TILE, context_len, scale_log2, peak, weight, acc,
+            KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, BLOCK_SIZE, TILE, TMA,
         )  # fmt: skip
         item_ends = (tile + 1) * TILE >= context_len
         if item_ends | (position == end - 1):
@@ -295,6 +257,9 @@ def _decode_kernel(
                 out, partial_out, partial_lse, seq * KV_HEADS + head, item_ends & begins_here,
                 begins_here, peak, weight, acc, GROUP, HEAD_DIM,
             )  # fmt: skip
+            peak = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+            weight = tl.zeros([GROUP_PAD, TILE], tl.float32)
+            acc = tl.zeros([GROUP_PAD, HEAD_DIM], tl.float32)
         # NOTE: not plain assignments, for which Triton would not pipeline the loop.
         more = position < end - 1
         seq = tl.where(more, next_seq, seq)
@@ -309,38 +274,39 @@ def _decode_kernel(
         next_table = block_tables + next_seq.to(tl.int64) * table_stride
         next_block = block_of(next_table, next_tile * TILE, BLOCK_SIZE)
 
-    last_item, last_begin = seq * KV_HEADS + head, end - 1 - tile
-    last_end = last_begin + (context_len + TILE - 1) // TILE
     tl.debug_barrier()  # all partials are stored before one thread announces them
     join_cut_items(
-        out, partial_out, partial_lse, arrivals, begin, end, total,
-        first_item, first_begin, first_end, last_item, last_begin, last_end,
-        GROUP, GROUP_PAD, HEAD_DIM, JOIN_CHUNK,
+        out, partial_out, partial_lse, arrivals, tile_offsets, begin, end, total, first_seq, seq,
+        KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, JOIN_CHUNK,
     )  # fmt: skip
 
 
 @triton.jit
 def _attend_tile(
-    query, k_tiles, v_tiles, table, block, head, start, num_cached, scale_log2,
+    q, k_cache, v_cache, table, block, seq, head, start, context_len, scale_log2,
     peak, weight, acc,
-    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax, in base 2: returns the new peak, weight and accumulator.
 
     ``weight`` keeps a sum for each column of a tile; adding them up can wait to the item's end.
     """
+    member = tl.arange(0, GROUP_PAD)
     column = tl.arange(0, HEAD_DIM)
-    valid = start + tl.arange(0, TILE) < num_cached
-    base, offsets = tile_rows(table, block, start, head, num_cached, KV_HEADS, BLOCK_SIZE, TILE)
+    q_row = (seq.to(tl.int64) * KV_HEADS + head) * GROUP + member
+    real = (member < GROUP)[:, None]
+    query = tl.load(q + q_row[:, None] * HEAD_DIM + column[None, :], mask=real, other=0.0)
+    valid = start + tl.arange(0, TILE) < context_len
+    base, offsets = tile_rows(table, block, start, head, context_len, KV_HEADS, BLOCK_SIZE, TILE)
     if TMA:
         # NOTE: past the context this reads stale slots; they weigh 0, but 0 * NaN is NaN.
-        key = k_tiles.load([base.to(tl.int32), 0])
-        value = v_tiles.load([base.to(tl.int32), 0])
+        key = k_cache.load([base.to(tl.int32), 0])
+        value = v_cache.load([base.to(tl.int32), 0])
     else:
         place = offsets[:, None] * HEAD_DIM + column[None, :]
         cached = valid[:, None]
-        keys, values = k_tiles + base * HEAD_DIM, v_tiles + base * HEAD_DIM
+        keys, values = k_cache + base * HEAD_DIM, v_cache + base * HEAD_DIM
         key = tl.load(keys + place, mask=cached, other=0.0)
         value = tl.load(values + place, mask=cached, other=0.0)
     score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2

@@ -166,49 +166,6 @@ def paged_decode_attention(
     return out
 
 
-def fused_decode_attention(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    eps: float,
-    cos_sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    context_lens: Tensor,
-    scale: float,
-) -> Tensor:
-    """``qk_norm_rope_store`` of each sequence's last token, and then ``paged_decode_attention``.
-
-    Args:
-        qkv: ``[N, (Hq + 2 Hkv) * D]``, one new token per sequence.
-        block_tables: ``[N, max_blocks]`` int32.
-        context_lens: ``[N]`` int32, at least 1, the new token included. Its position is
-            ``context_lens - 1``, and its slot that position's in the sequence's blocks.
-
-    Returns:
-        ``[N, Hq, D]`` in qkv's dtype.
-    """
-    _, num_kv_heads, block_size, head_dim = k_cache.shape
-    num_q_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-    positions = context_lens.long() - 1
-    blocks = block_tables.gather(1, (positions // block_size)[:, None])[:, 0].long()
-    q = qk_norm_rope_store(
-        qkv,
-        q_weight,
-        k_weight,
-        eps,
-        cos_sin,
-        positions,
-        blocks * block_size + positions % block_size,
-        k_cache,
-        v_cache,
-        num_q_heads,
-        num_kv_heads,
-    )
-    return paged_decode_attention(q, k_cache, v_cache, block_tables, context_lens, scale)
-
-
 def paged_prefill_attention(
     q: Tensor,
     k_cache: Tensor,

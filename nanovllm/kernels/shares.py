@@ -32,23 +32,13 @@ def share_of(tile, total):
 
 
 @triton.jit
-def load_offsets(tile_offsets, begin, num_seqs, CHUNK: tl.constexpr = 512):
-    """``tile_offsets`` of CHUNK sequences; beyond the last one more than any tile's number."""
-    seq = begin + tl.arange(0, CHUNK)
-    return tl.load(tile_offsets + seq, mask=seq < num_seqs, other=2**31 - 1)
-
-
-@triton.jit
-def find_sequence(tile_offsets, first_offsets, num_seqs, tile):
-    """The sequence that holds a tile: the last one with ``tile_offsets[seq] <= tile``.
-
-    ``first_offsets`` is ``load_offsets`` of the first sequences, often all there are.
-    """
-    CHUNK: tl.constexpr = first_offsets.shape[0]
-    begun = tl.sum((first_offsets <= tile).to(tl.int32), axis=0)
-    for begin in range(CHUNK, num_seqs, CHUNK):
-        offsets = load_offsets(tile_offsets, begin, num_seqs, CHUNK)
-        begun += tl.sum((offsets <= tile).to(tl.int32), axis=0)
+def find_sequence(tile_offsets, num_seqs, tile, CHUNK: tl.constexpr = 512):
+    """The sequence that holds a tile: the last one with ``tile_offsets[seq] <= tile``."""
+    begun = tl.zeros([], tl.int32)
+    for chunk in range(0, num_seqs, CHUNK):
+        seq = chunk + tl.arange(0, CHUNK)
+        offset = tl.load(tile_offsets + seq, mask=seq < num_seqs, other=2**31 - 1)
+        begun += tl.sum((offset <= tile).to(tl.int32), axis=0)
     return begun - 1
 
 
@@ -64,33 +54,29 @@ def tile_after(seq, head, tile, context_len, num_seqs, KV_HEADS: tl.constexpr, T
 
 @triton.jit
 def join_cut_items(
-    out, partial_out, partial_lse, arrivals, begin, end, total,
-    first_item, first_begin, first_end, last_item, last_begin, last_end,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr,
+    out, partial_out, partial_lse, arrivals, tile_offsets, begin, end, total, first_seq, last_seq,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Announce this share's partials; join those of items of which no other is missing.
-
-    Args:
-        begin, end: the tiles of this share.
-        first_item, last_item: the items it begins and ends in; each one's tiles also have a
-            ``_begin`` and an ``_end``.
-    """
+    """Announce this share's partials; join those of items of which no other is missing."""
     # At most two items of a share are cut: the one it begins in and the one it ends in.
     joined = total
     for side in range(2):
-        item = tl.where(side == 0, first_item, last_item)
-        item_begin = tl.where(side == 0, first_begin, last_begin)
-        item_end = tl.where(side == 0, first_end, last_end)
-        is_cut = (item_begin < begin) | (item_end > end)
-        if is_cut & (item_begin != joined):
-            first = share_of(item_begin, total)
-            last = share_of(item_end - 1, total)
+        seq = tl.where(side == 0, first_seq, last_seq)
+        seq_begin = tl.load(tile_offsets + seq) * KV_HEADS
+        item_tiles = tl.load(tile_offsets + seq + 1) - tl.load(tile_offsets + seq)
+        head = (tl.where(side == 0, begin, end - 1) - seq_begin) // item_tiles
+        item_begin = seq_begin + head * item_tiles
+        first = share_of(item_begin, total)
+        last = share_of(item_begin + item_tiles - 1, total)
+        if (first < last) & (item_begin != joined):
             arrived = tl.atomic_add(arrivals + first, 1, sem="acq_rel", scope="gpu")
             if arrived == last - first:
                 tl.store(arrivals + first, 0)
+                row = (seq.to(tl.int64) * KV_HEADS + head) * GROUP
                 _join_partials(
-                    out + item.to(tl.int64) * GROUP * HEAD_DIM, partial_out, partial_lse,
-                    first, last, GROUP, GROUP_PAD, HEAD_DIM, CHUNK,
+                    out + row * HEAD_DIM, partial_out, partial_lse, first, last,
+                    GROUP, GROUP_PAD, HEAD_DIM, CHUNK,
                 )  # fmt: skip
         joined = item_begin
 

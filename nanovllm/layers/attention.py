@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 
-from nanovllm import kernels
-
 
 @dataclass(frozen=True)
 class HeadShape:
@@ -31,39 +29,6 @@ class HeadShape:
     def scale(self) -> float:
         """Factor of the scores, 1 / sqrt(head_dim)."""
         return self.head_dim**-0.5
-
-
-@dataclass(frozen=True)
-class NormRope:
-    """What is applied to each raw query and key head of T tokens: RMS norm, then rotary embedding.
-
-    Attributes:
-        q_weight, k_weight: [head_dim] of the norms.
-        eps: of the norms.
-        cos_sin: float32 [max_position, head_dim], cosines and then sines.
-        positions: integer [T] of the tokens in their sequences.
-    """
-
-    q_weight: torch.Tensor
-    k_weight: torch.Tensor
-    eps: float
-    cos_sin: torch.Tensor
-    positions: torch.Tensor
-
-    def apply(
-        self, qkv: torch.Tensor, heads: HeadShape
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries [T, q heads, head_dim], keys and values [T, kv heads, head_dim] of `qkv`."""
-        return kernels.qk_norm_rope(
-            qkv,
-            self.q_weight,
-            self.k_weight,
-            self.eps,
-            self.cos_sin,
-            self.positions,
-            heads.num_q_heads,
-            heads.num_kv_heads,
-        )
 
 
 @dataclass(frozen=True)
@@ -83,9 +48,7 @@ class AttentionMetadata:
 
 @dataclass(frozen=True)
 class DecodeMetadata(AttentionMetadata):
-    """A step in which each sequence has one new token, T = N, the last one of its context.
-
-    A token's position and slot therefore also follow from `context_lens` and `block_tables`.
+    """A step in which each sequence has one new token, T = N.
 
     Attributes:
         tile_offsets: [N + 1] running count of KV tiles, ceil(context / tile_size) a sequence.
@@ -150,55 +113,15 @@ class AttentionBackend(ABC):
         """Lengths of sequences in prefill for each of which other kernels run."""
         return [1]
 
-    def finish_and_store(
-        self,
-        qkv: torch.Tensor,
-        norm_rope: NormRope,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        metadata: AttentionMetadata,
-    ) -> torch.Tensor:
-        """Norms and rotates q and k and stores k and v in the cache.
-
-        Args:
-            qkv: [T, (q heads + 2 kv heads) * head_dim], the projection.
-            norm_rope: of its tokens.
-
-        Returns:
-            q [T, q heads, head_dim].
-        """
-        return kernels.qk_norm_rope_store(
-            qkv,
-            norm_rope.q_weight,
-            norm_rope.k_weight,
-            norm_rope.eps,
-            norm_rope.cos_sin,
-            norm_rope.positions,
-            metadata.slot_mapping,
-            k_cache,
-            v_cache,
-            self.heads.num_q_heads,
-            self.heads.num_kv_heads,
-        )
-
     @abstractmethod
     def decode(
         self,
-        qkv: torch.Tensor,
-        norm_rope: NormRope,
+        q: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         metadata: DecodeMetadata,
     ) -> torch.Tensor:
-        """One new token per sequence, from its raw projection: `finish_and_store`, and attention.
-
-        Args:
-            qkv: [N, (q heads + 2 kv heads) * head_dim].
-            norm_rope: of its tokens.
-
-        Returns:
-            [N, q heads, head_dim].
-        """
+        """One new token per sequence: q [N, heads, head_dim] to an output of the same shape."""
 
     @abstractmethod
     def prefill(

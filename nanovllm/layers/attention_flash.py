@@ -8,13 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from nanovllm.layers.attention import (
-    AttentionBackend,
-    DecodeMetadata,
-    HeadShape,
-    NormRope,
-    PrefillMetadata,
-)
+from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, HeadShape, PrefillMetadata
 
 # flash-attn 2 reads pages of whole multiples of this many tokens.
 PAGE_MULTIPLE = 256
@@ -41,13 +35,11 @@ class FlashAttnBackend(AttentionBackend):
 
     def decode(
         self,
-        qkv: torch.Tensor,
-        norm_rope: NormRope,
+        q: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         metadata: DecodeMetadata,
     ) -> torch.Tensor:
-        q = self.finish_and_store(qkv, norm_rope, k_cache, v_cache, metadata)
         out = self.flash_attn.flash_attn_with_kvcache(
             q.unsqueeze(1),
             k_cache.transpose(1, 2),

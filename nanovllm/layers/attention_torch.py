@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nanovllm.kernels import reference
-from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, NormRope, PrefillMetadata
+from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, PrefillMetadata
 
 
 class TorchBackend(AttentionBackend):
@@ -13,13 +13,11 @@ class TorchBackend(AttentionBackend):
 
     def decode(
         self,
-        qkv: torch.Tensor,
-        norm_rope: NormRope,
+        q: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         metadata: DecodeMetadata,
     ) -> torch.Tensor:
-        q = self.finish_and_store(qkv, norm_rope, k_cache, v_cache, metadata)
         return reference.paged_decode_attention(
             q,
             k_cache,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from nanovllm.kernels.paged_decode import TILE, DecodeWorkspace, fused_decode_attention
+from nanovllm.kernels.paged_decode import TILE, DecodeWorkspace, paged_decode_attention
 from nanovllm.kernels.paged_prefill import lengths_of_tilings, paged_prefill_attention
-from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, NormRope, PrefillMetadata
+from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, PrefillMetadata
 
 
 class TritonBackend(AttentionBackend):
-    """Decode in one launch, spread evenly over exactly the SMs it is given, and paged prefill."""
+    """Paged decode spread evenly over exactly the SMs it is given, and paged prefill."""
 
     tile_size = TILE
 
@@ -25,19 +25,13 @@ class TritonBackend(AttentionBackend):
 
     def decode(
         self,
-        qkv: torch.Tensor,
-        norm_rope: NormRope,
+        q: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         metadata: DecodeMetadata,
     ) -> torch.Tensor:
-        # The kernel knows positions and slots from the context lengths and block tables.
-        return fused_decode_attention(
-            qkv,
-            norm_rope.q_weight,
-            norm_rope.k_weight,
-            norm_rope.eps,
-            norm_rope.cos_sin,
+        return paged_decode_attention(
+            q,
             k_cache,
             v_cache,
             metadata.block_tables,

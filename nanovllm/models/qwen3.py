@@ -17,13 +17,7 @@ from torch import nn
 
 from nanovllm import kernels
 from nanovllm.kernels import reference
-from nanovllm.layers.attention import (
-    AttentionBackend,
-    DecodeMetadata,
-    HeadShape,
-    Metadata,
-    NormRope,
-)
+from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, HeadShape, Metadata
 from nanovllm.layers.embedding import VocabEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import PackedColumnLinear, RowLinear
@@ -73,18 +67,26 @@ class Qwen3Attention(nn.Module):
         Returns:
             [T, q heads * head_dim].
         """
-        norm_rope = NormRope(
-            self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, cos_sin, positions
-        )
+        heads = self.heads
+        norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, cos_sin, positions)
         if metadata is None:
-            q, k, v = norm_rope.apply(qkv, self.heads)
-            starts = sequence_starts(positions)
-            return reference.causal_attention(q, k, v, starts, self.heads.scale).flatten(1)
-        cache = self.k_cache, self.v_cache
+            q, k, v = kernels.qk_norm_rope(qkv, *norms, heads.num_q_heads, heads.num_kv_heads)
+            out = reference.causal_attention(q, k, v, sequence_starts(positions), heads.scale)
+            return out.flatten(1)
+        q = kernels.qk_norm_rope_store(
+            qkv,
+            *norms,
+            metadata.slot_mapping,
+            self.k_cache,
+            self.v_cache,
+            heads.num_q_heads,
+            heads.num_kv_heads,
+        )
         if isinstance(metadata, DecodeMetadata):
-            return self.backend.decode(qkv, norm_rope, *cache, metadata).flatten(1)
-        q = self.backend.finish_and_store(qkv, norm_rope, *cache, metadata)
-        return self.backend.prefill(q, *cache, metadata).flatten(1)
+            out = self.backend.decode(q, self.k_cache, self.v_cache, metadata)
+        else:
+            out = self.backend.prefill(q, self.k_cache, self.v_cache, metadata)
+        return out.flatten(1)
 
     def slots(self, prefix: str) -> Slots:
         yield from self.qkv_proj.slots(prefix)

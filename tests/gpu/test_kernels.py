@@ -26,9 +26,7 @@ from nanovllm.kernels import (
     sampling,
     small_gemm,
 )
-from nanovllm.layers.rotary_embedding import RopeConfig, cos_sin_table
 from tests.test_kernels import (
-    DecodeCase,
     PagedCase,
     check_cut,
     cut_case,
@@ -127,39 +125,8 @@ def test_qk_norm_rope_store(hq, hkv):
     "context_lens", [[1], [9000], lengths(5, 4000), lengths(200, 700)], ids=len
 )
 def test_decode(hq, hkv, tuning, num_sms, context_lens):
-    case = DecodeCase(context_lens, hq, hkv, 128, 256, dtype=BF16, stale=100.0)
+    case = PagedCase(context_lens, hq, hkv, 128, 256, dtype=BF16, stale=100.0)
     check(case.decode(num_sms, TUNINGS[tuning]), case.dense())
-    case.check_caches()
-
-
-@pytest.mark.parametrize("tuning", TUNINGS)
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("group", [1, 2, 4, 5, 8])
-def test_decode_where_the_last_tile_is_only_the_new_token(group, dim, tuning):
-    context_lens = [1, 65, 257, 1025, *[64 * random.randint(1, 60) + 1 for _ in range(30)], 1]
-    case = DecodeCase(context_lens, 8 * group, 8, dim, 256, dtype=BF16, stale=100.0)
-    out = case.decode(NUM_SMS, TUNINGS[tuning])
-    check(out, case.dense())
-    for n in (0, len(context_lens) - 1):
-        assert torch.equal(out[n], case.values[n][0].repeat_interleave(group, dim=0))
-    case.check_caches()
-
-
-@pytest.mark.parametrize("tuning", TUNINGS)
-@pytest.mark.parametrize("context_lens", [[670], lengths(8, 900), lengths(300, 900)], ids=len)
-def test_decode_fused_agrees_with_norm_and_rope_in_a_launch_of_their_own(context_lens, tuning):
-    case = DecodeCase(context_lens, 16, 8, 128, 256, dtype=BF16, stale=100.0)
-    caches = case.k_cache.clone(), case.v_cache.clone()
-    positions = case.lens.long() - 1
-    blocks = case.tables.gather(1, (positions // 256)[:, None])[:, 0].long()
-    slots = blocks * 256 + positions % 256
-    q = rope.qk_norm_rope_store(
-        case.qkv, *case.norms, case.cos_sin, positions, slots, *caches, 16, 8
-    )
-    expected = reference.paged_decode_attention(q, *caches, case.tables, case.lens, case.scale)
-    check(case.decode(NUM_SMS, TUNINGS[tuning]), expected, 5e-3)
-    check(case.k_cache, caches[0], 1e-4)
-    assert torch.equal(case.v_cache, caches[1])
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)
@@ -169,16 +136,15 @@ def test_decode_in_a_replayed_graph(tuning):
     workspace = paged_decode.DecodeWorkspace(NUM_SMS, 16, 8, 128, "cuda", TUNINGS[tuning])
     width = -(-longest // block_size)
     k_cache, v_cache = (randn(count * width + 1, 8, block_size, 128, dtype=BF16) for _ in "kv")
-    qkv = torch.zeros(count, 32 * 128, dtype=BF16, device="cuda")
-    norms = randn(128, dtype=BF16), randn(128, dtype=BF16), EPS
-    cos_sin = cos_sin_table(RopeConfig(theta=1e6), 128, longest).cuda()
+    q = torch.zeros(count, 16, 128, dtype=BF16, device="cuda")
     tables = torch.zeros(count, width, dtype=torch.int32, device="cuda")
     lens = torch.ones(count, dtype=torch.int32, device="cuda")
     offsets = torch.from_numpy(paged_decode.tile_offsets(np.ones(count, dtype=np.int32))).cuda()
-    rest = k_cache, v_cache, tables, lens, 128**-0.5
 
     def step():
-        return paged_decode.fused_decode_attention(qkv, *norms, cos_sin, *rest, offsets, workspace)
+        return paged_decode.paged_decode_attention(
+            q, k_cache, v_cache, tables, lens, 128**-0.5, offsets, workspace
+        )
 
     step()  # compiles
     torch.cuda.synchronize()
@@ -189,23 +155,20 @@ def test_decode_in_a_replayed_graph(tuning):
         new_lens = np.array(lengths(real, longest) + [1] * (count - real), dtype=np.int32)
         blocks = torch.randperm(count * width, device="cuda").view(count, width) + 1
         blocks[real:] = 0
-        qkv.copy_(randn(count, 32 * 128))
+        q.copy_(randn(count, 16, 128))
         tables.copy_(blocks)
         lens.copy_(torch.from_numpy(new_lens))
         offsets.copy_(torch.from_numpy(paged_decode.tile_offsets(new_lens)))
         out.fill_(float("nan"))
         graph.replay()
-        # Padding rows overwrite each other's slot, so only their value is their result.
-        raw_values = qkv[real:, 24 * 128 :].view(-1, 8, 128).repeat_interleave(2, dim=1)
-        assert torch.equal(out[real:], raw_values)
-        expected = reference.fused_decode_attention(qkv, *norms, cos_sin, *rest)
-        check(out[:real], expected[:real])
+        args = (q.float(), k_cache, v_cache, tables, lens, 128**-0.5)
+        check(out, reference.paged_decode_attention(*args))
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)
 def test_decode_on_two_streams_at_once(tuning):
     """Two workspaces share no partial result and no count."""
-    cases = [DecodeCase(lengths(9, 5000), 16, 8, 128, 256, dtype=BF16, stale=0.0) for _ in range(2)]
+    cases = [PagedCase(lengths(9, 5000), 16, 8, 128, 256, dtype=BF16, stale=0.0) for _ in range(2)]
     streams = [torch.cuda.Stream() for _ in cases]
     torch.cuda.synchronize()
     outs = [[], []]
@@ -237,7 +200,7 @@ def test_caches_beyond_2_31_elements():
     num_blocks = 2**31 // (block_size * hkv * dim) + 10
     if torch.cuda.mem_get_info()[0] < 5 * num_blocks * block_size * hkv * dim:
         pytest.skip("not enough free GPU memory for two caches of 2^31 elements")
-    case = DecodeCase([300, 40], 16, hkv, dim, block_size, dtype=BF16, stale=0.0)
+    case = PagedCase([300, 40], 16, hkv, dim, block_size, dtype=BF16, stale=0.0)
     small = case.k_cache, case.v_cache
     used = len(small[0])
     case.k_cache, case.v_cache = (
@@ -248,7 +211,7 @@ def test_caches_beyond_2_31_elements():
     case.tables += num_blocks - used
     for tuning in TUNINGS.values():
         check(case.decode(NUM_SMS, tuning), case.dense())
-    check(case.prefill(paged_prefill), case.dense())  # of the tokens that decode has stored
+    check(case.prefill(paged_prefill), case.dense())
     inputs = rope_case(5, 16, hkv, dim, block_size, BF16)
     slots = num_blocks * block_size - 1 - torch.arange(5, device="cuda")
     inputs |= {"k_cache": case.k_cache, "v_cache": case.v_cache, "slot_mapping": slots}

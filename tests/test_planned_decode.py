@@ -202,6 +202,12 @@ class TestChoosing:
         assert f"Plan: {record['plan']} (switched" in statistics.format()
         assert statistics.steps["pipelined"] == used["steps"]
 
+    def test_steps_without_a_prediction_are_not_timed(self, tmp_path: Path) -> None:
+        planned, _ = make_planned(tmp_path)
+        assert planned.prepare(np.full(8, 100)).marks is None
+        assert planned.prepare(np.full(512, 100)).marks is not None
+        run_steps(planned, 8, 100)
+
     def test_close_closes_all_ways(self, tmp_path: Path) -> None:
         planned, _ = make_planned(tmp_path)
         planned.close()

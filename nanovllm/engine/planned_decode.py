@@ -38,13 +38,13 @@ class PlannedStep(DecodeStep):
     Attributes:
         way: runs it.
         choice: the planner's.
-        begin, end: timing events around it on the device; recorded by `run`.
+        marks: timing events before and after it on the device, recorded by `run`; None where there
+            is no prediction to compare with.
     """
 
     way: DecodeRunner
     choice: Choice
-    begin: Any
-    end: Any
+    marks: tuple[Any, Any] | None
 
 
 class PlannedDecode:
@@ -90,8 +90,8 @@ class PlannedDecode:
         choice = self.planner.choose(len(context_lens), int(context_lens.sum()))
         way = self.ways[choice.plan]
         step = way.prepare_size(context_lens, choice.batch)
-        begin, end = self.make_event(), self.make_event()
-        return PlannedStep(step.layout, step.rows, way, choice, begin, end)
+        marks = None if choice.seconds is None else (self.make_event(), self.make_event())
+        return PlannedStep(step.layout, step.rows, way, choice, marks)
 
     def capture(self, *, show_progress: bool) -> None:
         """Captures sequential decode, then prepares the choice."""
@@ -112,17 +112,21 @@ class PlannedDecode:
     def run(self, step: DecodeStep, flat: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Issues a step that `prepare` returned."""
         assert isinstance(step, PlannedStep)
-        step.begin.record()
+        if step.marks is None:
+            return step.way.run(step, flat, device)
+        begin, end = step.marks
+        begin.record()
         logits = step.way.run(step, flat, device)
-        step.end.record()
+        end.record()
         return logits
 
     def finish(self, step: DecodeStep, num_seqs: int) -> None:
         """Counts a step, which must be complete, and lets the planner learn from it."""
         assert isinstance(step, PlannedStep)
         step.way.finish(step, num_seqs)
-        if step.way.marks is None:  # marks take time themselves
-            self.planner.observe(step.choice, step.begin.elapsed_time(step.end) * 1e-3)
+        if step.marks is not None and step.way.marks is None:  # a profiled step takes longer
+            begin, end = step.marks
+            self.planner.observe(step.choice, begin.elapsed_time(end) * 1e-3)
 
     def close(self) -> None:
         """Frees graphs and partitions of all ways; may be called twice."""

@@ -67,6 +67,7 @@ def make_record(splits: int = 5) -> dict[str, Any]:
         "sequences": 256,
         "context": 1024,
         "seconds_per_point": 0.4,
+        "dense_library": "cuBLASLt told its SMs",
         "bandwidth": rates(["attention", "read"], 33e9),
         "gemm": rates(["256", "512", "1024"], 5.5e12),
         "copy_bandwidth": 4.26e12,
@@ -126,14 +127,26 @@ class TestWork:
         assert work.source.std().item() == pytest.approx(1, abs=0.1)
         assert work.amount == work.source.nbytes
 
-    def test_dense_products_are_those_of_a_layer(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_dense_products_are_those_of_a_layer_planned_for_the_partition(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         products: list[tuple[torch.Size, torch.Size]] = []
+        limits: list[tuple[int, int]] = []
+
+        @contextmanager
+        def limited_to(num_sms: int, device_sms: int) -> Iterator[None]:
+            limits.append((num_sms, device_sms))
+            yield
+            assert len(products) == 4 * len(layers)
+
         monkeypatch.setattr(
             curves_work.F, "linear", lambda x, weight: products.append((x.shape, weight.shape))
         )
+        monkeypatch.setattr(curves_work, "limited_to", limited_to)
         layers = random_layers(SMALL, CPU, num_bytes=200_000)
-        work = DenseWork(7, layers)
+        work = DenseWork(7, layers, 40)
         work.prepare(16)()
+        assert limits == [(16, 40)]
         hidden, q_width, inner = 48, 4 * 32, 80
         of_a_layer = [
             ((7, hidden), (q_width + 2 * 2 * 32, hidden)),
@@ -225,7 +238,7 @@ def test_every_split_gives_each_stage_a_point_on_its_own_partition(
         "random_layers": lambda config, device: [],
         "AttentionWork": lambda config, sequences, context, device: FakeWork("A", 7),
         "ReadWork": lambda device: FakeWork("R", 5),
-        "DenseWork": lambda tokens, layers: FakeWork(str(tokens), tokens),
+        "DenseWork": lambda tokens, layers, device_sms: FakeWork(str(tokens), tokens),
     }.items():
         monkeypatch.setattr(curves, name, replacement)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: whole)
@@ -261,6 +274,15 @@ class TestRecord:
             rates = [f"{point[name] / 1e12:.0f}" for name in ("256", "512", "1024")]
             share = f"{100 * point['1024'] / 782e12:.0f}%"
             assert row == [str(point["sms"]), *rates, share]
+
+    def test_says_what_multiplies(self) -> None:
+        record = make_record()
+        axes = Figure().subplots()
+        draw_gemm(axes, record)
+        assert axes.get_title() == "dense products of a layer: cuBLASLt told its SMs"
+        assert "products of a layer by cuBLASLt told its SMs, TFLOP/s" in format_curves(record)
+        del record["dense_library"]
+        assert "products of a layer by cuBLAS, TFLOP/s" in format_curves(record)
 
     def test_survives_json(self, tmp_path: Path) -> None:
         record = make_record()

@@ -5,9 +5,10 @@
     draw_curves(record, Path("curves.png"))
 
 One green-context split after the other, as a pipeline would make them: dense products run on the
-aligned group; decode attention, and a plain read beside it, on all that is left. The last point is
-the whole device without a split. Every rate is that of a CUDA graph with one kind of work in it,
-replayed again and again, while the other partition is idle.
+aligned group, planned for its SMs; decode attention, and a plain read beside it, on all that is
+left. The last point is the whole device without a split, as sequential decode has it. Every rate is
+that of a CUDA graph with one kind of work in it, replayed again and again, while the other
+partition is idle.
 """
 
 from __future__ import annotations
@@ -24,8 +25,15 @@ from tqdm import tqdm
 from green_ctx import Granularity, GreenContextError, GreenDevice
 from nanovllm.bench import BenchError, DoesNotFit
 from nanovllm.bench.arms import Split
-from nanovllm.bench.curves_picture import draw_curves
-from nanovllm.bench.curves_work import AttentionWork, DenseWork, ReadWork, Work, random_layers
+from nanovllm.bench.curves_picture import draw_curves, library_of
+from nanovllm.bench.curves_work import (
+    AttentionWork,
+    DenseWork,
+    ReadWork,
+    Work,
+    dense_library,
+    random_layers,
+)
 from nanovllm.bench.floor import measure_copy_bandwidth
 from nanovllm.bench.prefill import measure_matmul_peak
 from nanovllm.bench.report import describe_machine
@@ -86,6 +94,7 @@ def measure_curves(
         "sequences": SEQUENCES,
         "context": CONTEXT,
         "seconds_per_point": seconds,
+        "dense_library": dense_library(),
         **curves,
         **ceilings,
         "curves_seconds": time.perf_counter() - start,
@@ -133,9 +142,9 @@ def sweep_splits(
 ) -> dict[str, list[Point]]:
     """The points of both stages, few SMs first."""
     config = Qwen3Config.from_dict(published_config(shape))
-    layers = random_layers(config, device)
+    layers, device_sms = random_layers(config, device), sm_count(device)
     streaming = [AttentionWork(config, SEQUENCES, CONTEXT, device), ReadWork(device)]
-    dense = [DenseWork(tokens, layers) for tokens in TOKENS]
+    dense = [DenseWork(tokens, layers, device_sms) for tokens in TOKENS]
     bandwidth: list[Point] = []
     gemm: list[Point] = []
     total = (len(splits) + 1) * (len(streaming) + len(dense))
@@ -158,9 +167,9 @@ def sweep_splits(
                 gemm.append(measure(dense, ffn, manager.ffn_sms))
             # cuBLAS keeps a workspace for every stream it has seen, also for those now closed.
             torch._C._cuda_clearCublasWorkspaces()
-        stream, num_sms = torch.cuda.Stream(device), sm_count(device)
-        bandwidth.append(measure(streaming, stream, num_sms))
-        gemm.append(measure(dense, stream, num_sms))
+        stream = torch.cuda.Stream(device)
+        bandwidth.append(measure(streaming, stream, device_sms))
+        gemm.append(measure(dense, stream, device_sms))
     by_sms = {"bandwidth": bandwidth, "gemm": gemm}
     return {name: sorted(points, key=lambda p: p["sms"]) for name, points in by_sms.items()}
 
@@ -202,8 +211,8 @@ def format_curves(record: dict[str, Any]) -> str:
             f"{'SMs':>5}{'TB/s':>9}{'GB/s an SM':>12}{'read, TB/s':>12}{'of copy':>10}",
             *(format_bandwidth(point, copy) for point in record["bandwidth"]),
             "",
-            f"Dense products of a layer by cuBLAS, TFLOP/s, for so many tokens; a large product "
-            f"on all SMs reaches {peak / 1e12:.0f}",
+            f"Dense products of a layer by {library_of(record)}, TFLOP/s, for so many tokens; "
+            f"a large product on all SMs reaches {peak / 1e12:.0f}",
             head,
             *(format_gemm(point, tokens, peak) for point in record["gemm"]),
         ]

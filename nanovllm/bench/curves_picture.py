@@ -66,7 +66,12 @@ def draw_gemm(axes: Any, record: dict[str, Any]) -> None:
         rates = [point[name] / 1e12 for point in points]
         axes.plot(sms, rates, color=color, marker="o", markersize=4, label=f"{name} tokens")
     draw_ceiling(axes, peak, f"large product on all SMs: {peak:.0f} TFLOP/s")
-    finish(axes, "dense products of a layer: cuBLAS", "TFLOP/s", sms)
+    finish(axes, f"dense products of a layer: {library_of(record)}", "TFLOP/s", sms)
+
+
+def library_of(record: dict[str, Any]) -> str:
+    """What multiplied on the partitions; records from before it was told the SMs do not say."""
+    return record.get("dense_library", "cuBLAS")
 
 
 def draw_ceiling(axes: Any, value: float, text: str) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from nanovllm.bench.prefill import layer_matrices, layer_weights
+from nanovllm.kernels.library_sms import can_limit_sms, limited_to
 from nanovllm.models.qwen3_config import Qwen3Config
 
 BLOCK_SIZE = 256
@@ -101,26 +103,38 @@ class ReadWork(Work):
 
 
 class DenseWork(Work):
-    """The dense products of several layers through torch's cuBLAS; `amount` is their flops.
+    """The dense products of several layers, as a pipeline's FFN lane issues them.
+
+    `amount` is their flops.
 
     Args:
         tokens: rows of every product.
         layers: weights of each layer, [outputs, inputs]; different works may share them.
+        device_sms: SMs of the whole device.
     """
 
-    def __init__(self, tokens: int, layers: Sequence[Sequence[torch.Tensor]]) -> None:
+    def __init__(
+        self, tokens: int, layers: Sequence[Sequence[torch.Tensor]], device_sms: int
+    ) -> None:
         weights = [weight for layer in layers for weight in layer]
         super().__init__(str(tokens), 2 * tokens * sum(weight.numel() for weight in weights))
         widths = {weight.shape[1] for weight in weights}
         self.weights = weights
+        self.device_sms = device_sms
         self.inputs = {width: weights[0].new_empty(tokens, width).normal_() for width in widths}
 
     def prepare(self, num_sms: int) -> Callable[[], None]:
-        return self._multiply  # cuBLAS does not know of partitions
+        return partial(self._multiply, num_sms)
 
-    def _multiply(self) -> None:
-        for weight in self.weights:
-            F.linear(self.inputs[weight.shape[1]], weight)
+    def _multiply(self, num_sms: int) -> None:
+        with limited_to(num_sms, self.device_sms):
+            for weight in self.weights:
+                F.linear(self.inputs[weight.shape[1]], weight)
+
+
+def dense_library() -> str:
+    """What multiplies on a partition; on the whole device it is torch's default."""
+    return "cuBLASLt told its SMs" if can_limit_sms() else "cuBLAS"
 
 
 def random_layers(

@@ -20,12 +20,12 @@ import bench_pipeline
 from nanovllm import LLM
 from nanovllm.bench import BenchError, DoesNotFit, sweep
 from nanovllm.bench.arms import Arm, ArmSpec
-from nanovllm.bench.compare import gather, run_turns
+from nanovllm.bench.compare import FEWEST_ROUNDS, gather, in_order, run_turns
 from nanovllm.bench.gains import judge, regions, summarize
 from nanovllm.bench.heat_map import draw_map
 from nanovllm.bench.map_report import format_map
 from nanovllm.bench.stored import read_map, write_record
-from nanovllm.bench.sweep import FEWEST_ROUNDS, FEWEST_STEPS, MOST_STEPS, plan_turns
+from nanovllm.bench.sweep import FEWEST_STEPS, MOST_STEPS, plan_turns
 from nanovllm.bench.workload import EDGE_STEPS, DecodeWorkload, fill_cache
 from nanovllm.engine.pipeline_statistics import PipelineStatistics
 
@@ -228,21 +228,25 @@ class TestPlans:
 
 class TestTurns:
     def test_slow_steps_are_few(self) -> None:
-        output, rounds = plan_turns({"sequential": 0.03, "streams": 0.06}, 0.3)
-        assert output == FEWEST_STEPS + 2 * EDGE_STEPS
-        assert rounds == {"sequential": 2, "streams": FEWEST_ROUNDS}
+        assert plan_turns(0.03, 0.3) == (FEWEST_STEPS + 2 * EDGE_STEPS, FEWEST_ROUNDS)
 
     def test_fast_steps_are_many_but_not_too_many(self) -> None:
-        output, rounds = plan_turns({"sequential": 0.0005, "streams": 0.001}, 0.3)
-        assert output == MOST_STEPS + 2 * EDGE_STEPS
-        assert rounds == {"sequential": 10, "streams": 5}
+        assert plan_turns(0.0005, 0.3) == (MOST_STEPS + 2 * EDGE_STEPS, 10)
 
     def test_between_them_a_turn_of_the_fastest_arm_takes_a_tenth_of_a_second(self) -> None:
-        output, rounds = plan_turns({"sequential": 0.01, "streams": 0.005}, 0.3)
-        assert output == 20 + 2 * EDGE_STEPS
-        assert rounds == {"sequential": 2, "streams": 3}
+        assert plan_turns(0.005, 0.9) == (20 + 2 * EDGE_STEPS, 10)
 
-    def test_arms_take_turns_back_and_forth(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("seed", range(20))
+    def test_rounds_fill_the_time_and_are_even(self, seed: int) -> None:
+        rng = random.Random(seed)
+        step, seconds = rng.uniform(0.0002, 0.05), rng.uniform(0.01, 3)
+        output, rounds = plan_turns(step, seconds)
+        assert rounds % 2 == 0
+        assert rounds * (output - 2 * EDGE_STEPS) * step >= seconds * 0.999
+
+    def test_arms_take_turns_back_and_forth_beginning_with_each(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         order: list[str] = []
 
         def arm(label: str) -> Any:
@@ -252,10 +256,24 @@ class TestTurns:
         runner = SimpleNamespace(model_config=SimpleNamespace(vocab_size=9))
         engine: Any = SimpleNamespace(model_runner=runner)
         arms, workload = [arm(label) for label in "abc"], DecodeWorkload(2, 3, 5)
-        times = gather(run_turns(engine, arms, workload, {"a": 3, "b": 1, "c": 2}))
-        assert order == ["a", "b", "c", "c", "a", "a"]
-        assert {label: t.count for label, t in times.items()} == {"a": 6, "b": 2, "c": 4}
+        times = gather(run_turns(engine, arms, workload, 7))
+        assert order == [*"abccbabcaacbcabbacabc"]
+        assert {label: t.count for label, t in times.items()} == dict.fromkeys("abc", 14)
         assert times["a"].median == 2
+
+    @pytest.mark.parametrize("count", range(1, 8))
+    def test_every_arm_has_every_place_equally_often(self, count: int) -> None:
+        arms: Any = range(count)
+        rounds = [in_order(arms, number) for number in range(2 * count)]
+        for places in zip(*rounds, strict=True):
+            assert sorted(places) == sorted([*arms, *arms])
+
+    @pytest.mark.parametrize("rounds", [2, 4, 6])
+    def test_a_steady_drift_is_the_same_for_all(self, rounds: int) -> None:
+        arms: Any = range(5)
+        turns = [arm for number in range(rounds) for arm in in_order(arms, number)]
+        moments = [sum(i for i, arm in enumerate(turns) if arm == one) for one in arms]
+        assert len(set(moments)) == 1
 
     def test_a_point_leaves_nothing_behind(self) -> None:
         workload = DecodeWorkload(batch=4, context=300, output=sweep.LONGEST_OUTPUT)

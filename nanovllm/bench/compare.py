@@ -1,14 +1,16 @@
 """Measures arms against each other: in turn, in one run, each at the same contexts.
 
 After a warm-up (graphs are captured and kernels compiled when first used), every round gives each
-arm one turn; every second round goes backwards, so that no arm always follows the same one.
+arm one turn, so that a device that gets warmer or slower does so under all arms alike. Every second
+round is the one before it backwards, in which a steady drift cancels; and each such pair begins
+with another arm, so that none has always the first turn or always follows the same one.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +22,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.stage_marks import Span
 
 WARM_UP_TURNS = 2
-FEWEST_ROUNDS = 3
+FEWEST_ROUNDS = 4
 
 # The label of an arm, and the times of its steps in one turn, in seconds.
 Turn = tuple[str, list[float]]
@@ -47,12 +49,12 @@ def compare(
     """Step times by label of all arms that do not fall back, from `seconds` of steps each."""
     timed = timed_arms(arms, workload.batch)
     labels = [arm.label for arm in timed]
-    turns = run_turns(engine, timed, workload, dict.fromkeys(labels, WARM_UP_TURNS))
+    turns = run_turns(engine, timed, workload, WARM_UP_TURNS)
     total = WARM_UP_TURNS * len(labels)
     # Of each arm, the last turn.
     lengths = {label: sum(times) for label, times in tqdm(turns, "Warming up", total, unit="turn")}
-    rounds = max(FEWEST_ROUNDS, math.ceil(seconds / min(lengths.values())))
-    turns = run_turns(engine, timed, workload, dict.fromkeys(labels, rounds))
+    rounds = count_rounds(seconds, min(lengths.values()))
+    turns = run_turns(engine, timed, workload, rounds)
     return gather(tqdm(turns, "Measuring", rounds * len(labels), unit="turn"))
 
 
@@ -61,21 +63,27 @@ def timed_arms(arms: Sequence[Arm], batch: int) -> list[Arm]:
     return [arm for arm in arms if arm.fallback_reason(batch) is None]
 
 
+def count_rounds(seconds: float, turn_seconds: float) -> int:
+    """So many turns of at least `turn_seconds` as fill `seconds`: an even number, and not few."""
+    return max(FEWEST_ROUNDS, 2 * math.ceil(seconds / turn_seconds / 2))
+
+
 def run_turns(
-    engine: LLMEngine, arms: Sequence[Arm], workload: DecodeWorkload, rounds: Mapping[str, int]
+    engine: LLMEngine, arms: Sequence[Arm], workload: DecodeWorkload, rounds: int
 ) -> Iterator[Turn]:
-    """The arms in turn; `rounds` says by label how many turns each of them gets."""
+    """The arms in turn, each of them once a round."""
     prompts = workload.draw_prompts(engine.model_runner.model_config.vocab_size)
-    for number in range(max(rounds.values())):
+    for number in range(rounds):
         for arm in in_order(arms, number):
-            if number < rounds[arm.label]:
-                arm.activate()
-                yield arm.label, run_turn(engine, workload, prompts)
+            arm.activate()
+            yield arm.label, run_turn(engine, workload, prompts)
 
 
 def in_order(arms: Sequence[Arm], number: int) -> Sequence[Arm]:
-    """The arms as that round takes them."""
-    return arms[:: -1 if number % 2 else 1]
+    """The arms as that round takes them: of three, abc, cba, bca, acb, cab, bac, and again."""
+    start = number // 2 % len(arms)
+    rotated = [*arms[start:], *arms[:start]]
+    return rotated[:: -1 if number % 2 else 1]
 
 
 def gather(turns: Iterable[Turn]) -> dict[str, StepTimes]:

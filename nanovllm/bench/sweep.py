@@ -2,7 +2,8 @@
 
 One engine a shape, and on it all arms; then point after point, the arms in turn. A turn is short,
 since there are many points: a first one captures graphs, compiles kernels, and tells how long steps
-take; from that, how many steps a turn has and how many turns each arm needs.
+take; from that, how many steps a turn has and how many turns there are. All arms have the same
+turns, over the same stretch of time, and of each the median of all steps counts.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,14 @@ from tqdm import tqdm
 
 from nanovllm.bench import DoesNotFit, report
 from nanovllm.bench.arms import AUTO, SEQUENTIAL, Arm, ArmSpec, open_arms
-from nanovllm.bench.compare import StepTimes, gather, run_turns, timed_arms
+from nanovllm.bench.compare import (
+    FEWEST_ROUNDS,
+    StepTimes,
+    count_rounds,
+    gather,
+    run_turns,
+    timed_arms,
+)
 from nanovllm.bench.engines import start_engine
 from nanovllm.bench.gains import judge, summarize
 from nanovllm.bench.workload import EDGE_STEPS, DecodeWorkload, fill_cache, room_options
@@ -27,10 +35,9 @@ from nanovllm.engine.llm_engine import LLMEngine
 
 BENCHMARK = "map"
 TURN_SECONDS = 0.1
-FEWEST_STEPS = 5
+FEWEST_STEPS = 3
 # Contexts grow with every step of a turn, so turns of fast steps are shorter than that.
 MOST_STEPS = 60
-FEWEST_ROUNDS = 2
 # What the engine must have room for, whatever the turns will be.
 LONGEST_OUTPUT = MOST_STEPS + 2 * EDGE_STEPS
 # Of the first turn.
@@ -46,7 +53,7 @@ class Grid:
         layers: so many of each shape; None: all.
         batches, contexts: sequences, and tokens of each at the beginning of a turn; rising.
         specs: the arms; sequential is the first.
-        seconds: of steps for each arm at each point.
+        seconds: of steps for each arm at each point, at least.
     """
 
     shapes: Sequence[str]
@@ -131,9 +138,8 @@ def measure_point(
         return unmeasured_point(batch, context, str(error))
     timed = timed_arms(arms, batch)
     shortest = DecodeWorkload(batch, context, FIRST_OUTPUT)
-    once = dict.fromkeys((arm.label for arm in timed), 1)
-    first = gather(run_turns(engine, timed, shortest, once))
-    output, rounds = plan_turns({label: t.median for label, t in first.items()}, seconds)
+    first = gather(run_turns(engine, timed, shortest, 1))
+    output, rounds = plan_turns(min(t.median for t in first.values()), seconds)
     workload = DecodeWorkload(batch, context, output)
     times = gather(run_turns(engine, timed, workload, rounds))
     bar.update()
@@ -148,20 +154,18 @@ def measure_point(
     }
 
 
-def plan_turns(step_seconds: Mapping[str, float], seconds: float) -> tuple[int, dict[str, int]]:
-    """Steps of a turn, and turns by label, for `seconds` of measured steps an arm.
+def plan_turns(step_seconds: float, seconds: float) -> tuple[int, int]:
+    """Steps of a turn, and rounds, for `seconds` of measured steps of the fastest arm.
 
-    All arms take the same steps. The fastest one's turn lasts `TURN_SECONDS`, if that is neither
-    too few nor too many steps; slower arms need fewer turns.
+    Its turn lasts `TURN_SECONDS`, if that is neither too few nor too many steps.
+
+    Args:
+        step_seconds: of the fastest arm.
+        seconds: that it is to be measured.
     """
     length = min(TURN_SECONDS, seconds / FEWEST_ROUNDS)
-    steps = math.ceil(length / min(step_seconds.values()))
-    steps = min(max(steps, FEWEST_STEPS), MOST_STEPS)
-    rounds = {
-        label: max(FEWEST_ROUNDS, math.ceil(seconds / (steps * step)))
-        for label, step in step_seconds.items()
-    }
-    return steps + 2 * EDGE_STEPS, rounds
+    steps = min(max(math.ceil(length / step_seconds), FEWEST_STEPS), MOST_STEPS)
+    return steps + 2 * EDGE_STEPS, count_rounds(seconds, steps * step_seconds)
 
 
 def times_record(times: StepTimes) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,15 @@ if not torch.cuda.is_available():
 
 from nanovllm import LLM
 from nanovllm.bench.shapes import shape_directory
-from nanovllm.engine.planned_decode import PlannedDecode
+from nanovllm.engine.planned_decode import SEQUENTIAL, PlannedDecode
+from nanovllm.engine.planner import Choice, Plan, Planner
 from tests.gpu.test_pipeline import texts
 
 CALIBRATION_SECONDS = 20
+# Batch and context where two calibrations are compared; all batches have graphs of their own.
+POINTS = [(64, 512), (256, 1024), (512, 512), (512, 1024)]
+PLAN_ROUNDS = 16
+PLAN_TOLERANCE = 0.02
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +95,54 @@ def test_calibration_is_short_and_kept(cache: Path) -> None:
         seconds, kept = start()
         assert seconds < 2
         assert kept == measured
+
+
+def test_two_calibrations_choose_equally_fast_plans(cache: Path) -> None:
+    """Where their choices differ, both are measured; run with -s to see them."""
+    options = {"load_format": "dummy", "max_num_seqs": 512, "max_model_len": 2048}
+    with shape_directory("8B", 12) as directory:
+
+        def calibrate_and_choose() -> list[Choice]:
+            with auto_engine(model=directory, **options) as engine:
+                return choices(planned(engine))
+
+        first = calibrate_and_choose()
+        kept = list(cache.rglob("plans*.json"))
+        assert kept
+        for path in kept:
+            path.unlink()
+        apart = {}
+        with auto_engine(model=directory, **options) as engine:
+            decode = planned(engine)
+            for point, *pair in zip(POINTS, first, choices(decode), strict=True):
+                print(f"{point}:", *(f"{c.plan.name} {1e3 * c.seconds:.3f} ms" for c in pair))
+                one, other = (choice.plan for choice in pair)
+                if one != other:
+                    seconds = measure_in_turn(decode, [one, other], *point)
+                    apart[point] = seconds[one] / seconds[other] - 1
+                    times = {plan.name: f"{1e3 * time:.3f} ms" for plan, time in seconds.items()}
+                    print(f"    measured {times}, {apart[point]:+.1%}")
+        del decode, engine  # they hold the device's memory
+    assert all(abs(difference) < PLAN_TOLERANCE for difference in apart.values()), apart
+
+
+def choices(decode: PlannedDecode) -> list[Choice]:
+    """At each of the points, what a new planner takes by the calibration on disk."""
+    sizes = decode.calibration.run(decode.ways, show_progress=False)
+    ladders = {SEQUENTIAL: decode.sequential.graph_sizes, **sizes}
+    table = decode.calibration.table
+    return [Planner(table, ladders).choose(batch, batch * context) for batch, context in POINTS]
+
+
+def measure_in_turn(
+    decode: PlannedDecode, plans: list[Plan], batch: int, context: int
+) -> dict[Plan, float]:
+    """Median seconds of a step by plan, from turns back and forth on random keys and values."""
+    times: dict[Plan, list[float]] = {plan: [] for plan in plans}
+    for number in range(PLAN_ROUNDS):
+        for plan in plans[:: -1 if number % 2 else 1]:
+            times[plan].append(decode.calibration.timer(decode.ways[plan], batch, batch * context))
+    return {plan: median(seconds) for plan, seconds in times.items()}
 
 
 def test_predictions_meet_what_is_measured() -> None:

@@ -329,7 +329,7 @@ def test_attention_references_are_dense_attention():
 
 TUNINGS = {"plain": paged_decode.PLAIN}
 if importlib.util.find_spec("triton.tools.tensor_descriptor") and (HOPPER or not CUDA):
-    TUNINGS["tma"] = paged_decode.TMA
+    TUNINGS |= {"tma": paged_decode.TMA, "keys_first": paged_decode.KEYS_FIRST}
 TUNING = pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
 # With TMA, stale slots must be finite: see the kernel.
 STALE = 1000.0
@@ -392,6 +392,22 @@ def test_a_workspace_serves_changing_lengths(tuning):
         assert not workspace.arrivals.any()  # or the next launch would join too early
 
 
+@TUNING
+def test_sequences_without_tiles_are_skipped(tuning):
+    """The padding of a captured step; also a step of nothing else."""
+    lengths = [300, 5, 64, 129]
+    for count in (4, 3, 0):
+        case = PagedCase(lengths, 4, 2, 32, 64, stale=STALE)
+        tiles = paged_decode.tile_offsets(np.array(lengths))
+        tiles[count:] = tiles[count]
+        workspace = paged_decode.DecodeWorkspace(5, 4, 2, 32, DEVICE, tuning)
+        out = paged_decode.paged_decode_attention(
+            *case.cache(), case.lens, case.scale, torch.from_numpy(tiles).to(DEVICE), workspace
+        )
+        close(out[:count], case.dense()[:count])
+        assert not workspace.arrivals.any()
+
+
 def test_a_workspace_serves_either_tuning(monkeypatch):
     """The batch decides: few sequences and many need different grids."""
     if "tma" not in TUNINGS:
@@ -412,11 +428,13 @@ def test_a_workspace_serves_either_tuning(monkeypatch):
 def test_tuning_for_partitions_and_small_batches(monkeypatch):
     tuning_for, plain, tma = paged_decode.tuning_for, paged_decode.PLAIN, paged_decode.TMA
     monkeypatch.setattr(paged_decode, "_has_tma", lambda: True)
-    assert tuning_for(132, 8 * 512) is plain
-    assert tuning_for(132, 8) is tma
-    assert tuning_for(32, 8 * 512) is tma
+    assert tuning_for(132, 8 * 512, 4) is plain
+    assert tuning_for(132, 8, 4) is tma
+    assert tuning_for(32, 8 * 512, 4) is tma
+    assert tuning_for(132, 8 * 512, 5) is paged_decode.KEYS_FIRST
     monkeypatch.setattr(paged_decode, "_has_tma", lambda: False)
-    assert tuning_for(32, 8) is plain
+    assert tuning_for(32, 8, 2) is plain
+    assert tuning_for(32, 8, 5) is plain
 
 
 def test_tile_offsets():

@@ -56,7 +56,7 @@ def expected_fields(layout, chunks, block_size, tile_size, rows) -> dict[str, li
             fields["slot_mapping"].append(PADDING_BLOCK * block_size)
             fields["context_lens"].append(1)
             fields["block_tables"].append([PADDING_BLOCK] * layout.max_blocks)
-            tiles.append(tiles[-1] + 1)
+            tiles.append(tiles[-1])
             continue
         seq, table = chunk.seq, chunk.seq.block_table
         for position in range(chunk.start, chunk.end):

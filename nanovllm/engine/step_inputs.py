@@ -199,7 +199,8 @@ def fill_inputs(
         tile_size: the attention back end's.
         flat: is overwritten.
         rows: in decode, the row of each chunk, in any order; default: the first rows. All other
-            rows are padding: one token of context, in the padding block.
+            rows are padding: one token of context, in the padding block, and no KV tiles, so that
+            attention skips them.
     """
     views = layout.views(flat)
     _fill_block_tables(views["block_tables"], chunks, rows)
@@ -259,7 +260,9 @@ def _fill_decode(
     if "sample_rows" in views:
         views["sample_rows"].fill(0)
         views["sample_rows"][: len(rows)] = rows
-    _running_sum(views["tile_offsets"], -(-views["context_lens"] // tile_size))
+    tiles = np.zeros(len(views["context_lens"]), np.int32)
+    tiles[rows] = -(-(positions + 1) // tile_size)
+    _running_sum(views["tile_offsets"], tiles)
 
 
 def _fill_prefill(

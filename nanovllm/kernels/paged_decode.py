@@ -48,20 +48,30 @@ class DecodeTuning:
         num_warps: warps of a program.
         num_stages: depth of Triton's software pipeline over the tiles.
         tma: load tiles with the bulk copy engine (Hopper).
+        keys_first: multiply with keys and values as the left operands, whose rows are tokens and
+            columns; the right ones' columns are query heads. The tensor cores take 64 rows and 8
+            columns at a time, so it is the group of query heads that is padded, to 8.
     """
 
     ctas_per_sm: int
     num_warps: int
     num_stages: int
     tma: bool
+    keys_first: bool = False
 
 
 PLAIN = DecodeTuning(ctas_per_sm=3, num_warps=4, num_stages=3, tma=False)
 TMA = DecodeTuning(ctas_per_sm=6, num_warps=2, num_stages=2, tma=True)
+KEYS_FIRST = DecodeTuning(ctas_per_sm=3, num_warps=4, num_stages=3, tma=True, keys_first=True)
 
 
-def tuning_for(num_sms: int, num_items: int) -> DecodeTuning:
-    """The faster of the two for ``num_items`` (sequence, KV head) pairs on ``num_sms`` SMs.
+def tuning_for(num_sms: int, num_items: int, group: int) -> DecodeTuning:
+    """The fastest of the three for a launch.
+
+    Args:
+        num_sms: SMs that it may use.
+        num_items: (sequence, KV head) pairs.
+        group: query heads of a KV head.
 
     On an H200 (bf16, 16 query and 8 KV heads of 128), plain loads and TMA:
 
@@ -70,7 +80,13 @@ def tuning_for(num_sms: int, num_items: int) -> DecodeTuning:
     - On 32 SMs: at most 71 (with other tunings, too) and 82 to 88 GB/s per SM. A small partition
       lacks bytes in flight, which TMA keeps up with fewer threads. 64 SMs: 3.4 and 4.05 TB/s.
     - One sequence of 670 tokens on all SMs: 11.1 and 9.3 us; eight: 16.0 and 13.9 us.
+
+    From 5 query heads a KV head on, these two are bound by arithmetic, which they do without tensor
+    cores: 256 sequences of 1024 with 40 and 8 heads read 1.90 TB/s on 36 SMs, 2.45 on 52 and 4.20
+    on all; with keys first 3.11, 3.64 and 4.22. With 4 a KV head that is no faster, with 2 slower.
     """
+    if group > 4 and _has_tma():
+        return KEYS_FIRST
     few = num_sms <= 80 or num_items <= num_sms
     return TMA if few and _has_tma() else PLAIN
 
@@ -116,7 +132,7 @@ class DecodeWorkspace:
             raise ValueError(f"head_dim is {head_dim}; it must be 32, 64, 128 or 256")
         self.num_sms = num_sms
         self.tuning = tuning
-        programs = num_sms * max(t.ctas_per_sm for t in (PLAIN, TMA, tuning or PLAIN))
+        programs = num_sms * max(t.ctas_per_sm for t in (PLAIN, TMA, KEYS_FIRST, tuning or PLAIN))
         group = num_q_heads // num_kv_heads
         self.partial_out = torch.empty(
             2 * programs, group, head_dim, dtype=torch.float32, device=device
@@ -157,7 +173,8 @@ def paged_decode_attention(
         k_cache, v_cache: ``[num_blocks, Hkv, block_size, D]``, contiguous.
         block_tables: ``[N, max_blocks]`` int32.
         context_lens: ``[N]`` int32.
-        tile_offsets: ``[N + 1]`` int32, ``tile_offsets(context_lens)`` on the device.
+        tile_offsets: ``[N + 1]`` int32, ``tile_offsets(context_lens)`` on the device. The last
+            sequences may have no tiles: they are padding, and their output is left undefined.
         workspace: made for these head counts; used by one launch at a time.
 
     Returns:
@@ -169,12 +186,12 @@ def paged_decode_attention(
     out = torch.empty_like(q)
     if num_seqs == 0:
         return out
-    tuning = workspace.tuning or tuning_for(workspace.num_sms, num_seqs * num_kv_heads)
+    group = num_q_heads // num_kv_heads
+    tuning = workspace.tuning or tuning_for(workspace.num_sms, num_seqs * num_kv_heads, group)
     if tuning.tma and block_size % TILE:
         tuning = PLAIN  # tiles straddle blocks
     keys, values = (_descriptor(c) if tuning.tma else c for c in (k_cache, v_cache))
-    group = num_q_heads // num_kv_heads
-    group_pad = triton.next_power_of_2(group)
+    group_pad = max(triton.next_power_of_2(group), 8 if tuning.keys_first else 1)
     _decode_kernel[(workspace.num_sms * tuning.ctas_per_sm,)](
         q, keys, values, out, workspace.partial_out, workspace.partial_lse, workspace.arrivals,
         block_tables, context_lens, tile_offsets,
@@ -186,6 +203,8 @@ def paged_decode_attention(
         BLOCK_SIZE=block_size,
         TILE=TILE,
         TMA=tuning.tma,
+        # The axis of a tile's tokens in scores and of the head dimension in sums.
+        AXIS=0 if tuning.keys_first else 1,
         JOIN_CHUNK=max(16 * tuning.num_warps // group_pad, 1),
         num_warps=tuning.num_warps,
         # So that all programs of an SM fit into its 65536 registers.
@@ -213,7 +232,8 @@ def _decode_kernel(
     q, k_cache, v_cache, out, partial_out, partial_lse, arrivals,
     block_tables, context_lens, tile_offsets, scale_log2, num_seqs, table_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr, JOIN_CHUNK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr, AXIS: tl.constexpr,
+    JOIN_CHUNK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     total = tl.load(tile_offsets + num_seqs) * KV_HEADS
@@ -221,17 +241,18 @@ def _decode_kernel(
     end = share_begin(program + 1, total)
     if begin == end:
         return
-    first_seq = find_sequence(tile_offsets, num_seqs, begin // KV_HEADS)
+    seq = find_sequence(tile_offsets, num_seqs, begin // KV_HEADS)
 
     # The loads of an item's first tiles are under way while the last tiles of the one before are
     # computed. The lengths and blocks that a tile's addresses depend on are looked up one more
     # step ahead.
-    seq = first_seq
     context_len = tl.load(context_lens + seq)
-    item_tiles = (context_len + TILE - 1) // TILE
+    first_tiles = (context_len + TILE - 1) // TILE
     within = begin - tl.load(tile_offsets + seq) * KV_HEADS
-    head = within // item_tiles
-    tile = within % item_tiles
+    head = within // first_tiles
+    tile = within % first_tiles
+    first_item = seq * KV_HEADS + head
+    first_begin = begin - tile
     block = block_of(block_tables + seq.to(tl.int64) * table_stride, tile * TILE, BLOCK_SIZE)
     next_seq, next_head, next_tile = tile_after(
         seq, head, tile, context_len, num_seqs, KV_HEADS, TILE
@@ -240,26 +261,22 @@ def _decode_kernel(
     next_table = block_tables + next_seq.to(tl.int64) * table_stride
     next_block = block_of(next_table, next_tile * TILE, BLOCK_SIZE)
 
-    peak = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    weight = tl.zeros([GROUP_PAD, TILE], tl.float32)
-    acc = tl.zeros([GROUP_PAD, HEAD_DIM], tl.float32)
+    peak, weight, acc = _nothing_attended(GROUP_PAD, HEAD_DIM, TILE, AXIS)
     # NOTE: no nested `while`: Triton 3.6 gave its result `seq` the value from before the loop.
     for position in range(begin, end):
         peak, weight, acc = _attend_tile(
             q, k_cache, v_cache, block_tables + seq.to(tl.int64) * table_stride, block, seq, head,
             tile * TILE, context_len, scale_log2, peak, weight, acc,
-            KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, BLOCK_SIZE, TILE, TMA,
+            KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, BLOCK_SIZE, TILE, TMA, AXIS,
         )  # fmt: skip
         item_ends = (tile + 1) * TILE >= context_len
         if item_ends | (position == end - 1):
             begins_here = position - tile >= begin
             _store_result(
                 out, partial_out, partial_lse, seq * KV_HEADS + head, item_ends & begins_here,
-                begins_here, peak, weight, acc, GROUP, HEAD_DIM,
+                begins_here, peak, weight, acc, GROUP, GROUP_PAD, HEAD_DIM, AXIS,
             )  # fmt: skip
-            peak = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-            weight = tl.zeros([GROUP_PAD, TILE], tl.float32)
-            acc = tl.zeros([GROUP_PAD, HEAD_DIM], tl.float32)
+            peak, weight, acc = _nothing_attended(GROUP_PAD, HEAD_DIM, TILE, AXIS)
         # NOTE: not plain assignments, for which Triton would not pipeline the loop.
         more = position < end - 1
         seq = tl.where(more, next_seq, seq)
@@ -274,11 +291,26 @@ def _decode_kernel(
         next_table = block_tables + next_seq.to(tl.int64) * table_stride
         next_block = block_of(next_table, next_tile * TILE, BLOCK_SIZE)
 
-    tl.debug_barrier()  # all partials are stored before one thread announces them
     join_cut_items(
-        out, partial_out, partial_lse, arrivals, tile_offsets, begin, end, total, first_seq, seq,
-        KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, JOIN_CHUNK,
+        out, partial_out, partial_lse, arrivals, total, first_item, first_begin, first_tiles,
+        seq * KV_HEADS + head, end - 1 - tile, (context_len + TILE - 1) // TILE,
+        GROUP, GROUP_PAD, HEAD_DIM, JOIN_CHUNK,
     )  # fmt: skip
+
+
+@triton.jit
+def _nothing_attended(
+    GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, AXIS: tl.constexpr
+):
+    """Peak, weight and accumulator before an item's first tile."""
+    peak = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    if AXIS == 0:
+        weight = tl.zeros([TILE, GROUP_PAD], tl.float32)
+        acc = tl.zeros([HEAD_DIM, GROUP_PAD], tl.float32)
+    else:
+        weight = tl.zeros([GROUP_PAD, TILE], tl.float32)
+        acc = tl.zeros([GROUP_PAD, HEAD_DIM], tl.float32)
+    return peak, weight, acc
 
 
 @triton.jit
@@ -286,17 +318,17 @@ def _attend_tile(
     q, k_cache, v_cache, table, block, seq, head, start, context_len, scale_log2,
     peak, weight, acc,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax, in base 2: returns the new peak, weight and accumulator.
 
-    ``weight`` keeps a sum for each column of a tile; adding them up can wait to the item's end.
+    ``weight`` keeps a sum for each token of a tile; adding them up can wait to the item's end.
     """
     member = tl.arange(0, GROUP_PAD)
     column = tl.arange(0, HEAD_DIM)
     q_row = (seq.to(tl.int64) * KV_HEADS + head) * GROUP + member
-    real = (member < GROUP)[:, None]
-    query = tl.load(q + q_row[:, None] * HEAD_DIM + column[None, :], mask=real, other=0.0)
+    q_place = tl.expand_dims(q_row, AXIS) * HEAD_DIM + tl.expand_dims(column, 1 - AXIS)
+    query = tl.load(q + q_place, mask=tl.expand_dims(member < GROUP, AXIS), other=0.0)
     valid = start + tl.arange(0, TILE) < context_len
     base, offsets = tile_rows(table, block, start, head, context_len, KV_HEADS, BLOCK_SIZE, TILE)
     if TMA:
@@ -309,31 +341,38 @@ def _attend_tile(
         keys, values = k_cache + base * HEAD_DIM, v_cache + base * HEAD_DIM
         key = tl.load(keys + place, mask=cached, other=0.0)
         value = tl.load(values + place, mask=cached, other=0.0)
-    score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
-    score = tl.where(valid[None, :], score, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(score, axis=1))
-    prob = tl.exp2(score - new_peak[:, None])
-    decay = tl.exp2(peak - new_peak)[:, None]
-    acc = tl.dot(prob.to(value.dtype), value, acc * decay, input_precision="ieee")
+    if AXIS == 0:
+        score = tl.dot(key, query, input_precision="ieee")
+    else:
+        score = tl.dot(query, tl.trans(key), input_precision="ieee")
+    score = tl.where(tl.expand_dims(valid, 1 - AXIS), score * scale_log2, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(score, axis=AXIS))
+    prob = tl.exp2(score - tl.expand_dims(new_peak, AXIS))
+    decay = tl.expand_dims(tl.exp2(peak - new_peak), AXIS)
+    if AXIS == 0:
+        acc = tl.dot(tl.trans(value), prob.to(value.dtype), acc * decay, input_precision="ieee")
+    else:
+        acc = tl.dot(prob.to(value.dtype), value, acc * decay, input_precision="ieee")
     return new_peak, weight * decay + prob, acc
 
 
 @triton.jit
 def _store_result(
     out, partial_out, partial_lse, item, is_whole, begins_here, peak, weight, acc,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
     """Write an item's output, or what this share knows of it: to slot 1 if it begins here."""
-    member = tl.arange(0, acc.shape[0])
-    column = tl.arange(0, HEAD_DIM)[None, :]
-    real = member < GROUP
-    total = tl.sum(weight, axis=1)
-    acc = acc / total[:, None]
+    member = tl.arange(0, GROUP_PAD)
+    column = tl.expand_dims(tl.arange(0, HEAD_DIM), 1 - AXIS)
+    real = tl.expand_dims(member < GROUP, AXIS)
+    total = tl.sum(weight, axis=AXIS)
+    acc = acc / tl.expand_dims(total, AXIS)
     if is_whole:
         q_row = item.to(tl.int64) * GROUP + member
-        place = out + q_row[:, None] * HEAD_DIM + column
-        tl.store(place, acc.to(out.dtype.element_ty), mask=real[:, None])
+        place = out + tl.expand_dims(q_row, AXIS) * HEAD_DIM + column
+        tl.store(place, acc.to(out.dtype.element_ty), mask=real)
     else:
         slot_row = (2 * tl.program_id(0) + begins_here.to(tl.int32)) * GROUP + member
-        tl.store(partial_out + slot_row[:, None] * HEAD_DIM + column, acc, mask=real[:, None])
-        tl.store(partial_lse + slot_row, peak + tl.log2(total), mask=real)
+        place = partial_out + tl.expand_dims(slot_row, AXIS) * HEAD_DIM + column
+        tl.store(place, acc, mask=real)
+        tl.store(partial_lse + slot_row, peak + tl.log2(total), mask=member < GROUP)

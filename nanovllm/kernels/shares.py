@@ -13,7 +13,7 @@ import triton.language as tl
 @triton.jit
 def share_begin(share, total):
     """The first tile of a share; ``total`` for those beyond the last."""
-    count = tl.minimum(tl.num_programs(0), total)
+    count = tl.maximum(tl.minimum(tl.num_programs(0), total), 1)
     # The first total % count shares have one tile more than the others.
     share = tl.minimum(share, count)
     return share * (total // count) + tl.minimum(share, total % count)
@@ -54,31 +54,57 @@ def tile_after(seq, head, tile, context_len, num_seqs, KV_HEADS: tl.constexpr, T
 
 @triton.jit
 def join_cut_items(
-    out, partial_out, partial_lse, arrivals, tile_offsets, begin, end, total, first_seq, last_seq,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
-    CHUNK: tl.constexpr,
+    out, partial_out, partial_lse, arrivals, total,
+    first_item, first_begin, first_tiles, last_item, last_begin, last_tiles,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Announce this share's partials; join those of items of which no other is missing."""
-    # At most two items of a share are cut: the one it begins in and the one it ends in.
-    joined = total
-    for side in range(2):
-        seq = tl.where(side == 0, first_seq, last_seq)
-        seq_begin = tl.load(tile_offsets + seq) * KV_HEADS
-        item_tiles = tl.load(tile_offsets + seq + 1) - tl.load(tile_offsets + seq)
-        head = (tl.where(side == 0, begin, end - 1) - seq_begin) // item_tiles
-        item_begin = seq_begin + head * item_tiles
-        first = share_of(item_begin, total)
-        last = share_of(item_begin + item_tiles - 1, total)
-        if (first < last) & (item_begin != joined):
-            arrived = tl.atomic_add(arrivals + first, 1, sem="acq_rel", scope="gpu")
-            if arrived == last - first:
-                tl.store(arrivals + first, 0)
-                row = (seq.to(tl.int64) * KV_HEADS + head) * GROUP
-                _join_partials(
-                    out + row * HEAD_DIM, partial_out, partial_lse, first, last,
-                    GROUP, GROUP_PAD, HEAD_DIM, CHUNK,
-                )  # fmt: skip
-        joined = item_begin
+    """Announce this share's partials; join those of items of which no other is missing.
+
+    At most two items of a share are cut, the first and the last one in it; they may be the same.
+    """
+    # Both are announced before either is joined, so that the second does not wait for the first.
+    tl.debug_barrier()  # all partials are stored before one thread announces them
+    first_complete = _announce(arrivals, total, first_begin, first_tiles, True)
+    last_complete = _announce(arrivals, total, last_begin, last_tiles, last_begin != first_begin)
+    if first_complete:
+        _join_item(
+            out, partial_out, partial_lse, arrivals, total, first_item, first_begin, first_tiles,
+            GROUP, GROUP_PAD, HEAD_DIM, CHUNK,
+        )  # fmt: skip
+    if last_complete:
+        _join_item(
+            out, partial_out, partial_lse, arrivals, total, last_item, last_begin, last_tiles,
+            GROUP, GROUP_PAD, HEAD_DIM, CHUNK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _announce(arrivals, total, item_begin, item_tiles, wanted):
+    """Count this share's part of an item if it is cut; whether it was the last to arrive."""
+    first = share_of(item_begin, total)
+    last = share_of(item_begin + item_tiles - 1, total)
+    is_cut = (first < last) & wanted
+    arrived = tl.atomic_add(arrivals + first, 1, mask=is_cut, sem="acq_rel", scope="gpu")
+    return is_cut & (arrived == last - first)
+
+
+@triton.jit
+def _join_item(
+    out, partial_out, partial_lse, arrivals, total, item, item_begin, item_tiles,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    first = share_of(item_begin, total)
+    last = share_of(item_begin + item_tiles - 1, total)
+    tl.store(arrivals + first, 0)
+    row = out + item.to(tl.int64) * GROUP * HEAD_DIM
+    # Nearly all cut items lie in two shares, and no other work hides the time to join them: on an
+    # H200 a chunk for 32 shares takes 3 us longer than one for 2.
+    if last - first == 1:
+        _join_partials(row, partial_out, partial_lse, first, last, GROUP, GROUP_PAD, HEAD_DIM, 2)
+    else:
+        _join_partials(
+            row, partial_out, partial_lse, first, last, GROUP, GROUP_PAD, HEAD_DIM, CHUNK
+        )
 
 
 @triton.jit

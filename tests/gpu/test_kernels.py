@@ -42,7 +42,7 @@ MODELS = pytest.mark.parametrize(("hq", "hkv"), [(8, 8), (16, 8), (32, 8), (40, 
 NUM_SMS = torch.cuda.get_device_properties(0).multi_processor_count
 TUNINGS = {"plain": paged_decode.PLAIN}
 if torch.cuda.get_device_capability() >= (9, 0):
-    TUNINGS["tma"] = paged_decode.TMA
+    TUNINGS |= {"tma": paged_decode.TMA, "keys_first": paged_decode.KEYS_FIRST}
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -286,7 +287,7 @@ class World:
             text = self.texts.tokens[ends[-1]]
             assert ends == self.texts.all_of(text)[-size:]
             assert len(text) % size == 0
-            assert list(block.text.tokens) == text[-size:]
+            assert np.frombuffer(block.text.tokens, np.int32).tolist() == text[-size:]
             assert block.text.chain_hash == chain_hash(text, size)
             # Equal numbers mean equal texts.
             assert numbers.setdefault(block.text.number, text) == text
@@ -302,7 +303,9 @@ def chain_hash(tokens: list[int], block_size: int) -> int:
     """The hash of a text of whole blocks, from its first token on."""
     value = NO_PREFIX
     for start in range(0, len(tokens), block_size):
-        value = block_manager.hash_block(value, tuple(tokens[start : start + block_size]))
+        value = block_manager.hash_block(
+            value, np.array(tokens[start : start + block_size], np.int32).tobytes()
+        )
     return value
 
 

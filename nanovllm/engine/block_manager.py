@@ -92,7 +92,7 @@ class BlockManager:
 
     def extend(self, seq: Sequence) -> bool:
         """Makes room for one more token; returns False if that takes a block and none is free."""
-        if self.blocks_for(seq.num_scheduled + 1) > len(seq.block_table):
+        if seq.num_scheduled >= len(seq.block_table) * self.block_size:
             if not self.free:
                 return False
             seq.block_table.append(self._take())

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -268,7 +269,7 @@ class World:
         assert set(manager.free) == set(manager.blocks) - set(owners)
         for seq in running:
             assert seq.num_computed <= len(seq.block_table) * manager.block_size
-            assert seq.num_computed <= seq.num_scheduled <= seq.length
+            assert seq.num_computed <= seq.num_scheduled < seq.length
             # One more than it needs, if a step that was to need it failed.
             assert len(seq.block_table) <= manager.blocks_for(seq.length + 1)
         seats = [seq.seat for seq in running] + self.scheduler.free_seats
@@ -286,7 +287,7 @@ class World:
             text = self.texts.tokens[ends[-1]]
             assert ends == self.texts.all_of(text)[-size:]
             assert len(text) % size == 0
-            assert list(block.text.tokens) == text[-size:]
+            assert np.frombuffer(block.text.tokens, np.int32).tolist() == text[-size:]
             assert block.text.chain_hash == chain_hash(text, size)
             # Equal numbers mean equal texts.
             assert numbers.setdefault(block.text.number, text) == text
@@ -302,7 +303,9 @@ def chain_hash(tokens: list[int], block_size: int) -> int:
     """The hash of a text of whole blocks, from its first token on."""
     value = NO_PREFIX
     for start in range(0, len(tokens), block_size):
-        value = block_manager.hash_block(value, tuple(tokens[start : start + block_size]))
+        value = block_manager.hash_block(
+            value, np.array(tokens[start : start + block_size], np.int32).tobytes()
+        )
     return value
 
 
@@ -487,6 +490,22 @@ def test_a_prompt_that_fills_all_blocks_runs_alone():
     drive(world)
     assert [seq.finish_reason for seq in seqs] == ["length"] * 3
     assert [seq.num_generated for seq in seqs] == [1] * 3
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "max_len", "generated"),
+    [(4, 99, 4), (4, 7, 4), (4, 5, 2), (4, 4, 1), (4, 3, 1), (4, 2, 1), (1, 99, 1), (1, 3, 1)],
+)
+def test_a_sequence_ends_at_its_limits_but_not_before_its_first_token(
+    max_tokens, max_len, generated
+):
+    seq = sequence(0, [1, 2, 3], max_tokens, max_len)
+    assert not seq.is_full
+    while seq.status is not Status.FINISHED:
+        seq.append(1)
+    assert seq.num_generated == generated
+    assert seq.finish_reason == "length"
+    assert seq.is_full
 
 
 def test_a_failed_step_is_planned_again():

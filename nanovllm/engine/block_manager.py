@@ -23,17 +23,21 @@ PADDING_BLOCK = 0
 NO_PREFIX = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Text:
-    """What a registered block holds: `tokens`, after the text that has the number `prefix`."""
+    """What a registered block holds: `tokens`, after the text that has the number `prefix`.
+
+    There may be one for every block of the cache, hence `tokens` as bytes of int32: 4 bytes each,
+    where a tuple and its integers take 36.
+    """
 
     number: int
     prefix: int
-    tokens: tuple[int, ...]
+    tokens: bytes
     chain_hash: int
 
 
-EMPTY = Text(number=0, prefix=0, tokens=(), chain_hash=NO_PREFIX)
+EMPTY = Text(number=0, prefix=0, tokens=b"", chain_hash=NO_PREFIX)
 
 
 @dataclass(slots=True)
@@ -44,11 +48,9 @@ class Block:
     text: Text | None = None
 
 
-def hash_block(prefix_hash: int, tokens: tuple[int, ...]) -> int:
+def hash_block(prefix_hash: int, tokens: bytes) -> int:
     """64-bit hash of a block's tokens and, through `prefix_hash`, of all before them."""
-    hasher = xxhash.xxh64(seed=prefix_hash)
-    hasher.update(np.asarray(tokens, dtype=np.int64).tobytes())
-    return hasher.intdigest()
+    return xxhash.xxh64_intdigest(tokens, seed=prefix_hash)
 
 
 class BlockManager:
@@ -90,7 +92,7 @@ class BlockManager:
 
     def extend(self, seq: Sequence) -> bool:
         """Makes room for one more token; returns False if that takes a block and none is free."""
-        if self.blocks_for(seq.num_scheduled + 1) > len(seq.block_table):
+        if seq.num_scheduled >= len(seq.block_table) * self.block_size:
             if not self.free:
                 return False
             seq.block_table.append(self._take())
@@ -129,10 +131,11 @@ class BlockManager:
         seq.block_table = []
         seq.num_computed = seq.num_scheduled = seq.num_registered = 0
 
-    def _tokens_of(self, token_ids: list[int], index: int) -> tuple[int, ...]:
-        return tuple(token_ids[index * self.block_size : (index + 1) * self.block_size])
+    def _tokens_of(self, token_ids: list[int], index: int) -> bytes:
+        tokens = token_ids[index * self.block_size : (index + 1) * self.block_size]
+        return np.array(tokens, np.int32).tobytes()
 
-    def _text_if(self, block_id: int, prefix: Text, tokens: tuple[int, ...]) -> Text | None:
+    def _text_if(self, block_id: int, prefix: Text, tokens: bytes) -> Text | None:
         """The text of a block if it is `tokens` after `prefix`; a hash alone proves nothing."""
         text = self.blocks[block_id].text
         same = text is not None and (text.prefix, text.tokens) == (prefix.number, tokens)

@@ -333,7 +333,10 @@ class LLMEngine:
             return list(self.tokenizer.encode(prompt))
         try:
             if isinstance(prompt, Iterable) and not isinstance(prompt, (bytes, bytearray)):
-                return [_token_id(token) for token in prompt]
+                tokens = list(prompt)
+                # A call per token would keep the GPU waiting for a long prompt.
+                only_ints = set(map(type, tokens)) == {int}
+                return tokens if only_ints else [_token_id(token) for token in tokens]
         except TypeError:
             pass  # the error below says what is wrong
         raise TypeError(f"{name}={prompt!r:.80} is neither a text nor a list of token ids")

@@ -23,22 +23,18 @@ MAX_PREFILL_STREAK = 8
 ADMISSION_RESERVE = 0.01
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Chunk:
     """The part of a sequence that a step computes: tokens `start` to `end`.
 
     `samples` says whether that reads the sequence to its end, so that its next token is drawn.
+    Not frozen, since a decode step makes one per sequence and frozen ones take three times as long.
     """
 
     seq: Sequence
     start: int
     end: int
     samples: bool
-
-    @classmethod
-    def of(cls, seq: Sequence, size: int) -> Chunk:
-        """The next `size` tokens of `seq`."""
-        return cls(seq, seq.num_scheduled, seq.num_scheduled + size, size == seq.num_unscheduled)
 
 
 @dataclass(frozen=True)
@@ -94,20 +90,21 @@ class Scheduler:
                 pending go on, as if it would not end them, and none is preempted. None then means
                 that the last step has to be updated first.
         """
-        ready = (seq.num_unscheduled == 1 and not seq.is_full for seq in self.running)
-        if self.prefill_streak < MAX_PREFILL_STREAK or not any(ready):
-            chunks = self._prefill_chunks()
+        reading, ready = self._split_running()
+        if self.prefill_streak < MAX_PREFILL_STREAK or not ready:
+            chunks = self._prefill_chunks(reading)
             if chunks:
                 self.prefill_streak += 1
                 return self._plan(Step(False, chunks))
         self.prefill_streak = 0
-        chunks = self._decode_chunks(may_preempt=not ahead)
+        chunks = self._decode_chunks(ready, may_preempt=not ahead)
         if chunks:
             return self._plan(Step(True, chunks))
         if ahead or self.is_idle:
             return None
         # All that were ready gave way to older ones that still read their prompts.
-        chunks = self._prefill_chunks()
+        reading, _ = self._split_running()
+        chunks = self._prefill_chunks(reading)
         assert chunks, "requests are left, but none of them can run"
         return self._plan(Step(False, chunks))
 
@@ -125,7 +122,7 @@ class Scheduler:
             if token is not None:
                 seq.num_pending -= 1
                 seq.append(token)
-                if seq.status is Status.FINISHED:
+                if seq.finish_reason is not None:
                     self._leave(seq)
                     finished.append(seq)
         return finished
@@ -142,19 +139,35 @@ class Scheduler:
             chunk.seq.num_pending += chunk.samples
         return step
 
-    def _prefill_chunks(self) -> list[Chunk]:
-        """Chunks of running sequences that still read their prompt, then of newly admitted ones."""
+    def _split_running(self) -> tuple[list[Sequence], list[Sequence]]:
+        """The running sequences that still read their prompt, and those that are ready for decode.
+
+        Those that end with a token that is pending are neither.
+        """
+        reading: list[Sequence] = []
+        ready: list[Sequence] = []
+        for seq in self.running:
+            length = seq.length
+            if length - seq.num_scheduled > 1:
+                reading.append(seq)
+            elif length < seq.end_len:
+                ready.append(seq)
+        return reading, ready
+
+    def _prefill_chunks(self, reading: list[Sequence]) -> list[Chunk]:
+        """Chunks of sequences that still read their prompt, then of newly admitted ones."""
         chunks: list[Chunk] = []
         budget = self.max_num_batched_tokens
 
         def take(seq: Sequence) -> None:
             nonlocal budget
-            size = min(seq.num_unscheduled, budget)
-            chunks.append(Chunk.of(seq, size))
+            start, unscheduled = seq.num_scheduled, seq.num_unscheduled
+            size = min(unscheduled, budget)
+            chunks.append(Chunk(seq, start, start + size, samples=size == unscheduled))
             budget -= size
 
-        for seq in self.running:
-            if seq.num_unscheduled > 1 and budget:
+        for seq in reading:
+            if budget:
                 take(seq)
         while budget and self._admit_next():
             take(self.running[-1])
@@ -173,15 +186,15 @@ class Scheduler:
         self.running.append(seq)
         return True
 
-    def _decode_chunks(self, *, may_preempt: bool) -> list[Chunk]:
-        """One token for each sequence that is ready, the oldest first.
+    def _decode_chunks(self, ready: list[Sequence], *, may_preempt: bool) -> list[Chunk]:
+        """One token for each sequence that is `ready`, the oldest first.
 
         Without preemption there are no chunks at all if one sequence lacks a block.
         """
         chunks: list[Chunk] = []
-        for seq in list(self.running):
-            if seq.status is not Status.RUNNING or seq.num_unscheduled != 1 or seq.is_full:
-                continue
+        for seq in ready:
+            if seq.status is not Status.RUNNING:
+                break  # preempted, as are all after it
             while not self.blocks.extend(seq):
                 if not may_preempt:
                     return []
@@ -189,7 +202,8 @@ class Scheduler:
                 if seq.status is not Status.RUNNING:
                     break  # it was the youngest itself
             else:
-                chunks.append(Chunk.of(seq, 1))
+                start = seq.num_scheduled
+                chunks.append(Chunk(seq, start, start + 1, samples=True))
         return chunks
 
     def _preempt(self, seq: Sequence) -> None:

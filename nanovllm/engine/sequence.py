@@ -16,7 +16,7 @@ class Status(Enum):
     FINISHED = auto()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """A request.
 
@@ -24,6 +24,8 @@ class Sequence:
         request_id: unique in its engine, rising with arrival.
         token_ids: the prompt, then what was generated.
         prompt_len: tokens of the prompt.
+        end_len: length in tokens at which it ends, by `max_tokens` or `max_len`; always at least
+            one token after the prompt.
         params: sampling options.
         stop_ids: tokens that end it.
         max_len: length in tokens at which it ends, whatever it says.
@@ -44,6 +46,7 @@ class Sequence:
     max_len: int
     seed: int
     prompt_len: int = field(init=False)
+    end_len: int = field(init=False)
     status: Status = Status.WAITING
     block_table: list[int] = field(default_factory=list)
     num_computed: int = 0
@@ -55,6 +58,8 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.token_ids)
+        end_len = min(self.prompt_len + self.params.max_tokens, self.max_len)
+        self.end_len = max(end_len, self.prompt_len + 1)
 
     @property
     def length(self) -> int:
@@ -74,16 +79,14 @@ class Sequence:
     @property
     def is_full(self) -> bool:
         """Whether it ends for its length, at the latest when its pending tokens are known."""
-        return self.num_generated >= self.params.max_tokens or (
-            self.num_generated > 0 and self.length >= self.max_len
-        )
+        return self.length >= self.end_len
 
     def append(self, token: int) -> None:
         """Takes a generated token, and finishes the sequence if it was the last."""
         self.token_ids.append(token)
         if token in self.stop_ids:
             self.finish("stop")
-        elif self.is_full and not self.num_pending:
+        elif not self.num_pending and self.is_full:
             self.finish("length")
 
     def finish(self, reason: str) -> None:

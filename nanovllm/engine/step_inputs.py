@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain, pairwise
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -78,13 +79,13 @@ class InputLayout:
     @property
     def size(self) -> int:
         """Integers in the flat buffer."""
-        return sum(int(np.prod(shape)) for shape in self.shapes.values())
+        return sum(prod(shape) for shape in self.shapes.values())
 
     def views(self, flat: Any) -> dict[str, Any]:
         """The fields of a flat numpy array or tensor, as views into it."""
         views, start = {}, 0
         for name, shape in self.shapes.items():
-            size = int(np.prod(shape))
+            size = prod(shape)
             views[name] = flat[start : start + size].reshape(shape)
             start += size
         return views
@@ -203,14 +204,13 @@ def fill_inputs(
             attention skips them.
     """
     views = layout.views(flat)
+    rows = np.arange(len(chunks)) if rows is None else rows
     _fill_block_tables(views["block_tables"], chunks, rows)
     starts = np.array([chunk.start for chunk in chunks], np.int32)
-    ends = np.array([chunk.end for chunk in chunks], np.int32)
     if layout.is_decode:
-        rows = np.arange(len(chunks)) if rows is None else rows
         _fill_decode(views, chunks, rows, starts, block_size, tile_size)
     else:
-        _fill_prefill(views, chunks, starts, ends, block_size)
+        _fill_prefill(views, chunks, starts, block_size)
 
 
 def micro_batch_rows(context_lens: np.ndarray, size: int) -> np.ndarray:
@@ -269,9 +269,9 @@ def _fill_prefill(
     views: dict[str, np.ndarray],
     chunks: list[Chunk],
     starts: np.ndarray,
-    ends: np.ndarray,
     block_size: int,
 ) -> None:
+    ends = np.array([chunk.end for chunk in chunks], np.int32)
     sizes = ends - starts
     _running_sum(views["cu_seqlens_q"], sizes)
     firsts = views["cu_seqlens_q"][:-1]
@@ -286,11 +286,9 @@ def _fill_prefill(
     views["sample_rows"][:] = (firsts + sizes - 1)[[chunk.samples for chunk in chunks]]
 
 
-def _fill_block_tables(target: np.ndarray, chunks: list[Chunk], rows: np.ndarray | None) -> None:
+def _fill_block_tables(target: np.ndarray, chunks: list[Chunk], rows: np.ndarray) -> None:
     """Writes the chunks' ragged block tables into `rows` of `target`; the rest is padding."""
     tables = [chunk.seq.block_table for chunk in chunks]
-    if rows is None:
-        rows = np.arange(len(tables))
     lengths = np.zeros(len(target), np.int32)
     lengths[rows] = [len(table) for table in tables]
     target.fill(PADDING_BLOCK)

@@ -49,14 +49,13 @@ class SamplingBatch:
         device: torch.device,
     ) -> SamplingBatch:
         """Brings the options of S requests to `device`."""
-        greedy = [p.temperature < LOWEST_TEMPERATURE for p in params]
-        values = [0.0 if greedy[i] else p.temperature for i, p in enumerate(params)]
+        values = [p.temperature if p.temperature >= LOWEST_TEMPERATURE else 0.0 for p in params]
         temperatures = upload(values, device, np.float32)
         integers = upload([seeds, steps, seats], device, np.int64)
         rows = [
             i
             for i, p in enumerate(params)
-            if not greedy[i] and (0 < p.top_k < vocab_size or p.top_p < 1)
+            if (0 < p.top_k < vocab_size or p.top_p < 1) and values[i] > 0
         ]
         if not rows:
             return cls(temperatures, integers[0], integers[1], integers[2])

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -117,12 +118,23 @@ def test_no_prompts_no_completions(llm):
     assert llm.generate([], [], use_tqdm=False) == []
 
 
-@pytest.mark.parametrize("kind", [tuple, iter, torch.tensor])
+def mixed_ints(ids: list[int]) -> list:
+    """Python's integers but for the last."""
+    return [*ids[:-1], np.int32(ids[-1])]
+
+
+@pytest.mark.parametrize("kind", [tuple, iter, torch.tensor, np.array, mixed_ints])
 def test_token_ids_may_come_in_any_sequence(llm, expected, kind):
     outputs = llm.generate([kind(prompt) for prompt in PROMPTS], GREEDY, use_tqdm=False)
     assert tokens(outputs) == expected
     outputs = llm.generate(iter(PROMPTS), GREEDY, use_tqdm=False)
     assert tokens(outputs) == expected
+
+
+def test_a_prompt_stays_as_it_was(llm):
+    prompt = list(PROMPTS[0])
+    llm.generate([prompt], GREEDY, use_tqdm=False)
+    assert prompt == PROMPTS[0]
 
 
 def test_a_text_a_list_of_texts_and_their_token_ids_are_equal(tiny):

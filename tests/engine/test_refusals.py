@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from nanovllm import LLM
@@ -34,6 +35,9 @@ BAD_PROMPTS = [
     (["a"], TypeError, "=['a'] is neither a text nor a list of token ids"),
     ([[1]], TypeError, "=[[1]] is neither a text nor a list of token ids"),
     ([True], TypeError, "=[True] is neither a text nor a list of token ids"),
+    ([1, True], TypeError, "=[1, True] is neither a text nor a list of token ids"),
+    ([1, 2.0], TypeError, "=[1, 2.0] is neither a text nor a list of token ids"),
+    (np.ones(2, bool), TypeError, "=array([ True,  True]) is neither a text nor a list of token"),
     ([None], TypeError, "=[None] is neither a text nor a list of token ids"),
     ({"prompt": [1]}, TypeError, "={'prompt': [1]} is neither a text nor a list of token ids"),
 ]

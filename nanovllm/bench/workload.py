@@ -132,9 +132,7 @@ def seat(engine: LLMEngine, workload: DecodeWorkload, prompts: list[list[int]]) 
     params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=workload.output + 1)
     for prompt in prompts:
         # Only its first token passes the engine's checks, which would take longer than the steps.
-        seq = engine.requests[engine.add_request(prompt[:1], params)]
-        seq.token_ids[:] = prompt
-        seq.prompt_len = len(prompt)
+        engine.requests[engine.add_request(prompt[:1], params)].set_prompt(list(prompt))
     scheduler = engine.scheduler
     usual = scheduler.max_num_batched_tokens
     scheduler.max_num_batched_tokens = workload.batch * workload.context

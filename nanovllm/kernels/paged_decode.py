@@ -191,28 +191,43 @@ def paged_decode_attention(
     if tuning.tma and block_size % TILE:
         tuning = PLAIN  # tiles straddle blocks
     keys, values = (_descriptor(c) if tuning.tma else c for c in (k_cache, v_cache))
-    group_pad = max(triton.next_power_of_2(group), 8 if tuning.keys_first else 1)
     _decode_kernel[(workspace.num_sms * tuning.ctas_per_sm,)](
         q, keys, values, out, workspace.partial_out, workspace.partial_lse, workspace.arrivals,
         block_tables, context_lens, tile_offsets,
         scale * math.log2(math.e), num_seqs, block_tables.stride(0),
-        KV_HEADS=num_kv_heads,
-        GROUP=group,
-        GROUP_PAD=group_pad,
-        HEAD_DIM=head_dim,
-        BLOCK_SIZE=block_size,
-        TILE=TILE,
-        TMA=tuning.tma,
-        # The axis of a tile's tokens in scores and of the head dimension in sums.
-        AXIS=0 if tuning.keys_first else 1,
-        JOIN_CHUNK=max(16 * tuning.num_warps // group_pad, 1),
-        num_warps=tuning.num_warps,
-        # So that all programs of an SM fit into its 65536 registers.
-        maxnreg=min(65536 // (32 * tuning.num_warps * tuning.ctas_per_sm) // 8 * 8, 248),
-        # More stages of keys and values wider than this do not fit into shared memory.
-        num_stages=tuning.num_stages if head_dim * q.element_size() <= 512 else 2,
+        **kernel_options(tuning, num_kv_heads, group, head_dim, block_size, q.element_size()),
     )  # fmt: skip
     return out
+
+
+def kernel_options(
+    tuning: DecodeTuning,
+    num_kv_heads: int,
+    group: int,
+    head_dim: int,
+    block_size: int,
+    element_size: int,
+) -> dict[str, int]:
+    """What the kernel is compiled for: its constants and the compiler's options."""
+    group_pad = max(triton.next_power_of_2(group), 8 if tuning.keys_first else 1)
+    threads = 32 * tuning.num_warps
+    return {
+        "KV_HEADS": num_kv_heads,
+        "GROUP": group,
+        "GROUP_PAD": group_pad,
+        "HEAD_DIM": head_dim,
+        "BLOCK_SIZE": block_size,
+        "TILE": TILE,
+        "TMA": tuning.tma,
+        # The axis of a tile's tokens in scores, and of the head dimension in sums.
+        "AXIS": 0 if tuning.keys_first else 1,
+        "JOIN_CHUNK": max(16 * tuning.num_warps // group_pad, 1),
+        "num_warps": tuning.num_warps,
+        # So that all programs of an SM fit into its 65536 registers.
+        "maxnreg": min(65536 // (threads * tuning.ctas_per_sm) // 8 * 8, 248),
+        # More stages of keys and values wider than this do not fit into shared memory.
+        "num_stages": tuning.num_stages if head_dim * element_size <= 512 else 2,
+    }
 
 
 def _descriptor(cache: Tensor) -> Any:
@@ -369,8 +384,8 @@ def _store_result(
     acc = acc / tl.expand_dims(total, AXIS)
     if is_whole:
         q_row = item.to(tl.int64) * GROUP + member
-        place = out + tl.expand_dims(q_row, AXIS) * HEAD_DIM + column
-        tl.store(place, acc.to(out.dtype.element_ty), mask=real)
+        out_place = out + tl.expand_dims(q_row, AXIS) * HEAD_DIM + column
+        tl.store(out_place, acc.to(out.dtype.element_ty), mask=real)
     else:
         slot_row = (2 * tl.program_id(0) + begins_here.to(tl.int32)) * GROUP + member
         place = partial_out + tl.expand_dims(slot_row, AXIS) * HEAD_DIM + column

@@ -18,6 +18,7 @@ import torch
 from nanovllm.engine.calibration import (
     Calibration,
     fill_steady,
+    hash_sources,
     measured_sizes,
     pipelined_sizes,
 )
@@ -279,6 +280,18 @@ class TestCalibration:
         assert (views["slot_mapping"] == slots).all()
         assert views["tile_offsets"].tolist() == [i * -(-context // 64) for i in range(7)]
         assert (flat >= 0).all()
+
+
+def test_calibrations_are_of_the_kernels_as_they_were(tmp_path: Path) -> None:
+    kernel = tmp_path / "norm.py"
+    kernel.write_text("a = 1", encoding="utf-8")
+    before = hash_sources(tmp_path)
+    (tmp_path / "norm.pyc").write_text("compiled", encoding="utf-8")
+    assert hash_sources(tmp_path) == before
+    kernel.write_text("a = 2", encoding="utf-8")
+    changed = hash_sources(tmp_path)
+    kernel.rename(tmp_path / "form.py")
+    assert len({before, changed, hash_sources(tmp_path)}) == 3
 
 
 @pytest.mark.parametrize("sms", range(16, 200, 2))

@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from types import TracebackType
 from typing import Any, Protocol
 
 import torch
@@ -140,12 +139,7 @@ class StepMeter:
         )
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         for name in ("run", "launch"):
             del vars(self._runner)[name]
 

@@ -12,13 +12,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from tqdm import tqdm
 
+from nanovllm import kernels
 from nanovllm.engine.cost_table import CostTable, Sample, gain_bound, next_sample
 from nanovllm.engine.decode_runner import DecodeRunner, DecodeStep
 from nanovllm.engine.planner import Plan
@@ -265,13 +268,22 @@ def fill_steady(
 
 
 def calibration_key(model_config: Any, device: torch.device, **more: Any) -> dict[str, Any]:
-    """What measured times depend on: device, versions, model and further values."""
+    """What measured times depend on: device, versions, our kernels, model and further values."""
     import triton
 
     return {
+        "kernels": hash_sources(Path(kernels.__path__[0])),
         "device": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "model": dataclasses.asdict(model_config),
         **more,
     }
+
+
+def hash_sources(folder: Path) -> str:
+    """Changes with any Python file in a folder."""
+    hasher = xxhash.xxh64()
+    for path in sorted(folder.glob("*.py")):
+        hasher.update(path.name.encode() + b"\0" + path.read_bytes())
+    return hasher.hexdigest()

@@ -20,7 +20,7 @@ from nanovllm.engine.stage_marks import StageMarks, make_marks
 from nanovllm.engine.step_inputs import InputLayout
 
 # Issues a decode step: its layout, its inputs, where its logits go, and its time marks if any.
-DecodeStep = Callable[[InputLayout, torch.Tensor, torch.Tensor, StageMarks | None], object]
+IssueStep = Callable[[InputLayout, torch.Tensor, torch.Tensor, StageMarks | None], object]
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -99,7 +99,7 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        step: DecodeStep,
+        step: IssueStep,
         memory: GraphMemory,
         fill_padding: Callable[[InputLayout, np.ndarray], None],
         *,

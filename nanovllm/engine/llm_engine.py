@@ -15,7 +15,6 @@ import random
 import time
 import weakref
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 from typing import Any, TypedDict
 
 import torch
@@ -119,12 +118,7 @@ class LLMEngine:
     def __enter__(self) -> LLMEngine:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.exit()
 
     def exit(self) -> None:

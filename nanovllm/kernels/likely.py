@@ -39,18 +39,7 @@ def find_cut(
     top_k: Tensor | None,
     top_p: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The least logit that stays in each row, and the last token with it; see ``reference``.
-
-    Args:
-        logits: ``[N, V]``, any float dtype; rows may be strided, a row may not.
-        temperatures: ``[N]`` float32, above 0 where a row is filtered.
-        rows: ``[F]`` int64, the rows to filter.
-        top_k: ``[F]`` int64; None: no row has one.
-        top_p: ``[F]`` float32; None: no row has one.
-
-    Returns:
-        ``[N]`` float32 and ``[N]`` int32.
-    """
+    """See ``reference.find_cut``; rows of the logits may be strided, a row may not."""
     vocab = logits.shape[1]
     floors = torch.full((len(logits),), float("-inf"), dtype=torch.float32, device=logits.device)
     lasts = torch.full((len(logits),), vocab, dtype=torch.int32, device=logits.device)

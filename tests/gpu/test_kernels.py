@@ -1,10 +1,9 @@
 """The compiled kernels at real sizes, in bfloat16, against the float32 references.
 
-Errors are relative, in the Frobenius norm. ``tests/test_kernels.py`` has the many small cases and,
-where there is a GPU, runs them compiled as well.
+Errors are relative, in the Frobenius norm. ``tests/kernels/`` has the many small cases and, where
+there is a GPU, runs them compiled as well.
 """
 
-import os
 import random
 
 import numpy as np
@@ -26,32 +25,26 @@ from nanovllm.kernels import (
     sampling,
     small_gemm,
 )
-from tests.test_kernels import (
-    PagedCase,
+from tests.kernels.cases import (
+    EPS,
     check_cut,
     cut_case,
+    new_seed,
     randn,
     rope_case,
     sampling_case,
     without_cache,
 )
+from tests.kernels.paged_case import TUNINGS, PagedCase
 
-EPS = 1e-6
 BF16 = torch.bfloat16
 MODELS = pytest.mark.parametrize(("hq", "hkv"), [(8, 8), (16, 8), (32, 8), (40, 8), (64, 8)])
 NUM_SMS = torch.cuda.get_device_properties(0).multi_processor_count
-TUNINGS = {"plain": paged_decode.PLAIN}
-if torch.cuda.get_device_capability() >= (9, 0):
-    TUNINGS |= {"tma": paged_decode.TMA, "keys_first": paged_decode.KEYS_FIRST}
 
 
 @pytest.fixture(autouse=True)
-def seed():
-    value = int(os.environ.get("NANOVLLM_TEST_SEED", random.SystemRandom().randrange(2**31)))
-    print(f"NANOVLLM_TEST_SEED={value}")
-    torch.manual_seed(value)
-    random.seed(value)
-    return value
+def seed() -> int:
+    return new_seed()
 
 
 def check(actual, expected, limit=1e-2):

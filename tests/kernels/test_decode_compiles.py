@@ -11,8 +11,6 @@ import pytest
 
 from tests import scripts
 
-pytest.importorskip("triton", reason="Triton is not installed")
-
 COMPILE = """
 import sys
 import triton

@@ -1,0 +1,118 @@
+"""What several kernel tests share: the device, tolerances and random inputs. Needs no Triton."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import torch
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+# Triton's interpreter truncates to bfloat16 where the GPU rounds, and has no bfloat16 dot.
+HALF = [torch.float16, *([torch.bfloat16] if CUDA else [])]
+EPS = 1e-6
+# Sums in float32, in another order: a token whose cumulative probability is this close to top_p
+# may stay or go.
+BORDER = 1e-6
+
+
+def new_seed() -> int:
+    """Fresh random inputs in every run; the seed is printed when a test fails."""
+    value = int(os.environ.get("NANOVLLM_TEST_SEED", random.SystemRandom().randrange(2**31)))
+    print(f"NANOVLLM_TEST_SEED={value}")
+    torch.manual_seed(value)
+    random.seed(value)
+    return value
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def close(actual, expected, dtype=torch.float32):
+    tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def rope_case(num_tokens, hq, hkv, dim, block_size, dtype=torch.float32):
+    angles = torch.outer(torch.arange(50), 10000.0 ** -(torch.arange(0, dim, 2) / dim))
+    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1).to(DEVICE)
+    shape = (num_tokens // block_size + 3, hkv, block_size, dim)
+    caches = [torch.full(shape, float("nan"), dtype=dtype, device=DEVICE) for _ in "kv"]
+    return {
+        "qkv": randn(num_tokens, (hq + 2 * hkv) * dim, dtype=dtype) * 2,
+        "q_weight": randn(dim, dtype=dtype),
+        "k_weight": randn(dim, dtype=dtype),
+        "eps": EPS,
+        "cos_sin": cos_sin,
+        "positions": torch.randint(0, 50, (num_tokens,), device=DEVICE),
+        "slot_mapping": torch.randperm(shape[0] * block_size, device=DEVICE)[:num_tokens],
+        "k_cache": caches[0],
+        "v_cache": caches[1],
+        "num_q_heads": hq,
+        "num_kv_heads": hkv,
+    }
+
+
+def without_cache(case):
+    return {k: v for k, v in case.items() if k not in ("slot_mapping", "k_cache", "v_cache")}
+
+
+def sampling_case(rows, vocab, dtype=torch.float32):
+    temperatures = torch.rand(rows, device=DEVICE) + 0.2
+    temperatures[::3] = 0
+    seeds = torch.randint(-(2**62), 2**62, (rows,), device=DEVICE)
+    steps = torch.randint(0, 5000, (rows,), device=DEVICE)
+    return randn(rows, vocab, dtype=dtype) * 3, temperatures, seeds, steps
+
+
+def cut_case(rows, vocab, dtype, limits, spread=3.0):
+    """Arguments of ``find_cut``; all rows but the last are filtered."""
+    logits = (randn(rows, vocab) * spread).to(dtype)
+    temperatures = torch.rand(rows, device=DEVICE) * 1.5 + 0.1
+    top_k = torch.randint(1, vocab + 3, (rows - 1,), device=DEVICE)
+    few = torch.tensor([1, 20, vocab], device=DEVICE)
+    top_k[:3] = few
+    top_p = torch.rand(rows - 1, device=DEVICE)
+    top_p[1:5] = torch.tensor([0.9, 1e-6, 1.0, 0.999], device=DEVICE)
+    ids = torch.arange(rows - 1, device=DEVICE)
+    return (
+        logits,
+        temperatures,
+        ids,
+        top_k if "k" in limits else None,
+        top_p if "p" in limits else None,
+    )
+
+
+def within(logits, cut):
+    """Which tokens of each row stay, by a cut."""
+    least, last = (x[:, None] for x in cut)
+    among = torch.arange(logits.shape[1], device=logits.device) <= last
+    return ((logits > least) | ((logits == least) & among)) & (logits > float("-inf"))
+
+
+def check_cut(cut, logits, temperatures, rows, top_k, top_p, border=BORDER):
+    """That what stays is right by sorting, but for what lies at the border of top_p."""
+    stay = within(logits, cut)
+    for item, row in enumerate(rows.tolist()):
+        values = torch.where(logits[row].isnan(), float("-inf"), logits[row].double())
+        ordered, order = values.sort(descending=True, stable=True)
+        limit = len(values) if top_k is None else int(top_k[item])
+        limit = min(limit, int((ordered > float("-inf")).sum()))
+        count = int(stay[row].sum())
+        assert count <= limit
+        assert stay[row][order[:count]].all(), "what stays is not the likeliest, or not the lowest"
+        p = 1.0 if top_p is None else float(top_p[item])
+        if p >= 1:
+            assert count == limit
+        elif limit > 0:
+            mass = (ordered[:limit] / temperatures[row].double()).softmax(0)
+            before = mass.cumsum(0) - mass
+            assert count >= 1
+            assert count == 1 or before[count - 1] < p + border
+            assert count == limit or before[count] >= p - border
+    unfiltered = torch.ones(len(logits), dtype=torch.bool, device=DEVICE)
+    unfiltered[rows] = False
+    assert torch.equal(stay[unfiltered], logits[unfiltered] > float("-inf"))

@@ -1,0 +1,31 @@
+"""RMS norm, alone and after an addition: the kernel against its reference, that against torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanovllm.kernels import norm, reference
+from tests.kernels.cases import EPS, HALF, close, randn
+
+
+def test_rms_norm_reference_is_torchs():
+    x, weight = randn(5, 3, 48), randn(48)
+    close(reference.rms_norm(x, weight, EPS), F.rms_norm(x, (48,), weight, EPS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 64), (3, 100), (2, 3, 1024)])
+def test_rms_norm(poison, shape, dtype):
+    x, weight = randn(*shape, dtype=dtype) * 3, randn(shape[-1], dtype=dtype)
+    close(norm.rms_norm(x, weight, EPS), reference.rms_norm(x, weight, EPS), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("module", [reference, norm])
+def test_add_rms_norm_is_the_sum_and_then_the_norm(poison, module, dtype):
+    x, residual, weight = (randn(7, 96, dtype=dtype) for _ in range(3))
+    y, total = module.add_rms_norm(x, residual, weight[0], EPS)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(y, module.rms_norm(x + residual, weight[0], EPS))

@@ -1,0 +1,137 @@
+"""Decode attention over the paged cache: shapes, shares of the work, tunings, workspaces."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from nanovllm.kernels import paged_decode
+from tests.kernels.cases import CUDA, DEVICE, HALF, close
+from tests.kernels.paged_case import HOPPER, TUNINGS, PagedCase
+
+RAGGED = [1, 200, 64, 65, 17]
+TUNING = pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
+# With TMA, stale slots must be finite: see the kernel.
+STALE = 1000.0
+
+
+@TUNING
+@pytest.mark.parametrize("block_size", [256, 64, 48, 16])
+@pytest.mark.parametrize("num_sms", [1, 3, 40])
+def test_decode_of_ragged_lengths(poison, block_size, num_sms, tuning):
+    stale = STALE if tuning.tma else float("nan")
+    case = PagedCase(RAGGED, 4, 2, 64, block_size, stale=stale)
+    close(case.decode(num_sms, tuning, ctas_per_sm=1), case.dense())
+
+
+@TUNING
+@pytest.mark.parametrize("dim", [32, 64, 128, 256])
+@pytest.mark.parametrize("group", [1, 2, 4, 5, 8])
+def test_decode_of_grouped_heads(poison, group, dim, tuning):
+    case = PagedCase([130, 3], 2 * group, 2, dim, 64, stale=STALE)
+    close(case.decode(2, tuning), case.dense())
+
+
+@TUNING
+@pytest.mark.parametrize("lengths", [[1], [1000], [1, 1, 1, 1], [640, 1], [63, 64, 65, 128, 129]])
+@pytest.mark.parametrize("programs", [1, 2, 3, 4, 7, 30])
+def test_decode_shares(poison, lengths, programs, tuning):
+    """Few long sequences, many short ones, more programs than tiles and fewer."""
+    case = PagedCase(lengths, 2, 1, 32, 64, stale=STALE)
+    close(case.decode(programs, tuning, ctas_per_sm=1), case.dense())
+
+
+def test_decode_of_more_sequences_than_are_searched_at_once(poison):
+    case = PagedCase([1, 2, 70] * 400, 1, 1, 32, 64)
+    close(case.decode(3, ctas_per_sm=1), case.dense())
+
+
+def test_decode_joins_more_partials_than_one_chunk_holds(poison):
+    case = PagedCase([3000, 5], 8, 1, 32, 64)
+    close(case.decode(45, ctas_per_sm=1, num_warps=1), case.dense())
+
+
+@TUNING
+@pytest.mark.parametrize("dtype", HALF)
+def test_decode_in_16_bits(poison, dtype, tuning):
+    case = PagedCase(RAGGED, 4, 2, 64, 256, dtype=dtype, stale=STALE)
+    close(case.decode(2, tuning), case.dense(), dtype)
+
+
+@TUNING
+def test_a_workspace_serves_changing_lengths(tuning):
+    """As in a replayed graph: same shapes and buffers, other lengths."""
+    workspace = paged_decode.DecodeWorkspace(5, 2, 1, 32, DEVICE, tuning)
+    for lengths in ([500, 3], [1, 1], [64, 700], [1, 65]):
+        case = PagedCase(lengths, 2, 1, 32, 64, stale=STALE)
+        offsets = torch.from_numpy(paged_decode.tile_offsets(np.array(lengths))).to(DEVICE)
+        out = paged_decode.paged_decode_attention(
+            *case.cache(), case.lens, case.scale, offsets, workspace
+        )
+        close(out, case.dense())
+        assert not workspace.arrivals.any()  # or the next launch would join too early
+
+
+@TUNING
+def test_sequences_without_tiles_are_skipped(tuning):
+    """The padding of a captured step; also a step of nothing else."""
+    lengths = [300, 5, 64, 129]
+    for count in (4, 3, 0):
+        case = PagedCase(lengths, 4, 2, 32, 64, stale=STALE)
+        tiles = paged_decode.tile_offsets(np.array(lengths))
+        tiles[count:] = tiles[count]
+        workspace = paged_decode.DecodeWorkspace(5, 4, 2, 32, DEVICE, tuning)
+        out = paged_decode.paged_decode_attention(
+            *case.cache(), case.lens, case.scale, torch.from_numpy(tiles).to(DEVICE), workspace
+        )
+        close(out[:count], case.dense()[:count])
+        assert not workspace.arrivals.any()
+
+
+def test_a_workspace_serves_either_tuning(monkeypatch):
+    """The batch decides: few sequences and many need different grids."""
+    if "tma" not in TUNINGS:
+        pytest.skip("Triton without descriptors")
+    monkeypatch.setattr(paged_decode, "_has_tma", lambda: not CUDA or HOPPER)
+    workspace = paged_decode.DecodeWorkspace(90, 2, 1, 32, DEVICE)
+    for count in (1, 100, 90, 91):
+        lengths = [random.randint(1, 200) for _ in range(count)]
+        case = PagedCase(lengths, 2, 1, 32, 64, stale=STALE)
+        offsets = torch.from_numpy(paged_decode.tile_offsets(np.array(lengths))).to(DEVICE)
+        out = paged_decode.paged_decode_attention(
+            *case.cache(), case.lens, case.scale, offsets, workspace
+        )
+        close(out, case.dense())
+        assert not workspace.arrivals.any()
+
+
+def test_tuning_for_partitions_and_small_batches(monkeypatch):
+    tuning_for, plain, tma = paged_decode.tuning_for, paged_decode.PLAIN, paged_decode.TMA
+    monkeypatch.setattr(paged_decode, "_has_tma", lambda: True)
+    assert tuning_for(132, 8 * 512, 4) is plain
+    assert tuning_for(132, 8, 4) is tma
+    assert tuning_for(32, 8 * 512, 4) is tma
+    assert tuning_for(132, 8 * 512, 5) is paged_decode.KEYS_FIRST
+    monkeypatch.setattr(paged_decode, "_has_tma", lambda: False)
+    assert tuning_for(32, 8, 2) is plain
+    assert tuning_for(32, 8, 5) is plain
+
+
+def test_tile_offsets():
+    offsets = paged_decode.tile_offsets(np.array([1, 64, 65, 200], dtype=np.int32))
+    assert offsets.dtype == np.int32
+    assert offsets.tolist() == [0, 1, 2, 4, 8]
+    with pytest.raises(ValueError, match="context_lens has 0"):
+        paged_decode.tile_offsets(np.array([5, 0]))
+
+
+def test_workspace_rejects_what_it_cannot_serve():
+    with pytest.raises(ValueError, match="num_sms is 0"):
+        paged_decode.DecodeWorkspace(0, 4, 2, 64, DEVICE)
+    with pytest.raises(ValueError, match="num_q_heads 5"):
+        paged_decode.DecodeWorkspace(4, 5, 2, 64, DEVICE)
+    with pytest.raises(ValueError, match="head_dim is 80"):
+        paged_decode.DecodeWorkspace(4, 4, 2, 80, DEVICE)

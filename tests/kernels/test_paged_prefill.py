@@ -1,0 +1,53 @@
+"""Prefill attention, over the paged cache and over plain keys and values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nanovllm.kernels import paged_prefill
+from tests.kernels.cases import HALF, close
+from tests.kernels.paged_case import PagedCase
+
+
+@pytest.mark.parametrize("block_size", [256, 64, 48, 16])
+@pytest.mark.parametrize(
+    ("context", "rows"),
+    [
+        ([5], [5]),
+        ([1, 100, 33], [1, 100, 33]),
+        ([150, 70, 1, 129], [22, 70, 1, 1]),  # cached prefixes and a decode row
+        ([260], [200]),
+    ],
+)
+def test_prefill(poison, context, rows, block_size):
+    case = PagedCase(context, 2, 1, 32, block_size, rows)
+    close(case.prefill(paged_prefill), case.dense())
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("group", [1, 2, 4, 5, 8])
+def test_prefill_of_grouped_heads(poison, group, dim):
+    case = PagedCase([90, 20], 2 * group, 2, dim, 64, [30, 20])
+    close(case.prefill(paged_prefill), case.dense())
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_prefill_in_16_bits(poison, dtype):
+    case = PagedCase([150, 140], 4, 2, 64, 256, [22, 140], dtype=dtype)
+    close(case.prefill(paged_prefill), case.dense(), dtype)
+
+
+@pytest.mark.parametrize(("dim", "itemsize"), [(128, 2), (256, 2), (128, 4)])
+def test_lengths_of_tilings_meet_every_tiling(dim, itemsize):
+    lengths = paged_prefill.lengths_of_tilings(dim, itemsize)
+    met = [paged_prefill._tiling(dim, itemsize, length) for length in lengths]
+    assert len(set(met)) == len(met)
+    assert set(met) == {paged_prefill._tiling(dim, itemsize, length) for length in range(1, 300)}
+
+
+def test_causal_attention(poison):
+    case = PagedCase([1, 70, 16], 6, 2, 32, 16, [1, 70, 16])
+    k, v = torch.cat(case.keys), torch.cat(case.values)
+    out = paged_prefill.causal_attention(case.q, k, v, case.cu_seqlens, case.scale)
+    close(out, case.dense())

@@ -1,0 +1,68 @@
+"""Between QKV and attention: norm of the heads, rotation, and the store into the cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanovllm.kernels import reference, rope
+from tests.kernels.cases import DEVICE, EPS, close, randn, rope_case, without_cache
+
+
+def test_rope_reference_is_transformers():
+    case = rope_case(6, 4, 2, 32, 16)
+    q, k, v = reference.qk_norm_rope(**without_cache(case))
+    halves = case["cos_sin"][case["positions"]].chunk(2, dim=1)
+    cos, sin = (torch.cat([x, x], dim=1)[:, None] for x in halves)
+    raw = case["qkv"].view(6, 8, 32)
+
+    def expected(x, weight):
+        x = F.rms_norm(x, (32,), weight, EPS)
+        rotated = torch.cat([-x[..., 16:], x[..., :16]], dim=-1)
+        return x * cos + rotated * sin
+
+    close(q, expected(raw[:, :4], case["q_weight"]))
+    close(k, expected(raw[:, 4:6], case["k_weight"]))
+    assert torch.equal(v, raw[:, 6:])
+
+
+def test_store_kv_reference_places_every_token():
+    k, v = randn(5, 2, 8), randn(5, 2, 8)
+    caches = torch.zeros(3, 2, 4, 8, device=DEVICE), torch.zeros(3, 2, 4, 8, device=DEVICE)
+    slots = [11, 0, 5, 6, 3]
+    reference.store_kv(k, v, *caches, torch.tensor(slots, device=DEVICE))
+    for t, slot in enumerate(slots):
+        for new, cache in zip((k, v), caches, strict=True):
+            assert torch.equal(cache[slot // 4, :, slot % 4], new[t])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("hq", "hkv", "dim", "block_size"),
+    [(16, 8, 128, 256), (4, 4, 64, 16), (10, 2, 64, 48), (3, 1, 32, 64), (8, 1, 256, 16)],
+)
+def test_qk_norm_rope_store(poison, hq, hkv, dim, block_size, dtype):
+    case = rope_case(9, hq, hkv, dim, block_size, dtype)
+    expected = {**case, "k_cache": case["k_cache"].clone(), "v_cache": case["v_cache"].clone()}
+    q = rope.qk_norm_rope_store(**case)
+    close(q, reference.qk_norm_rope_store(**expected), dtype)
+    for name in ("k_cache", "v_cache"):
+        # NaN where nothing was stored, in both.
+        assert torch.equal(case[name].isnan(), expected[name].isnan())
+        close(case[name].nan_to_num(), expected[name].nan_to_num(), dtype)
+    for actual, wanted in zip(
+        rope.qk_norm_rope(**without_cache(case)),
+        reference.qk_norm_rope(**without_cache(case)),
+        strict=True,
+    ):
+        close(actual, wanted, dtype)
+
+
+def test_rope_reads_strided_rows(poison):
+    case = rope_case(4, 4, 2, 64, 16)
+    expected = rope.qk_norm_rope(**without_cache(case))
+    wide = torch.cat([case["qkv"], case["qkv"]], dim=1)
+    case["qkv"] = wide[:, : case["qkv"].shape[1]]
+    for actual, wanted in zip(rope.qk_norm_rope(**without_cache(case)), expected, strict=True):
+        assert torch.equal(actual, wanted)

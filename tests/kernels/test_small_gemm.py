@@ -1,0 +1,45 @@
+"""Linear layers of few rows: the kernel against its reference, that against torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+
+from nanovllm.kernels import reference, small_gemm
+from tests.kernels.cases import HALF, close, randn
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize(("inner", "features"), [(256, 8), (768, 100), (1024, 24)])
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_small_gemm(poison, count, inner, features, dtype):
+    x, bias = randn(count, inner, dtype=dtype), randn(2 * features, dtype=dtype)
+    weight = randn(2 * features, inner, dtype=dtype) * inner**-0.5
+    for args in ((x, weight), (x, weight, bias)):
+        close(small_gemm.linear(*args), reference.linear(*args), dtype)
+    expected = reference.linear_silu_mul(x, weight)
+    close(small_gemm.linear_silu_mul(x, weight), expected, dtype)
+
+
+def test_row_counts_meet_every_form_of_the_small_gemm():
+    forms = {triton.next_power_of_2(count) for count in range(1, small_gemm.MAX_ROWS + 1)}
+    assert {triton.next_power_of_2(count) for count in small_gemm.row_counts()} == forms
+
+
+def test_linear_references_are_torchs():
+    x, weight, bias = randn(5, 96), randn(40, 96), randn(40)
+    close(reference.linear(x, weight, bias), F.linear(x, weight, bias))
+    close(reference.linear_silu_mul(x, weight), reference.silu_mul(F.linear(x, weight)))
+
+
+def test_small_gemm_says_what_it_cannot_do():
+    with pytest.raises(ValueError, match="9 rows"):
+        small_gemm.linear(randn(9, 256), randn(8, 256))
+    with pytest.raises(ValueError, match="320 columns"):
+        small_gemm.linear(randn(1, 320), randn(8, 320))
+    assert small_gemm.supports(randn(8, 256, dtype=torch.bfloat16))
+    for x in (randn(9, 256), randn(8, 320)):
+        assert not small_gemm.supports(x.half())
+    assert not small_gemm.supports(randn(8, 256))

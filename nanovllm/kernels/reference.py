@@ -15,6 +15,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.normed import HeadWork
+
 SAMPLE_TILE = 4096  # tokens; part of the definition of a draw, not a tuning choice
 _MASK32 = 0xFFFFFFFF
 
@@ -67,6 +69,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear_silu_mul(x: Tensor, weight: Tensor) -> Tensor:
     """``silu_mul(linear(x, weight))`` of ``weight [2I, K]``, rounded once -> ``[N, I]``."""
     return silu_mul(x.float() @ weight.float().T).to(x.dtype)
+
+
+def linear_add_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """``add_rms_norm(linear(x, weight, bias), residual, norm_weight, eps)``."""
+    return add_rms_norm(linear(x, weight, bias), residual, norm_weight, eps)
+
+
+def linear_norm_rope_store(
+    x: Tensor, weight: Tensor, bias: Tensor | None, heads: HeadWork
+) -> Tensor:
+    """``qk_norm_rope_store(linear(x, weight, bias), *heads)``."""
+    return qk_norm_rope_store(linear(x, weight, bias), *heads)
 
 
 # ------------------------------------------------------------------ between QKV and attention

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.dependent_launch import launch_options, let_next_begin, wait_for_previous
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` for ``x [..., H]``; see ``reference.rms_norm``."""
@@ -64,6 +66,7 @@ def _launch(
         BLOCK=block,
         PARTS=num_parts,
         num_warps=warps,
+        **launch_options(),
     )
 
 
@@ -78,7 +81,9 @@ def _rms_norm_kernel(
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * HIDDEN
     column = tl.arange(0, BLOCK)
     inside = column < HIDDEN
@@ -93,5 +98,6 @@ def _rms_norm_kernel(
         rounded = (values + added.to(tl.float32)).to(added.dtype)
         tl.store(total + row + column, rounded, mask=inside)
         values = rounded.to(tl.float32)
+    let_next_begin(OVERLAP)
     inverse = tl.rsqrt(tl.sum(values * values, axis=0) / HIDDEN + eps)
     tl.store(y + row + column, (values * inverse * scale).to(y.dtype.element_ty), mask=inside)

@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.dependent_launch import launch_options, let_next_begin, wait_for_previous
 from nanovllm.kernels.paging import block_of, tile_rows
 from nanovllm.kernels.shares import find_sequence, join_cut_items, share_begin, tile_after
 
@@ -196,6 +197,7 @@ def paged_decode_attention(
         block_tables, context_lens, tile_offsets,
         scale * math.log2(math.e), num_seqs, block_tables.stride(0),
         **kernel_options(tuning, num_kv_heads, group, head_dim, block_size, q.element_size()),
+        **launch_options(),
     )  # fmt: skip
     return out
 
@@ -248,13 +250,14 @@ def _decode_kernel(
     block_tables, context_lens, tile_offsets, scale_log2, num_seqs, table_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr, AXIS: tl.constexpr,
-    JOIN_CHUNK: tl.constexpr,
+    JOIN_CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     total = tl.load(tile_offsets + num_seqs) * KV_HEADS
     begin = share_begin(program, total)
     end = share_begin(program + 1, total)
     if begin == end:
+        wait_for_previous(OVERLAP)
         return
     seq = find_sequence(tile_offsets, num_seqs, begin // KV_HEADS)
 
@@ -276,6 +279,8 @@ def _decode_kernel(
     next_table = block_tables + next_seq.to(tl.int64) * table_stride
     next_block = block_of(next_table, next_tile * TILE, BLOCK_SIZE)
 
+    # So far only inputs of the step were read; from here on, queries, keys and values are.
+    wait_for_previous(OVERLAP)
     peak, weight, acc = _nothing_attended(GROUP_PAD, HEAD_DIM, TILE, AXIS)
     # NOTE: no nested `while`: Triton 3.6 gave its result `seq` the value from before the loop.
     for position in range(begin, end):
@@ -306,6 +311,7 @@ def _decode_kernel(
         next_table = block_tables + next_seq.to(tl.int64) * table_stride
         next_block = block_of(next_table, next_tile * TILE, BLOCK_SIZE)
 
+    let_next_begin(OVERLAP)
     join_cut_items(
         out, partial_out, partial_lse, arrivals, total, first_item, first_begin, first_tiles,
         seq * KV_HEADS + head, end - 1 - tile, (context_len + TILE - 1) // TILE,

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels import tiling
+from nanovllm.kernels.dependent_launch import launch_options, let_next_begin, wait_for_previous
 from nanovllm.kernels.normed import HeadWork
 
 _MAX_ROWS_SILU = 256
@@ -102,6 +103,7 @@ def _launch(kernel, x: Tensor, weight: Tensor, pairs: int, out: Tensor, *args, *
         BLOCK=tile.block,
         num_warps=tiling.NUM_WARPS,
         num_stages=tiling.NUM_STAGES,
+        **launch_options(),
     )
 
 
@@ -116,14 +118,17 @@ def _two_products(
     TOKENS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Two tiles ``[HALF, TOKENS]`` of ``weight @ x.T``."""
+    wait_for_previous(OVERLAP)
     first = tl.zeros([HALF, TOKENS], tl.float32)
     second = tl.zeros([HALF, TOKENS], tl.float32)
     for inner in range(0, INNER, BLOCK):
         values = tl.trans(x.load([token, inner]))
         first = tl.dot(weight.load([row1, inner]), values, first)
         second = tl.dot(weight.load([row2, inner]), values, second)
+    let_next_begin(OVERLAP)
     return first, second
 
 
@@ -138,9 +143,12 @@ def _silu_mul_kernel(
     TOKENS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     start, row = tl.program_id(0) * TOKENS, tl.program_id(1) * HALF
-    gate, up = _two_products(x, weight, start, row, HALF_FEATURES + row, INNER, TOKENS, HALF, BLOCK)
+    gate, up = _two_products(
+        x, weight, start, row, HALF_FEATURES + row, INNER, TOKENS, HALF, BLOCK, OVERLAP
+    )
     result = tl.trans(gate * tl.sigmoid(gate) * up)
     token = (start + tl.arange(0, TOKENS))[:, None]
     place = out + token * HALF_FEATURES + row + tl.arange(0, HALF)[None, :]
@@ -169,10 +177,11 @@ def _norm_rope_store_kernel(
     TOKENS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     start, head = tl.program_id(0) * TOKENS, tl.program_id(1)
     row = head * (2 * HALF)
-    x1, x2 = _two_products(x, weight, start, row, row + HALF, INNER, TOKENS, HALF, BLOCK)
+    x1, x2 = _two_products(x, weight, start, row, row + HALF, INNER, TOKENS, HALF, BLOCK, OVERLAP)
 
     token = start + tl.arange(0, TOKENS)
     exists = token < tokens

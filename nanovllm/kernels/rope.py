@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.dependent_launch import launch_options, let_next_begin, wait_for_previous
+
 _HEADS_PER_PROGRAM = 8
 
 
@@ -62,6 +64,7 @@ def qk_norm_rope_store(
         HEADS=_HEADS_PER_PROGRAM,
         # One 16-byte load of a 16-bit dtype per thread and half.
         num_warps=max(_HEADS_PER_PROGRAM * half // 256, 1),
+        **launch_options(),
     )
     return q
 
@@ -107,7 +110,9 @@ def _norm_rope_store_kernel(
     BLOCK_SIZE: tl.constexpr,
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_for_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     is_q = head < Q_HEADS
@@ -126,6 +131,7 @@ def _norm_rope_store_kernel(
     x1 = raw1.to(tl.float32)
     x2 = raw2.to(tl.float32)
 
+    let_next_begin(OVERLAP)
     position = tl.load(positions + token)
     cos = tl.load(cos_sin + position * (2 * HALF) + column)
     sin = tl.load(cos_sin + position * (2 * HALF) + HALF + column)

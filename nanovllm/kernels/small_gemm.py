@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.dependent_launch import launch_options, let_next_begin, wait_for_previous
 from nanovllm.kernels.normed import Normed
 
 MAX_ROWS = 8
@@ -116,6 +117,7 @@ def _launch(
             GATED=gated,
             num_warps=_WARPS,
             num_stages=_STAGES,
+            **launch_options(),
         )
     return out
 
@@ -142,6 +144,7 @@ def _linear_kernel(
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     GATED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     # Tensors are [SPLIT, tokens or features, BLOCK]; a step takes SPLIT * BLOCK inner elements.
     token = tl.arange(0, TOKENS)
@@ -154,6 +157,7 @@ def _linear_kernel(
     is_feature = feature < FEATURES
     place = token[:, None] * FEATURES + feature[None, :]
     wanted = (token < tokens)[:, None] & is_feature[None, :]
+    wait_for_previous(OVERLAP)
     # What the end needs is asked for now.
     if x_squares is not None:
         part = tl.arange(0, SQUARES_BLOCK)[None, :]
@@ -173,6 +177,7 @@ def _linear_kernel(
             w_up = tl.load(weight + FEATURES * INNER + w_place + start)
             acc_up = tl.dot(values, tl.trans(w_up, (0, 2, 1)), acc_up, input_precision="ieee")
 
+    let_next_begin(OVERLAP)
     result = tl.sum(acc, axis=0)
     up = tl.sum(acc_up, axis=0)
     if x_squares is not None:

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels import norm, tiling
+from nanovllm.kernels.dependent_launch import launch_options, let_next_begin, wait_for_previous
 
 _MAX_ROWS = 256
 _MOST_PARTS = 4
@@ -62,6 +63,7 @@ def linear_parts(x: Tensor, weight: Tensor) -> Tensor:
         BLOCK=tile.block,
         num_warps=tiling.NUM_WARPS,
         num_stages=tiling.NUM_STAGES,
+        **launch_options(),
     )
     return parts
 
@@ -90,12 +92,15 @@ def _parts_kernel(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     start, row, part = tl.program_id(0) * TOKENS, tl.program_id(1) * ROWS, tl.program_id(2)
+    wait_for_previous(OVERLAP)
     acc = tl.zeros([ROWS, TOKENS], tl.float32)
     for step in range(0, PART, BLOCK):
         inner = part * PART + step
         acc = tl.dot(weight.load([row, inner]), tl.trans(x.load([start, inner])), acc)
+    let_next_begin(OVERLAP)
     token = (start + tl.arange(0, TOKENS))[:, None]
     place = parts + (part * tokens + token) * FEATURES + row + tl.arange(0, ROWS)[None, :]
     tl.store(place, tl.trans(acc), mask=token < tokens)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from itertools import pairwise, permutations
 from types import SimpleNamespace
 from typing import Any
 
@@ -57,6 +59,13 @@ class TestTurns:
         rounds = [in_order(arms, number) for number in range(2 * count)]
         for places in zip(*rounds, strict=True):
             assert sorted(places) == sorted([*arms, *arms])
+
+    @pytest.mark.parametrize("count", range(2, 9))
+    def test_every_arm_follows_every_other_equally_often(self, count: int) -> None:
+        arms: Any = range(count)
+        rounds = [in_order(arms, number) for number in range(2 * count)]
+        pairs = Counter(pair for order in rounds for pair in pairwise(order))
+        assert pairs == {pair: 2 for pair in permutations(arms, 2)}
 
     @pytest.mark.parametrize("rounds", [2, 4, 6])
     def test_a_steady_drift_is_the_same_for_all(self, rounds: int) -> None:

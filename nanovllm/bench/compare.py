@@ -2,8 +2,9 @@
 
 After a warm-up (graphs are captured and kernels compiled when first used), every round gives each
 arm one turn, so that a device that gets warmer or slower does so under all arms alike. Every second
-round is the one before it backwards, in which a steady drift cancels; and each such pair begins
-with another arm, so that none has always the first turn or always follows the same one.
+round is the one before it backwards, in which a steady drift cancels. An arm also finds the clocks
+that the one before it has left behind, so the order changes from pair to pair until every arm has
+followed every other equally often.
 """
 
 from __future__ import annotations
@@ -80,10 +81,15 @@ def run_turns(
 
 
 def in_order(arms: Sequence[Arm], number: int) -> Sequence[Arm]:
-    """The arms as that round takes them: of three, abc, cba, bca, acb, cab, bac, and again."""
-    start = number // 2 % len(arms)
-    rotated = [*arms[start:], *arms[:start]]
-    return rotated[:: -1 if number % 2 else 1]
+    """The arms as that round takes them: of five, abecd, dceba, bcade, edacb, and so on.
+
+    Source: E. J. Williams, "Experimental designs balanced for the estimation of residual effects of
+    treatments", 1949: a zigzag through the arms and its shifts.
+    """
+    count = len(arms)
+    zigzag = [(place + 1) // 2 if place % 2 else -place // 2 for place in range(count)]
+    order = [arms[(step + number // 2) % count] for step in zigzag]
+    return order[:: -1 if number % 2 else 1]
 
 
 def gather(turns: Iterable[Turn]) -> dict[str, StepTimes]:

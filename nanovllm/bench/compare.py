@@ -3,8 +3,8 @@
 After a warm-up (graphs are captured and kernels compiled when first used), every round gives each
 arm one turn, so that a device that gets warmer or slower does so under all arms alike. Every second
 round is the one before it backwards, in which a steady drift cancels. An arm also finds the clocks
-that the one before it has left behind, so the order changes from pair to pair until every arm has
-followed every other equally often.
+that the one before it has left behind, so the order changes, and there are as many rounds as it
+takes until within them every arm has followed every other equally often.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def compare(
     total = WARM_UP_TURNS * len(labels)
     # Of each arm, the last turn.
     lengths = {label: sum(times) for label, times in tqdm(turns, "Warming up", total, unit="turn")}
-    rounds = count_rounds(seconds, min(lengths.values()))
+    rounds = count_rounds(seconds, min(lengths.values()), len(labels))
     turns = run_turns(engine, timed, workload, rounds)
     return gather(tqdm(turns, "Measuring", rounds * len(labels), unit="turn"))
 
@@ -64,9 +64,13 @@ def timed_arms(arms: Sequence[Arm], batch: int) -> list[Arm]:
     return [arm for arm in arms if arm.fallback_reason(batch) is None]
 
 
-def count_rounds(seconds: float, turn_seconds: float) -> int:
-    """So many turns of at least `turn_seconds` as fill `seconds`: an even number, and not few."""
-    return max(FEWEST_ROUNDS, 2 * math.ceil(seconds / turn_seconds / 2))
+def count_rounds(seconds: float, turn_seconds: float, num_arms: int) -> int:
+    """Rounds in which turns of at least `turn_seconds` fill `seconds`: not few, and balanced.
+
+    That takes an even number, and a multiple of the arms, or of twice the arms if these are odd.
+    """
+    period = math.lcm(2, num_arms if num_arms % 2 == 0 else 2 * num_arms)
+    return period * math.ceil(max(FEWEST_ROUNDS, seconds / turn_seconds) / period)
 
 
 def run_turns(

@@ -141,7 +141,7 @@ def measure_point(
     timed = timed_arms(arms, batch)
     shortest = DecodeWorkload(batch, context, FIRST_OUTPUT)
     first = gather(run_turns(engine, timed, shortest, 1))
-    output, rounds = plan_turns(min(t.median for t in first.values()), seconds)
+    output, rounds = plan_turns(min(t.median for t in first.values()), seconds, len(timed))
     workload = DecodeWorkload(batch, context, output)
     auto = next((arm for arm in timed if arm.mode == AUTO), None)
     before = Counter(auto.plan_steps if auto else {})
@@ -159,7 +159,7 @@ def measure_point(
     }
 
 
-def plan_turns(step_seconds: float, seconds: float) -> tuple[int, int]:
+def plan_turns(step_seconds: float, seconds: float, num_arms: int) -> tuple[int, int]:
     """Steps of a turn, and rounds, for `seconds` of measured steps of the fastest arm.
 
     Its turn lasts `TURN_SECONDS`, if that is neither too few nor too many steps.
@@ -167,10 +167,11 @@ def plan_turns(step_seconds: float, seconds: float) -> tuple[int, int]:
     Args:
         step_seconds: of the fastest arm.
         seconds: that it is to be measured.
+        num_arms: that take turns.
     """
     length = min(TURN_SECONDS, seconds / FEWEST_ROUNDS)
     steps = min(max(math.ceil(length / step_seconds), FEWEST_STEPS), MOST_STEPS)
-    return steps + 2 * EDGE_STEPS, count_rounds(seconds, steps * step_seconds)
+    return steps + 2 * EDGE_STEPS, count_rounds(seconds, steps * step_seconds, num_arms)
 
 
 def times_record(times: StepTimes) -> dict[str, Any]:

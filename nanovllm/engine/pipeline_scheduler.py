@@ -37,8 +37,8 @@ BEFORE_LAYERS = -1
 class MicroBatch:
     """A part of the batch on its way through the layers.
 
-    `hidden` is what the FFN stage made and attention reads (under the dense cut, the heads of its
-    queries), `attended` what attention made and the FFN reads.
+    `hidden` is what the FFN stage made and attention reads (under the dense cut, queries),
+    `attended` what attention made and the FFN reads.
     """
 
     index: int

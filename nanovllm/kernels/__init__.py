@@ -1,21 +1,23 @@
 """The model's fused operations, on whichever device their tensors are.
 
-CUDA tensors go to Triton kernels, imported at the first call; all others to the plain torch forms
-in ``reference``. A machine without a GPU therefore never imports Triton. Attention kernels are
+CUDA tensors go to Triton kernels, imported at the first call, or to the library where that is
+faster; all others to the plain torch forms in ``reference`` and to torch's own linear layer. A
+machine without a GPU therefore never imports Triton. Attention kernels are
 not here: an attention backend picks those itself.
 """
 
 from importlib import import_module
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels import reference
-from nanovllm.kernels.normed import HeadWork, Normed
+from nanovllm.kernels.normed import HeadInputs, Normed
 
 __all__ = [
-    "HeadWork",
+    "HeadInputs",
     "Normed",
     "add_rms_norm",
     "find_cut",
@@ -73,8 +75,12 @@ def linear_add_norm(
     norm_weight: Tensor,
     eps: float,
 ) -> tuple[Normed, Tensor]:
-    """See ``reference.linear_add_norm``: ``(rms_norm(s), s)`` for ``s = linear(x) + residual``."""
-    if _few_rows(x):
+    """See ``reference.linear_add_norm``: ``(rms_norm(s), s)`` for ``s = linear(x) + residual``.
+
+    For up to 8 rows in bfloat16, the norm's division is left to the layer that comes next.
+    """
+    # What is not divided yet needs bfloat16's range: float16 ends at 65504.
+    if _few_rows(x) and x.dtype == torch.bfloat16:
         small_gemm = _module("small_gemm", x)
         return small_gemm.linear_add_norm(x, weight, bias, residual, norm_weight, eps)
     if x.is_cuda:
@@ -87,14 +93,14 @@ def linear_add_norm(
 
 
 def linear_norm_rope_store(
-    x: Normed, weight: Tensor, bias: Tensor | None, heads: HeadWork
+    x: Normed, weight: Tensor, bias: Tensor | None, inputs: HeadInputs
 ) -> Tensor:
     """See ``reference.linear_norm_rope_store``: returns q, writes k and v to their slots."""
     if x.values.is_cuda and not _few_rows(x.values):
         paired_gemm = _module("paired_gemm", x.values)
-        if paired_gemm.supports_heads(x.values, weight, bias, heads):
-            return paired_gemm.linear_norm_rope_store(x.divided(), weight, heads)
-    return qk_norm_rope_store(_linear(x, weight, bias), *heads)
+        if paired_gemm.supports_heads(x.values, weight, bias, inputs):
+            return paired_gemm.linear_norm_rope_store(x.divided(), weight, inputs)
+    return qk_norm_rope_store(_linear(x, weight, bias), *inputs)
 
 
 def qk_norm_rope(

@@ -1,4 +1,4 @@
-"""What a fused RMS norm hands to the linear layers after it, and what a QKV layer does besides."""
+"""What fused operations hand on: a norm that may not be finished, and the arguments of heads."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Normed(NamedTuple):
         return (self.values.float() * torch.rsqrt(mean + self.eps)).to(self.values.dtype)
 
 
-class HeadWork(NamedTuple):
-    """The arguments of ``qk_norm_rope_store`` after its first, in their order."""
+class HeadInputs(NamedTuple):
+    """The arguments of ``qk_norm_rope_store`` after its projection, in their order."""
 
     q_weight: Tensor
     k_weight: Tensor

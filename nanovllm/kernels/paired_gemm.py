@@ -16,95 +16,108 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels import tiling
-from nanovllm.kernels.dependent_launch import launch_options, let_next_begin, wait_for_previous
-from nanovllm.kernels.normed import HeadWork
+from nanovllm.kernels.dependent_launch import let_next_begin, wait_for_previous
+from nanovllm.kernels.device import usable_sms
+from nanovllm.kernels.normed import HeadInputs
+from nanovllm.kernels.paging import row_of_slot
+from nanovllm.kernels.small_gemm import MAX_ROWS as _FEW_ROWS
 
 _MAX_ROWS_SILU = 256
 _MAX_ROWS_HEADS = 512
 _PAIR = 2 * tiling.FEATURES  # features of both tiles; the elements of a head
+_MULTIPLES = _PAIR, tiling.LONG_STEP
 
 
 def supports_silu_mul(x: Tensor, weight: Tensor) -> bool:
     """Whether ``linear_silu_mul`` takes these and is fast for them."""
-    return x.shape[0] <= _MAX_ROWS_SILU and _is_fit(weight)
+    return x.shape[0] <= _MAX_ROWS_SILU and tiling.is_faster_for(weight, *_MULTIPLES)
 
 
-def supports_heads(x: Tensor, weight: Tensor, bias: Tensor | None, heads: HeadWork) -> bool:
+def supports_heads(x: Tensor, weight: Tensor, bias: Tensor | None, inputs: HeadInputs) -> bool:
     """Whether ``linear_norm_rope_store`` takes these and is fast for them."""
-    is_pair = heads.q_weight.shape[0] == _PAIR
-    return bias is None and is_pair and x.shape[0] <= _MAX_ROWS_HEADS and _is_fit(weight)
+    fits_head = bias is None and inputs.q_weight.shape[0] == _PAIR
+    return fits_head and x.shape[0] <= _MAX_ROWS_HEADS and tiling.is_faster_for(weight, *_MULTIPLES)
 
 
 def row_counts(weight: Tensor) -> list[int]:
     """A number of rows for every tiling of a layer with this weight; none if it is too large."""
     tilings: dict[tiling.Tiling, int] = {}
-    if _is_fit(weight):
-        num_sms = tiling.sm_count(weight.device)
-        for rows in range(1, _MAX_ROWS_HEADS + 1):
-            tilings.setdefault(tiling.choose(rows, weight.shape[0] // _PAIR, num_sms), rows)
+    if tiling.is_faster_for(weight, *_MULTIPLES):
+        pairs, num_sms = weight.shape[0] // _PAIR, usable_sms(weight.device)
+        for rows in range(_FEW_ROWS + 1, _MAX_ROWS_HEADS + 1):
+            tilings.setdefault(tiling.choose(rows, pairs, num_sms), rows)
     return list(tilings.values())
 
 
-def _is_fit(weight: Tensor) -> bool:
-    features, inner = weight.shape
-    return tiling.is_small(weight) and features % _PAIR == 0 and inner % tiling.LONG_STEP == 0
-
-
 def linear_silu_mul(x: Tensor, weight: Tensor) -> Tensor:
-    """``silu(x @ gate.T) * (x @ up.T)`` for ``weight [2I, K]``; see ``reference``."""
-    inter = weight.shape[0] // 2
-    out = torch.empty(x.shape[0], inter, dtype=x.dtype, device=x.device)
-    _launch(_silu_mul_kernel, x, weight, inter // tiling.FEATURES, out, HALF_FEATURES=inter)
+    """``silu(x @ gate.T) * (x @ up.T)`` for ``weight [2I, K]``; see ``reference``.
+
+    Raises:
+        ValueError: for a weight whose rows or columns are not multiples of 128.
+    """
+    tiling.check(weight, *_MULTIPLES)
+    rows, inter = x.shape[0], weight.shape[0] // 2
+    out = torch.empty(rows, inter, dtype=x.dtype, device=x.device)
+    if rows > 0:
+        grid, tile = _tiles(x, inter // tiling.FEATURES)
+        _silu_mul_kernel[grid](
+            *tiling.operands(x, weight, tile),
+            out,
+            rows,
+            INTER=inter,
+            INNER=x.shape[1],
+            **tiling.options(tile),
+        )
     return out
 
 
-def linear_norm_rope_store(x: Tensor, weight: Tensor, heads: HeadWork) -> Tensor:
+def linear_norm_rope_store(x: Tensor, weight: Tensor, inputs: HeadInputs) -> Tensor:
     """QKV layer, then ``qk_norm_rope_store``; see ``reference.linear_norm_rope_store``.
 
     Args:
         x: ``[T, K]``.
         weight: ``[(Hq + 2 Hkv) * 128, K]``.
-        heads: head_dim 128; its caches are written in place.
+        inputs: of heads of 128 elements; their caches are written in place.
 
     Returns:
         ``q [T, Hq, 128]`` in x's dtype.
+
+    Raises:
+        ValueError: for another head_dim, or an inner dimension that is no multiple of 128.
     """
-    num_heads = heads.num_q_heads + 2 * heads.num_kv_heads
-    q = torch.empty(x.shape[0], heads.num_q_heads, _PAIR, dtype=x.dtype, device=x.device)
-    *tensors, num_q_heads, num_kv_heads = heads
-    _launch(
-        _norm_rope_store_kernel,
-        x,
-        weight,
-        num_heads,
-        q,
-        *tensors,
-        Q_HEADS=num_q_heads,
-        KV_HEADS=num_kv_heads,
-        BLOCK_SIZE=heads.k_cache.shape[2],
-    )
+    tiling.check(weight, *_MULTIPLES)
+    head_dim = inputs.q_weight.shape[0]
+    if head_dim != _PAIR:
+        raise ValueError(f"head_dim is {head_dim}; it must be {_PAIR}")
+    rows, q_heads, kv_heads = x.shape[0], inputs.num_q_heads, inputs.num_kv_heads
+    q = torch.empty(rows, q_heads, head_dim, dtype=x.dtype, device=x.device)
+    if rows > 0:
+        grid, tile = _tiles(x, q_heads + 2 * kv_heads)
+        _norm_rope_store_kernel[grid](
+            *tiling.operands(x, weight, tile),
+            q,
+            inputs.q_weight,
+            inputs.k_weight,
+            inputs.cos_sin,
+            inputs.positions,
+            inputs.slot_mapping,
+            inputs.k_cache,
+            inputs.v_cache,
+            inputs.eps,
+            rows,
+            Q_HEADS=q_heads,
+            KV_HEADS=kv_heads,
+            BLOCK_SIZE=inputs.k_cache.shape[2],
+            INNER=x.shape[1],
+            **tiling.options(tile),
+        )
     return q
 
 
-def _launch(kernel, x: Tensor, weight: Tensor, pairs: int, out: Tensor, *args, **constants) -> None:
-    rows, inner = x.shape
-    x, weight = x.contiguous(), weight.contiguous()
-    tile = tiling.choose(rows, pairs, tiling.sm_count(x.device))
-    kernel[(triton.cdiv(rows, tile.tokens), pairs)](
-        tiling.describe(x, tile.tokens, tile.block),
-        tiling.describe(weight, tiling.FEATURES, tile.block),
-        out,
-        *args,
-        rows,
-        **constants,
-        INNER=inner,
-        TOKENS=tile.tokens,
-        HALF=tiling.FEATURES,
-        BLOCK=tile.block,
-        num_warps=tiling.NUM_WARPS,
-        num_stages=tiling.NUM_STAGES,
-        **launch_options(),
-    )
+def _tiles(x: Tensor, pairs: int) -> tuple[tuple[int, int], tiling.Tiling]:
+    """The grid, tiles of tokens by pairs of tiles of features, and the tiles."""
+    tile = tiling.choose(x.shape[0], pairs, usable_sms(x.device))
+    return (triton.cdiv(x.shape[0], tile.tokens), pairs), tile
 
 
 @triton.jit
@@ -116,14 +129,14 @@ def _two_products(
     row2,
     INNER: tl.constexpr,
     TOKENS: tl.constexpr,
-    HALF: tl.constexpr,
+    FEATURES: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Two tiles ``[HALF, TOKENS]`` of ``weight @ x.T``."""
+    """Two tiles ``[FEATURES, TOKENS]`` of ``weight @ x.T``."""
     wait_for_previous(OVERLAP)
-    first = tl.zeros([HALF, TOKENS], tl.float32)
-    second = tl.zeros([HALF, TOKENS], tl.float32)
+    first = tl.zeros([FEATURES, TOKENS], tl.float32)
+    second = tl.zeros([FEATURES, TOKENS], tl.float32)
     for inner in range(0, INNER, BLOCK):
         values = tl.trans(x.load([token, inner]))
         first = tl.dot(weight.load([row1, inner]), values, first)
@@ -138,20 +151,20 @@ def _silu_mul_kernel(
     weight,
     out,
     tokens,
-    HALF_FEATURES: tl.constexpr,
+    INTER: tl.constexpr,
     INNER: tl.constexpr,
     TOKENS: tl.constexpr,
-    HALF: tl.constexpr,
+    FEATURES: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    start, row = tl.program_id(0) * TOKENS, tl.program_id(1) * HALF
+    start, row = tl.program_id(0) * TOKENS, tl.program_id(1) * FEATURES
     gate, up = _two_products(
-        x, weight, start, row, HALF_FEATURES + row, INNER, TOKENS, HALF, BLOCK, OVERLAP
+        x, weight, start, row, INTER + row, INNER, TOKENS, FEATURES, BLOCK, OVERLAP
     )
     result = tl.trans(gate * tl.sigmoid(gate) * up)
     token = (start + tl.arange(0, TOKENS))[:, None]
-    place = out + token * HALF_FEATURES + row + tl.arange(0, HALF)[None, :]
+    place = out + token * INTER + row + tl.arange(0, FEATURES)[None, :]
     tl.store(place, result.to(out.dtype.element_ty), mask=token < tokens)
 
 
@@ -163,56 +176,58 @@ def _norm_rope_store_kernel(
     q,
     q_weight,
     k_weight,
-    eps,
     cos_sin,
     positions,
     slot_mapping,
     k_cache,
     v_cache,
+    eps,
     tokens,
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     INNER: tl.constexpr,
     TOKENS: tl.constexpr,
-    HALF: tl.constexpr,
+    FEATURES: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    # FEATURES are half a head; x1 and x2 are its halves, [FEATURES, TOKENS].
     start, head = tl.program_id(0) * TOKENS, tl.program_id(1)
-    row = head * (2 * HALF)
-    x1, x2 = _two_products(x, weight, start, row, row + HALF, INNER, TOKENS, HALF, BLOCK, OVERLAP)
+    row = head * (2 * FEATURES)
+    x1, x2 = _two_products(
+        x, weight, start, row, row + FEATURES, INNER, TOKENS, FEATURES, BLOCK, OVERLAP
+    )
 
     token = start + tl.arange(0, TOKENS)
     exists = token < tokens
-    column = tl.arange(0, HALF)[:, None]
-    wanted = exists[None, :] & (column < HALF)
+    column = tl.arange(0, FEATURES)[:, None]
+    wanted = tl.broadcast_to(exists[None, :], [FEATURES, TOKENS])
     if head < Q_HEADS + KV_HEADS:
         norm_weight = q_weight
         if head >= Q_HEADS:
             norm_weight = k_weight
-        inverse = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=0) / (2 * HALF) + eps)[None, :]
+        inverse = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=0) / (2 * FEATURES) + eps)[None, :]
         x1 = x1 * inverse * tl.load(norm_weight + column).to(tl.float32)
-        x2 = x2 * inverse * tl.load(norm_weight + HALF + column).to(tl.float32)
+        x2 = x2 * inverse * tl.load(norm_weight + FEATURES + column).to(tl.float32)
         position = tl.load(positions + token, mask=exists, other=0)[None, :]
-        angle = cos_sin + position * (2 * HALF) + column
+        angle = cos_sin + position * (2 * FEATURES) + column
         cos = tl.load(angle, mask=wanted, other=0.0)
-        sin = tl.load(angle + HALF, mask=wanted, other=0.0)
+        sin = tl.load(angle + FEATURES, mask=wanted, other=0.0)
         rotated = x1 * cos - x2 * sin
         x2 = x2 * cos + x1 * sin
         x1 = rotated
 
     if head < Q_HEADS:
-        place = q + (token * Q_HEADS + head)[None, :] * (2 * HALF) + column
+        place = q + (token * Q_HEADS + head)[None, :] * (2 * FEATURES) + column
     else:
         cache = k_cache
         kv_head = head - Q_HEADS
         if head >= Q_HEADS + KV_HEADS:
             cache = v_cache
             kv_head -= KV_HEADS
-        # Rows times head_dim can exceed 2^31.
-        slot = tl.load(slot_mapping + token, mask=exists, other=0).to(tl.int64)[None, :]
-        block_row = (slot // BLOCK_SIZE * KV_HEADS + kv_head) * BLOCK_SIZE
-        place = cache + (block_row + slot % BLOCK_SIZE) * (2 * HALF) + column
+        slot = tl.load(slot_mapping + token, mask=exists, other=0)
+        cache_row = row_of_slot(slot, kv_head, KV_HEADS, BLOCK_SIZE)
+        place = cache + cache_row[None, :] * (2 * FEATURES) + column
     tl.store(place, x1.to(q.dtype.element_ty), mask=wanted)
-    tl.store(place + HALF, x2.to(q.dtype.element_ty), mask=wanted)
+    tl.store(place + FEATURES, x2.to(q.dtype.element_ty), mask=wanted)

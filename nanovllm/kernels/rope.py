@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.dependent_launch import launch_options, let_next_begin, wait_for_previous
+from nanovllm.kernels.paging import row_of_slot
 
 _HEADS_PER_PROGRAM = 8
 
@@ -144,12 +145,11 @@ def _norm_rope_store_kernel(
     q_out = q + (token * Q_HEADS + head[:, None]) * (2 * HALF) + column
     tl.store(q_out, y1, mask=is_q[:, None])
     tl.store(q_out + HALF, y2, mask=is_q[:, None])
-    slot = tl.load(slot_mapping + token).to(tl.int64)  # rows times head_dim can exceed 2^31
-    first_row = (slot // BLOCK_SIZE) * KV_HEADS * BLOCK_SIZE + slot % BLOCK_SIZE
-    k_row = first_row + (head[:, None] - Q_HEADS) * BLOCK_SIZE
-    k_out = k_cache + k_row * (2 * HALF) + column
-    tl.store(k_out, y1, mask=is_k[:, None])
-    tl.store(k_out + HALF, y2, mask=is_k[:, None])
-    v_out = v_cache + (k_row - KV_HEADS * BLOCK_SIZE) * (2 * HALF) + column
-    tl.store(v_out, raw1, mask=is_v[:, None])
-    tl.store(v_out + HALF, raw2, mask=is_v[:, None])
+    slot = tl.load(slot_mapping + token)
+    k_out = k_cache + row_of_slot(slot, head - Q_HEADS, KV_HEADS, BLOCK_SIZE)[:, None] * (2 * HALF)
+    tl.store(k_out + column, y1, mask=is_k[:, None])
+    tl.store(k_out + HALF + column, y2, mask=is_k[:, None])
+    v_head = head - Q_HEADS - KV_HEADS
+    v_out = v_cache + row_of_slot(slot, v_head, KV_HEADS, BLOCK_SIZE)[:, None] * (2 * HALF)
+    tl.store(v_out + column, raw1, mask=is_v[:, None])
+    tl.store(v_out + HALF + column, raw2, mask=is_v[:, None])

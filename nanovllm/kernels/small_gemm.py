@@ -31,7 +31,7 @@ _STAGES = 5
 
 
 def supports(x: Tensor) -> bool:
-    """Whether ``linear`` and ``linear_silu_mul`` take the input ``x [N, K]`` and are fast for it.
+    """Whether these layers take the input ``x [N, K]`` and are fast for it.
 
     In float32, products would not run on the tensor cores.
     """
@@ -62,7 +62,10 @@ def linear_add_norm(
     norm_weight: Tensor,
     eps: float,
 ) -> tuple[Normed, Tensor]:
-    """``s = linear(x) + residual; return rms_norm(s), s``, the norm's division still due."""
+    """``s = linear(x) + residual; return rms_norm(s), s``, the norm's division still due.
+
+    NOTE: until then ``s * norm_weight`` is stored in x's dtype, and float16 ends at 65504.
+    """
     features = weight.shape[0]
     values = torch.empty(len(x), features, dtype=x.dtype, device=x.device)
     squares = torch.empty(

@@ -74,14 +74,14 @@ class Qwen3Attention(nn.Module):
             qkv = self.qkv_proj(x.divided())
             return torch.cat(kernels.qk_norm_rope(qkv, *norms, q_heads, kv_heads), dim=1)
         caches = self.k_cache, self.v_cache
-        work = kernels.HeadWork(*norms, metadata.slot_mapping, *caches, q_heads, kv_heads)
+        inputs = kernels.HeadInputs(*norms, metadata.slot_mapping, *caches, q_heads, kv_heads)
         weight, bias = self.qkv_proj.weight, self.qkv_proj.bias
-        return kernels.linear_norm_rope_store(x, weight, bias, work)
+        return kernels.linear_norm_rope_store(x, weight, bias, inputs)
 
     def attend(
         self, heads: torch.Tensor, positions: torch.Tensor, metadata: Metadata | None
     ) -> torch.Tensor:
-        """Attention over the KV cache.
+        """Attention over the KV cache, or without one over the tokens themselves.
 
         Args:
             heads: what `project` returned.
@@ -217,7 +217,7 @@ class Qwen3Model(nn.Module):
             x: token ids, integer [T], at layer 0; hidden states [T, hidden_size] after it.
             positions: integer [T].
             layer: from 0.
-            metadata: as in `Qwen3Attention.forward`.
+            metadata: as in `Qwen3Attention.project`.
 
         Returns:
             (hidden_states, residual), both [T, hidden_size].
@@ -275,6 +275,7 @@ class Qwen3Model(nn.Module):
             attended, residual, block.post_attention_layernorm
         )
         if layer == len(self.layers) - 1:
+            # A norm whose division is due could not leave the model, so this one is not fused.
             return self.norm.add(block.mlp(normed), residual)
         following = self.layers[layer + 1]
         normed, residual = block.mlp.add_norm(normed, residual, following.input_layernorm)

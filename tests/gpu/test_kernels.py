@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 from nanovllm import kernels
 from nanovllm.kernels import (
     activation,
+    dependent_launch,
     likely,
     norm,
     paged_decode,
@@ -27,7 +28,7 @@ from nanovllm.kernels import (
     small_gemm,
     split_gemm,
 )
-from nanovllm.kernels.normed import HeadWork, Normed
+from nanovllm.kernels.normed import HeadInputs, Normed
 from tests.kernels.cases import (
     EPS,
     check_cut,
@@ -125,9 +126,11 @@ def test_qkv_layer_with_its_heads(tokens):
     x, weight = randn(tokens, 1024, dtype=BF16), (randn(4096, 1024) / 32).to(BF16)
     del case["qkv"]
     exact = {k: v.float() if torch.is_tensor(v) and v.dtype == BF16 else v for k, v in case.items()}
-    heads = HeadWork(**case)
+    heads = HeadInputs(**case)
     assert paired_gemm.supports_heads(x, weight, None, heads)
-    expected = reference.linear_norm_rope_store(x.float(), weight.float(), None, HeadWork(**exact))
+    expected = reference.linear_norm_rope_store(
+        x.float(), weight.float(), None, HeadInputs(**exact)
+    )
     check(paired_gemm.linear_norm_rope_store(x, weight, heads), expected)
     for name in ("k_cache", "v_cache"):
         assert torch.equal(case[name].isnan(), exact[name].isnan())
@@ -148,6 +151,62 @@ def test_linear_picks_the_kernel_for_few_rows_in_16_bits():
         assert torch.equal(kernels.linear(y, w, b), F.linear(y, w, b))
         expected = activation.silu_mul(F.linear(y, w))
         assert torch.equal(kernels.linear_silu_mul(Normed(y), w), expected)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("tokens", [1, 8, 9, 256, 257, 512, 513])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_layer_is_right_whichever_kernels_it_takes(tokens, head_dim, biased):
+    """Residual and norm, then QKV and the heads; the norm's division may pass between them."""
+    case = rope_case(tokens, 4, 2, head_dim, 16, BF16)
+    exact = {k: v.float() if torch.is_tensor(v) and v.dtype == BF16 else v for k, v in case.items()}
+    features = case.pop("qkv").shape[1]
+    del exact["qkv"]
+    x, residual = randn(tokens, 512, dtype=BF16), randn(tokens, 1024, dtype=BF16)
+    down, qkv = (randn(1024, 512) / 23).to(BF16), (randn(features, 1024) / 32).to(BF16)
+    biases = [randn(n, dtype=BF16) if biased else None for n in (1024, features)]
+    norm_weight = randn(1024, dtype=BF16)
+    normed, total = kernels.linear_add_norm(x, down, biases[0], residual, norm_weight, EPS)
+    y, expected_total = reference.linear_add_norm(x, down, biases[0], residual, norm_weight, EPS)
+    check(total, expected_total)
+    assert (normed.squares is not None) == (tokens <= 8)
+    q = kernels.linear_norm_rope_store(normed, qkv, biases[1], HeadInputs(**case))
+    expected = reference.linear_norm_rope_store(
+        y.float(), qkv.float(), biases[1], HeadInputs(**exact)
+    )
+    check(q, expected)
+    for name in ("k_cache", "v_cache"):
+        assert torch.equal(case[name].isnan(), exact[name].isnan())
+        check(case[name].nan_to_num(), exact[name].nan_to_num())
+
+
+def test_large_activations_in_float16():
+    """A norm whose division is still due would overflow."""
+    x, residual = randn(3, 512).half(), torch.full((3, 1024), 9000.0, device="cuda").half()
+    weight, norm_weight = (randn(1024, 512) / 23).half(), torch.full((1024,), 12.0).cuda().half()
+    normed, _ = kernels.linear_add_norm(x, weight, None, residual, norm_weight, EPS)
+    expected, _ = reference.linear_add_norm(x, weight, None, residual, norm_weight, EPS)
+    check(normed.divided(), expected)
+
+
+@pytest.mark.parametrize("tokens", [5, 40, 200])
+def test_beginning_early_changes_nothing(tokens, monkeypatch):
+    """Chains of layers, each kernel of which begins before the one before it has ended."""
+    x = randn(tokens, 1024, dtype=BF16)
+    gate_up, down = ((randn(*s) / s[1] ** 0.5).to(BF16) for s in ((6144, 1024), (1024, 3072)))
+    norm_weight = randn(1024, dtype=BF16)
+
+    def chain():
+        normed, total = Normed(norm.rms_norm(x, norm_weight, EPS)), x
+        for _ in range(40):
+            gated = kernels.linear_silu_mul(normed, gate_up)
+            normed, total = kernels.linear_add_norm(gated, down, None, total, norm_weight, EPS)
+        return total
+
+    early = [chain() for _ in range(3)]
+    monkeypatch.setattr(dependent_launch, "is_hopper_or_newer", lambda: False)
+    late = chain()
+    assert all(torch.equal(total, late) for total in early)
 
 
 @MODELS
@@ -266,6 +325,13 @@ def test_caches_beyond_2_31_elements():
     rope.qk_norm_rope_store(**inputs)
     _, k, v = reference.qk_norm_rope(**without_cache(inputs))
     stored = case.k_cache[-1, :, -5:].flip(1), case.v_cache[-1, :, -5:].flip(1)
+    check(stored[0].transpose(0, 1), k)
+    check(stored[1].transpose(0, 1), v)
+    for cache in stored:
+        cache.zero_()
+    projected = inputs.pop("qkv")
+    identity = torch.eye(projected.shape[1], dtype=BF16, device="cuda")
+    paired_gemm.linear_norm_rope_store(projected, identity, HeadInputs(**inputs))
     check(stored[0].transpose(0, 1), k)
     check(stored[1].transpose(0, 1), v)
 

@@ -37,7 +37,7 @@ def test_dispatch_by_device():
         qkv = case.pop("qkv")
         identity = torch.eye(qkv.shape[1], device=qkv.device)
         q = kernels.linear_norm_rope_store(
-            kernels.Normed(qkv), identity, None, kernels.HeadWork(**case)
+            kernels.Normed(qkv), identity, None, kernels.HeadInputs(**case)
         )
         case["qkv"] = qkv
         torch.testing.assert_close(q, kernels.qk_norm_rope_store(**case), rtol=1e-3, atol=1e-3)

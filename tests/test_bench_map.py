@@ -117,7 +117,8 @@ class TestPlans:
         def planned(self: PipelineStatistics) -> dict[str, object]:
             only_fours = self.tokens["sequential"] == 4 * self.steps["sequential"]
             plan = "sequential" if only_fours else "green 36+96"
-            return as_dict(self) | {"planner": {"plan": plan, "switches": 1, "plans": {}}}
+            plans = {"sequential": {"steps": self.steps["sequential"]}, "green 36+96": {"steps": 0}}
+            return as_dict(self) | {"planner": {"plan": plan, "switches": 1, "plans": plans}}
 
         monkeypatch.setattr(PipelineStatistics, "as_dict", planned)
         monkeypatch.setattr(Arm, "fallback_reason", lambda self, batch: None)
@@ -129,6 +130,9 @@ class TestPlans:
             (4, "sequential"),
             (2, "green 36+96"),
         ]
+        for point in points:
+            # Without the steps of its first turn, which tells how many rounds there are.
+            assert point["plan_steps"] == {"sequential": point["output"] * FEWEST_ROUNDS}
         (head,) = (line for line in table if line.startswith("batch"))
         assert head.endswith("  auto's plan  best")
         rows = [line.split() for line in table if line.split()[1:2] == ["16"]]
@@ -137,7 +141,9 @@ class TestPlans:
     def test_without_a_planner_there_is_neither_plan_nor_column(
         self, record: dict[str, Any]
     ) -> None:
-        assert all(point["plan"] is None for point in record["shapes"][0]["points"])
+        for point in record["shapes"][0]["points"]:
+            assert point["plan"] is None
+            assert point["plan_steps"] == {}
         assert "auto's plan" not in format_map(record)
 
     def test_maps_of_before_have_no_plans(self) -> None:
@@ -152,7 +158,9 @@ class TestPlans:
         statistics = SimpleNamespace(as_dict=lambda: {"mode": "green"} | extra)
         decode: Any = SimpleNamespace(pipeline=SimpleNamespace(statistics=statistics))
         runner: Any = None
-        assert Arm(ArmSpec("auto"), runner, decode).plan is None
+        arm = Arm(ArmSpec("auto"), runner, decode)
+        assert arm.plan is None
+        assert arm.plan_steps == {}
 
 
 class TestBadArguments:

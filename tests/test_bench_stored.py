@@ -23,12 +23,20 @@ class TestStored:
             tmp_path / "b.json",
         )
         record = read_map([tmp_path / "a.json", tmp_path / "b.json"])
-        assert {shape["name"]: shape["points"] for shape in record["shapes"]} == {
-            "8B": [new, extra],
-            "14B": [extra],
-        }
+        points = {shape["name"]: shape["points"] for shape in record["shapes"]}
+        assert points == {"8B": [new, extra], "14B": [extra]}
+        assert [*points] == ["8B", "14B"], "shapes are not ordered by size"
         assert record["sweep_seconds"] == 200
         assert record["summary"] == summarize(record["shapes"])
+
+    def test_new_arms_come_first_in_their_order(self, tmp_path: Path) -> None:
+        old, new = make_shape("8B", []), make_shape("8B", [])
+        sequential, streams, green, auto = old["arms"]
+        old["arms"], new["arms"] = [sequential, streams], [sequential, auto, green]
+        for name, shape in ("a", old), ("b", new):
+            write_record(make_map(shape), tmp_path / f"{name}.json")
+        (shape,) = read_map([tmp_path / "a.json", tmp_path / "b.json"])["shapes"]
+        assert shape["arms"] == [sequential, auto, green, streams]
 
     def test_not_of_two_machines(self, tmp_path: Path) -> None:
         shape = make_shape("8B", [])

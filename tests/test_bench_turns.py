@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from itertools import pairwise, permutations
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,21 +20,27 @@ from nanovllm.bench.workload import EDGE_STEPS, DecodeWorkload, fill_cache
 
 class TestTurns:
     def test_slow_steps_are_few(self) -> None:
-        assert plan_turns(0.03, 0.3) == (FEWEST_STEPS + 2 * EDGE_STEPS, FEWEST_ROUNDS)
+        assert plan_turns(0.03, 0.3, 4) == (FEWEST_STEPS + 2 * EDGE_STEPS, FEWEST_ROUNDS)
 
     def test_fast_steps_are_many_but_not_too_many(self) -> None:
-        assert plan_turns(0.0005, 0.3) == (MOST_STEPS + 2 * EDGE_STEPS, 10)
+        assert plan_turns(0.0005, 0.3, 2) == (MOST_STEPS + 2 * EDGE_STEPS, 10)
 
     def test_between_them_a_turn_of_the_fastest_arm_takes_a_tenth_of_a_second(self) -> None:
-        assert plan_turns(0.005, 0.9) == (20 + 2 * EDGE_STEPS, 10)
+        assert plan_turns(0.005, 0.9, 2) == (20 + 2 * EDGE_STEPS, 10)
 
     @pytest.mark.parametrize("seed", range(20))
-    def test_rounds_fill_the_time_and_are_even(self, seed: int) -> None:
+    def test_rounds_fill_the_time_and_are_balanced(self, seed: int) -> None:
         rng = random.Random(seed)
         step, seconds = rng.uniform(0.0002, 0.05), rng.uniform(0.01, 3)
-        output, rounds = plan_turns(step, seconds)
-        assert rounds % 2 == 0
+        count = rng.randrange(1, 8)
+        output, rounds = plan_turns(step, seconds, count)
+        assert rounds >= FEWEST_ROUNDS
         assert rounds * (output - 2 * EDGE_STEPS) * step >= seconds * 0.999
+        arms: Any = range(count)
+        orders = [in_order(arms, number) for number in range(rounds)]
+        followed = Counter(pair for order in orders for pair in pairwise(order))
+        assert followed.keys() == {*permutations(arms, 2)}
+        assert len({*followed.values()}) <= 1
 
     def test_arms_take_turns_back_and_forth_beginning_with_each(
         self, monkeypatch: pytest.MonkeyPatch

@@ -50,10 +50,10 @@ def stage_by_stage(model, ids, positions, metadata=None) -> torch.Tensor:
 
 
 def dense_cut(model, ids, positions, metadata=None) -> torch.Tensor:
-    state, residual = model.model.begin(ids)
+    state, residual = model.model.begin(ids, positions, metadata)
     for layer in range(model.num_layers):
         attended = model.model.attend(layer, state, positions, metadata)
-        state, residual = model.model.dense(layer, attended, residual)
+        state, residual = model.model.dense(layer, attended, residual, positions, metadata)
     return state
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -73,8 +74,17 @@ class Arm:
     @property
     def plan(self) -> str | None:
         """The plan in use, where a planner chooses one; None before its first step."""
+        return self._planner().get("plan")
+
+    @property
+    def plan_steps(self) -> dict[str, int]:
+        """Steps so far by plan, where a planner chooses one; else empty."""
+        plans = self._planner().get("plans", {})
+        return {name: record["steps"] for name, record in plans.items()}
+
+    def _planner(self) -> dict[str, Any]:
         planner = self.decode.pipeline.statistics.as_dict().get("planner")
-        return planner["plan"] if isinstance(planner, dict) else None
+        return planner if isinstance(planner, dict) else {}
 
     def activate(self) -> None:
         """Makes the engine's next decode steps run this way; none may be under way."""

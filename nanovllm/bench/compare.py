@@ -2,8 +2,9 @@
 
 After a warm-up (graphs are captured and kernels compiled when first used), every round gives each
 arm one turn, so that a device that gets warmer or slower does so under all arms alike. Every second
-round is the one before it backwards, in which a steady drift cancels; and each such pair begins
-with another arm, so that none has always the first turn or always follows the same one.
+round is the one before it backwards, in which a steady drift cancels. An arm also finds the clocks
+that the one before it has left behind, so the order changes, and there are as many rounds as it
+takes until within them every arm has followed every other equally often.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def compare(
     total = WARM_UP_TURNS * len(labels)
     # Of each arm, the last turn.
     lengths = {label: sum(times) for label, times in tqdm(turns, "Warming up", total, unit="turn")}
-    rounds = count_rounds(seconds, min(lengths.values()))
+    rounds = count_rounds(seconds, min(lengths.values()), len(labels))
     turns = run_turns(engine, timed, workload, rounds)
     return gather(tqdm(turns, "Measuring", rounds * len(labels), unit="turn"))
 
@@ -63,9 +64,13 @@ def timed_arms(arms: Sequence[Arm], batch: int) -> list[Arm]:
     return [arm for arm in arms if arm.fallback_reason(batch) is None]
 
 
-def count_rounds(seconds: float, turn_seconds: float) -> int:
-    """So many turns of at least `turn_seconds` as fill `seconds`: an even number, and not few."""
-    return max(FEWEST_ROUNDS, 2 * math.ceil(seconds / turn_seconds / 2))
+def count_rounds(seconds: float, turn_seconds: float, num_arms: int) -> int:
+    """Rounds in which turns of at least `turn_seconds` fill `seconds`: not few, and balanced.
+
+    That takes an even number, and a multiple of the arms, or of twice the arms if these are odd.
+    """
+    period = math.lcm(2, num_arms if num_arms % 2 == 0 else 2 * num_arms)
+    return period * math.ceil(max(FEWEST_ROUNDS, seconds / turn_seconds) / period)
 
 
 def run_turns(
@@ -80,10 +85,15 @@ def run_turns(
 
 
 def in_order(arms: Sequence[Arm], number: int) -> Sequence[Arm]:
-    """The arms as that round takes them: of three, abc, cba, bca, acb, cab, bac, and again."""
-    start = number // 2 % len(arms)
-    rotated = [*arms[start:], *arms[:start]]
-    return rotated[:: -1 if number % 2 else 1]
+    """The arms as that round takes them: of five, abecd, dceba, bcade, edacb, and so on.
+
+    Source: E. J. Williams, "Experimental designs balanced for the estimation of residual effects of
+    treatments", 1949: a zigzag through the arms and its shifts.
+    """
+    count = len(arms)
+    zigzag = [(place + 1) // 2 if place % 2 else -place // 2 for place in range(count)]
+    order = [arms[(step + number // 2) % count] for step in zigzag]
+    return order[:: -1 if number % 2 else 1]
 
 
 def gather(turns: Iterable[Turn]) -> dict[str, StepTimes]:

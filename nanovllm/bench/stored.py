@@ -9,6 +9,7 @@ from typing import Any
 
 from nanovllm.bench import BenchError
 from nanovllm.bench.gains import summarize
+from nanovllm.bench.shapes import SIZES
 
 
 def write_record(record: dict[str, Any], path: Path | None) -> None:
@@ -33,7 +34,7 @@ def read_record(path: Path, benchmark: str) -> dict[str, Any]:
 
 
 def read_map(paths: Sequence[Path]) -> dict[str, Any]:
-    """One map of several files: all their shapes, and of a point in two files the last.
+    """One map of several files: all their shapes by size, and of a point in two files the last.
 
     Raises:
         BenchError: a file is not a map, or they come from different machines.
@@ -50,13 +51,15 @@ def read_map(paths: Sequence[Path]) -> dict[str, Any]:
     for shape in (shape for record in records for shape in record["shapes"]):
         name = shape["name"]
         shapes[name] = merge_shapes(shapes[name], shape) if name in shapes else shape
-    merged = records[-1] | {"shapes": list(shapes.values())}
+    by_size = [name for name in SIZES if name in shapes]
+    rest = [name for name in shapes if name not in by_size]
+    merged = records[-1] | {"shapes": [shapes[key] for key in [*rest, *by_size]]}
     merged["sweep_seconds"] = sum(record["sweep_seconds"] for record in records)
     return merged | {"summary": summarize(merged["shapes"])}
 
 
 def merge_shapes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The arms and points of both.
+    """The arms, in the new order, and points of both.
 
     Raises:
         BenchError: they have different numbers of layers.
@@ -64,5 +67,6 @@ def merge_shapes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     if "model" in old and "model" in new and old["model"] != new["model"]:
         raise BenchError(f"--from: {new['name']} does not have as many layers in all files")
     points = {(p["batch"], p["context"]): p for p in [*old["points"], *new["points"]]}
-    arms = {arm["label"]: arm for arm in [*old["arms"], *new["arms"]]}
-    return old | new | {"arms": list(arms.values()), "points": list(points.values())}
+    labels = {arm["label"] for arm in new["arms"]}
+    arms = [*new["arms"], *(arm for arm in old["arms"] if arm["label"] not in labels)]
+    return old | new | {"arms": arms, "points": list(points.values())}

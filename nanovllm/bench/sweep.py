@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -128,7 +129,8 @@ def measure_point(
 ) -> dict[str, Any]:
     """The record of one point: step times of all arms that do not fall back, and their gains.
 
-    "plan" is the one that auto has in use at the end, if it has a planner.
+    "plan" is the one that auto has in use at the end, if it has a planner, and "plan_steps" says
+    how many steps of its turns ran by which.
     """
     bar.set_postfix_str(f"batch {batch}, context {context}")
     try:
@@ -139,8 +141,10 @@ def measure_point(
     timed = timed_arms(arms, batch)
     shortest = DecodeWorkload(batch, context, FIRST_OUTPUT)
     first = gather(run_turns(engine, timed, shortest, 1))
-    output, rounds = plan_turns(min(t.median for t in first.values()), seconds)
+    output, rounds = plan_turns(min(t.median for t in first.values()), seconds, len(timed))
     workload = DecodeWorkload(batch, context, output)
+    auto = next((arm for arm in timed if arm.mode == AUTO), None)
+    before = Counter(auto.plan_steps if auto else {})
     times = gather(run_turns(engine, timed, workload, rounds))
     bar.update()
     return {
@@ -149,12 +153,13 @@ def measure_point(
         "reason": None,
         "output": output,
         "arms": {arm.label: times_record(times[arm.label]) for arm in timed},
-        "plan": next((arm.plan for arm in timed if arm.mode == AUTO), None),
+        "plan": auto.plan if auto else None,
+        "plan_steps": dict(Counter(auto.plan_steps if auto else {}) - before),
         **judge({arm.label: times[arm.label].median * 1e3 for arm in timed}),
     }
 
 
-def plan_turns(step_seconds: float, seconds: float) -> tuple[int, int]:
+def plan_turns(step_seconds: float, seconds: float, num_arms: int) -> tuple[int, int]:
     """Steps of a turn, and rounds, for `seconds` of measured steps of the fastest arm.
 
     Its turn lasts `TURN_SECONDS`, if that is neither too few nor too many steps.
@@ -162,10 +167,11 @@ def plan_turns(step_seconds: float, seconds: float) -> tuple[int, int]:
     Args:
         step_seconds: of the fastest arm.
         seconds: that it is to be measured.
+        num_arms: that take turns.
     """
     length = min(TURN_SECONDS, seconds / FEWEST_ROUNDS)
     steps = min(max(math.ceil(length / step_seconds), FEWEST_STEPS), MOST_STEPS)
-    return steps + 2 * EDGE_STEPS, count_rounds(seconds, steps * step_seconds)
+    return steps + 2 * EDGE_STEPS, count_rounds(seconds, steps * step_seconds, num_arms)
 
 
 def times_record(times: StepTimes) -> dict[str, Any]:
@@ -186,6 +192,7 @@ def unmeasured_point(batch: int, context: int, reason: str) -> dict[str, Any]:
         "output": None,
         "arms": {},
         "plan": None,
+        "plan_steps": {},
         **nothing,
     }
 

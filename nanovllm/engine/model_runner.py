@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanovllm import kernels
 from nanovllm.config import Config
 from nanovllm.engine import kv_cache
 from nanovllm.engine.calibration import Calibration, DeviceTimer, calibration_key
@@ -339,7 +338,7 @@ class ModelRunner:
             decode = partial(self.decode.run_padding, device=device)
         warm_up(
             self._prefill_padding,
-            kernels.linear_row_counts() + self.backend.prefill_lengths(dtype),
+            self.model.linear_row_counts() + self.backend.prefill_lengths(dtype),
             draw if self.ranks.is_first else None,
             decode,
             config.max_num_seqs,

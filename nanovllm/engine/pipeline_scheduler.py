@@ -37,8 +37,8 @@ BEFORE_LAYERS = -1
 class MicroBatch:
     """A part of the batch on its way through the layers.
 
-    `hidden` is what the FFN stage made and attention reads (QKV under the dense cut), `attended`
-    what attention made and the FFN reads.
+    `hidden` is what the FFN stage made and attention reads (under the dense cut, queries),
+    `attended` what attention made and the FFN reads.
     """
 
     index: int
@@ -76,7 +76,10 @@ class DenseCut(Cut):
     first = Lane.FFN
 
     def begin(self, batch: MicroBatch) -> None:
-        batch.hidden, batch.residual = self.model.model.begin(batch.inputs.input_ids)
+        inputs = batch.inputs
+        batch.hidden, batch.residual = self.model.model.begin(
+            inputs.input_ids, inputs.positions, inputs.metadata
+        )
 
     def attention(self, layer: int, batch: MicroBatch) -> None:
         inputs = batch.inputs
@@ -85,8 +88,13 @@ class DenseCut(Cut):
         )
 
     def ffn(self, layer: int, batch: MicroBatch) -> None:
+        inputs = batch.inputs
         batch.hidden, batch.residual = self.model.model.dense(
-            layer, _made(batch.attended), _made(batch.residual)
+            layer,
+            _made(batch.attended),
+            _made(batch.residual),
+            inputs.positions,
+            inputs.metadata,
         )
 
 

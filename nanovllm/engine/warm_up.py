@@ -1,9 +1,9 @@
 """Runs every kernel once at start-up, so that no request waits for one to be compiled.
 
 Triton compiles a kernel when it first meets some sizes. Which sizes those are, the kernels say:
-tilings of prefill attention, and row counts of the linear layers for a few tokens. Captured decode
-steps need nothing here, as each is run before it is captured. All ranks run the same steps, since
-steps contain collectives; only the first rank draws tokens.
+tilings of prefill attention, and row counts of the linear layers up to some hundred tokens.
+Captured decode steps need nothing here, as each is run before it is captured. All ranks run the
+same steps, since steps contain collectives; only the first rank draws tokens.
 """
 
 from __future__ import annotations

@@ -1,22 +1,29 @@
 """The model's fused operations, on whichever device their tensors are.
 
-CUDA tensors go to Triton kernels, imported at the first call; all others to the plain torch forms
-in ``reference``. A machine without a GPU therefore never imports Triton. Attention kernels are
+CUDA tensors go to Triton kernels, imported at the first call, or to the library where that is
+faster; all others to the plain torch forms in ``reference`` and to torch's own linear layer. A
+machine without a GPU therefore never imports Triton. Attention kernels are
 not here: an attention backend picks those itself.
 """
 
 from importlib import import_module
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels import reference
+from nanovllm.kernels.normed import HeadInputs, Normed
 
 __all__ = [
+    "HeadInputs",
+    "Normed",
     "add_rms_norm",
     "find_cut",
     "linear",
+    "linear_add_norm",
+    "linear_norm_rope_store",
     "linear_row_counts",
     "linear_silu_mul",
     "qk_norm_rope",
@@ -45,16 +52,55 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """See ``reference.linear``: ``x [N, K], weight [M, K] -> [N, M]``."""
-    if _few_rows(x):
-        return _module("small_gemm", x).linear(x, weight, bias)
-    return F.linear(x, weight, bias)
+    return _linear(Normed(x), weight, bias)
 
 
-def linear_silu_mul(x: Tensor, gate_up_weight: Tensor) -> Tensor:
+def linear_silu_mul(x: Normed, gate_up_weight: Tensor) -> Tensor:
     """See ``reference.linear_silu_mul``: ``x [N, K], gate_up_weight [2I, K] -> [N, I]``."""
-    if _few_rows(x):
-        return _module("small_gemm", x).linear_silu_mul(x, gate_up_weight)
-    return silu_mul(F.linear(x, gate_up_weight))
+    values = x.values
+    if _few_rows(values):
+        return _module("small_gemm", values).linear_silu_mul(x, gate_up_weight)
+    if values.is_cuda:
+        paired_gemm = _module("paired_gemm", values)
+        if paired_gemm.supports_silu_mul(values, gate_up_weight):
+            return paired_gemm.linear_silu_mul(x.divided(), gate_up_weight)
+    return silu_mul(F.linear(x.divided(), gate_up_weight))
+
+
+def linear_add_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+) -> tuple[Normed, Tensor]:
+    """See ``reference.linear_add_norm``: ``(rms_norm(s), s)`` for ``s = linear(x) + residual``.
+
+    For up to 8 rows in bfloat16, the norm's division is left to the layer that comes next.
+    """
+    # What is not divided yet needs bfloat16's range: float16 ends at 65504.
+    if _few_rows(x) and x.dtype == torch.bfloat16:
+        small_gemm = _module("small_gemm", x)
+        return small_gemm.linear_add_norm(x, weight, bias, residual, norm_weight, eps)
+    if x.is_cuda:
+        split_gemm = _module("split_gemm", x)
+        if split_gemm.supports(x, weight, bias):
+            y, total = split_gemm.linear_add_norm(x, weight, residual, norm_weight, eps)
+            return Normed(y), total
+    y, total = add_rms_norm(F.linear(x, weight, bias), residual, norm_weight, eps)
+    return Normed(y), total
+
+
+def linear_norm_rope_store(
+    x: Normed, weight: Tensor, bias: Tensor | None, inputs: HeadInputs
+) -> Tensor:
+    """See ``reference.linear_norm_rope_store``: returns q, writes k and v to their slots."""
+    if x.values.is_cuda and not _few_rows(x.values):
+        paired_gemm = _module("paired_gemm", x.values)
+        if paired_gemm.supports_heads(x.values, weight, bias, inputs):
+            return paired_gemm.linear_norm_rope_store(x.divided(), weight, inputs)
+    return qk_norm_rope_store(_linear(x, weight, bias), *inputs)
 
 
 def qk_norm_rope(
@@ -129,9 +175,26 @@ def sample(
     return _module("sampling", logits).sample(logits, temperatures, seeds, steps, cut)
 
 
-def linear_row_counts() -> list[int]:
-    """Numbers of rows for each of which ``linear`` runs another kernel on CUDA."""
-    return import_module("nanovllm.kernels.small_gemm").row_counts()
+def linear_row_counts(paired: list[Tensor], split: list[Tensor]) -> list[int]:
+    """Numbers of rows that meet every form of the linear layers on CUDA.
+
+    Args:
+        paired: weights of layers whose outputs are wanted in pairs: QKV, gate and up.
+        split: weights of layers before a norm: output and down projection.
+    """
+    small_gemm, paired_gemm, split_gemm = (
+        import_module(f"nanovllm.kernels.{name}")
+        for name in ("small_gemm", "paired_gemm", "split_gemm")
+    )
+    counts = set(small_gemm.row_counts())
+    counts.update(*map(paired_gemm.row_counts, paired), *map(split_gemm.row_counts, split))
+    return sorted(counts)
+
+
+def _linear(x: Normed, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if _few_rows(x.values):
+        return _module("small_gemm", x.values).linear(x, weight, bias)
+    return F.linear(x.divided(), weight, bias)
 
 
 def _few_rows(x: Tensor) -> bool:

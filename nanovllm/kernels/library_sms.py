@@ -38,3 +38,12 @@ def limited_to(num_sms: int, device_sms: int) -> Iterator[None]:
     finally:
         torch._C._set_sm_carveout_experimental(carveout)
         torch.backends.cuda.preferred_blas_library(library)
+
+
+def current_limit(device_sms: int) -> int:
+    """The SMs, of the device's, that a matrix product issued now is planned for.
+
+    Our own linear layers go by it, too.
+    """
+    carveout = torch._C._get_sm_carveout_experimental() if can_limit_sms() else None
+    return device_sms - (carveout or 0)

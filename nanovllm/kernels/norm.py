@@ -1,13 +1,16 @@
 """RMS norm, alone and fused with the residual addition before it.
 
 One program normalises one row, which it reads once and keeps in registers. Floor, in elements of
-the dtype: read x and write y (2 TH); with the residual, read both and write both (4 TH).
+the dtype: read x and write y (2 TH); with the residual, read both and write both (4 TH). What a
+split linear layer left in parts is added up on the way (P float32 instead of one x).
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from nanovllm.kernels.dependent_launch import launch_options, let_next_begin, wait_for_previous
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -26,11 +29,27 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return y, total
 
 
+def add_parts_rms_norm(
+    parts: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """``add_rms_norm`` of ``x = parts.sum(0)`` for float32 ``parts [P, T, H]``, summed in order."""
+    parts, residual = parts.contiguous(), residual.contiguous()
+    y, total = torch.empty_like(residual), torch.empty_like(residual)
+    _launch(parts, residual, weight, y, total, eps, num_parts=len(parts))
+    return y, total
+
+
 def _launch(
-    x: Tensor, residual: Tensor | None, weight: Tensor, y: Tensor, total: Tensor | None, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    y: Tensor,
+    total: Tensor | None,
+    eps: float,
+    num_parts: int = 1,
 ) -> None:
-    hidden = x.shape[-1]
-    rows = x.numel() // hidden
+    hidden = y.shape[-1]
+    rows = y.numel() // hidden
     if rows == 0:
         return
     block = triton.next_power_of_2(hidden)
@@ -45,7 +64,9 @@ def _launch(
         eps,
         HIDDEN=hidden,
         BLOCK=block,
+        PARTS=num_parts,
         num_warps=warps,
+        **launch_options(),
     )
 
 
@@ -59,17 +80,24 @@ def _rms_norm_kernel(
     eps,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * HIDDEN
     column = tl.arange(0, BLOCK)
     inside = column < HIDDEN
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    values = tl.load(x + row + column, mask=inside, other=0.0)
+    values = tl.load(x + row + column, mask=inside, other=0.0).to(tl.float32)
+    part = tl.num_programs(0).to(tl.int64) * HIDDEN
+    for index in tl.static_range(1, PARTS):
+        values += tl.load(x + index * part + row + column, mask=inside, other=0.0)
     if residual is not None:
         added = tl.load(residual + row + column, mask=inside, other=0.0)
         # Rounded to the dtype before it is normalised, as without the fusion.
-        values = (values.to(tl.float32) + added.to(tl.float32)).to(values.dtype)
-        tl.store(total + row + column, values, mask=inside)
-    values = values.to(tl.float32)
+        rounded = (values + added.to(tl.float32)).to(added.dtype)
+        tl.store(total + row + column, rounded, mask=inside)
+        values = rounded.to(tl.float32)
+    let_next_begin(OVERLAP)
     inverse = tl.rsqrt(tl.sum(values * values, axis=0) / HIDDEN + eps)
     tl.store(y + row + column, (values * inverse * scale).to(y.dtype.element_ty), mask=inside)

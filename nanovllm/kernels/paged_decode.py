@@ -21,18 +21,18 @@ grid and every shape are fixed: in a replayed CUDA graph only the values of ``co
 ``tile_offsets`` and ``block_tables`` change. All of it is one launch.
 """
 
-import functools
-import importlib.util
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nanovllm.kernels.dependent_launch import launch_options, let_next_begin, wait_for_previous
+from nanovllm.kernels.device import is_hopper_or_newer
 from nanovllm.kernels.paging import block_of, tile_rows
 from nanovllm.kernels.shares import find_sequence, join_cut_items, share_begin, tile_after
 
@@ -85,17 +85,10 @@ def tuning_for(num_sms: int, num_items: int, group: int) -> DecodeTuning:
     cores: 256 sequences of 1024 with 40 and 8 heads read 1.90 TB/s on 36 SMs, 2.45 on 52 and 4.20
     on all; with keys first 3.11, 3.64 and 4.22. With 4 a KV head that is no faster, with 2 slower.
     """
-    if group > 4 and _has_tma():
+    if group > 4 and is_hopper_or_newer():
         return KEYS_FIRST
     few = num_sms <= 80 or num_items <= num_sms
-    return TMA if few and _has_tma() else PLAIN
-
-
-@functools.cache
-def _has_tma() -> bool:
-    has_descriptors = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-    return has_descriptors and hopper
+    return TMA if few and is_hopper_or_newer() else PLAIN
 
 
 class DecodeWorkspace:
@@ -168,6 +161,9 @@ def paged_decode_attention(
 ) -> Tensor:
     """Attention of one new token per sequence; see ``reference.paged_decode_attention``.
 
+    NOTE: tables, lengths and offsets must not come from the kernel issued just before. They are
+    read before it has ended; see ``dependent_launch``.
+
     Args:
         q: ``[N, Hq, D]``.
         k_cache, v_cache: ``[num_blocks, Hkv, block_size, D]``, contiguous.
@@ -196,6 +192,7 @@ def paged_decode_attention(
         block_tables, context_lens, tile_offsets,
         scale * math.log2(math.e), num_seqs, block_tables.stride(0),
         **kernel_options(tuning, num_kv_heads, group, head_dim, block_size, q.element_size()),
+        **launch_options(),
     )  # fmt: skip
     return out
 
@@ -230,9 +227,7 @@ def kernel_options(
     }
 
 
-def _descriptor(cache: Tensor) -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor  # not in the older Tritons
-
+def _descriptor(cache: Tensor) -> TensorDescriptor:
     head_dim = cache.shape[3]
     return TensorDescriptor.from_tensor(cache.view(-1, head_dim), [TILE, head_dim])
 
@@ -248,13 +243,14 @@ def _decode_kernel(
     block_tables, context_lens, tile_offsets, scale_log2, num_seqs, table_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr, AXIS: tl.constexpr,
-    JOIN_CHUNK: tl.constexpr,
+    JOIN_CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     total = tl.load(tile_offsets + num_seqs) * KV_HEADS
     begin = share_begin(program, total)
     end = share_begin(program + 1, total)
     if begin == end:
+        wait_for_previous(OVERLAP)
         return
     seq = find_sequence(tile_offsets, num_seqs, begin // KV_HEADS)
 
@@ -276,6 +272,8 @@ def _decode_kernel(
     next_table = block_tables + next_seq.to(tl.int64) * table_stride
     next_block = block_of(next_table, next_tile * TILE, BLOCK_SIZE)
 
+    # So far only inputs of the step were read; from here on, queries, keys and values are.
+    wait_for_previous(OVERLAP)
     peak, weight, acc = _nothing_attended(GROUP_PAD, HEAD_DIM, TILE, AXIS)
     # NOTE: no nested `while`: Triton 3.6 gave its result `seq` the value from before the loop.
     for position in range(begin, end):
@@ -306,6 +304,7 @@ def _decode_kernel(
         next_table = block_tables + next_seq.to(tl.int64) * table_stride
         next_block = block_of(next_table, next_tile * TILE, BLOCK_SIZE)
 
+    let_next_begin(OVERLAP)
     join_cut_items(
         out, partial_out, partial_lse, arrivals, total, first_item, first_begin, first_tiles,
         seq * KV_HEADS + head, end - 1 - tile, (context_len + TILE - 1) // TILE,

@@ -1,4 +1,4 @@
-"""Where a tile of cached tokens lies: the address arithmetic that both attention kernels share.
+"""Where cached tokens lie: the address arithmetic that the kernels share.
 
 A loop over tiles carries the block that holds the next tile, looked up one step ahead. A lookup
 inside the step would put a load before the loads of keys and values, and Triton's pipeliner pays
@@ -46,3 +46,10 @@ def tile_rows(
         base = (head * BLOCK_SIZE).to(tl.int64)
         offsets = blocks * (KV_HEADS * BLOCK_SIZE) + token % BLOCK_SIZE
     return base, offsets
+
+
+@triton.jit
+def row_of_slot(slot, head, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Row of a token's KV head, in the same view of the cache, as int64."""
+    slot = slot.to(tl.int64)
+    return (slot // BLOCK_SIZE * KV_HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE

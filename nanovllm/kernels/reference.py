@@ -1,7 +1,8 @@
 """The slow, obvious form of every kernel, in plain torch on any device.
 
 Each function has the name and the meaning of its fast counterpart: the tests hold the Triton
-kernels against these, and the CPU engine runs on them. Arithmetic is in float32 and rounded once,
+kernels against these, and the CPU engine runs on them, but for ``linear``, where it takes torch's.
+Arithmetic is in float32 and rounded once,
 on the way out. Nothing here loops over tokens; attention loops over sequences, so that a
 sequence's result depends on no other sequence of its batch.
 
@@ -14,6 +15,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from nanovllm.kernels.normed import HeadInputs
 
 SAMPLE_TILE = 4096  # tokens; part of the definition of a draw, not a tuning choice
 _MASK32 = 0xFFFFFFFF
@@ -67,6 +70,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear_silu_mul(x: Tensor, weight: Tensor) -> Tensor:
     """``silu_mul(linear(x, weight))`` of ``weight [2I, K]``, rounded once -> ``[N, I]``."""
     return silu_mul(x.float() @ weight.float().T).to(x.dtype)
+
+
+def linear_add_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """``add_rms_norm(linear(x, weight, bias), residual, norm_weight, eps)``."""
+    return add_rms_norm(linear(x, weight, bias), residual, norm_weight, eps)
+
+
+def linear_norm_rope_store(
+    x: Tensor, weight: Tensor, bias: Tensor | None, inputs: HeadInputs
+) -> Tensor:
+    """``qk_norm_rope_store(linear(x, weight, bias), *inputs)``."""
+    return qk_norm_rope_store(linear(x, weight, bias), *inputs)
 
 
 # ------------------------------------------------------------------ between QKV and attention

@@ -12,6 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.dependent_launch import launch_options, let_next_begin, wait_for_previous
+from nanovllm.kernels.paging import row_of_slot
+
 _HEADS_PER_PROGRAM = 8
 
 
@@ -62,6 +65,7 @@ def qk_norm_rope_store(
         HEADS=_HEADS_PER_PROGRAM,
         # One 16-byte load of a 16-bit dtype per thread and half.
         num_warps=max(_HEADS_PER_PROGRAM * half // 256, 1),
+        **launch_options(),
     )
     return q
 
@@ -107,7 +111,9 @@ def _norm_rope_store_kernel(
     BLOCK_SIZE: tl.constexpr,
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_for_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     is_q = head < Q_HEADS
@@ -126,6 +132,7 @@ def _norm_rope_store_kernel(
     x1 = raw1.to(tl.float32)
     x2 = raw2.to(tl.float32)
 
+    let_next_begin(OVERLAP)
     position = tl.load(positions + token)
     cos = tl.load(cos_sin + position * (2 * HALF) + column)
     sin = tl.load(cos_sin + position * (2 * HALF) + HALF + column)
@@ -138,12 +145,11 @@ def _norm_rope_store_kernel(
     q_out = q + (token * Q_HEADS + head[:, None]) * (2 * HALF) + column
     tl.store(q_out, y1, mask=is_q[:, None])
     tl.store(q_out + HALF, y2, mask=is_q[:, None])
-    slot = tl.load(slot_mapping + token).to(tl.int64)  # rows times head_dim can exceed 2^31
-    first_row = (slot // BLOCK_SIZE) * KV_HEADS * BLOCK_SIZE + slot % BLOCK_SIZE
-    k_row = first_row + (head[:, None] - Q_HEADS) * BLOCK_SIZE
-    k_out = k_cache + k_row * (2 * HALF) + column
-    tl.store(k_out, y1, mask=is_k[:, None])
-    tl.store(k_out + HALF, y2, mask=is_k[:, None])
-    v_out = v_cache + (k_row - KV_HEADS * BLOCK_SIZE) * (2 * HALF) + column
-    tl.store(v_out, raw1, mask=is_v[:, None])
-    tl.store(v_out + HALF, raw2, mask=is_v[:, None])
+    slot = tl.load(slot_mapping + token)
+    k_out = k_cache + row_of_slot(slot, head - Q_HEADS, KV_HEADS, BLOCK_SIZE)[:, None] * (2 * HALF)
+    tl.store(k_out + column, y1, mask=is_k[:, None])
+    tl.store(k_out + HALF + column, y2, mask=is_k[:, None])
+    v_head = head - Q_HEADS - KV_HEADS
+    v_out = v_cache + row_of_slot(slot, v_head, KV_HEADS, BLOCK_SIZE)[:, None] * (2 * HALF)
+    tl.store(v_out + column, raw1, mask=is_v[:, None])
+    tl.store(v_out + HALF + column, raw2, mask=is_v[:, None])

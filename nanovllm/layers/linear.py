@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nanovllm import kernels
+from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.layers.slots import Slot, Slots
 
@@ -61,6 +62,15 @@ class RowLinear(nn.Module):
         # One rank alone adds the bias, so that it enters the sum once.
         bias = self.bias if self.group.rank == 0 else None
         return self.group.all_reduce(kernels.linear(x, self.weight, bias))
+
+    def add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, norm: RMSNorm
+    ) -> tuple[kernels.Normed, torch.Tensor]:
+        """Returns (norm of s, s) for s = this layer's output + residual [T, out_features]."""
+        if self.group.size > 1:
+            y, total = norm.add(self(x), residual)
+            return kernels.Normed(y), total
+        return kernels.linear_add_norm(x, self.weight, self.bias, residual, norm.weight, norm.eps)
 
     def slots(self, prefix: str) -> Slots:
         yield f"{prefix}.weight", Slot.sharded(self.weight, 1, self.shard)

@@ -1,6 +1,6 @@
 """The cos/sin table of rotary position embeddings, default and YaRN-scaled.
 
-The rotation itself happens in `kernels.qk_norm_rope_store`.
+The rotation itself happens in `kernels.linear_norm_rope_store` and `kernels.qk_norm_rope`.
 """
 
 from __future__ import annotations

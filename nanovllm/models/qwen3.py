@@ -4,10 +4,12 @@ A layer is `forward_attention` followed by `forward_ffn`; alternating the two ov
 the model. There are two places to cut between the stages:
 
     seed cut    attention = norm, QKV, attention, output projection     FFN = norm, MLP
-    dense cut   attention = q/k norm, rope, KV store, attention         dense = everything else
+    dense cut   attention = attention over the KV cache                 dense = everything else
 
-The dense cut leaves in the attention stage only what reads the KV cache, and lets each residual
-addition fuse with the norm after it. `Qwen3Model.forward` runs it; both give the same bits.
+The dense cut leaves in the attention stage only what reads the KV cache, and lets every linear
+layer fuse with what comes after it: a residual addition and a norm, SiLU, or the norm and rotation
+of heads. `Qwen3Model.forward` runs it. Both give the same bits where nothing is fused, as on the
+CPU.
 """
 
 from __future__ import annotations
@@ -48,44 +50,56 @@ class Qwen3Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(
+    def project(
         self,
-        qkv: torch.Tensor,
+        x: kernels.Normed,
         positions: torch.Tensor,
         cos_sin: torch.Tensor,
         metadata: Metadata | None,
     ) -> torch.Tensor:
-        """Everything between the QKV and the output projection.
+        """QKV projection, norm of the heads, rotation; keys and values go to the KV cache.
 
         Args:
-            qkv: [T, (q heads + 2 kv heads) * head_dim].
+            x: [T, hidden_size], normed.
             positions: integer [T].
             cos_sin: float32 [max_position, head_dim].
-            metadata: where the tokens stand in the KV cache; None: no cache, and each position 0
-                begins a sequence of its own.
+            metadata: where the tokens stand in the KV cache; None: no cache.
+
+        Returns:
+            Queries [T, q heads, head_dim]; without a cache the key and value heads behind them.
+        """
+        q_heads, kv_heads = self.heads.num_q_heads, self.heads.num_kv_heads
+        norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, cos_sin, positions)
+        if metadata is None:
+            qkv = self.qkv_proj(x.divided())
+            return torch.cat(kernels.qk_norm_rope(qkv, *norms, q_heads, kv_heads), dim=1)
+        caches = self.k_cache, self.v_cache
+        inputs = kernels.HeadInputs(*norms, metadata.slot_mapping, *caches, q_heads, kv_heads)
+        weight, bias = self.qkv_proj.weight, self.qkv_proj.bias
+        return kernels.linear_norm_rope_store(x, weight, bias, inputs)
+
+    def attend(
+        self, heads: torch.Tensor, positions: torch.Tensor, metadata: Metadata | None
+    ) -> torch.Tensor:
+        """Attention over the KV cache, or without one over the tokens themselves.
+
+        Args:
+            heads: what `project` returned.
+            positions: integer [T].
+            metadata: as there; None: each position 0 begins a sequence of its own.
 
         Returns:
             [T, q heads * head_dim].
         """
-        heads = self.heads
-        norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, cos_sin, positions)
         if metadata is None:
-            q, k, v = kernels.qk_norm_rope(qkv, *norms, heads.num_q_heads, heads.num_kv_heads)
-            out = reference.causal_attention(q, k, v, sequence_starts(positions), heads.scale)
-            return out.flatten(1)
-        q = kernels.qk_norm_rope_store(
-            qkv,
-            *norms,
-            metadata.slot_mapping,
-            self.k_cache,
-            self.v_cache,
-            heads.num_q_heads,
-            heads.num_kv_heads,
-        )
-        if isinstance(metadata, DecodeMetadata):
-            out = self.backend.decode(q, self.k_cache, self.v_cache, metadata)
+            counts = [self.heads.num_q_heads, *[self.heads.num_kv_heads] * 2]
+            q, k, v = heads.split(counts, dim=1)
+            starts = sequence_starts(positions)
+            out = reference.causal_attention(q, k, v, starts, self.heads.scale)
+        elif isinstance(metadata, DecodeMetadata):
+            out = self.backend.decode(heads, self.k_cache, self.v_cache, metadata)
         else:
-            out = self.backend.prefill(q, self.k_cache, self.v_cache, metadata)
+            out = self.backend.prefill(heads, self.k_cache, self.v_cache, metadata)
         return out.flatten(1)
 
     def slots(self, prefix: str) -> Slots:
@@ -105,9 +119,18 @@ class Qwen3MLP(nn.Module):
         self.gate_up_proj = PackedColumnLinear(config.hidden_size, parts)
         self.down_proj = RowLinear(config.intermediate_size, config.hidden_size, group)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: kernels.Normed) -> torch.Tensor:
         """[T, hidden_size] to [T, hidden_size]."""
-        return self.down_proj(kernels.linear_silu_mul(x, self.gate_up_proj.weight))
+        return self.down_proj(self._gated(x))
+
+    def add_norm(
+        self, x: kernels.Normed, residual: torch.Tensor, norm: RMSNorm
+    ) -> tuple[kernels.Normed, torch.Tensor]:
+        """Returns (norm of s, s) for s = the output + residual [T, hidden_size]."""
+        return self.down_proj.add_norm(self._gated(x), residual, norm)
+
+    def _gated(self, x: kernels.Normed) -> torch.Tensor:
+        return kernels.linear_silu_mul(x, self.gate_up_proj.weight)
 
     def slots(self, prefix: str) -> Slots:
         yield from self.gate_up_proj.slots(prefix)
@@ -134,14 +157,15 @@ class Qwen3DecoderLayer(nn.Module):
         metadata: Metadata | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[T, hidden_size] to (attention output, residual), both of that shape."""
-        qkv = self.self_attn.qkv_proj(self.input_layernorm(hidden_states))
-        attended = self.self_attn(qkv, positions, cos_sin, metadata)
+        normed = kernels.Normed(self.input_layernorm(hidden_states))
+        heads = self.self_attn.project(normed, positions, cos_sin, metadata)
+        attended = self.self_attn.attend(heads, positions, metadata)
         return self.self_attn.o_proj(attended), hidden_states
 
     def forward_ffn(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Adds the residual and the FFN: twice [T, hidden_size] to one."""
         normed, residual = self.post_attention_layernorm.add(hidden_states, residual)
-        return self.mlp(normed) + residual
+        return self.mlp(kernels.Normed(normed)) + residual
 
     def forward(
         self,
@@ -193,7 +217,7 @@ class Qwen3Model(nn.Module):
             x: token ids, integer [T], at layer 0; hidden states [T, hidden_size] after it.
             positions: integer [T].
             layer: from 0.
-            metadata: as in `Qwen3Attention.forward`.
+            metadata: as in `Qwen3Attention.project`.
 
         Returns:
             (hidden_states, residual), both [T, hidden_size].
@@ -212,39 +236,50 @@ class Qwen3Model(nn.Module):
 
     # The dense cut.
 
-    def begin(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids [T] to (QKV of layer 0, residual)."""
+    def begin(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        metadata: Metadata | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and positions [T] to (heads of layer 0, residual)."""
         residual = self.embed_tokens(input_ids)
         first = self.layers[0]
-        return first.self_attn.qkv_proj(first.input_layernorm(residual)), residual
+        normed = kernels.Normed(first.input_layernorm(residual))
+        return first.self_attn.project(normed, positions, self.cos_sin, metadata), residual
 
     def attend(
         self,
         layer: int,
-        qkv: torch.Tensor,
+        heads: torch.Tensor,
         positions: torch.Tensor,
         metadata: Metadata | None = None,
     ) -> torch.Tensor:
-        """QKV of `layer` to its attention output [T, q heads * head_dim]."""
-        return self.layers[layer].self_attn(qkv, positions, self.cos_sin, metadata)
+        """Heads of `layer` to its attention output [T, q heads * head_dim]."""
+        return self.layers[layer].self_attn.attend(heads, positions, metadata)
 
     def dense(
-        self, layer: int, attended: torch.Tensor, residual: torch.Tensor
+        self,
+        layer: int,
+        attended: torch.Tensor,
+        residual: torch.Tensor,
+        positions: torch.Tensor,
+        metadata: Metadata | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """From the attention output of `layer` to (QKV of the next layer, residual).
+        """From the attention output of `layer` to (heads of the next layer, residual).
 
         After the last layer it is (hidden states after the final norm, residual).
         """
         block = self.layers[layer]
-        hidden, residual = block.post_attention_layernorm.add(
-            block.self_attn.o_proj(attended), residual
+        normed, residual = block.self_attn.o_proj.add_norm(
+            attended, residual, block.post_attention_layernorm
         )
-        hidden = block.mlp(hidden)
         if layer == len(self.layers) - 1:
-            return self.norm.add(hidden, residual)
+            # A norm whose division is due could not leave the model, so this one is not fused.
+            return self.norm.add(block.mlp(normed), residual)
         following = self.layers[layer + 1]
-        hidden, residual = following.input_layernorm.add(hidden, residual)
-        return following.self_attn.qkv_proj(hidden), residual
+        normed, residual = block.mlp.add_norm(normed, residual, following.input_layernorm)
+        return following.self_attn.project(normed, positions, self.cos_sin, metadata), residual
 
     def forward(
         self,
@@ -253,10 +288,10 @@ class Qwen3Model(nn.Module):
         metadata: Metadata | None = None,
     ) -> torch.Tensor:
         """Token ids and positions [T] to hidden states [T, hidden_size] after the final norm."""
-        state, residual = self.begin(input_ids)
+        state, residual = self.begin(input_ids, positions, metadata)
         for layer in range(len(self.layers)):
             attended = self.attend(layer, state, positions, metadata)
-            state, residual = self.dense(layer, attended, residual)
+            state, residual = self.dense(layer, attended, residual, positions, metadata)
         return state
 
     def slots(self, prefix: str) -> Slots:
@@ -336,6 +371,14 @@ class Qwen3ForCausalLM(nn.Module):
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         head.logits(hidden_states, out)
         return out
+
+    def linear_row_counts(self) -> list[int]:
+        """See `kernels.linear_row_counts`."""
+        attention, mlp = self.model.layers[0].self_attn, self.model.layers[0].mlp
+        return kernels.linear_row_counts(
+            paired=[attention.qkv_proj.weight, mlp.gate_up_proj.weight],
+            split=[attention.o_proj.weight, mlp.down_proj.weight],
+        )
 
     def bind_kv_cache(self, cache: torch.Tensor) -> None:
         """Gives each layer its part of [layers, 2, blocks, kv_heads, block_size, head_dim]."""

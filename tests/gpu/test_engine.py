@@ -77,15 +77,18 @@ def exact_logits(
     return torch.stack(rows, dim=1).cpu()
 
 
-@pytest.mark.parametrize("shape", ["0.6B", "8B"])
-def test_bfloat16_logits_are_near_those_of_transformers_in_float32(tmp_path, monkeypatch, shape):
+@pytest.mark.parametrize(("shape", "count"), [("0.6B", 5), ("8B", 5), ("0.6B", 20)])
+def test_bfloat16_logits_are_near_those_of_transformers_in_float32(
+    tmp_path, monkeypatch, shape, count
+):
     model = write_rounded_model(tmp_path, shape)
-    given = ragged_prompts(5, 600, VOCAB)
+    given = ragged_prompts(count, 600, VOCAB)
     expected = exact_logits(model, given, steps=5)
     del model
     found = {}
     for eager in (False, True):
-        with small_engine(tmp_path, dtype="bfloat16", enforce_eager=eager) as engine:
+        room = {"max_num_seqs": count, "num_kvcache_blocks": 8 * count}
+        with small_engine(tmp_path, dtype="bfloat16", enforce_eager=eager, **room) as engine:
             logits = found[eager] = forced_logits(monkeypatch, engine, given, steps=5)
         assert relative_error(logits[0], expected[0]) < 2e-2, "prefill"
         for step in range(1, 5):

@@ -16,15 +16,19 @@ if not torch.cuda.is_available():
 from nanovllm import kernels
 from nanovllm.kernels import (
     activation,
+    dependent_launch,
     likely,
     norm,
     paged_decode,
     paged_prefill,
+    paired_gemm,
     reference,
     rope,
     sampling,
     small_gemm,
+    split_gemm,
 )
+from nanovllm.kernels.normed import HeadInputs, Normed
 from tests.kernels.cases import (
     EPS,
     check_cut,
@@ -78,21 +82,131 @@ def test_silu_mul(inter):
 def test_small_gemm(tokens, inner, features):
     x, bias = randn(tokens, inner, dtype=BF16), randn(features, dtype=BF16)
     weight = (randn(features, inner) * inner**-0.5).to(BF16)
-    check(small_gemm.linear(x, weight), reference.linear(x, weight))
-    check(small_gemm.linear(x, weight, bias), reference.linear(x, weight, bias))
-    check(small_gemm.linear_silu_mul(x, weight), reference.linear_silu_mul(x, weight))
+    normed = Normed(x)
+    check(small_gemm.linear(normed, weight), reference.linear(x, weight))
+    check(small_gemm.linear(normed, weight, bias), reference.linear(x, weight, bias))
+    check(small_gemm.linear_silu_mul(normed, weight), reference.linear_silu_mul(x, weight))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8])
+@pytest.mark.parametrize(("inner", "hidden"), [(3072, 1024), (4096, 4096), (5120, 5120)])
+def test_a_norm_between_two_small_layers(tokens, inner, hidden):
+    x, residual = randn(tokens, inner, dtype=BF16), randn(tokens, hidden, dtype=BF16)
+    weight = (randn(hidden, inner) * inner**-0.5).to(BF16)
+    norm_weight = randn(hidden, dtype=BF16)
+    before = x, weight, None, residual, norm_weight, EPS
+    expected, expected_total = reference.linear_add_norm(*before)
+    normed, total = small_gemm.linear_add_norm(*before)
+    check(total, expected_total)
+    check(normed.divided(), expected)
+    after = (randn(6144, hidden) * hidden**-0.5).to(BF16)
+    check(small_gemm.linear(normed, after), reference.linear(expected, after))
+    gated = reference.linear_silu_mul(expected, after)
+    check(small_gemm.linear_silu_mul(normed, after), gated)
+
+
+@pytest.mark.parametrize("tokens", [9, 16, 40, 100, 200, 256])
+def test_linear_layers_in_pairs_and_in_parts(tokens):
+    x, wide = randn(tokens, 1024, dtype=BF16), randn(tokens, 3072, dtype=BF16)
+    gate_up, down = ((randn(*s) / s[1] ** 0.5).to(BF16) for s in ((6144, 1024), (1024, 3072)))
+    assert paired_gemm.supports_silu_mul(x, gate_up)
+    check(paired_gemm.linear_silu_mul(x, gate_up), reference.linear_silu_mul(x, gate_up))
+    assert split_gemm.supports(wide, down, None)
+    residual, norm_weight = randn(tokens, 1024, dtype=BF16), randn(1024, dtype=BF16)
+    expected = reference.linear_add_norm(wide, down, None, residual, norm_weight, EPS)
+    for actual, wanted in zip(
+        split_gemm.linear_add_norm(wide, down, residual, norm_weight, EPS), expected, strict=True
+    ):
+        check(actual, wanted)
+
+
+@pytest.mark.parametrize("tokens", [9, 16, 40, 100, 300, 512])
+def test_qkv_layer_with_its_heads(tokens):
+    case = rope_case(tokens, 16, 8, 128, 256, BF16)
+    x, weight = randn(tokens, 1024, dtype=BF16), (randn(4096, 1024) / 32).to(BF16)
+    del case["qkv"]
+    exact = {k: v.float() if torch.is_tensor(v) and v.dtype == BF16 else v for k, v in case.items()}
+    heads = HeadInputs(**case)
+    assert paired_gemm.supports_heads(x, weight, None, heads)
+    expected = reference.linear_norm_rope_store(
+        x.float(), weight.float(), None, HeadInputs(**exact)
+    )
+    check(paired_gemm.linear_norm_rope_store(x, weight, heads), expected)
+    for name in ("k_cache", "v_cache"):
+        assert torch.equal(case[name].isnan(), exact[name].isnan())
+        check(case[name].nan_to_num(), exact[name].nan_to_num())
 
 
 def test_linear_picks_the_kernel_for_few_rows_in_16_bits():
     F = torch.nn.functional
     weight, bias = (randn(512, 1024) / 32).to(BF16), randn(512, dtype=BF16)
-    x = randn(9, 1024, dtype=BF16)
-    assert torch.equal(kernels.linear(x[:8], weight, bias), small_gemm.linear(x[:8], weight, bias))
-    few = kernels.linear_silu_mul(x[:8], weight)
-    assert torch.equal(few, small_gemm.linear_silu_mul(x[:8], weight))
+    x = randn(300, 1024, dtype=BF16)
+    few, some = Normed(x[:8]), Normed(x[:9])
+    assert torch.equal(kernels.linear(x[:8], weight, bias), small_gemm.linear(few, weight, bias))
+    expected = small_gemm.linear_silu_mul(few, weight)
+    assert torch.equal(kernels.linear_silu_mul(few, weight), expected)
+    expected = paired_gemm.linear_silu_mul(some.values, weight)
+    assert torch.equal(kernels.linear_silu_mul(some, weight), expected)
     for y, w, b in ((x, weight, bias), (x[:1].float(), weight.float(), bias.float())):
         assert torch.equal(kernels.linear(y, w, b), F.linear(y, w, b))
-        assert torch.equal(kernels.linear_silu_mul(y, w), activation.silu_mul(F.linear(y, w)))
+        expected = activation.silu_mul(F.linear(y, w))
+        assert torch.equal(kernels.linear_silu_mul(Normed(y), w), expected)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("tokens", [1, 8, 9, 256, 257, 512, 513])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_layer_is_right_whichever_kernels_it_takes(tokens, head_dim, biased):
+    """Residual and norm, then QKV and the heads; the norm's division may pass between them."""
+    case = rope_case(tokens, 4, 2, head_dim, 16, BF16)
+    exact = {k: v.float() if torch.is_tensor(v) and v.dtype == BF16 else v for k, v in case.items()}
+    features = case.pop("qkv").shape[1]
+    del exact["qkv"]
+    x, residual = randn(tokens, 512, dtype=BF16), randn(tokens, 1024, dtype=BF16)
+    down, qkv = (randn(1024, 512) / 23).to(BF16), (randn(features, 1024) / 32).to(BF16)
+    biases = [randn(n, dtype=BF16) if biased else None for n in (1024, features)]
+    norm_weight = randn(1024, dtype=BF16)
+    normed, total = kernels.linear_add_norm(x, down, biases[0], residual, norm_weight, EPS)
+    y, expected_total = reference.linear_add_norm(x, down, biases[0], residual, norm_weight, EPS)
+    check(total, expected_total)
+    assert (normed.squares is not None) == (tokens <= 8)
+    q = kernels.linear_norm_rope_store(normed, qkv, biases[1], HeadInputs(**case))
+    expected = reference.linear_norm_rope_store(
+        y.float(), qkv.float(), biases[1], HeadInputs(**exact)
+    )
+    check(q, expected)
+    for name in ("k_cache", "v_cache"):
+        assert torch.equal(case[name].isnan(), exact[name].isnan())
+        check(case[name].nan_to_num(), exact[name].nan_to_num())
+
+
+def test_large_activations_in_float16():
+    """A norm whose division is still due would overflow."""
+    x, residual = randn(3, 512).half(), torch.full((3, 1024), 9000.0, device="cuda").half()
+    weight, norm_weight = (randn(1024, 512) / 23).half(), torch.full((1024,), 12.0).cuda().half()
+    normed, _ = kernels.linear_add_norm(x, weight, None, residual, norm_weight, EPS)
+    expected, _ = reference.linear_add_norm(x, weight, None, residual, norm_weight, EPS)
+    check(normed.divided(), expected)
+
+
+@pytest.mark.parametrize("tokens", [5, 40, 200])
+def test_beginning_early_changes_nothing(tokens, monkeypatch):
+    """Chains of layers, each kernel of which begins before the one before it has ended."""
+    x = randn(tokens, 1024, dtype=BF16)
+    gate_up, down = ((randn(*s) / s[1] ** 0.5).to(BF16) for s in ((6144, 1024), (1024, 3072)))
+    norm_weight = randn(1024, dtype=BF16)
+
+    def chain():
+        normed, total = Normed(norm.rms_norm(x, norm_weight, EPS)), x
+        for _ in range(40):
+            gated = kernels.linear_silu_mul(normed, gate_up)
+            normed, total = kernels.linear_add_norm(gated, down, None, total, norm_weight, EPS)
+        return total
+
+    early = [chain() for _ in range(3)]
+    monkeypatch.setattr(dependent_launch, "is_hopper_or_newer", lambda: False)
+    late = chain()
+    assert all(torch.equal(total, late) for total in early)
 
 
 @MODELS
@@ -211,6 +325,13 @@ def test_caches_beyond_2_31_elements():
     rope.qk_norm_rope_store(**inputs)
     _, k, v = reference.qk_norm_rope(**without_cache(inputs))
     stored = case.k_cache[-1, :, -5:].flip(1), case.v_cache[-1, :, -5:].flip(1)
+    check(stored[0].transpose(0, 1), k)
+    check(stored[1].transpose(0, 1), v)
+    for cache in stored:
+        cache.zero_()
+    projected = inputs.pop("qkv")
+    identity = torch.eye(projected.shape[1], dtype=BF16, device="cuda")
+    paired_gemm.linear_norm_rope_store(projected, identity, HeadInputs(**inputs))
     check(stored[0].transpose(0, 1), k)
     check(stored[1].transpose(0, 1), v)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from nanovllm import kernels
 from nanovllm.kernels import activation, norm, reference, sampling, small_gemm
+from nanovllm.kernels.normed import Normed
 from tests.kernels.cases import EPS, cut_case, randn, rope_case, sampling_case, without_cache
 
 
@@ -25,10 +26,21 @@ def test_dispatch_by_device():
         kernels.add_rms_norm(x, x, weight, EPS)
         kernels.silu_mul(x)
         assert torch.equal(kernels.linear(x, x, weight[:3]), F.linear(x, x, weight[:3]))
-        silu = kernels.linear_silu_mul(x, x[:2])
+        silu = kernels.linear_silu_mul(kernels.Normed(x), x[:2])
         assert torch.equal(silu, kernels.silu_mul(F.linear(x, x[:2])))
         kernels.qk_norm_rope(**without_cache(case))
         kernels.qk_norm_rope_store(**case)
+        normed, total = kernels.linear_add_norm(x, x, None, x[:, :3], weight[:3], EPS)
+        expected = kernels.add_rms_norm(F.linear(x, x), x[:, :3], weight[:3], EPS)
+        assert torch.equal(normed.divided(), expected[0])
+        assert torch.equal(total, expected[1])
+        qkv = case.pop("qkv")
+        identity = torch.eye(qkv.shape[1], device=qkv.device)
+        q = kernels.linear_norm_rope_store(
+            kernels.Normed(qkv), identity, None, kernels.HeadInputs(**case)
+        )
+        case["qkv"] = qkv
+        torch.testing.assert_close(q, kernels.qk_norm_rope_store(**case), rtol=1e-3, atol=1e-3)
         kernels.sample(*sampling_case(2, 50))
         kernels.find_cut(*cut_case(6, 50, torch.float32, "kp"))
 
@@ -43,4 +55,4 @@ def test_empty_batches(rows):
     assert norm.rms_norm(randn(rows, 64), randn(64), EPS).shape == (0, 64)
     assert activation.silu_mul(randn(rows, 64)).shape == (0, 32)
     assert sampling.sample(*sampling_case(rows, 8)).shape == (0,)
-    assert small_gemm.linear(randn(rows, 256), randn(8, 256)).shape == (0, 8)
+    assert small_gemm.linear(Normed(randn(rows, 256)), randn(8, 256)).shape == (0, 8)

@@ -29,3 +29,13 @@ def test_add_rms_norm_is_the_sum_and_then_the_norm(poison, module, dtype):
     y, total = module.add_rms_norm(x, residual, weight[0], EPS)
     assert torch.equal(total, x + residual)
     assert torch.equal(y, module.rms_norm(x + residual, weight[0], EPS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("num_parts", [1, 2, 4])
+def test_parts_are_added_up_before_the_norm(poison, num_parts, dtype):
+    parts = randn(num_parts, 7, 96)
+    residual, weight = randn(7, 96, dtype=dtype), randn(96, dtype=dtype)
+    y, total = norm.add_parts_rms_norm(parts, residual, weight, EPS)
+    close(total, (parts.sum(0) + residual.float()).to(dtype), dtype)
+    assert torch.equal(y, norm.rms_norm(total, weight, EPS))

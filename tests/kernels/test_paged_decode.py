@@ -95,7 +95,7 @@ def test_a_workspace_serves_either_tuning(monkeypatch):
     """The batch decides: few sequences and many need different grids."""
     if "tma" not in TUNINGS:
         pytest.skip("Triton without descriptors")
-    monkeypatch.setattr(paged_decode, "_has_tma", lambda: not CUDA or HOPPER)
+    monkeypatch.setattr(paged_decode, "is_hopper_or_newer", lambda: not CUDA or HOPPER)
     workspace = paged_decode.DecodeWorkspace(90, 2, 1, 32, DEVICE)
     for count in (1, 100, 90, 91):
         lengths = [random.randint(1, 200) for _ in range(count)]
@@ -110,12 +110,12 @@ def test_a_workspace_serves_either_tuning(monkeypatch):
 
 def test_tuning_for_partitions_and_small_batches(monkeypatch):
     tuning_for, plain, tma = paged_decode.tuning_for, paged_decode.PLAIN, paged_decode.TMA
-    monkeypatch.setattr(paged_decode, "_has_tma", lambda: True)
+    monkeypatch.setattr(paged_decode, "is_hopper_or_newer", lambda: True)
     assert tuning_for(132, 8 * 512, 4) is plain
     assert tuning_for(132, 8, 4) is tma
     assert tuning_for(32, 8 * 512, 4) is tma
     assert tuning_for(132, 8 * 512, 5) is paged_decode.KEYS_FIRST
-    monkeypatch.setattr(paged_decode, "_has_tma", lambda: False)
+    monkeypatch.setattr(paged_decode, "is_hopper_or_newer", lambda: False)
     assert tuning_for(32, 8, 2) is plain
     assert tuning_for(32, 8, 5) is plain
 

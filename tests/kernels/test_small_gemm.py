@@ -8,7 +8,8 @@ import torch.nn.functional as F
 import triton
 
 from nanovllm.kernels import reference, small_gemm
-from tests.kernels.cases import HALF, close, randn
+from nanovllm.kernels.normed import Normed
+from tests.kernels.cases import EPS, HALF, close, randn
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
@@ -17,10 +18,41 @@ from tests.kernels.cases import HALF, close, randn
 def test_small_gemm(poison, count, inner, features, dtype):
     x, bias = randn(count, inner, dtype=dtype), randn(2 * features, dtype=dtype)
     weight = randn(2 * features, inner, dtype=dtype) * inner**-0.5
-    for args in ((x, weight), (x, weight, bias)):
-        close(small_gemm.linear(*args), reference.linear(*args), dtype)
+    for args in ((weight,), (weight, bias)):
+        close(small_gemm.linear(Normed(x), *args), reference.linear(x, *args), dtype)
     expected = reference.linear_silu_mul(x, weight)
-    close(small_gemm.linear_silu_mul(x, weight), expected, dtype)
+    close(small_gemm.linear_silu_mul(Normed(x), weight), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("inner", "features"), [(256, 256), (768, 512), (256, 2304)])
+@pytest.mark.parametrize("count", [1, 8])
+def test_a_norm_between_two_small_layers(poison, count, inner, features, biased, dtype):
+    x, residual = randn(count, inner, dtype=dtype), randn(count, features, dtype=dtype)
+    weight = randn(features, inner, dtype=dtype) * inner**-0.5
+    bias = randn(features, dtype=dtype) if biased else None
+    norm_weight = randn(features, dtype=dtype)
+    before = x, weight, bias, residual, norm_weight, EPS
+    expected, expected_total = reference.linear_add_norm(*before)
+    normed, total = small_gemm.linear_add_norm(*before)
+    close(total, expected_total, dtype)
+    close(normed.divided(), expected, dtype)
+    after = randn(24, features, dtype=dtype) * features**-0.5
+    close(small_gemm.linear(normed, after), reference.linear(expected, after), dtype)
+    gated = reference.linear_silu_mul(expected, after)
+    close(small_gemm.linear_silu_mul(normed, after), gated, dtype)
+
+
+def test_features_that_do_not_fill_the_last_program(poison):
+    x, residual, weight = randn(3, 256), randn(3, 100), randn(100, 256) / 16
+    normed, total = small_gemm.linear_add_norm(x, weight, None, residual, randn(100), EPS)
+    close(normed.squares.sum(1), total.square().sum(1))
+
+
+def test_a_norm_that_is_done_is_not_done_again():
+    x = randn(3, 8)
+    assert Normed(x).divided() is x
 
 
 def test_row_counts_meet_every_form_of_the_small_gemm():
@@ -36,9 +68,9 @@ def test_linear_references_are_torchs():
 
 def test_small_gemm_says_what_it_cannot_do():
     with pytest.raises(ValueError, match="9 rows"):
-        small_gemm.linear(randn(9, 256), randn(8, 256))
+        small_gemm.linear(Normed(randn(9, 256)), randn(8, 256))
     with pytest.raises(ValueError, match="320 columns"):
-        small_gemm.linear(randn(1, 320), randn(8, 320))
+        small_gemm.linear(Normed(randn(1, 320)), randn(8, 320))
     assert small_gemm.supports(randn(8, 256, dtype=torch.bfloat16))
     for x in (randn(9, 256), randn(8, 320)):
         assert not small_gemm.supports(x.half())

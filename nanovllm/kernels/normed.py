@@ -1,0 +1,47 @@
+"""What fused operations hand on: a norm that may not be finished, and the arguments of heads."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Normed(NamedTuple):
+    """The output of an RMS norm, whose division by the root mean square may still be due.
+
+    The division is a factor of the whole row, so it commutes with a linear layer. Where no program
+    has seen a whole row yet, the linear layer after the norm divides its own output.
+
+    Attributes:
+        values: ``[T, H]``, ``x / rms(x) * weight``; or ``x * weight`` if there are ``squares``.
+        squares: float32 ``[T, P]``; the sum of a row's P values is the row's sum of ``x^2``.
+        eps: of the norm.
+    """
+
+    values: Tensor
+    squares: Tensor | None = None
+    eps: float = 0.0
+
+    def divided(self) -> Tensor:
+        """``[T, H]``, the division done."""
+        if self.squares is None:
+            return self.values
+        mean = self.squares.sum(1, keepdim=True) / self.values.shape[1]
+        return (self.values.float() * torch.rsqrt(mean + self.eps)).to(self.values.dtype)
+
+
+class HeadInputs(NamedTuple):
+    """The arguments of ``qk_norm_rope_store`` after its projection, in their order."""
+
+    q_weight: Tensor
+    k_weight: Tensor
+    eps: float
+    cos_sin: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    num_q_heads: int
+    num_kv_heads: int

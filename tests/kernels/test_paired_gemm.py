@@ -1,0 +1,91 @@
+"""Linear layers whose outputs are wanted in pairs, for tens to hundreds of rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nanovllm.kernels import paired_gemm, reference, small_gemm, tiling
+from nanovllm.kernels.normed import HeadInputs
+from tests.kernels.cases import HALF, close, randn, rope_case
+
+ROWS = pytest.mark.parametrize("rows", [0, 3, 16, 50, 130])
+
+
+@pytest.fixture(params=[132, 6], ids=["one program an SM", "several"])
+def num_sms(request, monkeypatch) -> int:
+    """SMs of the device; with few of them tiles are large and steps short."""
+    monkeypatch.setattr(paired_gemm, "usable_sms", lambda device: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@ROWS
+@pytest.mark.parametrize(("inner", "inter"), [(128, 64), (384, 192)])
+def test_linear_silu_mul(poison, num_sms, rows, inner, inter, dtype):
+    x = randn(rows, inner, dtype=dtype)
+    weight = randn(2 * inter, inner, dtype=dtype) * inner**-0.5
+    expected = reference.linear_silu_mul(x, weight)
+    close(paired_gemm.linear_silu_mul(x, weight), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@ROWS
+@pytest.mark.parametrize(("hq", "hkv"), [(2, 1), (4, 2)])
+def test_linear_norm_rope_store(poison, num_sms, rows, hq, hkv, dtype):
+    case = rope_case(rows, hq, hkv, 128, 16, dtype)
+    weight = randn(case.pop("qkv").shape[1], 256, dtype=dtype) / 16
+    x = randn(rows, 256, dtype=dtype)
+    expected = {**case, "k_cache": case["k_cache"].clone(), "v_cache": case["v_cache"].clone()}
+    q = paired_gemm.linear_norm_rope_store(x, weight, HeadInputs(**case))
+    close(q, reference.linear_norm_rope_store(x, weight, None, HeadInputs(**expected)), dtype)
+    for name in ("k_cache", "v_cache"):
+        # NaN where nothing was stored, in both.
+        assert torch.equal(case[name].isnan(), expected[name].isnan())
+        close(case[name].nan_to_num(), expected[name].nan_to_num(), dtype)
+
+
+def test_rows_need_not_be_contiguous(poison):
+    x, weight = randn(20, 256).half(), randn(128, 128).half() / 11
+    expected = paired_gemm.linear_silu_mul(x[:, :128].contiguous(), weight)
+    assert torch.equal(paired_gemm.linear_silu_mul(x[:, :128], weight), expected)
+
+
+def test_it_says_what_it_cannot_do():
+    x = randn(9, 128).half()
+    with pytest.raises(ValueError, match="200 rows; they must be a multiple of 128"):
+        paired_gemm.linear_silu_mul(x, randn(200, 128).half())
+    with pytest.raises(ValueError, match="192 columns; they must be a multiple of 128"):
+        paired_gemm.linear_silu_mul(randn(9, 192).half(), randn(256, 192).half())
+    case = rope_case(9, 4, 2, 64, 16, torch.float16)
+    weight = randn(case.pop("qkv").shape[1], 128).half()
+    with pytest.raises(ValueError, match="head_dim is 64; it must be 128"):
+        paired_gemm.linear_norm_rope_store(x, weight, HeadInputs(**case))
+
+
+def test_what_it_is_fast_for():
+    x, small = randn(100, 256, dtype=torch.bfloat16), randn(512, 256, dtype=torch.bfloat16)
+    large = torch.empty(24576, 4096, dtype=torch.bfloat16, device="meta")
+    case = rope_case(100, 2, 1, 128, 16, torch.bfloat16)
+    del case["qkv"]
+    heads, short = HeadInputs(**case), HeadInputs(**{**case, "q_weight": case["q_weight"][:64]})
+    assert paired_gemm.supports_silu_mul(x, small)
+    assert paired_gemm.supports_heads(x, small, None, heads)
+    assert not paired_gemm.supports_silu_mul(x, small.float())
+    assert not paired_gemm.supports_silu_mul(x, small[:500])
+    assert not paired_gemm.supports_silu_mul(x, small[:, :200])
+    assert not paired_gemm.supports_silu_mul(x, large)
+    assert not paired_gemm.supports_silu_mul(x.repeat(3, 1), small)
+    assert not paired_gemm.supports_heads(x, small, small[:, 0], heads)
+    assert not paired_gemm.supports_heads(x, small, None, short)
+    assert not paired_gemm.supports_heads(x.repeat(6, 1), small, None, heads)
+    assert paired_gemm.row_counts(large) == []
+
+
+def test_row_counts_meet_every_tiling():
+    weight = torch.empty(4096, 1024, dtype=torch.bfloat16, device="meta")
+    counts = paired_gemm.row_counts(weight)
+    assert min(counts) > small_gemm.MAX_ROWS, "fewer rows never come here"
+    met = {tiling.choose(rows, 32, 132) for rows in counts}
+    assert all(tiling.choose(rows, 32, 132) in met for rows in range(1, 513))
+    assert len(met) == len(counts) == 4

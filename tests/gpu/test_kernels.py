@@ -302,6 +302,12 @@ def test_prefill(hq, hkv, block_size):
     check(out, case.dense()[1:1501])
 
 
+def check_stored(case, k, v):
+    """The last slots of both caches hold these rows, the very last slot the first row."""
+    for cache, rows in ((case.k_cache, k), (case.v_cache, v)):
+        check(cache[-1, :, -len(rows) :].flip(1).transpose(0, 1), rows)
+
+
 def test_caches_beyond_2_31_elements():
     block_size, hkv, dim = 256, 8, 128
     num_blocks = 2**31 // (block_size * hkv * dim) + 10
@@ -324,16 +330,13 @@ def test_caches_beyond_2_31_elements():
     inputs |= {"k_cache": case.k_cache, "v_cache": case.v_cache, "slot_mapping": slots}
     rope.qk_norm_rope_store(**inputs)
     _, k, v = reference.qk_norm_rope(**without_cache(inputs))
-    stored = case.k_cache[-1, :, -5:].flip(1), case.v_cache[-1, :, -5:].flip(1)
-    check(stored[0].transpose(0, 1), k)
-    check(stored[1].transpose(0, 1), v)
-    for cache in stored:
-        cache.zero_()
+    check_stored(case, k, v)
+    for cache in (case.k_cache, case.v_cache):
+        cache[-1, :, -5:] = 0
     projected = inputs.pop("qkv")
     identity = torch.eye(projected.shape[1], dtype=BF16, device="cuda")
     paired_gemm.linear_norm_rope_store(projected, identity, HeadInputs(**inputs))
-    check(stored[0].transpose(0, 1), k)
-    check(stored[1].transpose(0, 1), v)
+    check_stored(case, k, v)
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])

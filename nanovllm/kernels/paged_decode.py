@@ -62,33 +62,14 @@ class DecodeTuning:
 
 PLAIN = DecodeTuning(ctas_per_sm=3, num_warps=4, num_stages=3, tma=False)
 TMA = DecodeTuning(ctas_per_sm=6, num_warps=2, num_stages=2, tma=True)
-KEYS_FIRST = DecodeTuning(ctas_per_sm=3, num_warps=4, num_stages=3, tma=True, keys_first=True)
+KEYS_FIRST = DecodeTuning(ctas_per_sm=6, num_warps=1, num_stages=2, tma=True, keys_first=True)
 
 
 def tuning_for(num_sms: int, num_items: int, group: int) -> DecodeTuning:
-    """The fastest of the three for a launch.
-
-    Args:
-        num_sms: SMs that it may use.
-        num_items: (sequence, KV head) pairs.
-        group: query heads of a KV head.
-
-    On an H200 (bf16, 16 query and 8 KV heads of 128), plain loads and TMA:
-
-    - 512 sequences of 608 tokens on all 132 SMs: 4.32 and 4.18 TB/s; of 1024: 4.46 and 4.48.
-      With 5 or 8 query heads a KV head TMA loses 10 % there: 256 of 1024 take 267 and 299 us.
-    - On 32 SMs: at most 71 (with other tunings, too) and 82 to 88 GB/s per SM. A small partition
-      lacks bytes in flight, which TMA keeps up with fewer threads. 64 SMs: 3.4 and 4.05 TB/s.
-    - One sequence of 670 tokens on all SMs: 11.1 and 9.3 us; eight: 16.0 and 13.9 us.
-
-    From 5 query heads a KV head on, these two are bound by arithmetic, which they do without tensor
-    cores: 256 sequences of 1024 with 40 and 8 heads read 1.90 TB/s on 36 SMs, 2.45 on 52 and 4.20
-    on all; with keys first 3.11, 3.64 and 4.22. With 4 a KV head that is no faster, with 2 slower.
-    """
-    if group > 4 and is_hopper_or_newer():
-        return KEYS_FIRST
-    few = num_sms <= 80 or num_items <= num_sms
-    return TMA if few and is_hopper_or_newer() else PLAIN
+    """The fastest of the three for a launch."""
+    if not is_hopper_or_newer():
+        return PLAIN
+    return TMA if group <= 4 and num_items <= num_sms else KEYS_FIRST
 
 
 class DecodeWorkspace:
@@ -206,19 +187,20 @@ def kernel_options(
     element_size: int,
 ) -> dict[str, int]:
     """What the kernel is compiled for: its constants and the compiler's options."""
-    group_pad = max(triton.next_power_of_2(group), 8 if tuning.keys_first else 1)
+    join_pad = triton.next_power_of_2(group)
     threads = 32 * tuning.num_warps
     return {
         "KV_HEADS": num_kv_heads,
         "GROUP": group,
-        "GROUP_PAD": group_pad,
+        "GROUP_PAD": max(join_pad, 8 if tuning.keys_first else 1),
         "HEAD_DIM": head_dim,
         "BLOCK_SIZE": block_size,
         "TILE": TILE,
         "TMA": tuning.tma,
         # The axis of a tile's tokens in scores, and of the head dimension in sums.
         "AXIS": 0 if tuning.keys_first else 1,
-        "JOIN_CHUNK": max(16 * tuning.num_warps // group_pad, 1),
+        "JOIN_PAD": join_pad,
+        "JOIN_CHUNK": max(16 * tuning.num_warps // join_pad, 1),
         "num_warps": tuning.num_warps,
         # So that all programs of an SM fit into its 65536 registers.
         "maxnreg": min(65536 // (threads * tuning.ctas_per_sm) // 8 * 8, 248),
@@ -228,8 +210,9 @@ def kernel_options(
 
 
 def _descriptor(cache: Tensor) -> TensorDescriptor:
+    """The cache as tiles ``[num_blocks * Hkv * block_size / TILE, TILE, D]``, to copy one each."""
     head_dim = cache.shape[3]
-    return TensorDescriptor.from_tensor(cache.view(-1, head_dim), [TILE, head_dim])
+    return TensorDescriptor.from_tensor(cache.view(-1, TILE, head_dim), [1, TILE, head_dim])
 
 
 # The alignment of tables and lengths varies with the batch, as they are views into one buffer.
@@ -243,7 +226,7 @@ def _decode_kernel(
     block_tables, context_lens, tile_offsets, scale_log2, num_seqs, table_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr, AXIS: tl.constexpr,
-    JOIN_CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
+    JOIN_PAD: tl.constexpr, JOIN_CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     total = tl.load(tile_offsets + num_seqs) * KV_HEADS
@@ -308,7 +291,7 @@ def _decode_kernel(
     join_cut_items(
         out, partial_out, partial_lse, arrivals, total, first_item, first_begin, first_tiles,
         seq * KV_HEADS + head, end - 1 - tile, (context_len + TILE - 1) // TILE,
-        GROUP, GROUP_PAD, HEAD_DIM, JOIN_CHUNK,
+        GROUP, JOIN_PAD, HEAD_DIM, JOIN_CHUNK,
     )  # fmt: skip
 
 
@@ -343,13 +326,17 @@ def _attend_tile(
     q_row = (seq.to(tl.int64) * KV_HEADS + head) * GROUP + member
     q_place = tl.expand_dims(q_row, AXIS) * HEAD_DIM + tl.expand_dims(column, 1 - AXIS)
     query = tl.load(q + q_place, mask=tl.expand_dims(member < GROUP, AXIS), other=0.0)
-    valid = start + tl.arange(0, TILE) < context_len
     base, offsets = tile_rows(table, block, start, head, context_len, KV_HEADS, BLOCK_SIZE, TILE)
     if TMA:
-        # NOTE: past the context this reads stale slots; they weigh 0, but 0 * NaN is NaN.
-        key = k_cache.load([base.to(tl.int32), 0])
-        value = v_cache.load([base.to(tl.int32), 0])
+        # A tile that the context ends in is read from as many rows before its beginning as it
+        # lacks tokens at its end. Those are outside the tensor: they cost no traffic and are 0.
+        missing = tl.maximum(start + TILE - context_len, 0)
+        valid = tl.arange(0, TILE) >= missing
+        tile = (base // TILE).to(tl.int32)
+        key = k_cache.load([tile, -missing, 0]).reshape(TILE, HEAD_DIM)
+        value = v_cache.load([tile, -missing, 0]).reshape(TILE, HEAD_DIM)
     else:
+        valid = start + tl.arange(0, TILE) < context_len
         place = offsets[:, None] * HEAD_DIM + column[None, :]
         cached = valid[:, None]
         keys, values = k_cache + base * HEAD_DIM, v_cache + base * HEAD_DIM

@@ -17,7 +17,6 @@ import torch
 
 from nanovllm.engine.calibration import (
     Calibration,
-    fill_steady,
     hash_sources,
     measured_sizes,
     pipelined_sizes,
@@ -249,6 +248,19 @@ class TestCalibration:
         planned.capture(show_progress=False)
         assert {batch for name, batch, _ in timed if name == PLANS[2].name} == {512}
 
+    def test_a_hopeless_split_is_measured_at_its_ends_only(self, tmp_path: Path) -> None:
+        timed: list[tuple[str, int, int]] = []
+        clock, statistics = Clock(), PipelineStatistics()
+        ways: Any = {plan: FakeWay(plan, clock, statistics) for plan in PLANS}
+        ways[PLANS[1]].slow = 5.0  # first of them, so nothing but sequential decode is known yet
+        planned = PlannedDecode(ways, make_calibration(tmp_path, timed, 512), clock.event)
+        planned.capture(show_progress=False)
+        contexts = [tokens // 512 for name, _, tokens in timed if name == PLANS[1].name]
+        assert contexts[0] == 1
+        assert len(contexts) == 2
+        assert ways[PLANS[1]].captured == []
+        assert PLANS[1] not in set(run_steps(planned, 512, 1000, 20))
+
     @pytest.mark.parametrize("largest", [1, 127, 128, 200, 512, 513, 1024, 3000])
     def test_sizes(self, largest: int) -> None:
         sizes, measured = pipelined_sizes(largest), measured_sizes(largest)
@@ -258,28 +270,6 @@ class TestCalibration:
         if sizes:
             assert max(measured) == max(sizes) == largest
             assert min(measured) == min(sizes) >= 128
-
-    @pytest.mark.parametrize("pipelined", [False, True])
-    @pytest.mark.parametrize(("context", "blocks"), [(1, 10), (256, 8), (1000, 40), (1000, 3)])
-    def test_made_up_inputs_are_a_steady_batch(
-        self, context: int, blocks: int, pipelined: bool
-    ) -> None:
-        layout = InputLayout.decode(6, 5, pipelined)
-        flat = np.full(layout.size, -1, np.int32)
-        fill_steady(layout, context, blocks, 256, 64, flat)
-        views = layout.views(flat)
-        used = -(-context // 256)
-        tables = views["block_tables"]
-        assert (views["context_lens"] == context).all()
-        assert (tables[:, :used] >= 1).all()
-        assert (tables <= blocks).all()
-        if 6 * used <= blocks:
-            assert len(np.unique(tables[:, :used])) == 6 * used
-        last = context - 1
-        slots = tables[:, last // 256] * 256 + last % 256
-        assert (views["slot_mapping"] == slots).all()
-        assert views["tile_offsets"].tolist() == [i * -(-context // 64) for i in range(7)]
-        assert (flat >= 0).all()
 
 
 def test_calibrations_are_of_the_kernels_as_they_were(tmp_path: Path) -> None:

@@ -11,21 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 import xxhash
 from tqdm import tqdm
 
 from nanovllm import kernels
-from nanovllm.engine.cost_table import CostTable, Sample, gain_bound, next_sample
-from nanovllm.engine.decode_runner import DecodeRunner, DecodeStep
+from nanovllm.engine.cost_table import CostTable, Curve, Sample, gain_bound, next_sample
+from nanovllm.engine.decode_runner import DecodeRunner
 from nanovllm.engine.planner import Plan
-from nanovllm.engine.step_inputs import InputLayout
 from nanovllm.utils.disk_cache import DiskCache
 
 SIZE_STEP = 128
@@ -36,9 +32,9 @@ LEAST_GAIN = 1.02
 # A split that is slower than the best one by more, at every context, is given up.
 NEAR_BEST = 1.04
 SAMPLES = 5
-# Of steps behind each sample, and at least so many; the first third does not count.
-SECONDS = 0.06
-FEWEST_STEPS = 6
+# A split that takes so many times as long as sequential decode at both ends of the context is not
+# looked at in between. The default counts of `Config` leave most of a large GPU idle.
+HOPELESS = 1.5
 
 # Seconds of a step of `batch` sequences with so many context tokens together.
 StepTimer = Callable[[DecodeRunner, int, int], float]
@@ -140,17 +136,23 @@ class Calibration:
         for size in sizes:
             if size not in worthwhile:
                 continue
+            beside = self.table.curve(sequential.name, size)
             for plan in pipelines:
-                self._measure_curve(plan, ways[plan], size, bar)
+                self._measure_curve(plan, ways[plan], size, bar, beside)
             pipelines = self._near_best(pipelines, size)
 
-    def _measure_curve(self, plan: Plan, way: DecodeRunner, size: int, bar: Any) -> None:
+    def _measure_curve(
+        self, plan: Plan, way: DecodeRunner, size: int, bar: Any, beside: Curve | None = None
+    ) -> None:
+        """Adds the plan's curve to the table, unless it is hopeless beside that other curve."""
         bar.set_postfix_str(f"{plan.name}, batch {size}")
         samples: list[Sample] = []
         longest = self.longest_tokens(size)
         while (tokens := next_sample(samples, size, longest, most=SAMPLES)) is not None:
             samples.append((tokens, self.timer(way, size, tokens)))
             bar.update()
+            if len(samples) == 2 and beside is not None and is_hopeless(samples, beside):
+                return
         self.table.add(plan.name, size, samples)
 
     def _worthwhile(self, sequential: Plan) -> list[int]:
@@ -179,92 +181,9 @@ class Calibration:
         return list(near)
 
 
-class DeviceTimer:
-    """Times decode steps on a CUDA device, from their inputs' copy to their logits.
-
-    NOTE: the first call overwrites the whole KV cache with random numbers.
-
-    Args:
-        device: where.
-        kv_caches: all tensors of the KV cache.
-        num_blocks, block_size, tile_size: see `fill_steady`.
-    """
-
-    def __init__(
-        self,
-        device: torch.device,
-        kv_caches: Sequence[torch.Tensor],
-        num_blocks: int,
-        block_size: int,
-        tile_size: int,
-    ) -> None:
-        self.device = device
-        self.unfilled = list(kv_caches)
-        self.num_blocks = num_blocks
-        self.block_size = block_size
-        self.tile_size = tile_size
-
-    @torch.inference_mode()
-    def __call__(self, way: DecodeRunner, batch: int, tokens: int) -> float:
-        """Median seconds of a step of `batch` sequences that have `tokens` tokens together."""
-        while self.unfilled:  # zeros would take less power, hence less time
-            self.unfilled.pop().normal_()
-        layout = way.layout(batch)
-        flat = torch.empty(layout.size, dtype=torch.int32, pin_memory=True)
-        fill_steady(
-            layout, tokens // batch, self.num_blocks, self.block_size, self.tile_size, flat.numpy()
-        )
-        step = DecodeStep(layout, None)
-        first = self._times(way, step, flat, 3)[-1]  # the first captures and warms up
-        count = max(FEWEST_STEPS, round(SECONDS / first))
-        return median(self._times(way, step, flat, count)[count // 3 :])
-
-    def _times(
-        self, way: DecodeRunner, step: DecodeStep, flat: torch.Tensor, count: int
-    ) -> list[float]:
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-        marks[0].record()
-        for mark in marks[1:]:
-            way.run(step, flat, self.device)
-            mark.record()
-        marks[-1].synchronize()
-        return [begin.elapsed_time(end) * 1e-3 for begin, end in pairwise(marks)]
-
-
-def fill_steady(
-    layout: InputLayout,
-    context: int,
-    num_blocks: int,
-    block_size: int,
-    tile_size: int,
-    flat: np.ndarray,
-) -> None:
-    """Inputs of a decode step in which every sequence has `context` tokens.
-
-    Their blocks are scattered over the cache, and shared only if there are not enough of them.
-
-    Args:
-        layout: of `flat`.
-        context: tokens of each sequence, at least 1.
-        num_blocks: KV blocks; block 0 is padding.
-        block_size: tokens of a block.
-        tile_size: the attention back end's.
-        flat: int32 [layout.size], overwritten.
-    """
-    views = layout.views(flat)
-    count, needed = layout.num_seqs, -(-context // block_size)
-    rng = np.random.default_rng(0)
-    blocks = 1 + np.resize(rng.permutation(num_blocks), count * needed).reshape(count, needed)
-    views["block_tables"].fill(0)
-    views["block_tables"][:, :needed] = blocks
-    last = context - 1
-    views["input_ids"].fill(0)
-    views["positions"].fill(last)
-    views["slot_mapping"][:] = blocks[:, last // block_size] * block_size + last % block_size
-    views["context_lens"].fill(context)
-    views["tile_offsets"][:] = np.arange(count + 1) * -(-context // tile_size)
-    if "sample_rows" in views:
-        views["sample_rows"][:] = np.arange(count)
+def is_hopeless(ends: Sequence[Sample], sequential: Curve) -> bool:
+    """Whether a plan is far slower than sequential decode at both ends of its curve."""
+    return all(seconds > HOPELESS * sequential.at(tokens) for tokens, seconds in ends)
 
 
 def calibration_key(model_config: Any, device: torch.device, **more: Any) -> dict[str, Any]:

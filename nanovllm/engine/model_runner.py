@@ -16,7 +16,7 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine import kv_cache
-from nanovllm.engine.calibration import Calibration, DeviceTimer, calibration_key
+from nanovllm.engine.calibration import Calibration, calibration_key
 from nanovllm.engine.cuda_graphs import GraphMemory, batch_sizes
 from nanovllm.engine.decode_runner import DecodeRunner, DecodeStep
 from nanovllm.engine.pipeline import Pipeline, build_pipeline, sequential_pipeline
@@ -26,6 +26,7 @@ from nanovllm.engine.planned_decode import Decode, make_planned_decode, splits_t
 from nanovllm.engine.ranks import Ranks
 from nanovllm.engine.scheduler import Chunk, Step
 from nanovllm.engine.step_inputs import InputLayout, StepTensors, fill_inputs
+from nanovllm.engine.step_timer import DeviceTimer
 from nanovllm.engine.warm_up import warm_up
 from nanovllm.layers.attention import make_backend
 from nanovllm.layers.sampler import SamplingBatch, sample

@@ -232,7 +232,7 @@ def test_qk_norm_rope_store(hq, hkv):
     "context_lens", [[1], [9000], lengths(5, 4000), lengths(200, 700)], ids=len
 )
 def test_decode(hq, hkv, tuning, num_sms, context_lens):
-    case = PagedCase(context_lens, hq, hkv, 128, 256, dtype=BF16, stale=100.0)
+    case = PagedCase(context_lens, hq, hkv, 128, 256, dtype=BF16)
     check(case.decode(num_sms, TUNINGS[tuning]), case.dense())
 
 
@@ -275,7 +275,7 @@ def test_decode_in_a_replayed_graph(tuning):
 @pytest.mark.parametrize("tuning", TUNINGS)
 def test_decode_on_two_streams_at_once(tuning):
     """Two workspaces share no partial result and no count."""
-    cases = [PagedCase(lengths(9, 5000), 16, 8, 128, 256, dtype=BF16, stale=0.0) for _ in range(2)]
+    cases = [PagedCase(lengths(9, 5000), 16, 8, 128, 256, dtype=BF16) for _ in range(2)]
     streams = [torch.cuda.Stream() for _ in cases]
     torch.cuda.synchronize()
     outs = [[], []]

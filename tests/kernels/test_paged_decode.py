@@ -14,16 +14,13 @@ from tests.kernels.paged_case import HOPPER, TUNINGS, PagedCase
 
 RAGGED = [1, 200, 64, 65, 17]
 TUNING = pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
-# With TMA, stale slots must be finite: see the kernel.
-STALE = 1000.0
 
 
 @TUNING
 @pytest.mark.parametrize("block_size", [256, 64, 48, 16])
 @pytest.mark.parametrize("num_sms", [1, 3, 40])
 def test_decode_of_ragged_lengths(poison, block_size, num_sms, tuning):
-    stale = STALE if tuning.tma else float("nan")
-    case = PagedCase(RAGGED, 4, 2, 64, block_size, stale=stale)
+    case = PagedCase(RAGGED, 4, 2, 64, block_size)
     close(case.decode(num_sms, tuning, ctas_per_sm=1), case.dense())
 
 
@@ -31,7 +28,7 @@ def test_decode_of_ragged_lengths(poison, block_size, num_sms, tuning):
 @pytest.mark.parametrize("dim", [32, 64, 128, 256])
 @pytest.mark.parametrize("group", [1, 2, 4, 5, 8])
 def test_decode_of_grouped_heads(poison, group, dim, tuning):
-    case = PagedCase([130, 3], 2 * group, 2, dim, 64, stale=STALE)
+    case = PagedCase([130, 3], 2 * group, 2, dim, 64)
     close(case.decode(2, tuning), case.dense())
 
 
@@ -40,7 +37,7 @@ def test_decode_of_grouped_heads(poison, group, dim, tuning):
 @pytest.mark.parametrize("programs", [1, 2, 3, 4, 7, 30])
 def test_decode_shares(poison, lengths, programs, tuning):
     """Few long sequences, many short ones, more programs than tiles and fewer."""
-    case = PagedCase(lengths, 2, 1, 32, 64, stale=STALE)
+    case = PagedCase(lengths, 2, 1, 32, 64)
     close(case.decode(programs, tuning, ctas_per_sm=1), case.dense())
 
 
@@ -57,7 +54,7 @@ def test_decode_joins_more_partials_than_one_chunk_holds(poison):
 @TUNING
 @pytest.mark.parametrize("dtype", HALF)
 def test_decode_in_16_bits(poison, dtype, tuning):
-    case = PagedCase(RAGGED, 4, 2, 64, 256, dtype=dtype, stale=STALE)
+    case = PagedCase(RAGGED, 4, 2, 64, 256, dtype=dtype)
     close(case.decode(2, tuning), case.dense(), dtype)
 
 
@@ -66,7 +63,7 @@ def test_a_workspace_serves_changing_lengths(tuning):
     """As in a replayed graph: same shapes and buffers, other lengths."""
     workspace = paged_decode.DecodeWorkspace(5, 2, 1, 32, DEVICE, tuning)
     for lengths in ([500, 3], [1, 1], [64, 700], [1, 65]):
-        case = PagedCase(lengths, 2, 1, 32, 64, stale=STALE)
+        case = PagedCase(lengths, 2, 1, 32, 64)
         offsets = torch.from_numpy(paged_decode.tile_offsets(np.array(lengths))).to(DEVICE)
         out = paged_decode.paged_decode_attention(
             *case.cache(), case.lens, case.scale, offsets, workspace
@@ -80,7 +77,7 @@ def test_sequences_without_tiles_are_skipped(tuning):
     """The padding of a captured step; also a step of nothing else."""
     lengths = [300, 5, 64, 129]
     for count in (4, 3, 0):
-        case = PagedCase(lengths, 4, 2, 32, 64, stale=STALE)
+        case = PagedCase(lengths, 4, 2, 32, 64)
         tiles = paged_decode.tile_offsets(np.array(lengths))
         tiles[count:] = tiles[count]
         workspace = paged_decode.DecodeWorkspace(5, 4, 2, 32, DEVICE, tuning)
@@ -99,7 +96,7 @@ def test_a_workspace_serves_either_tuning(monkeypatch):
     workspace = paged_decode.DecodeWorkspace(90, 2, 1, 32, DEVICE)
     for count in (1, 100, 90, 91):
         lengths = [random.randint(1, 200) for _ in range(count)]
-        case = PagedCase(lengths, 2, 1, 32, 64, stale=STALE)
+        case = PagedCase(lengths, 2, 1, 32, 64)
         offsets = torch.from_numpy(paged_decode.tile_offsets(np.array(lengths))).to(DEVICE)
         out = paged_decode.paged_decode_attention(
             *case.cache(), case.lens, case.scale, offsets, workspace
@@ -108,16 +105,17 @@ def test_a_workspace_serves_either_tuning(monkeypatch):
         assert not workspace.arrivals.any()
 
 
-def test_tuning_for_partitions_and_small_batches(monkeypatch):
-    tuning_for, plain, tma = paged_decode.tuning_for, paged_decode.PLAIN, paged_decode.TMA
+def test_tuning_for_few_items_and_many(monkeypatch):
+    plain, tma, keys_first = paged_decode.PLAIN, paged_decode.TMA, paged_decode.KEYS_FIRST
+    tuning_for = paged_decode.tuning_for
     monkeypatch.setattr(paged_decode, "is_hopper_or_newer", lambda: True)
-    assert tuning_for(132, 8 * 512, 4) is plain
+    assert tuning_for(132, 8 * 512, 2) is keys_first
+    assert tuning_for(32, 8 * 512, 4) is keys_first
     assert tuning_for(132, 8, 4) is tma
-    assert tuning_for(32, 8 * 512, 4) is tma
-    assert tuning_for(132, 8 * 512, 5) is paged_decode.KEYS_FIRST
+    assert tuning_for(132, 8, 5) is keys_first
     monkeypatch.setattr(paged_decode, "is_hopper_or_newer", lambda: False)
     assert tuning_for(32, 8, 2) is plain
-    assert tuning_for(32, 8, 5) is plain
+    assert tuning_for(32, 8 * 512, 5) is plain
 
 
 def test_tile_offsets():

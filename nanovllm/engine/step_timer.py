@@ -1,0 +1,125 @@
+"""How long a decode step takes, apart from all others: on made-up inputs, at settled clocks.
+
+A GPU at its power limit takes 0.2 s to slow down after a pause, and dips now and then. On an H200,
+8B shape, 1,024 sequences: 39 ms for the first step, 41.5 from the fifth on, and up to 50 for some
+steps once in 0.9 s. So a step is timed until it takes the same several times in a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import numpy as np
+import torch
+
+from nanovllm.engine.decode_runner import DecodeRunner, DecodeStep
+from nanovllm.engine.step_inputs import InputLayout
+
+# A reading is the mean of as many steps as take so long, and at least one.
+READING_SECONDS = 0.02
+# So many readings in a row that differ by no more than that share end the measurement.
+ALIKE = 4
+SPREAD = 0.02
+MOST_READINGS = 24
+
+
+def settled_seconds(read: Callable[[], float]) -> float:
+    """Reads until the last readings are alike, and returns their median.
+
+    If that does not come about, the median of all readings but the first third.
+    """
+    readings: list[float] = []
+    while len(readings) < MOST_READINGS:
+        readings.append(read())
+        last = readings[-ALIKE:]
+        if len(last) == ALIKE and max(last) <= (1 + SPREAD) * min(last):
+            return median(last)
+    return median(readings[MOST_READINGS // 3 :])
+
+
+class DeviceTimer:
+    """Times decode steps on a CUDA device, from their inputs' copy to their logits.
+
+    NOTE: the first call overwrites the whole KV cache with random numbers.
+
+    Args:
+        device: where.
+        kv_caches: all tensors of the KV cache.
+        num_blocks, block_size, tile_size: see `fill_steady`.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        kv_caches: Sequence[torch.Tensor],
+        num_blocks: int,
+        block_size: int,
+        tile_size: int,
+    ) -> None:
+        self.device = device
+        self.unfilled = list(kv_caches)
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.tile_size = tile_size
+
+    @torch.inference_mode()
+    def __call__(self, way: DecodeRunner, batch: int, tokens: int) -> float:
+        """Seconds of a step of `batch` sequences that have `tokens` tokens together."""
+        while self.unfilled:  # zeros would take less power, hence less time
+            self.unfilled.pop().normal_()
+        layout = way.layout(batch)
+        flat = torch.empty(layout.size, dtype=torch.int32, pin_memory=True)
+        fill_steady(
+            layout, tokens // batch, self.num_blocks, self.block_size, self.tile_size, flat.numpy()
+        )
+        step = DecodeStep(layout, None)
+
+        def read(count: int) -> float:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(count):
+                way.run(step, flat, self.device)
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end) * 1e-3 / count
+
+        read(2)  # captures and warms up
+        count = max(1, round(READING_SECONDS / read(1)))
+        return settled_seconds(lambda: read(count))
+
+
+def fill_steady(
+    layout: InputLayout,
+    context: int,
+    num_blocks: int,
+    block_size: int,
+    tile_size: int,
+    flat: np.ndarray,
+) -> None:
+    """Inputs of a decode step in which every sequence has `context` tokens.
+
+    Their blocks are scattered over the cache, and shared only if there are not enough of them.
+
+    Args:
+        layout: of `flat`.
+        context: tokens of each sequence, at least 1.
+        num_blocks: KV blocks; block 0 is padding.
+        block_size: tokens of a block.
+        tile_size: the attention back end's.
+        flat: int32 [layout.size], overwritten.
+    """
+    views = layout.views(flat)
+    count, needed = layout.num_seqs, -(-context // block_size)
+    rng = np.random.default_rng(0)
+    blocks = 1 + np.resize(rng.permutation(num_blocks), count * needed).reshape(count, needed)
+    views["block_tables"].fill(0)
+    views["block_tables"][:, :needed] = blocks
+    last = context - 1
+    views["input_ids"].fill(0)
+    views["positions"].fill(last)
+    views["slot_mapping"][:] = blocks[:, last // block_size] * block_size + last % block_size
+    views["context_lens"].fill(context)
+    views["tile_offsets"][:] = np.arange(count + 1) * -(-context // tile_size)
+    if "sample_rows" in views:
+        views["sample_rows"][:] = np.arange(count)

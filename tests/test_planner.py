@@ -73,6 +73,20 @@ class TestChoice:
         with pytest.raises(ValueError, match="num_seqs=129: the largest graph of 'sequential'"):
             planner.choose(129, 100)
 
+    def test_is_the_default_unless_another_gains_more_than_the_handicap(self):
+        table = CostTable()
+        table.add("sequential", 8, [(0, 1.00)])
+        table.add("streams", 8, [(0, 0.98), (999, 0.98), (1000, 0.94)])
+        sizes = {SEQUENTIAL: [8], STREAMS: [8]}
+        planner = Planner(table, sizes, handicap=0.03)
+        assert {planner.choose(8, 900).plan for _ in range(20)} == {SEQUENTIAL}
+        assert [planner.choose(8, 1000).plan for _ in range(20)][-1] is STREAMS
+        # What it says is the prediction, without the handicap.
+        assert planner.choose(8, 1000).seconds == pytest.approx(0.94)
+        # Back it goes where the gain is under the handicap by the margin.
+        table.add("streams", 8, [(0, 0.99)])
+        assert [planner.choose(8, 900).plan for _ in range(20)][-1] is SEQUENTIAL
+
     def test_without_a_calibrated_default_is_the_default(self):
         table = CostTable()
         table.add("streams", 8, [(1, 1.0)])
@@ -112,6 +126,7 @@ class TestChoice:
             ({SEQUENTIAL: [1], Plan("sequential", None, 4): [1]}, {}),
             ({SEQUENTIAL: [1]}, {"margin": -0.1}),
             ({SEQUENTIAL: [1]}, {"patience": 0}),
+            ({SEQUENTIAL: [1]}, {"handicap": 1.0}),
         ],
     )
     def test_refuses_what_makes_no_sense(self, sizes, options):
@@ -132,7 +147,8 @@ class TestHysteresis:
         table.add("sequential", 512, [(0, 1.00), (900, 1.00), (1000, 1.02)])
         table.add("streams", 1, [(0, 1.005)])
         table.add("streams", 512, [(0, 1.005)])
-        planner = Planner(table, {p: [1, 512] for p in (SEQUENTIAL, STREAMS)}, patience=4)
+        sizes = {p: [1, 512] for p in (SEQUENTIAL, STREAMS)}
+        planner = Planner(table, sizes, patience=4, handicap=0.0)
         chosen = [planner.choose(512, t).plan for t in (900, 1000, 1000, 900, 1000, 1000, 1000)]
         assert set(chosen) == {SEQUENTIAL}
         assert planner.choose(512, 1000).plan is STREAMS

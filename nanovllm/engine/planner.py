@@ -99,6 +99,8 @@ class Planner:
             is not calibrated for it, because nothing can be known to be faster.
         margin: how much faster another plan must be, as a share of the time.
         patience: for how many steps in a row.
+        handicap: share of the time by which any plan must be faster than the default one to be
+            worth it at all; where less is to be gained, being wrong costs more.
 
     Raises:
         ValueError: there are no plans, two have one name, or a number is out of range.
@@ -111,11 +113,12 @@ class Planner:
         *,
         margin: float = 0.01,
         patience: int = 4,
+        handicap: float = 0.01,
     ) -> None:
-        if not 0 <= margin < 1 or patience < 1:
+        if not 0 <= margin < 1 or patience < 1 or not 0 <= handicap < 1:
             raise ValueError(
-                f"margin={margin}, patience={patience}: margin must be at least 0 and below 1, "
-                "patience at least 1"
+                f"margin={margin}, patience={patience}, handicap={handicap}: margin and handicap "
+                "must be at least 0 and below 1, patience at least 1"
             )
         self.plans = list(sizes)
         if not sizes or len({plan.name for plan in sizes}) < len(sizes):
@@ -123,6 +126,7 @@ class Planner:
         self.table = table
         self.margin = margin
         self.patience = patience
+        self.handicap = handicap
         self.switches = 0
         self.records = {plan: PlanRecord() for plan in self.plans}
         self._sizes = [sorted(ladder) for ladder in sizes.values()]
@@ -154,7 +158,7 @@ class Planner:
         """
         jumped = self._move(num_seqs, tokens)
         choices = self._candidates(num_seqs, tokens)
-        index = min(choices, key=lambda i: choices[i].seconds or 0.0)
+        index = min(choices, key=lambda i: self._cost(i, choices))
         if self._current in choices and not jumped:
             index = self._stay_or(index, choices)
         else:
@@ -236,11 +240,16 @@ class Planner:
                 return {0: Choice(plan, sizes[rung], None, None)}
         return choices
 
+    def _cost(self, index: int, choices: Mapping[int, Choice]) -> float:
+        """What is compared: seconds, and on all plans but the default one the handicap."""
+        seconds = choices[index].seconds or 0.0
+        return seconds if index == 0 else seconds * (1 + self.handicap)
+
     def _stay_or(self, best: int, choices: Mapping[int, Choice]) -> int:
         """Hysteresis: the index of the plan in use, or of the best if it is clearly better."""
         assert self._current is not None
-        now, then = choices[self._current].seconds, choices[best].seconds
-        if now is None or then is None or then >= now * (1 - self.margin):
+        now, then = self._cost(self._current, choices), self._cost(best, choices)
+        if then >= now * (1 - self.margin):
             self._behind = 0
             return self._current
         self._behind += 1

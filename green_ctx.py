@@ -119,13 +119,6 @@ class Driver:
             raise DriverError(function, int(status), status.name)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def newest(self, function: str, suffix: str) -> str:
-        """`function` with the suffix of a version, where the bindings have that name, else without.
-
-        Bindings of CUDA 12 call by the plain name what those of CUDA 13 no longer have.
-        """
-        return function + suffix if hasattr(self._bindings, function + suffix) else function
-
     def has(self, function: str) -> bool:
         """Whether both the bindings and the driver know `function`."""
         if not hasattr(self._bindings, function):

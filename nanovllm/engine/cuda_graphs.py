@@ -7,7 +7,6 @@ memory pool for everything between, so a step's logits are valid until the next 
 
 from __future__ import annotations
 
-import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,12 +16,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from green_ctx import Driver, GreenContextError
-from nanovllm.engine.graph_edges import CapturingGraph
 from nanovllm.engine.stage_marks import StageMarks, make_marks
 from nanovllm.engine.step_inputs import InputLayout
-
-logger = logging.getLogger(__name__)
 
 # Issues a decode step: its layout, its inputs, where its logits go, and its time marks if any.
 IssueStep = Callable[[InputLayout, torch.Tensor, torch.Tensor, StageMarks | None], object]
@@ -51,7 +46,6 @@ class GraphMemory:
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)  # captures run on it
         self.num_graphs = 0
-        self.driver = find_driver()
         largest = InputLayout.decode(sizes[-1], max_blocks, pipelined=True)
         self.inputs = torch.zeros(largest.size, dtype=torch.int32, device=device)
         self.logits = torch.zeros(sizes[-1], vocab_size, dtype=dtype, device=device)
@@ -80,23 +74,9 @@ class GraphMemory:
                 graph.capture_end()
         self.num_graphs += 1
 
-    def hoist_memsets(self) -> None:
-        """Shortens the chain of the graph that is being captured; see graph_edges.py."""
-        if self.driver is not None:
-            CapturingGraph(self.driver, self.stream.cuda_stream).hoist_memsets()
-
     def size_for(self, count: int) -> int:
         """The smallest size on the ladder that holds `count` sequences."""
         return self.sizes[bisect_left(self.sizes, count)]
-
-
-def find_driver() -> Driver | None:
-    """The driver's functions; None where there are no bindings, or old ones."""
-    try:
-        return Driver()
-    except GreenContextError as error:
-        logger.info("CUDA graphs stay as they are captured: %s", error)
-        return None
 
 
 @dataclass(frozen=True)
@@ -171,5 +151,4 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         with self.memory.capturing(graph):
             self.step(layout, inputs, logits, marks)
-            self.memory.hoist_memsets()
         return CapturedStep(graph, marks)

@@ -19,7 +19,7 @@ from nanovllm.engine.step_inputs import InputLayout
 # A reading is the mean of as many steps as take so long, and at least one.
 READING_SECONDS = 0.02
 # So many readings in a row that differ by no more than that share end the measurement.
-ALIKE = 4
+ALIKE = 3
 SPREAD = 0.02
 MOST_READINGS = 24
 
@@ -84,7 +84,7 @@ class DeviceTimer:
             end.synchronize()
             return begin.elapsed_time(end) * 1e-3 / count
 
-        read(2)  # captures and warms up
+        read(1)  # captures and warms up
         count = max(1, round(READING_SECONDS / read(1)))
         return settled_seconds(lambda: read(count))
 

@@ -67,6 +67,15 @@ class TestPicture:
         assert min(same[:3]) > 0.95
         assert {text.get_text() for text in panel.texts} >= {"36+96", "2 parts", "streams"}
 
+    def test_has_no_row_for_an_auto_that_was_not_timed(self, figure: list[Any]) -> None:
+        auto = make_shape("8B", [make_point(8, 128, sequential=1.0, streams=0.9, auto=1.0)])
+        fixed = make_shape("8B", [make_point(8, 128, sequential=1.0, streams=0.9)])
+        titles = []
+        for shape in (auto, fixed):
+            draw_map(make_map(shape), Path("map.png"))
+            titles.append([panel.get_title() for panel in figure[-1].axes if panel.get_title()])
+        assert titles == [["8B: best fixed arm", "8B: auto"], ["8B: best fixed arm"]]
+
     def test_the_title_says_where_and_when(self, figure: list[Any]) -> None:
         draw_map(make_map(random_shape("8B", [1, 8], [128])), Path("map.png"))
         title = figure[0].get_suptitle()

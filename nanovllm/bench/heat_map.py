@@ -1,4 +1,4 @@
-"""A map as a picture: two rows of panels, the gain of the best arm and that of auto.
+"""A map as a picture: rows of panels for the gain of the best arm and, if timed, that of auto.
 
 One column a shape; in each panel, contexts go to the right and batches up. Blue gains, red loses.
 It is made to be read at the width of a README.
@@ -6,6 +6,7 @@ It is made to be read at the width of a README.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,16 @@ def draw_map(record: dict[str, Any], path: Path) -> None:
     except ImportError as error:
         raise BenchError("a picture needs matplotlib: pip install matplotlib") from error
     shapes = record["shapes"]
+    rows = {field: title for field, title in ROWS.items() if was_timed(shapes, field)} or ROWS
     sizes = [tuple(map(len, axes(shape))) for shape in shapes]
     width = LEFT_RIGHT + sum(n * CELL_WIDTH + PANEL_MARGIN for _, n in sizes)
-    height = TITLE_HEIGHT + len(ROWS) * (max(n for n, _ in sizes) * CELL_HEIGHT + ROW_MARGIN)
+    height = TITLE_HEIGHT + len(rows) * (max(n for n, _ in sizes) * CELL_HEIGHT + ROW_MARGIN)
     figure = Figure(figsize=(max(width, NARROWEST), height), layout="constrained")
     panels = figure.subplots(
-        len(ROWS), len(shapes), squeeze=False, width_ratios=[n for _, n in sizes]
+        len(rows), len(shapes), squeeze=False, width_ratios=[n for _, n in sizes]
     )
     colors = ScalarMappable(Normalize(1 - FULL_COLOR, 1 + FULL_COLOR), "RdBu")
-    for row, (field, title) in enumerate(ROWS.items()):
+    for row, (field, title) in enumerate(rows.items()):
         for panel, shape in zip(panels[row], shapes, strict=True):
             draw_panel(panel, shape, field, colors)
             panel.set_title(f"{shape['name']}: {title}", fontsize=9)
@@ -59,6 +61,11 @@ def draw_map(record: dict[str, Any], path: Path) -> None:
     bar.ax.tick_params(labelsize=8)
     figure.suptitle(map_title(record), fontsize=10)
     figure.savefig(path, dpi=150)
+
+
+def was_timed(shapes: Sequence[dict[str, Any]], field: str) -> bool:
+    """Whether any point of any shape has that gain."""
+    return any(point[field] is not None for shape in shapes for point in shape["points"])
 
 
 def map_title(record: dict[str, Any]) -> str:

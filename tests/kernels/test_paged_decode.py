@@ -113,6 +113,7 @@ def test_tuning_for_few_items_and_many(monkeypatch):
     assert tuning_for(32, 8 * 512, 4) is keys_first
     assert tuning_for(132, 8, 4) is tma
     assert tuning_for(132, 8, 5) is keys_first
+    assert tuning_for(32, 8, 2) is keys_first
     monkeypatch.setattr(paged_decode, "is_hopper_or_newer", lambda: False)
     assert tuning_for(32, 8, 2) is plain
     assert tuning_for(32, 8 * 512, 5) is plain

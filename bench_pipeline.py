@@ -26,9 +26,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from nanovllm.bench import BenchError, report
-from nanovllm.bench.arms import Split, arm_specs, choose_split, open_arms
+from nanovllm.bench.arms import Arm, Split, arm_specs, choose_split, open_arms
 from nanovllm.bench.command_line import complete, make_parser
-from nanovllm.bench.compare import compare, profile_steps
+from nanovllm.bench.compare import StepTimes, compare, profile_steps
 from nanovllm.bench.curves import draw_curves, format_curves, measure_curves
 from nanovllm.bench.engines import StartedEngine, start_engine
 from nanovllm.bench.floor import Floor, measure_copy_bandwidth
@@ -37,6 +37,7 @@ from nanovllm.bench.growing_report import format_growing
 from nanovllm.bench.heat_map import draw_map
 from nanovllm.bench.map_report import format_map
 from nanovllm.bench.nano import MAX_MODEL_LEN, run_nano
+from nanovllm.bench.power import PowerLog, Reading, command_for
 from nanovllm.bench.prefill import (
     format_prefill,
     measure_matmul_peak,
@@ -47,6 +48,7 @@ from nanovllm.bench.stored import read_map, read_record, write_record
 from nanovllm.bench.sweep import Grid, sweep
 from nanovllm.bench.workload import DecodeWorkload, fill_cache, room_options
 from nanovllm.config import Config
+from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import sm_count
 from nanovllm.engine.planned_decode import splits_to_try
 from nanovllm.utils.timeline import save_timeline
@@ -83,13 +85,24 @@ def run_decode(args: argparse.Namespace) -> Record:
             bandwidth = measure_copy_bandwidth(args.device)
             floor = Floor.of(engine.model_runner.model, workload, bandwidth)
         with open_arms(engine, arm_specs(args.modes, [], split_of(args))) as arms:
-            times = compare(engine, arms, workload, args.seconds)
+            times, readings = compare_steps(args, engine, arms, workload)
             record = report.describe_run(started, "decode steps")
-            record |= report.decode_record(workload, floor, arms, times)
+            record |= report.decode_record(workload, floor, arms, times, readings)
             if args.timeline is not None:
                 save_timeline(profile_steps(engine, arms[-1], workload), args.timeline)
     print(report.format_decode(record))
     return record
+
+
+def compare_steps(
+    args: argparse.Namespace, engine: LLMEngine, arms: list[Arm], workload: DecodeWorkload
+) -> tuple[dict[str, StepTimes], dict[str, Reading]]:
+    """Step times by label, and what the GPU drew meanwhile, if that is asked for."""
+    if not args.power:
+        return compare(engine, arms, workload, args.seconds), {}
+    with PowerLog(command_for(args.device)) as log:
+        times = compare(engine, arms, workload, args.seconds, log.watch)
+        return times, log.readings()
 
 
 def run_growing(args: argparse.Namespace) -> Record:

@@ -144,6 +144,7 @@ class TestDecodeSteps:
             "ratio": 1.1,
             "bandwidth": 3.2e12,
             "floor_share": 0.8,
+            "power": None,
         }
         model = {"name": "8B", "layers": 36, "parameters": 8_190_735_360, "dtype": "bfloat16"}
         record = {"model": model, "device": {"name": "GPU"}, "batch": 8, "context": 1, "output": 9}
@@ -151,6 +152,10 @@ class TestDecodeSteps:
         assert "floor 1.000 ms: 3.00 GB of weights and 1.00 GB of KV at 4.00 TB/s (copy)" in text
         row = " ".join(text.splitlines()[-1].split())
         assert row == "green 36+96 1.250 1.200 to 1.300 1,000 1.100 3.20 80%"
+        arm["power"] = {"watts": 683.2, "sm_mhz": 1485.4, "samples": 9, "joules_per_step": 0.854}
+        *_, head, row = format_decode({**record, "floor": floor, "arms": [arm]}).splitlines()
+        assert head.split()[-3:] == ["W", "MHz", "J/step"]
+        assert row.split()[-3:] == ["683", "1485", "0.85"]
 
 
 class TestNano:

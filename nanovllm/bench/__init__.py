@@ -6,6 +6,7 @@ shapes.py        Qwen3's published shapes, to be filled with random weights
 arms.py          the pipeline modes beside each other on one engine
 workload.py      decode steps at a given batch and context, without a prefill before them
 compare.py       the arms in turn: their step times
+power.py         ... and what the GPU drew meanwhile
 floor.py         the time below which no step can be: bytes over bandwidth
 nano.py          nano-vllm's own benchmark
 idle.py          ... and the time in which the GPU waits for its next step

@@ -17,6 +17,7 @@ from nanovllm.bench import BenchError
 from nanovllm.bench.arms import FALLBACK, GREEN, Split
 from nanovllm.bench.engines import TINY
 from nanovllm.bench.nano import REQUESTS
+from nanovllm.bench.power import command_for
 from nanovllm.bench.shapes import SIZES
 from nanovllm.config import PIPELINE_MODES, Config
 from nanovllm.engine.llm_engine import resolve_device
@@ -29,7 +30,8 @@ MODEL = ("shape", "model", *ENGINE)
 SPLIT = ("attention_sms", "ffn_sms")
 PICTURE = ("plot", "stored")
 OPTIONS: dict[str, tuple[str, ...]] = {
-    "decode": (*MODEL, *SPLIT, "batch", "context", "output", "seconds", "modes", "timeline"),
+    "decode": (*MODEL, *SPLIT, "batch", "context", "output", "seconds", "modes", "timeline",
+               "power"),
     "growing": (*MODEL, *SPLIT, "batch", "context", "until", "stages", "output", "rounds", "modes",
                 "splits"),
     "nano": (*MODEL, *SPLIT, "requests", "mode"),
@@ -138,6 +140,7 @@ def add_decode_options(parser: argparse.ArgumentParser) -> None:
     add("--stages", type=positive(int), metavar="M", help="growing: contexts where steps are run")
     add("--rounds", type=positive(int), metavar="R", help="growing: how often, for each arm")
     add("--timeline", metavar="FILE", help="draw (.png) or trace a step of the last mode")
+    add("--power", action="store_true", help="decode: watts, SM clock and joules, by nvidia-smi")
     add("--seconds", type=positive(float), metavar="S", help="of measured steps for each arm")
     add(
         "--modes",
@@ -208,6 +211,8 @@ def complete(args: argparse.Namespace) -> None:
         args.device = resolve_device(Config(device=args.device).device)
     except ValueError as error:
         raise BenchError(str(error)) from error
+    if args.power:
+        command_for(args.device)  # says so at once if it cannot be measured
     for name, default in DEFAULTS[args.task][args.device.type].items():
         if getattr(args, name) is None:
             setattr(args, name, default)

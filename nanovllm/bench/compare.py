@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,9 +45,17 @@ class StepTimes:
 
 
 def compare(
-    engine: LLMEngine, arms: Sequence[Arm], workload: DecodeWorkload, seconds: float
+    engine: LLMEngine,
+    arms: Sequence[Arm],
+    workload: DecodeWorkload,
+    seconds: float,
+    watch: Callable[[Iterator[Turn]], Iterator[Turn]] = iter,
 ) -> dict[str, StepTimes]:
-    """Step times by label of all arms that do not fall back, from `seconds` of steps each."""
+    """Step times by label of all arms that do not fall back, from `seconds` of steps each.
+
+    Args:
+        watch: takes the turns and gives them on; for whoever wants to know when they were.
+    """
     timed = timed_arms(arms, workload.batch)
     labels = [arm.label for arm in timed]
     turns = run_turns(engine, timed, workload, WARM_UP_TURNS)
@@ -55,7 +63,7 @@ def compare(
     # Of each arm, the last turn.
     lengths = {label: sum(times) for label, times in tqdm(turns, "Warming up", total, unit="turn")}
     rounds = count_rounds(seconds, min(lengths.values()), len(labels))
-    turns = run_turns(engine, timed, workload, rounds)
+    turns = watch(run_turns(engine, timed, workload, rounds))
     return gather(tqdm(turns, "Measuring", rounds * len(labels), unit="turn"))
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -17,6 +18,7 @@ from nanovllm.bench.compare import StepTimes
 from nanovllm.bench.engines import StartedEngine
 from nanovllm.bench.floor import Floor
 from nanovllm.bench.nano import NanoResult
+from nanovllm.bench.power import Reading
 from nanovllm.bench.workload import DecodeWorkload
 from nanovllm.config import Config
 from nanovllm.engine.model_runner import ModelRunner, sm_count
@@ -121,7 +123,11 @@ def changed_options(config: Config) -> dict[str, Any]:
 
 
 def decode_record(
-    workload: DecodeWorkload, floor: Floor | None, arms: list[Arm], times: dict[str, StepTimes]
+    workload: DecodeWorkload,
+    floor: Floor | None,
+    arms: list[Arm],
+    times: dict[str, StepTimes],
+    readings: Mapping[str, Reading],
 ) -> dict[str, Any]:
     """The JSON fields of compared decode steps; `times` has "sequential"."""
     reference = times["sequential"].median
@@ -132,7 +138,9 @@ def decode_record(
         "mean_context": workload.mean_context,
         "floor": None if floor is None else floor_record(floor),
         "arms": [
-            arm_record(arm, workload.batch, floor, times.get(arm.label), reference) for arm in arms
+            arm_record(arm, workload.batch, floor, times.get(arm.label), reference)
+            | {"power": power_record(readings.get(arm.label), times.get(arm.label))}
+            for arm in arms
         ],
     }
 
@@ -172,6 +180,13 @@ def arm_record(
             measured["bandwidth"] = floor.total_bytes / times.median
             measured["floor_share"] = floor.seconds / times.median
     return {**record, **measured}
+
+
+def power_record(reading: Reading | None, times: StepTimes | None) -> dict[str, Any] | None:
+    """What a GPU drew during an arm's steps; None if that was not measured."""
+    if reading is None or times is None:
+        return None
+    return {**dataclasses.asdict(reading), "joules_per_step": reading.watts * times.median}
 
 
 def pipeline_record(statistics: PipelineStatistics) -> dict[str, Any]:
@@ -224,6 +239,8 @@ def format_decode(record: dict[str, Any]) -> str:
             f"{gigabytes[1]:.2f} GB of KV at {floor['copy_bandwidth'] / 1e12:.2f} TB/s (copy)"
         )
         head += f"{'TB/s':>7}{'of floor':>10}"
+    if any(arm["power"] for arm in record["arms"]):
+        head += f"{'W':>6}{'MHz':>7}{'J/step':>8}"
     return "\n".join([*lines, "", head, *map(format_arm, record["arms"])])
 
 
@@ -240,6 +257,8 @@ def format_arm(arm: dict[str, Any]) -> str:
     )
     if arm["bandwidth"] is not None:
         row += f"{arm['bandwidth'] / 1e12:>7.2f}{arm['floor_share']:>10.0%}"
+    if power := arm["power"]:
+        row += f"{power['watts']:>6.0f}{power['sm_mhz']:>7.0f}{power['joules_per_step']:>8.2f}"
     return row
 
 

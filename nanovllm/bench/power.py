@@ -1,6 +1,6 @@
 """Power and SM clock of a GPU while each arm's steps run.
 
-    with PowerLog(device) as log:
+    with PowerLog(command_for(device)) as log:
         times = gather(log.watch(run_turns(engine, arms, workload, rounds)))
     log.readings()  # by label
 

@@ -4,6 +4,9 @@ Triton compiles a kernel when it first meets some sizes. Which sizes those are, 
 tilings of prefill attention, and row counts of the linear layers up to some hundred tokens.
 Captured decode steps need nothing here, as each is run before it is captured. All ranks run the
 same steps, since steps contain collectives; only the first rank draws tokens.
+
+What is not met: a pipeline without CUDA graphs plans its linear layers for the FFN's SMs, and where
+that makes other tiles than all SMs do, they are compiled in its first step of that size.
 """
 
 from __future__ import annotations

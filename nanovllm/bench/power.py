@@ -100,9 +100,11 @@ class PowerLog(AbstractContextManager["PowerLog"]):
         """By label, of those arms in whose turns a sample was taken; call it before closing."""
         last = max((end for turns in self.turns.values() for _, end in turns), default=0.0)
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while not any(s.moment > last for s in self.samples[-1:]) and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            samples = list(self.samples)
+            if samples and samples[-1].moment > last:
+                break
             time.sleep(SAMPLE_MS * 1e-3)
-        samples = list(self.samples)
         readings = {}
         for label, turns in self.turns.items():
             within = [s for s in samples if any(a <= s.moment <= b for a, b in turns)]
@@ -116,17 +118,16 @@ class PowerLog(AbstractContextManager["PowerLog"]):
         self._process.terminate()
         self._process.wait()
         self._reader.join()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if (sample := parse(line)) is not None:
-                self.samples.append(sample)
+        with self._process.stdout as lines:
+            for line in lines:
+                if (sample := parse(line)) is not None:
+                    self.samples.append(sample)
 
 
 def parse(line: str) -> Sample | None:

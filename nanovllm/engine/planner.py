@@ -5,7 +5,8 @@
     planner.observe(choice, seconds_measured)
 
 The prediction is the cost table's, times a correction learned from measured steps. A plan is left
-for another one only if that is predicted to be faster by a margin, several steps in a row; where
+for another one only if that is predicted to be faster by a margin, several steps in a row, and all
+plans but the default one carry a handicap: what they gain must be worth being wrong about; where
 the batch or the context has changed at a stroke, the best is taken at once.
 
 Only the plan in use is measured, and that is what makes correcting hard. If it gets slower than

@@ -63,6 +63,8 @@ class DecodeTuning:
 PLAIN = DecodeTuning(ctas_per_sm=3, num_warps=4, num_stages=3, tma=False)
 TMA = DecodeTuning(ctas_per_sm=6, num_warps=2, num_stages=2, tma=True)
 KEYS_FIRST = DecodeTuning(ctas_per_sm=6, num_warps=1, num_stages=2, tma=True, keys_first=True)
+# Where so many SMs share few items, joining their parts is what counts; measured on 32 and on 132.
+MANY_SMS = 80
 
 
 def tuning_for(num_sms: int, num_items: int, group: int) -> DecodeTuning:
@@ -89,15 +91,16 @@ def tuning_for(num_sms: int, num_items: int, group: int) -> DecodeTuning:
     ===================================  =====  =====  ==========
 
     A small partition lacks bytes in flight, which bulk copies keep up with few threads. Keys first
-    halves the tensor cores' work, for their least number of columns is 8 and of rows 16, and one
-    warp a program needs no barriers. On many SMs few items are cut into many parts each, and to
-    join them more threads do better. Where all read at the memory's rate, steps at the power limit
-    are still 1.2 to 1.6 % shorter with keys first (8B shape, 1024 sequences).
+    halves the tensor cores' work, for their least number of columns is 8 and of rows 16, and a
+    program of one warp waits for no other at its barriers. On many SMs few items are cut into many
+    parts each, and to join them more threads do better (keys first was measured with joins in
+    chunks of 2 shares, before ``JOIN_PAD``). Where all read at the memory's rate, steps at the
+    power limit are still 1.2 to 1.6 % shorter with keys first (8B shape, 1024 sequences).
     """
     if not is_hopper_or_newer():
         return PLAIN
-    few = 80 < num_sms >= num_items
-    return TMA if few and group <= 4 else KEYS_FIRST
+    many_parts = num_sms > MANY_SMS and num_items <= num_sms
+    return TMA if many_parts and group <= 4 else KEYS_FIRST
 
 
 class DecodeWorkspace:

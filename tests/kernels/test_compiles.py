@@ -27,8 +27,8 @@ TYPES = dict(
 )
 
 
-def tiles(rows, columns):
-    return f"tensordesc<bf16[{rows}, {columns}]>"
+def tiles(*shape):
+    return f"tensordesc<bf16[{', '.join(map(str, shape))}]>"
 
 
 def compile(kernel, constants, options, without=(), **types):
@@ -50,7 +50,7 @@ def decode(tuning, group):
     options = paged_decode.kernel_options(tuning, 8, int(group), 128, 256, 2)
     constants = {name: value for name, value in options.items() if name.isupper()}
     compiler = {name: value for name, value in options.items() if not name.isupper()}
-    cache = f"tensordesc<bf16[1, {paged_decode.TILE}, 128]>" if tuning.tma else "*bf16"
+    cache = tiles(1, paged_decode.TILE, 128) if tuning.tma else "*bf16"
     compile(paged_decode._decode_kernel, constants, compiler, k_cache=cache, v_cache=cache)
 
 

@@ -66,7 +66,10 @@ class RowLinear(nn.Module):
     def add_norm(
         self, x: torch.Tensor, residual: torch.Tensor, norm: RMSNorm
     ) -> tuple[kernels.Normed, torch.Tensor]:
-        """Returns (norm of s, s) for s = this layer's output + residual [T, out_features]."""
+        """Returns (norm of s, s) for s = this layer's output + residual [T, out_features].
+
+        The residual is used up: s may be written over it.
+        """
         if self.group.size > 1:
             y, total = norm.add(self(x), residual)
             return kernels.Normed(y), total

@@ -126,7 +126,7 @@ class Qwen3MLP(nn.Module):
     def add_norm(
         self, x: kernels.Normed, residual: torch.Tensor, norm: RMSNorm
     ) -> tuple[kernels.Normed, torch.Tensor]:
-        """Returns (norm of s, s) for s = the output + residual [T, hidden_size]."""
+        """Returns (norm of s, s) for s = the output + residual [T, hidden_size], used up by it."""
         return self.down_proj.add_norm(self._gated(x), residual, norm)
 
     def _gated(self, x: kernels.Normed) -> torch.Tensor:
@@ -266,8 +266,9 @@ class Qwen3Model(nn.Module):
         positions: torch.Tensor,
         metadata: Metadata | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """From the attention output of `layer` to (heads of the next layer, residual).
+        """From the attention output of `layer` to (heads of the next layer, new residual).
 
+        The residual given is used up: the new one may be written over it.
         After the last layer it is (hidden states after the final norm, residual).
         """
         block = self.layers[layer]

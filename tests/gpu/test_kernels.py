@@ -166,8 +166,9 @@ def test_a_layer_is_right_whichever_kernels_it_takes(tokens, head_dim, biased):
     down, qkv = (randn(1024, 512) / 23).to(BF16), (randn(features, 1024) / 32).to(BF16)
     biases = [randn(n, dtype=BF16) if biased else None for n in (1024, features)]
     norm_weight = randn(1024, dtype=BF16)
-    normed, total = kernels.linear_add_norm(x, down, biases[0], residual, norm_weight, EPS)
     y, expected_total = reference.linear_add_norm(x, down, biases[0], residual, norm_weight, EPS)
+    # The residual is used up, so it comes last.
+    normed, total = kernels.linear_add_norm(x, down, biases[0], residual, norm_weight, EPS)
     check(total, expected_total)
     assert (normed.squares is not None) == (tokens <= 8)
     q = kernels.linear_norm_rope_store(normed, qkv, biases[1], HeadInputs(**case))
@@ -184,8 +185,8 @@ def test_large_activations_in_float16():
     """A norm whose division is still due would overflow."""
     x, residual = randn(3, 512).half(), torch.full((3, 1024), 9000.0, device="cuda").half()
     weight, norm_weight = (randn(1024, 512) / 23).half(), torch.full((1024,), 12.0).cuda().half()
-    normed, _ = kernels.linear_add_norm(x, weight, None, residual, norm_weight, EPS)
     expected, _ = reference.linear_add_norm(x, weight, None, residual, norm_weight, EPS)
+    normed, _ = kernels.linear_add_norm(x, weight, None, residual, norm_weight, EPS)
     check(normed.divided(), expected)
 
 

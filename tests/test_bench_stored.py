@@ -17,15 +17,22 @@ class TestStored:
         old = make_point(8, 128, sequential=1.0, streams=2.0)
         new = make_point(8, 128, sequential=1.0, streams=0.5)
         extra = make_point(8, 512, sequential=1.0, streams=0.9)
-        write_record(make_map(make_shape("8B", [old])), tmp_path / "a.json")
-        write_record(
-            make_map(make_shape("14B", [extra]), make_shape("8B", [new, extra])),
-            tmp_path / "b.json",
-        )
+        first = make_map(make_shape("8B", [old]), make_shape("4B", [old]))
+        second = make_map(make_shape("14B", [extra]), make_shape("8B", [new, extra]))
+        second |= {"date": "2026-11-24T10:00:00+00:00", "seconds_per_arm": 1.0}
+        write_record(first, tmp_path / "a.json")
+        write_record(second, tmp_path / "b.json")
         record = read_map([tmp_path / "a.json", tmp_path / "b.json"])
         points = {shape["name"]: shape["points"] for shape in record["shapes"]}
-        assert points == {"8B": [new, extra], "14B": [extra]}
-        assert [*points] == ["8B", "14B"], "shapes are not ordered by size"
+        assert points == {"4B": [old], "8B": [new, extra], "14B": [extra]}
+        assert [*points] == ["4B", "8B", "14B"], "shapes are not ordered by size"
+        assert [shape["date"] for shape in record["shapes"]] == [
+            first["date"],
+            second["date"],
+            second["date"],
+        ]
+        assert [shape["seconds_per_arm"] for shape in record["shapes"]] == [0.3, 1.0, 1.0]
+        assert record["seconds_per_arm"] == 0.3
         assert record["sweep_seconds"] == 200
         assert record["summary"] == summarize(record["shapes"])
 

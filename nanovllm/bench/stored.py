@@ -36,6 +36,8 @@ def read_record(path: Path, benchmark: str) -> dict[str, Any]:
 def read_map(paths: Sequence[Path]) -> dict[str, Any]:
     """One map of several files: all their shapes by size, and of a point in two files the last.
 
+    Each shape keeps the date and the seconds an arm of the file that it comes from.
+
     Raises:
         BenchError: a file is not a map, or they come from different machines.
     """
@@ -48,12 +50,15 @@ def read_map(paths: Sequence[Path]) -> dict[str, Any]:
                     f"--from {paths[0]} {path}: {field} differ, so they make no one map"
                 )
     shapes: dict[str, dict[str, Any]] = {}
-    for shape in (shape for record in records for shape in record["shapes"]):
-        name = shape["name"]
-        shapes[name] = merge_shapes(shapes[name], shape) if name in shapes else shape
+    for record in records:
+        origin = {key: record[key] for key in ("date", "seconds_per_arm")}
+        for shape in record["shapes"]:
+            name, dated = shape["name"], origin | shape
+            shapes[name] = merge_shapes(shapes[name], dated) if name in shapes else dated
     by_size = [name for name in SIZES if name in shapes]
     rest = [name for name in shapes if name not in by_size]
     merged = records[-1] | {"shapes": [shapes[key] for key in [*rest, *by_size]]}
+    merged["seconds_per_arm"] = min(record["seconds_per_arm"] for record in records)
     merged["sweep_seconds"] = sum(record["sweep_seconds"] for record in records)
     return merged | {"summary": summarize(merged["shapes"])}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -311,6 +313,32 @@ def test_dummy_weights_do_not_vary(copy):
 def test_dummy_weights_still_need_config_json(copy):
     (copy / "config.json").unlink()
     assert "holds no config.json" in error_of(FileNotFoundError, copy, load_format="dummy")
+
+
+# ------------------------------------------------------------------ code
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "unheard_of"])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_in_a_checkpoint_never_runs(copy, tmp_path, file, model_type):
+    """Neither silently nor after a question on standard input, to which a pipe might say yes."""
+    trace = tmp_path / "trace"
+    (copy / "evil.py").write_text(f"open({str(trace)!r}, 'w').close()\n")
+    auto_map = {"AutoConfig": "evil.A", "AutoTokenizer": ["evil.B", "evil.C"]}
+    fields = json.loads((copy / "config.json").read_text()) | {"model_type": model_type}
+    (copy / "config.json").write_text(json.dumps(fields))
+    (copy / "tokenizer_config.json").write_text("{}")
+    fields = json.loads((copy / file).read_text()) | {"auto_map": auto_map}
+    (copy / file).write_text(json.dumps(fields))
+    script = f"from nanovllm import LLM; LLM({str(copy)!r}, device='cpu')"
+    done = subprocess.run(
+        [sys.executable, "-c", script], input="y\ny\n", capture_output=True, text=True, timeout=120
+    )
+    assert not trace.exists()
+    assert "[y/N]" not in done.stdout + done.stderr
+    if model_type != "qwen3":
+        assert "UnsupportedModelError" in done.stderr
+        assert model_type in done.stderr
 
 
 # ------------------------------------------------------------------ spellings of config.json

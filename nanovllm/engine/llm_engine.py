@@ -79,11 +79,11 @@ class LLMEngine:
         else:
             self.config = Config(**options) if model is None else Config(model, **options)
         directory = resolve_model(self.config.model)
-        self.tokenizer = load_tokenizer(directory)
-        device = resolve_device(self.config.device)
-        # Before other processes start, which would all stumble over it.
+        # Before anything else is read, and before other processes start and all stumble over it.
         tensor_parallel_size = self.config.tensor_parallel_size
         rank_heads(Qwen3Config.from_directory(directory), ParallelGroup(size=tensor_parallel_size))
+        self.tokenizer = load_tokenizer(directory)
+        device = resolve_device(self.config.device)
         if dist.is_torchelastic_launched() and tensor_parallel_size > 1:
             ranks = Ranks.join_torchrun(self.config, device)
         else:

@@ -156,7 +156,7 @@ class World:
                     for position in range(chunk.start, chunk.end):
                         self.kv[self.slot(chunk.seq, position)] = RUBBISH
         self.in_flight = None
-        self.scheduler.forget_plans()
+        self.scheduler.restart(self.alive.values())
         self.check()
 
     def finish(self, launched: Launched) -> None:

@@ -60,11 +60,20 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self.blocks = {i: Block() for i in range(PADDING_BLOCK + 1, PADDING_BLOCK + 1 + num_blocks)}
-        # Blocks without owners, the longest unused first.
-        self.free: OrderedDict[int, None] = OrderedDict.fromkeys(self.blocks)
-        self.by_hash: dict[int, int] = {}
         self.numbers = count(EMPTY.number + 1)
+        self.blocks = {i: Block() for i in range(PADDING_BLOCK + 1, PADDING_BLOCK + 1 + num_blocks)}
+        self.reset()
+
+    def reset(self) -> None:
+        """Takes back all blocks, whoever owns them; the prefix cache keeps what it knows."""
+        self.by_hash: dict[int, int] = {}
+        for block_id, block in self.blocks.items():
+            block.owners = 0
+            if block.text is not None:
+                self.by_hash.setdefault(block.text.chain_hash, block_id)
+        # Blocks without owners, the longest unused first.
+        by_use = sorted(self.blocks, key=lambda block_id: self.blocks[block_id].text is not None)
+        self.free: OrderedDict[int, None] = OrderedDict.fromkeys(by_use)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens fill or begin."""

@@ -9,12 +9,14 @@ request -> Scheduler (which tokens next?) -> ModelRunner (compute them) -> Sched
 from __future__ import annotations
 
 import dataclasses
-import operator
+import logging
 import os
 import random
+import threading
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypedDict
 
 import torch
@@ -24,6 +26,7 @@ from tqdm import tqdm
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.model_runner import LaunchedStep, ModelRunner
+from nanovllm.engine.prompts import Prompt, list_prompts, list_token_ids
 from nanovllm.engine.ranks import Ranks
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence as EngineSequence
@@ -35,7 +38,10 @@ from nanovllm.utils.hub import resolve_model
 from nanovllm.utils.options import check_names
 from nanovllm.utils.tokenizer import load_tokenizer
 
-Prompt = str | Sequence[int]
+logger = logging.getLogger(__name__)
+
+# How long the end of the interpreter waits for a step that another thread runs.
+EXIT_SECONDS = 10.0
 
 
 class Completion(TypedDict):
@@ -100,8 +106,12 @@ class LLMEngine:
             runner.close()
             raise SystemExit(0)
         self.model_runner = runner
+        self.process_id = os.getpid()
+        # Held a step at a time by whatever thread wants something of the engine.
+        self.lock = threading.RLock()
+        self.tokenizer_lock = threading.RLock()
         # Closes at garbage collection or interpreter exit at the latest, without keeping us alive.
-        self._close = weakref.finalize(self, runner.close)
+        self._finalizer = weakref.finalize(self, _close_in, self.process_id, self.lock, runner)
         blocks = BlockManager(
             runner.num_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching
         )
@@ -109,10 +119,15 @@ class LLMEngine:
             blocks, self.config.max_num_seqs, self.config.max_num_batched_tokens
         )
         self.in_flight: LaunchedStep | None = None
+        # Until their completions have been put where they belong.
         self.requests: dict[int, EngineSequence] = {}
-        # Of requests that were added before a `generate` and finished while it ran.
-        self.unclaimed: list[RequestOutput] = []
+        # Completions of `add_request`, until `step` returns them.
+        self.unclaimed: dict[int, RequestOutput] = {}
         self.next_request_id = 0
+        self.closed = False
+        self.settled = True  # no change was broken off
+        self.in_step = False
+        self.aborted: list[EngineSequence] = []  # by calls from within the step
         self.eos_ids = self._find_eos_ids()
 
     def __enter__(self) -> LLMEngine:
@@ -122,8 +137,17 @@ class LLMEngine:
         self.exit()
 
     def exit(self) -> None:
-        """Ends the worker processes and frees the device's memory; may be called twice."""
-        self._close()
+        """Ends the worker processes and frees the device's memory; may be called twice.
+
+        Waits for a step that another thread runs. Requests that are left are dropped.
+        """
+        if os.getpid() != self.process_id:
+            return  # a forked child: everything is still the parent's
+        with self.lock:
+            self.closed = True
+            self.requests, self.unclaimed, self.in_flight = {}, {}, None
+            self.model_runner.close()
+            self._finalizer.detach()
 
     def generate(
         self,
@@ -133,6 +157,9 @@ class LLMEngine:
         **sampling: Any,
     ) -> list[Completion]:
         """Completes `prompts`, all of them in one continuous batch.
+
+        Several threads may call it at a time: their requests run in one batch, and each gets its
+        own completions.
 
         Args:
             prompts: a text, or a list of texts or lists of token ids.
@@ -145,22 +172,24 @@ class LLMEngine:
 
         Raises:
             TypeError, ValueError: a prompt or option is not allowed; then none has been run.
+            RuntimeError: the engine has exited, or exits meanwhile.
         """
-        prompts = _prompt_list(prompts)
+        prompts = list_prompts(prompts)
         params = _params_per_prompt(sampling_params, len(prompts), sampling)
         ids = [self._check_prompt(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
-        requests = [self._queue(*pair) for pair in zip(ids, params, strict=True)]
+        results: dict[int, RequestOutput] = {}
         try:
-            outputs = self._run(set(requests), use_tqdm)
+            with self._changing():
+                requests = [self._queue(*pair, results) for pair in zip(ids, params, strict=True)]
+            self._run(results, len(requests), use_tqdm)
         finally:
             # After an interrupt or an error, nothing of this call stays behind.
-            for request_id in requests:
-                self.abort(request_id)
+            self._drop(results)
         return [
             Completion(
-                text=outputs[i]["text"],
-                token_ids=outputs[i]["token_ids"],
-                finish_reason=outputs[i]["finish_reason"],
+                text=results[i]["text"],
+                token_ids=results[i]["token_ids"],
+                finish_reason=results[i]["finish_reason"],
             )
             for i in requests
         ]
@@ -178,38 +207,120 @@ class LLMEngine:
                 fit; other requests are not affected.
         """
         (params,) = _params_per_prompt(sampling_params, 1, sampling)
-        return self._queue(self._check_prompt(prompt, "prompt"), params)
+        token_ids = self._check_prompt(prompt, "prompt")
+        with self._changing():
+            return self._queue(token_ids, params, None)
 
     def step(self) -> list[RequestOutput]:
         """Runs one step of the batch; returns the requests that finished with it.
 
-        Those that have finished within a call of `generate`, but are not its own, come first.
+        Requests of a `generate` that runs in another thread take part and go to that call. Those
+        of `add_request` that have finished within a call of `generate` come first.
         With `async_scheduling` the step after it is already launched when its tokens arrive.
+
+        If it raises, nothing is lost: the next call goes on, or says that the engine has exited.
         """
-        outputs = [*self.unclaimed, *self._advance()]
-        self.unclaimed = []
-        return outputs
+        outputs: dict[int, RequestOutput] = {}
+        try:
+            self._advance()
+            with self.lock:
+                outputs, self.unclaimed = self.unclaimed, outputs
+            return list(outputs.values())
+        except BaseException:
+            self.unclaimed = {**outputs, **self.unclaimed}  # the caller did not get them
+            raise
 
     def is_finished(self) -> bool:
         """Whether no request is waiting or running, and none has finished unseen."""
         return not self.requests and not self.unclaimed
 
-    def _advance(self) -> list[RequestOutput]:
+    def abort(self, request_id: int) -> bool:
+        """Ends a request, from whatever thread; returns False if it has finished already.
+
+        `step` never returns it; a `generate` whose request it is returns what there is of it, with
+        finish reason "abort".
+
+        Raises:
+            KeyError: there never was such a request.
+        """
+        with self.lock:
+            if not 0 <= request_id < self.next_request_id:
+                raise KeyError(
+                    f"request_id={request_id!r} is unknown: ids so far are below "
+                    f"{self.next_request_id}"
+                )
+            seq = self.requests.get(request_id)
+            if seq is None or seq.finish_reason is not None:
+                return False
+            seq.finish("abort")
+            if self.in_step:  # which calls us; it takes the request out at its end
+                self.aborted.append(seq)
+            else:
+                self._mend()
+                with self._changing():
+                    self._take_out([seq])
+            return True
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Surrounds every change of requests, queues or blocks, by one thread at a time.
+
+        If it is broken off, `settled` stays False, and `_mend` knows.
+        """
         self._check_open()
+        with self.lock:
+            self._check_open()
+            settled, self.settled = self.settled, False
+            yield
+            self.settled = settled
+
+    def _mend(self) -> None:
+        """After an error or interrupt that broke off a change: back to what is certain.
+
+        That is the tokens of each request; all else is made anew. A token that was drawn and lost
+        is drawn again, and is the same.
+        """
+        if self.settled:
+            return
+        self.in_flight, self.aborted = None, []
         try:
-            with self.model_runner.ranks.in_step():
-                current = self.in_flight or self._launch(ahead=False)
-                if current is None:
-                    return []
-                self.in_flight = self._launch(ahead=True) if self._may_look_ahead() else None
-                tokens = self.model_runner.collect(current)
-        except BaseException:
-            self.in_flight = None
-            self.scheduler.forget_plans()
-            if self.model_runner.ranks.parted:
-                self.exit()
+            self.model_runner.synchronize()
+        except RuntimeError:  # the device is lost
+            self.exit()
             raise
-        return [self._output(seq) for seq in self.scheduler.update(current.step, tokens)]
+        self.scheduler.restart(self.requests.values())
+        self._take_out([seq for seq in self.requests.values() if seq.finish_reason is not None])
+        self.settled = True
+
+    def _advance(self) -> None:
+        """Runs one step; completions go where their requests say."""
+        with self.lock:
+            self._check_open()
+            self._mend()
+            try:
+                with self._changing():
+                    self.in_step = True
+                    self._take_out(self._run_step())
+            except BaseException:
+                if self.model_runner.ranks.parted:
+                    self.exit()
+                raise
+            finally:
+                self.in_step = False
+        # NOTE: without this, a thread that steps in a loop keeps all others out.
+        os.sched_yield() if hasattr(os, "sched_yield") else time.sleep(0)
+
+    def _run_step(self) -> list[EngineSequence]:
+        """The requests that ended with this step."""
+        with self.model_runner.ranks.in_step():
+            current = self.in_flight or self._launch(ahead=False)
+            if current is None:
+                return []
+            self.in_flight = self._launch(ahead=True) if self._may_look_ahead() else None
+            tokens = self.model_runner.collect(current)
+        finished = self.scheduler.update(current.step, tokens)
+        aborted, self.aborted = self.aborted, []
+        return finished + aborted
 
     def _launch(self, *, ahead: bool) -> LaunchedStep | None:
         step = self.scheduler.schedule(ahead=ahead)
@@ -228,41 +339,30 @@ class LLMEngine:
             and config.tensor_parallel_size == 1
         )
 
-    def abort(self, request_id: int) -> bool:
-        """Drops a request; returns False if it has finished already.
-
-        Raises:
-            KeyError: there never was such a request.
-        """
-        if not 0 <= request_id < self.next_request_id:
-            raise KeyError(
-                f"request_id={request_id!r} is unknown: ids so far are below {self.next_request_id}"
-            )
-        seq = self.requests.pop(request_id, None)
-        if seq is None:
-            return False
-        self.scheduler.abort(seq)
-        return True
-
-    def _run(self, unfinished: set[int], use_tqdm: bool) -> dict[int, RequestOutput]:
-        """Steps until all requests of the set are finished."""
-        outputs: dict[int, RequestOutput] = {}
-        total_tokens, start = 0, time.perf_counter()
-        with tqdm(total=len(unfinished), desc="Generating", disable=not use_tqdm) as bar:
-            while unfinished:
-                for output in self._advance():
-                    if output["request_id"] not in unfinished:
-                        self.unclaimed.append(output)
-                        continue
-                    unfinished.discard(output["request_id"])
-                    outputs[output["request_id"]] = output
-                    total_tokens += len(output["token_ids"])
-                    rate = total_tokens / (time.perf_counter() - start)
+    def _run(self, results: dict[int, RequestOutput], count: int, use_tqdm: bool) -> None:
+        """Steps until there are `count` results."""
+        start = time.perf_counter()
+        with tqdm(total=count, desc="Generating", disable=not use_tqdm) as bar:
+            while len(results) < count:
+                self._advance()
+                if len(results) > bar.n:
+                    tokens = sum(len(output["token_ids"]) for output in list(results.values()))
+                    rate = tokens / (time.perf_counter() - start)
                     bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-                    bar.update()
-        return outputs
+                    bar.update(len(results) - bar.n)
 
-    def _queue(self, token_ids: list[int], params: SamplingParams) -> int:
+    def _drop(self, results: dict[int, RequestOutput]) -> None:
+        """Ends all requests whose completions were to go to `results`."""
+        with self.lock:
+            for seq in [seq for seq in self.requests.values() if seq.results is results]:
+                self.abort(seq.request_id)
+
+    def _queue(
+        self,
+        token_ids: list[int],
+        params: SamplingParams,
+        results: dict[int, RequestOutput] | None,
+    ) -> int:
         request_id = self.next_request_id
         self.next_request_id += 1
         seq = EngineSequence(
@@ -274,26 +374,45 @@ class LLMEngine:
             ),
             max_len=min(self.model_runner.max_model_len, self.model_runner.capacity),
             seed=random.getrandbits(63) if params.seed is None else params.seed,
+            results=results,
         )
         self.requests[request_id] = seq
         self.scheduler.add(seq)
         return request_id
 
+    def _take_out(self, ended: list[EngineSequence]) -> None:
+        """Hands over the completions of requests, then forgets them; may be repeated."""
+        for seq in ended:
+            if seq.finish_reason == "abort":
+                self.scheduler.abort(seq)
+            results = self.unclaimed if seq.results is None else seq.results
+            if seq.results is not None or seq.finish_reason != "abort":
+                results[seq.request_id] = self._output(seq)
+            self.requests.pop(seq.request_id, None)
+
     def _output(self, seq: EngineSequence) -> RequestOutput:
-        del self.requests[seq.request_id]
-        token_ids = seq.token_ids[seq.prompt_len :]
-        assert seq.finish_reason is not None
+        token_ids, reason = seq.token_ids[seq.prompt_len :], seq.finish_reason
+        assert reason is not None
+        if reason == "error":
+            logger.warning(
+                "Request %d ends in error: logits of token %d after its prompt are not numbers",
+                seq.request_id,
+                len(token_ids),
+            )
+        try:
+            text = self._decode(token_ids)
+        except Exception as error:  # of the tokenizer, which comes with the checkpoint
+            logger.warning("Request %d: its text cannot be decoded: %r", seq.request_id, error)
+            text, reason = "", "error"
         return RequestOutput(
-            request_id=seq.request_id,
-            text=self._decode(token_ids),
-            token_ids=token_ids,
-            finish_reason=seq.finish_reason,
+            request_id=seq.request_id, text=text, token_ids=token_ids, finish_reason=reason
         )
 
     def _decode(self, token_ids: list[int]) -> str:
         if self.tokenizer is None:
             return ""
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+        with self.tokenizer_lock:
+            return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def _check_prompt(self, prompt: Prompt, name: str) -> list[int]:
         """The token ids of a prompt that this engine can run."""
@@ -318,22 +437,18 @@ class LLMEngine:
         return token_ids
 
     def _tokenize(self, prompt: Prompt, name: str) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(
-                    f"{name} is a text, but model={self.config.model!r} has no tokenizer: give "
-                    "token ids"
-                )
-            return list(self.tokenizer.encode(prompt))
+        if not isinstance(prompt, str):
+            return list_token_ids(prompt, name)
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{name} is a text, but model={self.config.model!r} has no tokenizer: give token "
+                "ids"
+            )
         try:
-            if isinstance(prompt, Iterable) and not isinstance(prompt, (bytes, bytearray)):
-                tokens = list(prompt)
-                # A call per token would keep the GPU waiting for a long prompt.
-                only_ints = set(map(type, tokens)) == {int}
-                return tokens if only_ints else [_token_id(token) for token in tokens]
-        except TypeError:
-            pass  # the error below says what is wrong
-        raise TypeError(f"{name}={prompt!r:.80} is neither a text nor a list of token ids")
+            with self.tokenizer_lock:
+                return list(self.tokenizer.encode(prompt))
+        except Exception as error:  # of the tokenizer, which comes with the checkpoint
+            raise ValueError(f"{name}={prompt!r:.80} cannot be encoded: {error!r}") from error
 
     def _find_eos_ids(self) -> frozenset[int]:
         """From config.json, generation_config.json and the tokenizer together."""
@@ -343,8 +458,22 @@ class LLMEngine:
         return frozenset(ids)
 
     def _check_open(self) -> None:
-        if not self._close.alive:
+        if os.getpid() != self.process_id:
+            raise RuntimeError(
+                f"this engine belongs to process {self.process_id}, and process {os.getpid()} "
+                "was forked from it: make a new one"
+            )
+        if self.closed:
             raise RuntimeError("this engine has exited; make a new one")
+
+
+def _close_in(process_id: int, lock: threading.RLock, runner: ModelRunner) -> None:
+    """Closes `runner`, unless this is a forked child or a step never ends."""
+    if os.getpid() == process_id and lock.acquire(timeout=EXIT_SECONDS):
+        try:
+            runner.close()
+        finally:
+            lock.release()
 
 
 def resolve_device(wanted: str) -> torch.device:
@@ -360,20 +489,6 @@ def resolve_device(wanted: str) -> torch.device:
     if wanted == "cuda":
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device(wanted)
-
-
-def _prompt_list(prompts: Any) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if isinstance(prompts, Iterable) and not isinstance(prompts, (bytes, bytearray)):
-        return list(prompts)
-    raise TypeError(f"prompts={prompts!r:.80} is neither a text nor a list of prompts")
-
-
-def _token_id(value: Any) -> int:
-    if isinstance(value, bool):
-        raise TypeError("True and False are no token ids")
-    return operator.index(value)
 
 
 def _params_per_prompt(

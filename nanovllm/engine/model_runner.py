@@ -108,11 +108,11 @@ class ModelRunner:
         """Frees the device's memory and ends the other ranks; may be called twice."""
         if self.closed:
             return
-        self.closed = True
-        if self.device.type == "cuda" and not self.ranks.parted:
-            torch.cuda.synchronize(self.device)  # a step launched ahead may still run
+        if not self.ranks.parted:
+            self.synchronize()  # a step launched ahead may still run
         self.decode.close()
         self.ranks.close()
+        self.closed = True  # only now, so that a close that was interrupted can be repeated
         # The device's memory goes with the last references to it.
         del self.model, self.decode, self.graph_memory
         if self.device.type == "cuda":
@@ -142,8 +142,15 @@ class ModelRunner:
         """Writes the stages of the last profiled decode steps to `path`; see utils/timeline.py."""
         save_timeline(list(self.statistics.recent), path)
 
+    def synchronize(self) -> None:
+        """Waits for all that was launched."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def launch(self, step: Step) -> LaunchedStep:
         """Issues `step` on all ranks, without waiting for it."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # it is each thread's own
         decode: DecodeStep | None = None
         if step.is_decode:
             decode = self.decode.prepare(np.array([chunk.end for chunk in step.chunks]))

@@ -12,6 +12,7 @@ advances, and since no sequence may grow beyond all blocks together, it always e
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nanovllm.engine.block_manager import BlockManager
@@ -58,11 +59,8 @@ class Scheduler:
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
-        self.free_seats = list(range(max_num_seqs))
-        self.prefill_streak = 0
         self.num_preemptions = 0
+        self.restart(())
 
     @property
     def is_idle(self) -> bool:
@@ -72,18 +70,34 @@ class Scheduler:
         """Queues a sequence whose prompt fits in all blocks together."""
         self.waiting.append(seq)
 
+    def restart(self, seqs: Iterable[Sequence]) -> None:
+        """Begins anew with these sequences, in order of arrival, from the prefix cache at best.
+
+        All that a sequence needs to go on is its tokens, so this mends whatever an error or an
+        interrupt in any other method left half done. Those that have finished are left out.
+        """
+        self.blocks.reset()
+        self.running: list[Sequence] = []
+        self.free_seats = list(range(self.max_num_seqs))
+        self.prefill_streak = 0
+        self.waiting: deque[Sequence] = deque()
+        for seq in seqs:
+            seq.rewind()
+            if seq.finish_reason is None:
+                self.waiting.append(seq)
+
     def abort(self, seq: Sequence) -> None:
         """Ends a waiting or running sequence at once."""
-        if seq.status is Status.RUNNING:
+        if seq in self.running:
             self._leave(seq)
-        elif seq.status is Status.WAITING:
+        elif seq in self.waiting:
             self.waiting.remove(seq)
         seq.finish("abort")
 
     def schedule(self, *, ahead: bool = False) -> Step | None:
         """Plans the next step; None if nothing is left to do.
 
-        Its tokens count as computed once `update` is called; `forget_plans` takes it back.
+        Its tokens count as computed once `update` is called.
 
         Args:
             ahead: plan although the last step has not been updated: sequences whose last token is
@@ -96,9 +110,9 @@ class Scheduler:
             if chunks:
                 self.prefill_streak += 1
                 return self._plan(Step(False, chunks))
-        self.prefill_streak = 0
         chunks = self._decode_chunks(ready, may_preempt=not ahead)
         if chunks:
+            self.prefill_streak = 0
             return self._plan(Step(True, chunks))
         if ahead or self.is_idle:
             return None
@@ -109,7 +123,10 @@ class Scheduler:
         return self._plan(Step(False, chunks))
 
     def update(self, step: Step, tokens: list[int]) -> list[Sequence]:
-        """Takes the tokens drawn by `step`, one per sampling chunk; returns the finished ones."""
+        """Takes the tokens drawn by `step`, one per sampling chunk; returns the finished ones.
+
+        A token below 0 says that there were no logits to draw from: its sequence ends in error.
+        """
         finished: list[Sequence] = []
         drawn = iter(tokens)
         for chunk in step.chunks:
@@ -121,17 +138,14 @@ class Scheduler:
             self.blocks.register(seq)
             if token is not None:
                 seq.num_pending -= 1
-                seq.append(token)
+                if token < 0:
+                    seq.finish("error")
+                else:
+                    seq.append(token)
                 if seq.finish_reason is not None:
                     self._leave(seq)
                     finished.append(seq)
         return finished
-
-    def forget_plans(self) -> None:
-        """Takes back all steps that were planned and not updated, because they failed."""
-        for seq in self.running:
-            seq.num_scheduled = seq.num_computed
-            seq.num_pending = 0
 
     def _plan(self, step: Step) -> Step:
         for chunk in step.chunks:

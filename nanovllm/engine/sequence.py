@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Any
 
 from nanovllm.sampling_params import SamplingParams
 
@@ -36,7 +37,8 @@ class Sequence:
         num_pending: tokens that steps in flight draw, so that their values are not known yet.
         seat: row of its last token on the device, while it runs.
         num_registered: leading blocks that the prefix cache knows.
-        finish_reason: "stop", "length" or "abort" once finished.
+        finish_reason: "stop", "length", "abort" or "error" once finished.
+        results: where the engine puts its completion; None: where `LLMEngine.step` finds it.
     """
 
     request_id: int
@@ -45,6 +47,7 @@ class Sequence:
     stop_ids: frozenset[int]
     max_len: int
     seed: int
+    results: dict[int, Any] | None = None
     prompt_len: int = field(init=False)
     end_len: int = field(init=False)
     status: Status = Status.WAITING
@@ -89,11 +92,23 @@ class Sequence:
     def append(self, token: int) -> None:
         """Takes a generated token, and finishes the sequence if it was the last."""
         self.token_ids.append(token)
-        if token in self.stop_ids:
+        self.judge()
+
+    def judge(self) -> None:
+        """Finishes the sequence if its tokens say so."""
+        if len(self.token_ids) > self.prompt_len and self.token_ids[-1] in self.stop_ids:
             self.finish("stop")
         elif not self.num_pending and self.is_full:
             self.finish("length")
 
+    def rewind(self) -> None:
+        """Forgets what was computed and planned of it, but none of its tokens."""
+        self.num_computed = self.num_scheduled = self.num_registered = self.num_pending = 0
+        self.block_table, self.seat = [], -1
+        if self.finish_reason is None:
+            self.judge()
+        self.status = Status.WAITING if self.finish_reason is None else Status.FINISHED
+
     def finish(self, reason: str) -> None:
-        self.status = Status.FINISHED
         self.finish_reason = reason
+        self.status = Status.FINISHED

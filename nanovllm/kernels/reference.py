@@ -262,7 +262,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def resolve_tokens(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
-    """Replace every id below 0, which is ``-1 - seat``, by that seat's last token.
+    """Replace every id below 0, which is ``-1 - seat``, by that seat's last token (-1: token 0).
 
     Args:
         input_ids: ``[N]`` integers.
@@ -272,7 +272,7 @@ def resolve_tokens(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
         ``[N]`` int64.
     """
     seats = (-1 - input_ids).clamp(min=0).long()
-    return torch.where(input_ids < 0, last_tokens[seats], input_ids.long())
+    return torch.where(input_ids < 0, last_tokens[seats], input_ids.long()).clamp(min=0)
 
 
 # ------------------------------------------------------------------ sampling
@@ -352,15 +352,14 @@ def sample(
     """Draw one token per row from ``softmax(logits / temperature)``.
 
     Args:
-        logits: ``[N, V]``, any float dtype; -inf or NaN excludes a token. A row without any
-            token left gives token 0.
+        logits: ``[N, V]``, any float dtype; -inf excludes a token.
         temperatures: ``[N]`` float32; 0 takes the most likely token (of equals, the lowest).
         seeds: ``[N]`` int64, the request's seed.
         steps: ``[N]`` int64, which token of the request this is.
         cut: where each row's tokens end, see ``find_cut``; None: they may all be drawn.
 
     Returns:
-        ``[N]`` int64.
+        ``[N]`` int64; -1 for a row that has a NaN, or nothing but -inf.
 
     A row's draw depends on its own logits, temperature, seed and step only, never on the batch.
 
@@ -371,6 +370,7 @@ def sample(
     within that tile. The product of the two probabilities is the softmax's, and the noise of all
     other tiles is never needed.
     """
+    broken = logits.isnan().any(1) | (logits == float("-inf")).all(1)
     if cut is not None:
         least, last = (x[:, None] for x in cut)
         among = torch.arange(logits.shape[1], device=logits.device) <= last
@@ -394,7 +394,7 @@ def sample(
     first = tile * SAMPLE_TILE
     chosen = tiles.take_along_dim(tile[:, :, None], 1).squeeze(1)
     token = draw(chosen, first + torch.arange(SAMPLE_TILE, device=logits.device))
-    return (first + token).squeeze(1)
+    return torch.where(broken, -1, (first + token).squeeze(1))
 
 
 def random_bits(seed: Tensor, step: Tensor, index: Tensor) -> Tensor:

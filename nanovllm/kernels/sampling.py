@@ -35,7 +35,7 @@ def sample(
         cut: ``[N]`` float32 and ``[N]`` int32, see ``likely.find_cut``; None: draw of all tokens.
 
     Returns:
-        ``[N]`` int64.
+        ``[N]`` int64; -1 where a logit is NaN or none is above -inf.
     """
     rows, vocab = logits.shape
     tiles = triton.cdiv(vocab, SAMPLE_TILE)
@@ -88,16 +88,22 @@ def _weigh_kernel(
     VOCAB: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """The log-sum-exp of one row's logits in one tile, or their maximum at temperature 0."""
+    """The log-sum-exp of one row's logits in one tile, or their maximum at temperature 0.
+
+    NaN if one of them is.
+    """
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     temperature = tl.load(temperatures + row)
     score = _scores(logits, row, row_stride, tile, temperature, floors, lasts, VOCAB, TILE)
+    broken = tl.max((score != score).to(tl.int32), axis=0) > 0
+    score = tl.where(score == score, score, float("-inf"))
     weight = tl.max(score, axis=0)
     if temperature > 0:
         # Finite, so that a tile with nothing but -inf, or with inf, does not weigh NaN.
         peak = tl.minimum(tl.maximum(weight, -3.0e38), 3.0e38)
         weight = peak + tl.log2(tl.sum(tl.exp2(score - peak), axis=0))
+    weight = tl.where(broken, float("nan"), weight)
     tl.store(weights + row * tl.num_programs(1) + tile, weight)
 
 
@@ -126,6 +132,10 @@ def _draw_kernel(
     tiles = tl.arange(0, TILES_PAD)
     inside = tiles < NUM_TILES
     weight = tl.load(weights + row * NUM_TILES + tiles, mask=inside, other=float("-inf"))
+    broken = tl.max((weight != weight).to(tl.int32), axis=0) > 0
+    # NOTE: a NaN is no maximum, so it could let the draw end in a lane beyond the vocabulary.
+    weight = tl.where(weight == weight, weight, float("-inf"))
+    broken |= tl.max(weight, axis=0) == float("-inf")
     if temperature > 0:
         weight += _gumbel(seed, step, NUM_TILES * TILE + tiles)
     _, tile = tl.max(weight, axis=0, return_indices=True)
@@ -133,8 +143,9 @@ def _draw_kernel(
     score = _scores(logits, row, row_stride, tile, temperature, floors, lasts, VOCAB, TILE)
     if temperature > 0:
         score += _gumbel(seed, step, tile * TILE + tl.arange(0, TILE))
+    score = tl.where(score == score, score, float("-inf"))
     _, place = tl.max(score, axis=0, return_indices=True)
-    tl.store(tokens + row, (tile * TILE + place).to(tl.int64))
+    tl.store(tokens + row, tl.where(broken, -1, tile * TILE + place).to(tl.int64))
 
 
 @triton.jit
@@ -151,7 +162,7 @@ def _scores(
 ):
     """``logits / temperature * log2(e)`` of a tile, or just the logits at temperature 0.
 
-    What is beyond the row's cut, if there is one, is -inf.
+    What is beyond the row's cut, if there is one, is -inf; NaN stays NaN.
     """
     token = tile * TILE + tl.arange(0, TILE)
     place = logits + row * row_stride + token
@@ -159,10 +170,8 @@ def _scores(
     if floors is not None:
         least = tl.load(floors + row)
         stays = (score > least) | ((score == least) & (token <= tl.load(lasts + row)))
-        score = tl.where(stays, score, float("-inf"))
-    score *= tl.where(temperature > 0, _LOG2_E / tl.maximum(temperature, 1e-30), 1.0)
-    # NOTE: a NaN is no maximum, so it could let the draw end in a lane beyond the vocabulary.
-    return tl.where(score == score, score, float("-inf"))
+        score = tl.where(stays | (score != score), score, float("-inf"))
+    return score * tl.where(temperature > 0, _LOG2_E / tl.maximum(temperature, 1e-30), 1.0)
 
 
 @triton.jit

@@ -22,4 +22,5 @@ def _resolve_kernel(input_ids, last_tokens, out, count, BLOCK: tl.constexpr):
     given = tl.load(input_ids + index, mask=index < count, other=0).to(tl.int64)
     pending = given < 0
     drawn = tl.load(last_tokens - 1 - given, mask=pending & (index < count), other=0)
-    tl.store(out + index, tl.where(pending, drawn, given), mask=index < count)
+    # Where nothing could be drawn there is -1, and the row still needs a token to go on.
+    tl.store(out + index, tl.maximum(tl.where(pending, drawn, given), 0), mask=index < count)

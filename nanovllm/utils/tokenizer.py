@@ -18,5 +18,5 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
     # Imported late: transformers takes seconds, and dummy weights do without it.
     from transformers import AutoTokenizer
 
-    # NOTE: without the last argument transformers asks on stdin whether to run the checkpoint's code.
+    # NOTE: else transformers asks on stdin whether to run the checkpoint's code.
     return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)

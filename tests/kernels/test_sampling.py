@@ -41,20 +41,23 @@ def test_excluded_tokens_are_never_drawn(poison, sample):
 
 @SAMPLERS
 @pytest.mark.parametrize("vocab", [1, 5, 9000])
-def test_a_draw_is_a_token_whatever_the_logits(poison, sample, vocab):
+def test_a_draw_is_a_token_or_says_that_the_logits_are_not_numbers(poison, sample, vocab):
     """No row may leave the vocabulary: the next step looks its token up in the embedding."""
     logits, temperatures, seeds, steps = sampling_case(12, vocab)
     nan, inf = float("nan"), float("inf")
     for row, value in enumerate((nan, nan, -inf, -inf, inf, inf)):
         logits[row] = value
-    for row in range(6, 12):
-        logits[row, torch.rand(vocab, device=DEVICE) < 0.5] = nan if row < 9 else inf
-    temperatures[1], temperatures[3], temperatures[7] = 0.7, 1e-30, 1e30
-    tokens = sample(logits, temperatures, seeds, steps)
-    assert ((tokens >= 0) & (tokens < vocab)).all()
-    assert tokens[:4].tolist() == [0, 0, 0, 0]
     for row in range(6, 9):
-        assert vocab < 9000 or not logits[row, tokens[row]].isnan()
+        logits[row, torch.rand(vocab, device=DEVICE) < 0.5] = inf
+    for row in range(9, 12):
+        logits[row, random.randrange(vocab)] = nan
+    temperatures[1], temperatures[3], temperatures[7] = 0.7, 1e-30, 1e30
+    cut = torch.full((12,), 1e9, device=DEVICE), torch.full((12,), vocab, device=DEVICE).int()
+    for ends in (None, cut):  # a NaN is found even where no token may be drawn
+        tokens = sample(logits, temperatures, seeds, steps, ends)
+        drawn = tokens[4:9] if ends is None else tokens[:0]
+        assert ((drawn >= 0) & (drawn < vocab)).all()
+        assert set(tokens[:4].tolist() + tokens[9:].tolist()) == {-1}
 
 
 @SAMPLERS

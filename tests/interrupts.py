@@ -1,0 +1,179 @@
+"""Breaks off an engine at a line of its own code: what Ctrl-C, a signal handler or an error may do.
+
+    python tests/interrupts.py --count 600           # interrupts at random lines
+    python tests/interrupts.py --every 1             # an exception at every line of the steps
+
+A scenario of requests that come, run, are aborted and finish is played once to count the lines
+that it executes in nanovllm/, and then again and again with an exception at one of them. After it
+the engine must give the right tokens, or say that it has closed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import nanovllm
+from nanovllm import LLM, SamplingParams
+from tests.checkpoints import Shape, prompts
+
+PACKAGE = str(Path(nanovllm.__file__).parent)
+OPTIONS: dict[str, Any] = {
+    "device": "cpu",
+    "max_model_len": 64,
+    "kvcache_block_size": 16,
+    "num_kvcache_blocks": 5,  # so few that requests are preempted
+    "max_num_batched_tokens": 24,
+    "max_num_seqs": 3,
+}
+PROMPTS = prompts(3, count=6, longest=30)
+LENGTHS = [8, 3, 6, 1, 5, 7]
+PARAMS = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in LENGTHS]
+
+
+class BreakOff(KeyboardInterrupt):
+    """What is raised; no `except Exception` of the engine's may take it for an error of its own."""
+
+
+@contextmanager
+def broken_at(line: int, error: type[BaseException] = BreakOff) -> Iterator[list[int]]:
+    """Raises `error` before line number `line` that the package executes from now on (from 1).
+
+    Yields a list whose only item counts the lines.
+    """
+    executed = [0]
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        if event == "line":
+            executed[0] += 1
+            if executed[0] == line:
+                raise error(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield executed
+    finally:
+        sys.settrace(before)
+
+
+@dataclass
+class Play:
+    """Requests that are added, stepped, aborted and generated, on an engine."""
+
+    engine: LLM
+    ids: dict[int, int] = field(default_factory=dict)  # request id -> number of the prompt
+    said: dict[int, list[int]] = field(default_factory=dict)  # number of the prompt -> tokens
+
+    def run(self) -> dict[int, list[int]]:
+        engine = self.engine
+        for i in range(3):
+            self.ids[engine.add_request(PROMPTS[i], PARAMS[i])] = i
+        dropped = engine.add_request(PROMPTS[3], PARAMS[5])
+        for _ in range(2):
+            self.step()
+        engine.abort(dropped)
+        outputs = engine.generate(PROMPTS[3:], PARAMS[3:], use_tqdm=False)
+        self.said |= {3 + i: output["token_ids"] for i, output in enumerate(outputs)}
+        self.finish()
+        return self.said
+
+    def step(self) -> None:
+        for output in self.engine.step():
+            # One that `run` does not know was added by a call that was broken off.
+            if output["request_id"] in self.ids:
+                self.said[self.ids[output["request_id"]]] = output["token_ids"]
+
+    def finish(self) -> None:
+        for _ in range(300):
+            if self.engine.is_finished():
+                return
+            self.step()
+        raise AssertionError("requests are left that never finish")
+
+
+def verdict(play: Play, right: dict[int, list[int]]) -> str:
+    """What became of the engine of a broken-off play: "right", "closed" or "wrong: ..."."""
+    engine = play.engine
+    try:
+        play.finish()
+        if any(play.said.get(i) != right[i] for i in play.ids.values()):
+            return f"wrong: {play.said} of {play.ids}"
+        if Play(engine).run() != right:
+            return "wrong: tokens afterwards"
+    except RuntimeError as error:
+        return "closed" if "exited" in str(error) else f"wrong: {error!r}"
+    except Exception as error:
+        return f"wrong: {error!r}"
+    blocks = engine.scheduler.blocks
+    idle = engine.scheduler.is_idle and len(blocks.free) == blocks.num_blocks
+    return "right" if idle and not engine.requests else "wrong: something is left behind"
+
+
+class Victim:
+    """An engine that is broken off again and again, and made anew if it does not survive."""
+
+    def __init__(self, directory: str, error: type[BaseException] = BreakOff) -> None:
+        self.directory, self.error = directory, error
+        self.engine = LLM(directory, **OPTIONS)
+        self.right = Play(self.engine).run()
+        with broken_at(-1) as executed:
+            Play(self.engine).run()
+        self.lines = executed[0]
+
+    def break_off(self, line: int) -> str | None:
+        """A play that is broken off at that line; None if it ended before."""
+        play = Play(self.engine)
+        try:
+            with broken_at(line, self.error):
+                play.run()
+            return None
+        except self.error:
+            result = verdict(play, self.right)
+        if result != "right":
+            self.engine.exit()
+            self.engine = LLM(self.directory, **OPTIONS)
+        return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--count", type=int, default=600, help="interrupts at random lines")
+    parser.add_argument("--every", type=int, help="instead: at every so-manieth line of a play")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    results: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as directory:
+        write_model(Path(directory))
+        victim = Victim(directory)
+        draw = random.Random(args.seed)
+        chosen = [draw.randrange(1, victim.lines) for _ in range(args.count)]
+        for line in range(1, victim.lines, args.every) if args.every else chosen:
+            result = victim.break_off(line)
+            if result is not None:
+                results[result.split(":")[0]] += 1
+                if result != "right":
+                    print(f"line {line}: {result}", flush=True)
+        victim.engine.exit()
+    print(f"{sum(results.values())} interrupts among {victim.lines} lines: {dict(results)}")
+    return int(results["wrong"] > 0)
+
+
+def write_model(directory: Path) -> None:
+    Shape(layers=1, heads=2, kv_heads=1, hidden=32, seed=5).write(directory)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -24,7 +24,7 @@ from typing import Any
 
 import nanovllm
 from nanovllm import LLM, SamplingParams
-from tests.checkpoints import Shape, prompts
+from tests.checkpoints import VOCAB, Shape
 
 PACKAGE = str(Path(nanovllm.__file__).parent)
 OPTIONS: dict[str, Any] = {
@@ -35,9 +35,8 @@ OPTIONS: dict[str, Any] = {
     "max_num_batched_tokens": 24,
     "max_num_seqs": 3,
 }
-PROMPTS = prompts(3, count=6, longest=30)
-LENGTHS = [8, 3, 6, 1, 5, 7]
-PARAMS = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in LENGTHS]
+PROMPTS = [random.Random(n).choices(range(2, VOCAB), k=n) for n in (28, 30, 5, 12, 29, 3)]
+PARAMS = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (8, 9, 6, 1, 7, 7)]
 
 
 class BreakOff(KeyboardInterrupt):

@@ -91,6 +91,7 @@ class World:
         self.arrivals = 0
         self.oldest: int | None = None
         self.stalled = 0  # steps that the oldest has waited
+        self.waits: Counter[int] = Counter()  # steps that each has waited since it could decode
 
     @property
     def capacity(self) -> int:
@@ -221,6 +222,12 @@ class World:
         self.stalled = self.stalled + 1 if waits and oldest == self.oldest else int(waits)
         self.oldest = oldest
         assert self.stalled <= MAX_PREFILL_STREAK, "the oldest request starves"
+        chosen = {chunk.seq.request_id for chunk in step.chunks}
+        for seq in self.scheduler.running:
+            could = seq.length - seq.num_scheduled == 1 and seq.length < seq.end_len
+            waits = could and seq.request_id not in chosen
+            self.waits[seq.request_id] = self.waits[seq.request_id] + 1 if waits else 0
+        assert max(self.waits.values()) <= MAX_PREFILL_STREAK, "a running request starves"
 
     def check(self) -> None:
         self.check_queues()

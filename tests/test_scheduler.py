@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from unittest.mock import patch
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from nanovllm.engine import block_manager
 from nanovllm.engine.scheduler import MAX_PREFILL_STREAK
 from nanovllm.engine.sequence import Status
+from tests.scheduler_marathon import marathon
 from tests.scheduler_world import (
     STORY,
     World,
@@ -164,3 +166,7 @@ def test_looking_ahead_preempts_nobody():
         preemptions.append(planned - before)
         world.finish(current)
     assert sum(preemptions) > 0
+
+
+def test_no_request_starves_beyond_the_prefill_streak_with_look_ahead():
+    assert marathon(3000, seed=random.randrange(10**6)) <= MAX_PREFILL_STREAK

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,12 @@ def mixed_ints(ids: list[int]) -> list:
     return [*ids[:-1], np.int32(ids[-1])]
 
 
-@pytest.mark.parametrize("kind", [tuple, iter, torch.tensor, np.array, mixed_ints])
+def scalars(ids: list[int]) -> list:
+    """Tensors and arrays without a dimension, each an integer."""
+    return [make(token) for make, token in zip(cycle((torch.tensor, np.array)), ids, strict=False)]
+
+
+@pytest.mark.parametrize("kind", [tuple, iter, torch.tensor, np.array, mixed_ints, scalars])
 def test_token_ids_may_come_in_any_sequence(llm, expected, kind):
     outputs = llm.generate([kind(prompt) for prompt in PROMPTS], GREEDY, use_tqdm=False)
     assert tokens(outputs) == expected

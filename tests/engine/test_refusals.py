@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from nanovllm import LLM
 from tests.checkpoints import VOCAB
@@ -40,6 +41,21 @@ BAD_PROMPTS = [
     (np.ones(2, bool), TypeError, "=array([ True,  True]) is neither a text nor a list of token"),
     ([None], TypeError, "=[None] is neither a text nor a list of token ids"),
     ({"prompt": [1]}, TypeError, "={'prompt': [1]} is neither a text nor a list of token ids"),
+    ({1: 2}, TypeError, "={1: 2} is neither a text nor a list of token ids"),
+    ({1: 2}.keys(), TypeError, "=dict_keys([1]) is neither a text nor a list of token ids"),
+    ({5}, TypeError, "={5} is neither a text nor a list of token ids"),
+    (frozenset({5}), TypeError, "=frozenset({5}) is neither a text nor a list of token ids"),
+    (memoryview(b"x"), TypeError, "=<memory at"),
+    (np.array(5), TypeError, "=array(5) is neither a text nor a list of token ids"),
+    (np.ones((1, 2), int), TypeError, "=array([[1, 1]]) is neither a text nor a list of token"),
+    (torch.tensor(5), TypeError, "=tensor(5) is neither a text nor a list of token ids"),
+    (torch.tensor([[1, 2]]), TypeError, "=tensor([[1, 2]]) is neither a text nor a list of"),
+    (torch.tensor([True]), TypeError, "=tensor([True]) is neither a text nor a list of token"),
+    (torch.tensor([1.0]), TypeError, "=tensor([1.]) is neither a text nor a list of token ids"),
+    ([torch.tensor([5])], TypeError, "=[tensor([5])] is neither a text nor a list of token ids"),
+    ([torch.tensor(True)], TypeError, "=[tensor(True)] is neither a text nor a list of token"),
+    ([np.array([5])], TypeError, "=[array([5])] is neither a text nor a list of token ids"),
+    ([5, np.bool_(True)], TypeError, "=[5, "),
 ]
 
 
@@ -74,6 +90,15 @@ def test_an_empty_text_is_refused(tiny):
         tiny.generate("", use_tqdm=False)
 
 
+@pytest.mark.parametrize("text", ["\ud800", "Tom \udfff went"])
+def test_a_text_that_cannot_be_encoded_is_refused_by_name(tiny, text):
+    with pytest.raises(ValueError, match=r"^prompts\[1\]=.*cannot be encoded"):
+        tiny.generate(["Tom", text], use_tqdm=False)
+    with pytest.raises(ValueError, match=r"^prompt=.*cannot be encoded"):
+        tiny.add_request(text)
+    assert tiny.is_finished()
+
+
 def test_a_prompt_over_all_kv_blocks_is_refused_alone(directory):
     with LLM(str(directory), num_kvcache_blocks=2, **OPTIONS) as engine:
         params = replace(GREEDY, max_tokens=4)
@@ -87,7 +112,11 @@ def test_a_prompt_over_all_kv_blocks_is_refused_alone(directory):
         check_empty(engine)
 
 
-@pytest.mark.parametrize("given", [5, None, b"text", 1.5], ids=repr)
+@pytest.mark.parametrize(
+    "given",
+    [5, None, b"text", 1.5, {"prompt": "Tom"}, {"Tom"}, {"prompt_token_ids": [1, 2]}],
+    ids=repr,
+)
 def test_prompts_that_are_no_list_are_refused(llm, given):
     with pytest.raises(TypeError) as caught:
         llm.generate(given, use_tqdm=False)

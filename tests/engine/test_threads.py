@@ -1,0 +1,159 @@
+"""Calls from several threads, and from processes that were forked."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+from nanovllm import LLM
+from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, drain, tokens
+from tests.thread_rounds import PATIENCE, Round, run_all
+
+
+def test_generate_from_two_threads_gives_each_its_own(tiny):
+    texts = ["Once upon a time", "Tom went to the"]
+    params = {"temperature": 0, "max_tokens": 40, "use_tqdm": False}
+    right = [tiny.generate(text, **params) for text in texts]
+    said: dict[int, list] = {}
+
+    def generate(i: int) -> None:
+        said[i] = tiny.generate(texts[i], **params)
+
+    run_all(lambda: generate(0), lambda: generate(1))
+    assert said == dict(enumerate(right))
+
+
+def test_threads_share_one_batch(llm, expected, monkeypatch):
+    """Two calls of generate take hardly more steps than one."""
+    steps = []
+    launch = llm.model_runner.launch
+    monkeypatch.setattr(
+        llm.model_runner, "launch", lambda step: (steps.append(step), launch(step))[1]
+    )
+    meet = threading.Barrier(2)
+
+    def generate() -> None:
+        meet.wait()
+        outputs = llm.generate(PROMPTS, replace(GREEDY, max_tokens=30), use_tqdm=False)
+        assert [ids[:8] for ids in tokens(outputs)] == expected
+
+    run_all(generate, generate)
+    assert max(len(step.chunks) for step in steps) > len(PROMPTS)
+
+
+@pytest.mark.parametrize("blocks", [64, 5])
+def test_whatever_threads_do_all_tokens_are_right(directory, expected, blocks):
+    seed = random.randrange(10**6)
+    print("seed", seed)
+    with LLM(str(directory), **OPTIONS, num_kvcache_blocks=blocks, max_num_seqs=6) as engine:
+        draw = random.Random(seed)
+        for _ in range(10):
+            Round(engine, expected, draw).run()
+
+
+@pytest.mark.parametrize("where", ["launch", "collect"])
+def test_abort_from_within_a_step_ends_a_request_of_a_running_generate(
+    llm, expected, monkeypatch, where
+):
+    original, calls = getattr(llm.model_runner, where), iter(range(1000))
+
+    def aborting(argument):
+        if next(calls) == 3:
+            assert llm.abort(sorted(llm.requests)[1])
+        return original(argument)
+
+    monkeypatch.setattr(llm.model_runner, where, aborting)
+    outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    assert [o["finish_reason"] for o in outputs] == ["length", "abort", "length", "length"]
+    assert [tokens(outputs)[i] for i in (0, 2, 3)] == [expected[i] for i in (0, 2, 3)]
+    got = outputs[1]["token_ids"]
+    assert got == expected[1][: len(got)]
+
+
+def test_abort_from_another_thread_ends_a_request_of_a_running_generate(llm, expected):
+    outputs = []
+    long = [GREEDY, GREEDY, GREEDY, GREEDY]
+
+    def abort() -> None:
+        while not llm.requests:
+            time.sleep(0.0001)
+        llm.abort(max(llm.requests))
+
+    run_all(lambda: outputs.extend(llm.generate(PROMPTS, long, use_tqdm=False)), abort)
+    reasons = [output["finish_reason"] for output in outputs]
+    assert reasons in (["length"] * 3 + ["abort"], ["length"] * 4)  # it may have come too late
+    assert tokens(outputs)[:3] == expected[:3]
+
+
+def test_exit_waits_for_a_step_that_another_thread_runs(directory, monkeypatch):
+    engine = LLM(str(directory), **OPTIONS)
+    inside, original = threading.Event(), engine.model_runner.collect
+
+    def slow(launched):
+        inside.set()
+        time.sleep(0.2)
+        assert not engine.model_runner.closed
+        return original(launched)
+
+    monkeypatch.setattr(engine.model_runner, "collect", slow)
+
+    def generate() -> None:
+        with pytest.raises(RuntimeError, match="exited"):
+            engine.generate(PROMPTS, GREEDY, use_tqdm=False)
+
+    def leave() -> None:
+        inside.wait(PATIENCE)
+        engine.exit()
+        assert engine.model_runner.closed
+
+    run_all(generate, leave)
+
+
+# ------------------------------------------------------------------ fork
+
+
+def in_child(task) -> int:
+    """Runs `task` in a forked child that ends without any clean-up; returns its exit status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            task()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_forked_child_touches_nothing_of_its_parents(directory, expected, monkeypatch):
+    engine = LLM(str(directory), **OPTIONS)
+    request = engine.add_request(PROMPTS[0], GREEDY)
+    engine.step()
+
+    def refuse() -> None:
+        os._exit(3)
+
+    def child() -> None:
+        engine.model_runner.close = refuse
+        engine.exit()
+        for use in (engine.step, lambda: engine.generate(PROMPTS), lambda: engine.add_request([1])):
+            with pytest.raises(RuntimeError, match=f"process {os.getppid()}"):
+                use()
+
+    assert in_child(child) == 0
+    assert in_child(lambda: engine._finalizer()) == 0  # as garbage collection and exit do
+    assert drain(engine) == {request: expected[0]}
+    engine.exit()
+
+
+def test_a_child_that_was_forked_during_a_step_does_not_hang(directory):
+    engine = LLM(str(directory), **OPTIONS)
+    with engine.lock:  # as another thread may hold it
+        status: list[int] = []
+        run_all(lambda: status.append(in_child(engine.exit)))
+    assert status == [0]
+    engine.exit()

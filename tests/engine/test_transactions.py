@@ -1,0 +1,183 @@
+"""A step is a transaction: whatever breaks it off, the engine goes on with the right tokens."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from nanovllm import LLM
+from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, check_empty, tokens
+from tests.interrupts import BreakOff, Play, Victim, write_model
+
+
+@pytest.fixture(scope="module", params=[BreakOff, RuntimeError], ids=["interrupt", "error"])
+def victim(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    write_model(directory)
+    victim = Victim(str(directory), request.param)
+    yield victim
+    victim.engine.exit()
+
+
+def test_the_play_meets_what_it_is_to_meet(victim):
+    """Otherwise breaking it off would prove little."""
+    before = victim.engine.scheduler.num_preemptions
+    assert Play(victim.engine).run() == victim.right
+    assert victim.engine.scheduler.num_preemptions > before
+
+
+def test_an_engine_survives_at_whatever_line_it_is_broken_off(victim):
+    draw = random.Random()
+    seed = draw.randrange(10**6)
+    draw.seed(seed)
+    for _ in range(25):
+        line = draw.randrange(1, victim.lines)
+        assert victim.break_off(line) in ("right", None), f"line {line}, seed {seed}"
+
+
+@pytest.mark.parametrize("method", ["schedule", "update", "_leave", "_admit_next", "add", "abort"])
+@pytest.mark.parametrize("call", range(4))
+def test_no_token_is_lost_when_the_scheduler_is_interrupted(victim, monkeypatch, method, call):
+    engine = victim.engine
+    original, calls = getattr(engine.scheduler, method), iter(range(10**6))
+
+    def interrupted(*args, **options):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    monkeypatch.setattr(engine.scheduler, method, interrupted)
+    play = Play(engine)
+    try:
+        play.run()
+    except KeyboardInterrupt:
+        play.finish()
+        assert play.said == {i: victim.right[i] for i in play.ids.values()}
+    assert engine.is_finished()
+    check_empty(engine)
+
+
+def test_a_token_lost_in_update_is_drawn_again():
+    """The prompt and numbers of a report: every one of ten interrupts lost a token."""
+    options = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
+    with LLM(device="cpu", max_model_len=64, kvcache_block_size=16, num_kvcache_blocks=8) as engine:
+        right = tokens(engine.generate([[5, 6, 7]], use_tqdm=False, **options))
+        update = engine.scheduler.update
+        for at in range(1, 11):
+            calls = iter(range(1, 1000))
+
+            def interrupted(*args, at=at, calls=calls):
+                if next(calls) == at:
+                    raise KeyboardInterrupt
+                return update(*args)
+
+            engine.scheduler.update = interrupted
+            engine.add_request([5, 6, 7], **options)
+            outputs, interrupts = [], 0
+            while not engine.is_finished():
+                try:
+                    outputs += engine.step()
+                except KeyboardInterrupt:
+                    interrupts += 1
+            assert (tokens(outputs), interrupts) == (right, 1)
+
+
+# ------------------------------------------------------------------ the detokenizer
+
+
+class Decoder:
+    """A tokenizer whose `decode` fails for some of its calls."""
+
+    def __init__(self, tokenizer, fails) -> None:
+        self.tokenizer, self.fails = tokenizer, fails
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def decode(self, ids, **options):
+        self.fails(ids)
+        return self.tokenizer.decode(ids, **options)
+
+
+@pytest.fixture
+def stories(tiny, monkeypatch):
+    """Three requests of one length, which finish in the same step, and their completions."""
+    params = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
+    texts = ["Once upon a time", "Tom went to the", "The little fox"]
+    outputs = tiny.generate(texts, use_tqdm=False, **params)
+
+    def add(fails):
+        monkeypatch.setattr(tiny, "tokenizer", Decoder(tiny.tokenizer, fails))
+        return [tiny.add_request(text, **params) for text in texts]
+
+    return tiny, add, outputs
+
+
+def test_an_interrupt_of_the_detokenizer_costs_nothing(stories):
+    engine, add, outputs = stories
+    calls = iter(range(1000))
+
+    def interrupt(ids):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+
+    ids, said = add(interrupt), {}
+    interrupts = 0
+    while not engine.is_finished():
+        try:
+            said |= {output.pop("request_id"): output for output in engine.step()}
+        except KeyboardInterrupt:
+            interrupts += 1
+    assert interrupts == 1
+    assert [said[i] for i in ids] == outputs
+
+
+def test_a_text_that_cannot_be_decoded_costs_no_other_request(stories, caplog):
+    engine, add, outputs = stories
+    bad = outputs[1]["token_ids"]
+
+    def fail(ids):
+        if ids == bad:
+            raise IndexError("no such piece")
+
+    ids, said = add(fail), {}
+    while not engine.is_finished():
+        said |= {output.pop("request_id"): output for output in engine.step()}
+    failed = {"text": "", "token_ids": bad, "finish_reason": "error"}
+    assert [said[i] for i in ids] == [outputs[0], failed, outputs[2]]
+    assert f"Request {ids[1]}" in caplog.text
+    assert "no such piece" in caplog.text
+
+
+# ------------------------------------------------------------------ the end
+
+
+def test_an_interrupted_exit_can_be_repeated(directory, monkeypatch):
+    engine = LLM(str(directory), **OPTIONS)
+    runner = engine.model_runner
+    calls = iter(range(10))
+    close = runner.decode.close
+
+    def interrupted():
+        if next(calls) == 0:
+            raise KeyboardInterrupt
+        close()
+
+    monkeypatch.setattr(runner.decode, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.exit()
+    assert not runner.closed
+    with pytest.raises(RuntimeError, match="exited"):
+        engine.add_request([1])
+    engine.exit()
+    assert runner.closed
+
+
+def test_nothing_is_left_to_wait_for_once_an_engine_has_exited(directory):
+    engine = LLM(str(directory), **OPTIONS)
+    request = engine.add_request(PROMPTS[0], GREEDY)
+    engine.step()
+    engine.exit()
+    assert engine.is_finished()
+    assert engine.abort(request) is False

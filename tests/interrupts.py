@@ -1,7 +1,7 @@
 """Breaks off an engine at a line of its own code: what Ctrl-C, a signal handler or an error may do.
 
     python tests/interrupts.py --count 600           # interrupts at random lines
-    python tests/interrupts.py --every 1             # an exception at every line of the steps
+    python tests/interrupts.py --steps 5             # an error at every line of five steps
 
 A scenario of requests that come, run, are aborted and finish is played once to count the lines
 that it executes in nanovllm/, and then again and again with an exception at one of them. After it
@@ -103,6 +103,19 @@ class Play:
         raise AssertionError("requests are left that never finish")
 
 
+@dataclass
+class CountedPlay(Play):
+    """A play that notes which lines each step executes."""
+
+    executed: list[int] = field(default_factory=lambda: [0])
+    steps: list[range] = field(default_factory=list)
+
+    def step(self) -> None:
+        first = self.executed[0] + 1
+        super().step()
+        self.steps.append(range(first, self.executed[0] + 1))
+
+
 def verdict(play: Play, right: dict[int, list[int]]) -> str:
     """What became of the engine of a broken-off play: "right", "closed" or "wrong: ..."."""
     engine = play.engine
@@ -129,8 +142,9 @@ class Victim:
         self.engine = LLM(directory, **OPTIONS)
         self.right = Play(self.engine).run()
         with broken_at(-1) as executed:
-            Play(self.engine).run()
-        self.lines = executed[0]
+            play = CountedPlay(self.engine, executed=executed)
+            play.run()
+        self.lines, self.steps = executed[0], play.steps
 
     def break_off(self, line: int) -> str | None:
         """A play that is broken off at that line; None if it ended before."""
@@ -150,23 +164,25 @@ class Victim:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=600, help="interrupts at random lines")
-    parser.add_argument("--every", type=int, help="instead: at every so-manieth line of a play")
+    parser.add_argument("--steps", type=int, help="instead: an error at every line of these steps")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     results: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as directory:
         write_model(Path(directory))
-        victim = Victim(directory)
+        victim = Victim(directory, RuntimeError if args.steps else BreakOff)
         draw = random.Random(args.seed)
-        chosen = [draw.randrange(1, victim.lines) for _ in range(args.count)]
-        for line in range(1, victim.lines, args.every) if args.every else chosen:
-            result = victim.break_off(line)
-            if result is not None:
-                results[result.split(":")[0]] += 1
-                if result != "right":
-                    print(f"line {line}: {result}", flush=True)
+        if args.steps:
+            chosen = [line for step in draw.sample(victim.steps, args.steps) for line in step]
+        else:
+            chosen = [draw.randrange(1, victim.lines) for _ in range(args.count)]
+        for line in chosen:
+            result = victim.break_off(line) or "not reached"
+            results[result.split(":")[0]] += 1
+            if result != "right":
+                print(f"line {line}: {result}", flush=True)
         victim.engine.exit()
-    print(f"{sum(results.values())} interrupts among {victim.lines} lines: {dict(results)}")
+    print(f"broken off {len(chosen)} times, at {victim.lines} lines of a play: {dict(results)}")
     return int(results["wrong"] > 0)
 
 

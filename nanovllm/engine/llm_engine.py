@@ -146,7 +146,8 @@ class LLMEngine:
         with self.lock:
             self.closed = True
             self.requests, self.unclaimed, self.in_flight = {}, {}, None
-            self.model_runner.close()
+            if not self.model_runner.closed:
+                self.model_runner.close()
             self._finalizer.detach()
 
     def generate(

@@ -1,7 +1,7 @@
 """Breaks off an engine at a line of its own code: what Ctrl-C, a signal handler or an error may do.
 
     python tests/interrupts.py --count 600           # interrupts at random lines
-    python tests/interrupts.py --steps 5             # an error at every line of five steps
+    python tests/interrupts.py --steps 2             # an error at every line of two steps
 
 A scenario of requests that come, run, are aborted and finish is played once to count the lines
 that it executes in nanovllm/, and then again and again with an exception at one of them. After it
@@ -164,7 +164,12 @@ class Victim:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=600, help="interrupts at random lines")
-    parser.add_argument("--steps", type=int, help="instead: an error at every line of these steps")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="instead: an error at every line of the first N steps",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     results: Counter[str] = Counter()
@@ -173,7 +178,7 @@ def main() -> int:
         victim = Victim(directory, RuntimeError if args.steps else BreakOff)
         draw = random.Random(args.seed)
         if args.steps:
-            chosen = [line for step in draw.sample(victim.steps, args.steps) for line in step]
+            chosen = [line for step in victim.steps[: args.steps] for line in step]
         else:
             chosen = [draw.randrange(1, victim.lines) for _ in range(args.count)]
         for line in chosen:

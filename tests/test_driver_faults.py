@@ -5,10 +5,9 @@ Whichever call it is, nothing stays behind and decode falls back to sequential e
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable
-from types import FrameType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +25,7 @@ from nanovllm.config import Config
 from nanovllm.engine import green_manager, pipeline
 from nanovllm.engine.pipeline import Pipeline, build_pipeline
 from tests.fake_driver import FakeDriver, Result, device_with, manager_with
+from tests.interrupts import InterruptAt
 
 OLD_STREAMS = {"unbound": ("cuGreenCtxStreamCreate",)}
 # What a driver tells and lacks, and what is asked of it.
@@ -116,30 +116,6 @@ def test_an_interrupt_at_any_call_passes_and_leaves_nothing(setup: str, number: 
     check_nothing_left(fake)
 
 
-class Interrupt:
-    """A trace function that raises KeyboardInterrupt at line event number `at` of our modules."""
-
-    def __init__(self, at: int, *modules: Any) -> None:
-        self.left = at
-        self.files = {inspect.getsourcefile(module) for module in modules}
-
-    def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
-        if frame.f_code.co_filename not in self.files:
-            return None
-        if event == "line":
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
-        return self
-
-    def __enter__(self) -> None:
-        self.before = sys.gettrace()
-        sys.settrace(self)
-
-    def __exit__(self, *exc_info: object) -> None:
-        sys.settrace(self.before)
-
-
 def build(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Pipeline:
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", fake)
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: handle)
@@ -154,7 +130,9 @@ def test_an_interrupt_at_any_line_leaves_nothing(
 ) -> None:
     for line in range(1, 5000):
         fake = FakeDriver(unbound=lack)
-        interrupt = Interrupt(line, green_ctx, green_manager, pipeline)
+        interrupt = InterruptAt(
+            line, [green_ctx.__file__, green_manager.__file__, pipeline.__file__]
+        )
         try:
             with interrupt:
                 built = build(fake, monkeypatch)
@@ -172,7 +150,7 @@ def test_an_interrupt_at_any_line_of_close_is_made_good_by_the_next(lack: tuple[
     for line in range(1, 1000):
         fake = FakeDriver(unbound=lack)
         manager = manager_with(fake, 16, 32, num_streams=2)
-        interrupt = Interrupt(line, green_ctx, green_manager)
+        interrupt = InterruptAt(line, [green_ctx.__file__, green_manager.__file__])
         try:
             with interrupt:
                 manager.close()

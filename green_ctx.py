@@ -6,12 +6,14 @@
         with torch.cuda.stream(dense.torch_stream()): ...
 
 The design in a few lines:
-- `Driver` is the only place that calls `cuda.bindings.driver`, and it turns every status into a
-  `DriverError`. Nothing is imported or called before the first `Driver()` is made.
+- `Driver` is the only place that calls `cuda.bindings.driver`, and it turns every failure, by
+  status or by exception, into a `DriverError`. Nothing is imported or called before the first
+  `Driver()` is made.
 - `GreenDevice` asks the driver for SM count, minimum and alignment, and splits. What it reports
   was granted, not asked for. One driver call makes all parts of a `Split`, so they are disjoint.
-- `Partition` owns one green context and its streams and closes them in the right order. A `Lease`
-  keeps it open while something, such as a captured CUDA graph, still needs it.
+- `Partition` owns one green context and its streams and closes them in the right order: `Undo` has
+  the calls for it, registered before anything is made, so that an interrupt leaks nothing. A
+  `Lease` keeps it open while something, such as a captured CUDA graph, still needs it.
 - CUDA 12.4 has the API, all but `cuGreenCtxStreamCreate` (12.5), which has a documented second way.
 
 Run `python green_ctx.py` to see what device 0 grants. The driver's rules are from
@@ -20,22 +22,27 @@ https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__GREEN__CONTEXTS.html
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
-from itertools import islice
+from itertools import islice, starmap
 from math import gcd, lcm
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 # Constants of cuda.h. As numbers, because the bindings renamed the enums that hold them.
 IGNORE_SM_COSCHEDULING = 1  # CU_DEV_SM_RESOURCE_SPLIT_IGNORE_SM_COSCHEDULING
 DEFAULT_STREAM = 1  # CU_GREEN_CTX_DEFAULT_STREAM
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: the only kind a green context may have
+NOT_FOUND, NOT_SUPPORTED = 500, 801  # how older drivers say that they lack a function
+UNKNOWN_ERROR = 999  # CUDA_ERROR_UNKNOWN
 INVALID_RESOURCE_CONFIGURATION = 915  # the code for "the SMs cannot be arranged like that"
 
 REQUIRED_FUNCTIONS = (
@@ -57,10 +64,14 @@ class GreenContextUnavailable(GreenContextError):
 
 
 class DriverError(GreenContextError):
-    """A driver call that failed: its `function`, and the driver's `code` and `name` for why."""
+    """A driver call that failed: its `function`, and the driver's `code` and `name` for why.
 
-    def __init__(self, function: str, code: int, name: str) -> None:
-        super().__init__(f"CUDA error code={code} ({name}) in {function}")
+    Where the bindings raised an exception instead, it is the cause, `name` is its type, and `code`
+    is 999.
+    """
+
+    def __init__(self, function: str, code: int, name: str, detail: str = "") -> None:
+        super().__init__(f"CUDA error code={code} ({name}) in {function}{detail and ': '}{detail}")
         self.function, self.code, self.name = function, code, name
 
 
@@ -91,40 +102,149 @@ class Driver:
     def __init__(self, bindings: Any = None) -> None:
         try:
             self._bindings = import_module("cuda.bindings.driver") if bindings is None else bindings
-            self("cuInit", 0)
-        except DriverError:
-            raise
-        except ImportError as error:
+        except Exception as error:  # a broken installation may raise anything
             raise GreenContextUnavailable(f"cuda-bindings cannot be imported: {error}") from error
-        except RuntimeError as error:  # how the bindings say that there is no driver library
-            raise GreenContextUnavailable(f"no CUDA driver: {error}") from error
+        try:
+            self("cuInit", 0)
+        except DriverError as error:
+            if error.__cause__ is None:
+                raise
+            # How the bindings say that there is no driver library.
+            raise GreenContextUnavailable(f"no CUDA driver: {error.__cause__}") from error
         self.version = int(self("cuDriverGetVersion"))
-        if missing := [name for name in REQUIRED_FUNCTIONS if not self.has(name)]:
+        missing = [name for name in REQUIRED_FUNCTIONS if not self.has(name)]
+        # A resource query must name its type with the bindings' own enum.
+        types = getattr(self._bindings, "CUdevResourceType", None)
+        self.sm_type = getattr(types, "CU_DEV_RESOURCE_TYPE_SM", None)
+        if missing or self.sm_type is None:
             raise GreenContextUnavailable(
                 "driver and cuda-bindings must be for CUDA 12.4 or newer; "
-                f"the driver is for {self.version_text}; missing: {', '.join(missing)}"
+                f"the driver is for {self.version_text}; "
+                f"missing: {', '.join(missing or ['CU_DEV_RESOURCE_TYPE_SM'])}"
             )
-        # A resource query must name its type with the bindings' own enum.
-        self.sm_type = self._bindings.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM
 
     @property
     def version_text(self) -> str:
         """The newest CUDA version the driver supports, such as "13.0"."""
         return f"{self.version // 1000}.{self.version % 1000 // 10}"
 
-    def __call__(self, function: str, *args: Any) -> Any:
-        """`driver("cuDeviceGet", 0)` returns the function's one output, or a tuple of several."""
-        status, *outputs = getattr(self._bindings, function)(*args)
-        if int(status) != 0:
-            raise DriverError(function, int(status), status.name)
+    def __call__(self, function: str, *args: Any, answer: list[Any] | None = None) -> Any:
+        """`driver("cuDeviceGet", 0)` returns the function's one output, or a tuple of several.
+
+        An empty list `answer` gets the status and the outputs, as one tuple.
+        """
+        answer = [] if answer is None else answer
+        try:
+            # NOTE: one step of the interpreter calls the function and keeps its answer. An
+            # interrupt comes before or after, and never loses a handle that was made.
+            answer.extend(starmap(getattr(self._bindings, function), [args]))
+            status, *outputs = answer[0]
+            code, name = int(status), str(getattr(status, "name", "unknown"))
+        except Exception as error:  # whatever the bindings raise, the call has failed
+            answer.clear()
+            kind = type(error).__name__
+            raise DriverError(function, UNKNOWN_ERROR, kind, str(error)) from error
+        if code != 0:
+            raise DriverError(function, code, name)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def has(self, function: str) -> bool:
         """Whether both the bindings and the driver know `function`."""
         if not hasattr(self._bindings, function):
             return False
-        status, address, _ = self._bindings.cuGetProcAddress(function.encode(), self.version, 0)
-        return int(status) == 0 and bool(address)
+        try:
+            address, _ = self("cuGetProcAddress", function.encode(), self.version, 0)
+        except DriverError as error:
+            if error.code not in (NOT_FOUND, NOT_SUPPORTED):
+                raise
+            return False
+        return bool(address)
+
+
+class Closable(Protocol):
+    """Something with handles of the driver."""
+
+    def close(self) -> None:
+        """Destroys them; DriverError if a call failed."""
+
+
+def close_after_error(owner: Closable) -> None:
+    """Closes while an exception is on its way, which no failure may hide."""
+    try:
+        owner.close()
+    except DriverError as error:
+        logger.warning("A driver call failed while others were undone: %s", error)
+
+
+@dataclass(frozen=True)
+class UndoCall:
+    """A call of `function` with what the driver answered when something was made.
+
+    The call is due while there is such an answer, and none yet to the call itself.
+    """
+
+    function: str
+    made: list[Any]
+    done: list[Any] = field(default_factory=list)
+
+    def run(self, driver: Driver) -> None:
+        """Makes the call, if it is due; one that fails is due again."""
+        if self.made and self.made[0][0] == 0 and not self.done:
+            try:
+                driver(self.function, *self.made[0][1:], answer=self.done)
+            except DriverError:
+                self.done.clear()
+                raise
+
+
+class Undo:
+    """The driver calls that undo what was made, run last first when it closes."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._calls: list[UndoCall] = []
+
+    def make(self, function: str, *args: Any, undo: Sequence[str]) -> Any:
+        """Calls `function`; functions `undo`, in that order, will take what it returned."""
+        made: list[Any] = []
+        # Registered before the call, for an interrupt right after it.
+        self._calls += [UndoCall(name, made) for name in reversed(undo)]
+        return self._driver(function, *args, answer=made)
+
+    def run_early(self, function: str) -> None:
+        """Makes the last registered call of `function` now; if it fails, closing tries again."""
+        next(call for call in reversed(self._calls) if call.function == function).run(self._driver)
+
+    def close(self) -> None:
+        """Makes every call, though some fail, and raises the first error. May be called twice."""
+        run_all([self._run, self._run])  # the second goes on where an interrupt ended the first
+
+    def _run(self) -> None:
+        errors: list[BaseException] = []
+        while self._calls:
+            try:
+                self._calls[-1].run(self._driver)
+            except DriverError as error:
+                errors.append(error)
+            self._calls.pop()
+        raise_first(errors)
+
+
+def run_all(actions: Iterable[Callable[[], None]]) -> None:
+    """Runs every action, though some fail, and raises the first error."""
+    errors: list[BaseException] = []
+    for action in actions:
+        try:
+            action()
+        except BaseException as error:
+            errors.append(error)
+    raise_first(errors)
+
+
+def raise_first(errors: Sequence[BaseException]) -> None:
+    """Raises the first of these, but an interrupt before any error; nothing if there is none."""
+    for error in sorted(errors, key=lambda error: isinstance(error, Exception)):
+        raise error
 
 
 @dataclass(frozen=True)
@@ -286,25 +406,29 @@ class Partition(AbstractContextManager["Partition"]):
         options = PartitionOptions() if options is None else options
         self.device, driver = device, device.driver
         self._leases: list[Lease] = []
-        streams: list[int] = []
-        # Each handle is registered for destruction as soon as it exists. The stack runs backwards:
-        # first every stream's work ends and the stream goes, and the green context goes last.
-        with ExitStack() as undo:
+        self._undo = undo = Undo(driver)
+        self.closed = False
+        try:
             # NOTE: the driver has no call to free a descriptor; it lives as long as the process.
             handles = list(resource.handles)
             descriptor = driver("cuDevResourceGenerateDesc", handles, len(handles))
-            context = driver("cuGreenCtxCreate", descriptor, device.handle, DEFAULT_STREAM)
-            undo.callback(driver, "cuGreenCtxDestroy", context)
+            context = undo.make(
+                "cuGreenCtxCreate",
+                descriptor,
+                device.handle,
+                DEFAULT_STREAM,
+                undo=["cuGreenCtxDestroy"],
+            )
             granted = driver("cuGreenCtxGetDevResource", context, driver.sm_type)
-            for _ in range(options.num_streams):
-                stream = _create_stream(driver, context, options.priority)
-                undo.callback(driver, "cuStreamDestroy", stream)
-                undo.callback(driver, "cuStreamSynchronize", stream)
-                streams.append(int(stream))
-            self._cleanup = undo.pop_all()
-        self.sm_count = int(granted.sm.smCount)
-        self.stream_handles = tuple(streams)
-        self.closed = False
+            self.sm_count = int(granted.sm.smCount)
+            streams = (
+                _create_stream(undo, driver, context, options.priority)
+                for _ in range(options.num_streams)
+            )
+            self.stream_handles = tuple(map(int, streams))
+        except BaseException:
+            close_after_error(undo)
+            raise
 
     def torch_stream(self, index: int = 0) -> torch.cuda.ExternalStream:
         """Stream number `index` for torch. It stays this partition's; torch never destroys it."""
@@ -338,7 +462,7 @@ class Partition(AbstractContextManager["Partition"]):
         """
         self.check_idle()
         self.closed = True
-        self._cleanup.close()
+        self._undo.close()
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
@@ -364,15 +488,18 @@ class Lease(AbstractContextManager["Lease"]):
         self.release()
 
 
-def _create_stream(driver: Driver, context: Any, priority: int) -> Any:
+def _create_stream(undo: Undo, driver: Driver, context: Any, priority: int) -> Any:
     """Creates a stream on a green context; leaves the thread's current context as it was."""
+    destroy = ["cuStreamSynchronize", "cuStreamDestroy"]
     if driver.has("cuGreenCtxStreamCreate"):
-        return driver("cuGreenCtxStreamCreate", context, NON_BLOCKING, priority)
-    driver("cuCtxPushCurrent", driver("cuCtxFromGreenCtx", context))
-    try:
-        return driver("cuStreamCreateWithPriority", NON_BLOCKING, priority)
-    finally:
-        driver("cuCtxPopCurrent")
+        return undo.make("cuGreenCtxStreamCreate", context, NON_BLOCKING, priority, undo=destroy)
+    as_context = driver("cuCtxFromGreenCtx", context)
+    undo.make("cuCtxPushCurrent", as_context, undo=["cuCtxPopCurrent"])
+    stream = undo.make("cuStreamCreateWithPriority", NON_BLOCKING, priority, undo=destroy)
+    # NOTE: after a pop that failed, the thread would go on with a context that is about to be
+    # destroyed. So it is tried again when the partition, which fails then, is undone.
+    undo.run_early("cuCtxPopCurrent")
+    return stream
 
 
 def main() -> int:

@@ -27,14 +27,16 @@ PIPELINE_MODES = ("auto", "sequential", "microbatch", "streams", "green")
 
 
 def _model(value: Any) -> str:
-    if isinstance(value, (str, os.PathLike)) and os.fspath(value):
-        return os.fspath(value)  # type: ignore[return-value]
+    if isinstance(value, (str, os.PathLike)):
+        path = os.fspath(value)
+        if isinstance(path, str) and path:
+            return path
     raise ValueError("a directory or a hub id")
 
 
 def _device(value: Any) -> str:
-    if isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
-        return value
+    if isinstance(value, str) and (match := re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", value)):
+        return match.group()
     raise ValueError("'auto', 'cpu', 'cuda' or 'cuda:N'")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,23 +11,32 @@ from nanovllm.utils.options import (
     check_names,
     check_value,
     integer,
-    is_int,
     number,
     option,
+    whole,
 )
+
+# They would be taken for their characters, their bytes or their keys.
+NOT_TOKEN_IDS = (str, bytes, bytearray, memoryview, Mapping)
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:
-    if isinstance(value, Iterable) and not isinstance(value, (str, bytes)):
-        ids = tuple(value)
-        if all(is_int(token) and token >= 0 for token in ids):
-            return ids
+    if isinstance(value, Iterable) and not isinstance(value, NOT_TOKEN_IDS):
+        try:
+            ids = [whole(token) for token in value]
+        except Exception:  # an array of no dimension only looks like a sequence
+            ids = [None]
+        if all(token is not None and token >= 0 for token in ids):
+            return tuple(ids)  # type: ignore[arg-type]
     raise ValueError("a sequence of token ids, integers of at least 0")
 
 
 def _seed(value: Any) -> int | None:
-    if value is None or (is_int(value) and 0 <= value < 2**63):
-        return value
+    if value is None:
+        return None
+    seed = whole(value)
+    if seed is not None and 0 <= seed < 2**63:
+        return seed
     raise ValueError("None or an integer from 0 to 2**63 - 1")
 
 

@@ -55,6 +55,10 @@ class FakeDriver:
         unknown: functions that the bindings have and the driver lacks.
         most_groups: how many groups of a size the device can arrange; default: as many as fit.
         errors: function -> statuses of its calls in turn, then success.
+        fail_at: number of the one call, of all together and from 1, that fails.
+        failure: how it fails: with this status, or by raising this.
+
+    A handle whose destruction failed is in `lost`; `misuse` says what no driver would forgive.
     """
 
     def __init__(
@@ -67,10 +71,15 @@ class FakeDriver:
         unknown: tuple[str, ...] = (),
         most_groups: Callable[[int], int] = lambda size: sys.maxsize,
         errors: dict[str, list[Result]] | None = None,
+        fail_at: int = 0,
+        failure: int | BaseException = 0,
     ) -> None:
         self.sms, self.granularity, self.fields = frozenset(range(sms)), granularity, fields
         self.unbound, self.unknown, self.most_groups = unbound, unknown, most_groups
         self.errors = errors or {}
+        self.fail_at, self.failure = fail_at, failure
+        self.lost: list[int] = []
+        self.misuse: list[str] = []
         self.calls: list[str] = []
         self.contexts: dict[int, frozenset[int]] = {}  # live green contexts and their SMs
         self.streams: dict[int, tuple[int, int]] = {}  # live streams: (green context, priority)
@@ -86,9 +95,26 @@ class FakeDriver:
         def call(*args: Any) -> tuple[Any, ...]:
             self.calls.append(name)
             status = self.errors[name].pop(0) if self.errors.get(name) else OK
-            return getattr(self, f"_{name}")(*args) if status is OK else (status, None)
+            if len(self.calls) == self.fail_at:
+                status = self.failure
+            if status is not OK:
+                return self._fail(name, args, status)
+            try:
+                return getattr(self, f"_{name}")(*args)
+            except (AssertionError, KeyError) as error:
+                self.misuse.append(f"{name}{args}: {error!r}")
+                raise
 
         return call
+
+    def _fail(self, name: str, args: tuple[Any, ...], status: Any) -> tuple[Any, ...]:
+        if name.endswith("Destroy"):
+            handle = args[0]
+            del (self.contexts if handle in self.contexts else self.streams)[handle]
+            self.lost.append(handle)
+        if isinstance(status, BaseException):
+            raise status
+        return status, None
 
     def sms_of(self, stream: int) -> frozenset[int]:
         """The SMs that kernels on a live stream may run on."""
@@ -169,6 +195,7 @@ class FakeDriver:
         return (OK,)
 
     def _cuCtxPopCurrent(self) -> tuple[Any, ...]:
+        assert len(self.current) > 1, "nothing was pushed"
         return OK, self.current.pop()
 
     def _cuStreamCreateWithPriority(self, flags: int, priority: int) -> tuple[Any, ...]:

@@ -15,8 +15,7 @@ import random
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -39,33 +38,45 @@ PROMPTS = [random.Random(n).choices(range(2, VOCAB), k=n) for n in (28, 30, 5, 1
 PARAMS = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (8, 9, 6, 1, 7, 7)]
 
 
-class BreakOff(KeyboardInterrupt):
-    """What is raised; no `except Exception` of the engine's may take it for an error of its own."""
+class Interrupt(KeyboardInterrupt):
+    """No `except Exception` of the engine's may take it for an error of its own."""
 
 
-@contextmanager
-def broken_at(line: int, error: type[BaseException] = BreakOff) -> Iterator[list[int]]:
-    """Raises `error` before line number `line` that the package executes from now on (from 1).
+class InterruptAt:
+    """Within `with`, raises `error` before line number `line` of the files below `paths`.
 
-    Yields a list whose only item counts the lines.
+    `executed` counts the lines; line 0 is never met.
     """
-    executed = [0]
 
-    def trace(frame: FrameType, event: str, arg: object) -> Any:
-        if not frame.f_code.co_filename.startswith(PACKAGE):
+    def __init__(
+        self,
+        line: int,
+        paths: Iterable[str] = (PACKAGE,),
+        error: type[BaseException] = Interrupt,
+    ) -> None:
+        self.line, self.paths, self.error = line, tuple(paths), error
+        self.executed = 0
+
+    @property
+    def reached(self) -> bool:
+        return self.executed >= self.line
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
+        if not frame.f_code.co_filename.startswith(self.paths):
             return None
         if event == "line":
-            executed[0] += 1
-            if executed[0] == line:
-                raise error(f"{frame.f_code.co_filename}:{frame.f_lineno}")
-        return trace
+            self.executed += 1
+            if self.executed == self.line:
+                raise self.error(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+        return self
 
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield executed
-    finally:
-        sys.settrace(before)
+    def __enter__(self) -> InterruptAt:
+        self.before = sys.gettrace()
+        sys.settrace(self)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        sys.settrace(self.before)
 
 
 @dataclass
@@ -107,13 +118,13 @@ class Play:
 class CountedPlay(Play):
     """A play that notes which lines each step executes."""
 
-    executed: list[int] = field(default_factory=lambda: [0])
+    lines: InterruptAt = field(default_factory=lambda: InterruptAt(0))
     steps: list[range] = field(default_factory=list)
 
     def step(self) -> None:
-        first = self.executed[0] + 1
+        first = self.lines.executed + 1
         super().step()
-        self.steps.append(range(first, self.executed[0] + 1))
+        self.steps.append(range(first, self.lines.executed + 1))
 
 
 def verdict(play: Play, right: dict[int, list[int]]) -> str:
@@ -137,20 +148,20 @@ def verdict(play: Play, right: dict[int, list[int]]) -> str:
 class Victim:
     """An engine that is broken off again and again, and made anew if it does not survive."""
 
-    def __init__(self, directory: str, error: type[BaseException] = BreakOff) -> None:
+    def __init__(self, directory: str, error: type[BaseException] = Interrupt) -> None:
         self.directory, self.error = directory, error
         self.engine = LLM(directory, **OPTIONS)
         self.right = Play(self.engine).run()
-        with broken_at(-1) as executed:
-            play = CountedPlay(self.engine, executed=executed)
+        with InterruptAt(0) as lines:
+            play = CountedPlay(self.engine, lines=lines)
             play.run()
-        self.lines, self.steps = executed[0], play.steps
+        self.lines, self.steps = lines.executed, play.steps
 
     def break_off(self, line: int) -> str | None:
         """A play that is broken off at that line; None if it ended before."""
         play = Play(self.engine)
         try:
-            with broken_at(line, self.error):
+            with InterruptAt(line, error=self.error):
                 play.run()
             return None
         except self.error:
@@ -175,7 +186,7 @@ def main() -> int:
     results: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as directory:
         write_model(Path(directory))
-        victim = Victim(directory, RuntimeError if args.steps else BreakOff)
+        victim = Victim(directory, RuntimeError if args.steps else Interrupt)
         draw = random.Random(args.seed)
         if args.steps:
             chosen = [line for step in victim.steps[: args.steps] for line in step]

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import math
+from decimal import Decimal
+from enum import IntEnum
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from nanovllm import Config, SamplingParams
 from nanovllm.config import PIPELINE_MODES
 from nanovllm.tiny import CHECKPOINT_DIR
+from nanovllm.utils import options
 
 POSITIVE = "an integer of at least 1"
 BOOLEAN = "True or False"
@@ -145,9 +152,181 @@ def test_sampling_params_name_an_unknown_option_and_the_nearest_valid_one(option
     )
 
 
-def test_an_option_that_resembles_nothing_still_gets_an_answer():
-    with pytest.raises(TypeError, match="has no option 'zzz'; the nearest valid one is '"):
-        Config(zzz=1)
+@pytest.mark.parametrize(
+    ("cls", "option", "nearest"),
+    [
+        (SamplingParams, "topP", "top_p"),
+        (SamplingParams, "temprature", "temperature"),
+        (SamplingParams, "stop", "stop_token_ids"),
+        (SamplingParams, "max_completion_tokens", "max_tokens"),
+        (Config, "max_len", "max_model_len"),
+        (Config, "prefix_caching", "enable_prefix_caching"),
+        (Config, "gpu_memory", "gpu_memory_utilization"),
+        (Config, "tensor_parallel", "tensor_parallel_size"),
+        (Config, "pipline_mode", "pipeline_mode"),
+        (Config, "pipeline_attn_sm_count", "pipeline_attention_sm_count"),
+    ],
+)
+def test_typing_errors_and_shorter_or_longer_names_get_a_hint(cls, option, nearest):
+    with pytest.raises(TypeError, match=f"no option '{option}'; .* is '{nearest}'$"):
+        cls(**{option: 1})
+
+
+# Options that vLLM has, and that nothing here resembles in meaning.
+ELSEWHERE = {
+    SamplingParams: (
+        *("n", "best_of", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_p"),
+        *("skip_special_tokens", "min_tokens", "logprobs", "prompt_logprobs", "bad_words", "zzz"),
+        *("truncate_prompt_tokens", "allowed_token_ids", "logits_processors", "x" * 10**6),
+    ),
+    Config: (
+        *("trust_remote_code", "tokenizer", "tokenizer_mode", "hf_overrides", "seed", "zzz"),
+        *("pipeline_parallel_size", "data_parallel_size", "kv_cache_dtype", "swap_space"),
+        *("served_model_name", "quantization", "enable_chunked_prefill", "revision"),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("cls", "option"), [(cls, option) for cls, options in ELSEWHERE.items() for option in options]
+)
+def test_an_option_that_resembles_nothing_gets_no_hint(cls, option):
+    with pytest.raises(TypeError, match=f"^{cls.__name__} has no option '{option[:20]}") as caught:
+        cls(**{option: 1})
+    assert "nearest" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+# Numbers of other makers.
+
+
+class Index:
+    """Like a number of another library: it says that it is whole, and nothing else."""
+
+    def __index__(self) -> int:
+        return 8
+
+
+class Hostile:
+    """Raises whatever is asked of it."""
+
+    def __getattr__(self, name: str) -> None:
+        raise RuntimeError(name)
+
+    __index__ = __float__ = __iter__ = __repr__ = lambda self: self.fail
+
+
+WHOLE = [
+    *(np.dtype(name).type(8) for name in ("int8", "int16", "int32", "int64", "uint8", "uint64")),
+    *(torch.tensor(8, dtype=dtype) for dtype in (torch.int8, torch.int32, torch.int64)),
+    np.array(8),
+    Index(),
+    IntEnum("Eight", {"EIGHT": 8}).EIGHT,
+]
+REAL = [
+    *(np.dtype(name).type(0.5) for name in ("float16", "float32", "float64", "longdouble")),
+    *(torch.tensor(0.5, dtype=dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)),
+    torch.tensor(0.5, requires_grad=True),
+    np.array(0.5),
+    Fraction(1, 2),
+    Decimal("0.5"),
+]
+
+
+def name_of(value: object) -> str:
+    return f"{type(value).__name__}-{getattr(value, 'dtype', '')}"
+
+
+@pytest.mark.parametrize("value", WHOLE, ids=name_of)
+def test_whole_numbers_of_any_maker_become_ints(value):
+    params = SamplingParams(
+        temperature=value, top_k=value, max_tokens=value, seed=value, stop_token_ids=[value]
+    )
+    config = Config(max_model_len=value, num_kvcache_blocks=value)
+    for taken in (
+        *(params.top_k, params.max_tokens, params.seed, *params.stop_token_ids),
+        *(config.max_model_len, config.num_kvcache_blocks),
+    ):
+        assert (taken, type(taken)) == (8, int)
+    assert (params.temperature, type(params.temperature)) == (8.0, float)
+
+
+@pytest.mark.parametrize("value", REAL, ids=name_of)
+def test_real_numbers_of_any_maker_become_floats(value):
+    params = SamplingParams(temperature=value, top_p=value)
+    for taken in (params.temperature, params.top_p, Config(gpu_memory_utilization=value)):
+        taken = getattr(taken, "gpu_memory_utilization", taken)
+        assert (taken, type(taken)) == (0.5, float)
+    with pytest.raises(ValueError, match=r"^max_tokens=.* is not allowed: it must be an integer"):
+        SamplingParams(max_tokens=value)
+
+
+@pytest.mark.parametrize("ids", [np.array([5, 6]), torch.tensor([5, 6]), range(5, 7), iter((5, 6))])
+def test_arrays_of_token_ids_become_tuples_of_ints(ids):
+    taken = SamplingParams(stop_token_ids=ids).stop_token_ids
+    assert taken == (5, 6)
+    assert {type(token) for token in taken} == {int}
+
+
+@pytest.mark.parametrize("truth", [np.True_, torch.tensor(True), np.array(True)], ids=name_of)
+def test_booleans_of_any_maker_are_booleans_and_no_numbers(truth):
+    assert SamplingParams(ignore_eos=truth).ignore_eos is True
+    for field in ("temperature", "top_k", "top_p", "max_tokens", "seed"):
+        with pytest.raises(ValueError, match=f"^{field}=.* is not allowed: it must be"):
+            SamplingParams(**{field: truth})
+    with pytest.raises(ValueError, match=r"^stop_token_ids=.* is not allowed"):
+        SamplingParams(stop_token_ids=[truth])
+
+
+NO_NUMBERS = [
+    *(np.array([8]), np.array([[8]]), np.array([]), np.float64("nan"), np.float32("inf")),
+    *(torch.tensor([8]), torch.tensor([[8.0]]), torch.tensor(float("nan")), torch.empty(0)),
+    *(torch.empty((), device="meta"), torch.tensor(1j), np.complex64(1), 1j, np.str_("8")),
+    *("8", b"8", bytearray(b"8"), [8], (8,), {8}, {8: 8}, object(), int, len, Hostile()),
+    *(Decimal("nan"), Decimal("snan"), Decimal("-inf"), Fraction(-1, 3), Path("8")),
+    *(-(10**5000), -(10**400), "x" * 10**6, ["x"] * 10**6, "\ud800", np.datetime64("2020-01-01")),
+]
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=lambda value: type(value).__name__)
+def test_what_is_no_number_is_refused_with_a_short_error(value):
+    allowed = {"temperature": "100", "top_k": "at least 1", "top_p": "1", "max_tokens": "least 1"}
+    for field, limit in (allowed | {"seed": "2**63", "ignore_eos": "True or False"}).items():
+        with pytest.raises(ValueError, match=f"^{field}=") as caught:
+            SamplingParams(**{field: value})
+        assert limit in str(caught.value)
+        assert len(str(caught.value)) < 250
+    with pytest.raises(ValueError, match=r"^max_num_seqs=[^$]*at least 1$"):
+        Config(max_num_seqs=value)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [{5: 6}, bytearray(b"5"), memoryview(b"5"), np.array(5), torch.tensor(5), Hostile()],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_only_looks_like_token_ids_is_refused(ids):
+    with pytest.raises(ValueError, match=r"^stop_token_ids=.* a sequence of token ids"):
+        SamplingParams(stop_token_ids=ids)
+
+
+def test_words_of_any_maker_become_strings():
+    config = Config(dtype=np.str_("float32"), device=np.str_("cuda:1"))
+    assert (type(config.dtype), type(config.device)) == (str, str)
+    for device in ("cuda:\u0661", "cuda:1\n"):
+        with pytest.raises(ValueError, match=r"^device="):
+            Config(device=device)
+
+
+def test_options_need_neither_numpy_nor_torch():
+    tree = ast.parse(Path(options.__file__).read_text())
+    imported = {
+        name.name.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in [*node.names, ast.alias(getattr(node, "module", None) or "")]
+    }
+    assert not imported & {"numpy", "torch"}
 
 
 def test_sampling_params_are_frozen():

@@ -10,6 +10,7 @@ smaller batches that came near the best one there. Batch sizes between are inter
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from nanovllm.engine.cost_table import CostTable, Curve, Sample, gain_bound, nex
 from nanovllm.engine.decode_runner import DecodeRunner
 from nanovllm.engine.planner import Plan
 from nanovllm.utils.disk_cache import DiskCache
+
+logger = logging.getLogger(__name__)
 
 SIZE_STEP = 128
 # Above so many sequences, every second multiple will do.
@@ -60,6 +63,11 @@ def measured_sizes(largest: int) -> list[int]:
     if chosen and chosen[-1] > SIZE_STEP:
         chosen.append(SIZE_STEP)
     return chosen
+
+
+def with_halves(sizes: Sequence[int]) -> list[int]:
+    """The sizes, and the halves of them that are not among them: those of their micro-batches."""
+    return [*sizes, *(size // 2 for size in sizes if size // 2 not in sizes)]
 
 
 class Calibration:
@@ -115,7 +123,10 @@ class Calibration:
         key = self.key | {"plans": [plan.name for plan in ways]}
         self.table = CostTable.load(self.cache, key)
         sequential = next(iter(ways))
-        if not self.table.batches(sequential.name):
+        if not self._is_filled([plan.name for plan in ways]):
+            if self.table.plans:
+                logger.warning("Cost table on disk is ignored: it is not one of these batch sizes")
+            self.table = CostTable()
             with tqdm(desc="Calibrating plans", unit="step", disable=not show_progress) as bar:
                 self._measure(ways, bar)
             self.table.save(self.cache, key)
@@ -126,11 +137,29 @@ class Calibration:
             if plan is not sequential
         }
 
+    def _is_filled(self, plans: Sequence[str]) -> bool:
+        """Whether `_measure` may have filled the table, which anybody may have put on disk."""
+        sizes = measured_sizes(self.largest)
+        allowed = dict.fromkeys(plans, sizes) | {plans[0]: with_halves(sizes)}
+        if self.table.batches(plans[0]) != sorted(allowed[plans[0]]):
+            return False
+        return all(
+            size in allowed.get(plan, ()) and self._may_be_of(size, self.table.curve(plan, size))
+            for plan in self.table.plans
+            for size in self.table.batches(plan)
+        )
+
+    def _may_be_of(self, size: int, curve: Curve | None) -> bool:
+        """Whether `next_sample` may have asked for these samples at that batch size."""
+        longest = max(self.longest_tokens(size), size)
+        return curve is not None and all(
+            size <= tokens <= longest and tokens % size == 0 for tokens in curve.tokens
+        )
+
     def _measure(self, ways: Mapping[Plan, DecodeRunner], bar: Any) -> None:
         sequential, *pipelines = ways
         sizes = measured_sizes(self.largest)
-        halves = [size // 2 for size in sizes if size // 2 not in sizes]
-        for size in [*sizes, *halves]:
+        for size in with_halves(sizes):
             self._measure_curve(sequential, ways[sequential], size, bar)
         worthwhile = self._worthwhile(sequential)
         for size in sizes:

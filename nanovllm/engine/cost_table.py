@@ -30,6 +30,10 @@ logger = logging.getLogger(__name__)
 # (context tokens of the whole batch, seconds of the step)
 Sample = tuple[int, float]
 
+# No sample of a file is believed beyond these: context tokens, and seconds of a step.
+MAX_TOKENS = 2**40
+SHORTEST_STEP, LONGEST_STEP = 1e-7, 3600.0
+
 
 class Curve:
     """Seconds of a step against context tokens: straight between the samples and beyond the last.
@@ -95,6 +99,11 @@ class CostTable:
         self._curves.setdefault(plan, {})[batch] = Curve(samples)
         self._between.clear()
 
+    @property
+    def plans(self) -> list[str]:
+        """The plans that were measured."""
+        return list(self._curves)
+
     def batches(self, plan: str) -> list[int]:
         """The batch sizes at which the plan was measured, rising."""
         return sorted(self._curves.get(plan, {}))
@@ -145,7 +154,9 @@ class CostTable:
         try:
             for plan, curves in value.items():
                 for batch, samples in curves.items():
-                    table.add(plan, int(batch), [(int(t), float(s)) for t, s in samples])
+                    if str(int(batch)) != batch:
+                        raise ValueError(f"not a batch size: {batch!r:.40}")
+                    table.add(plan, int(batch), [_sample(*sample) for sample in samples])
         except (AttributeError, TypeError, OverflowError) as error:
             raise ValueError(f"not a cost table: {error}") from error
         return table
@@ -163,8 +174,17 @@ class CostTable:
         try:
             return CostTable.from_json(value)
         except ValueError as error:
-            logger.warning("Cost table in %s is ignored: %s", cache.path(key), error)
+            logger.warning("Cost table in the cache of %s is ignored: %.300s", cache.name, error)
             return CostTable()
+
+
+def _sample(tokens: Any, seconds: Any) -> Sample:
+    """A sample out of a file, if it can be true."""
+    if type(tokens) is not int or type(seconds) not in (int, float):
+        raise ValueError(f"not a sample: ({tokens!r:.40}, {seconds!r:.40})")
+    if not (0 <= tokens <= MAX_TOKENS and SHORTEST_STEP <= seconds <= LONGEST_STEP):
+        raise ValueError(f"not a plausible sample: ({tokens}, {seconds})")
+    return tokens, float(seconds)
 
 
 def next_sample(

@@ -18,7 +18,7 @@ Needs a CUDA GPU and driver 12.4 or newer; `python green_ctx.py` says what the d
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,8 @@ from green_ctx import (
     PartitionOptions,
     SmResource,
     check_integer,
+    close_after_error,
+    run_all,
 )
 
 if TYPE_CHECKING:
@@ -139,21 +141,25 @@ class GreenContextManager(AbstractContextManager["GreenContextManager"]):
         options = PartitionOptions(num_streams=num_streams)
         if device.type != "cuda":
             raise ValueError(f"device={str(device)!r} is not allowed: it must be a CUDA device")
+        self.device = device
+        partitions: list[Partition] = []
         try:
             gpu = GreenDevice(_ordinal(device), driver)
             granularity = gpu.granularity(coscheduled=coscheduled)
             plan = plan_partitions(gpu.sm_count, granularity, attention_sm_count, ffn_sm_count)
-            attention, ffn = _split(gpu, plan, coscheduled)
-            with ExitStack() as undo:
-                self.attention = undo.enter_context(Partition(gpu, attention, options))
-                self.ffn = undo.enter_context(Partition(gpu, ffn, options))
-                self._partitions = undo.pop_all()
-        except GreenContextError as error:
-            logger.warning("[GreenContextManager] Failed to initialize Green Context: %s", error)
+            for side in _split(gpu, plan, coscheduled):
+                partitions.append(Partition(gpu, side, options))
+            self.attention, self.ffn = partitions
+            #: What the driver granted, which may be more than was asked for.
+            self.granted = GrantedSms(self.attention.sm_count, self.ffn.sm_count, gpu.sm_count)
+        except BaseException as error:
+            for partition in reversed(partitions):
+                close_after_error(partition)
+            if isinstance(error, GreenContextError):
+                logger.warning(
+                    "[GreenContextManager] Failed to initialize Green Context: %s", error
+                )
             raise
-        self.device = device
-        #: What the driver granted, which may be more than was asked for.
-        self.granted = GrantedSms(self.attention.sm_count, self.ffn.sm_count, gpu.sm_count)
 
     @property
     def attention_sms(self) -> int:
@@ -195,7 +201,7 @@ class GreenContextManager(AbstractContextManager["GreenContextManager"]):
         """
         self.attention.check_idle()
         self.ffn.check_idle()
-        self._partitions.close()
+        run_all([self.ffn.close, self.attention.close])
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from green_ctx import GreenContextError
+from green_ctx import close_after_error
 from nanovllm.config import Config
 from nanovllm.engine.green_manager import GreenContextManager
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
@@ -92,53 +92,54 @@ def build_pipeline(
         statistics: shared with other pipelines; default: new ones.
 
     Raises:
-        PipelineUnavailable, GreenContextError, ValueError: instead, with `pipeline_strict`.
+        PipelineUnavailable, GreenContextError, RuntimeError, ValueError: instead, with
+            `pipeline_strict`.
     """
     statistics = statistics or PipelineStatistics()
     none = sequential_pipeline(model, statistics)
     if not config.enable_pipeline or config.pipeline_mode == "sequential":
         return none
     mode = "green" if config.pipeline_mode == "auto" else config.pipeline_mode
+    pipeline = Pipeline(None, none.sequential, statistics)
     try:
-        executor, manager = _make_executor(config, mode, device, device_sms)
-    except (PipelineUnavailable, GreenContextError, ValueError) as error:
-        if config.pipeline_strict:
+        executor = _make_executor(pipeline, config, mode, device, device_sms)
+        pipeline.scheduler = PipelineScheduler(model, executor, statistics)
+        attention_sms = device_sms
+        if manager := pipeline.manager:
+            attention_sms = manager.attention_sms
+        pipeline.workspace = backend.make_workspace(device, attention_sms)
+        statistics.mode = mode
+        if manager:
+            statistics.attention_sms, statistics.ffn_sms = attention_sms, manager.ffn_sms
+            statistics.device_sms = device_sms
+            logger.info(
+                "[ModelRunner] Pipeline: attention on %d SMs, FFN on %d of %d",
+                attention_sms,
+                manager.ffn_sms,
+                device_sms,
+            )
+        return pipeline
+    except BaseException as error:
+        close_after_error(pipeline)
+        # Of the pipeline's own errors, the driver's and torch's, all are RuntimeErrors.
+        if config.pipeline_strict or not isinstance(error, (RuntimeError, ValueError)):
             raise
         logger.warning("[ModelRunner] Failed to initialize pipeline: %s", error)
         logger.warning("[ModelRunner] Falling back to sequential execution")
         statistics.fallback_reason = str(error)
         return none
-    statistics.mode = mode
-    scheduler = PipelineScheduler(model, executor, statistics)
-    pipeline = Pipeline(scheduler, none.sequential, statistics, manager=manager)
-    attention_sms = device_sms
-    if manager is not None:
-        attention_sms = manager.attention_sms
-        statistics.attention_sms, statistics.ffn_sms = manager.attention_sms, manager.ffn_sms
-        statistics.device_sms = device_sms
-        logger.info(
-            "[ModelRunner] Pipeline: attention on %d SMs, FFN on %d of %d",
-            manager.attention_sms,
-            manager.ffn_sms,
-            device_sms,
-        )
-    try:
-        pipeline.workspace = backend.make_workspace(device, attention_sms)
-    except BaseException:
-        pipeline.close()
-        raise
-    return pipeline
 
 
 def _make_executor(
-    config: Config, mode: str, device: torch.device, device_sms: int
-) -> tuple[StageExecutor, GreenContextManager | None]:
+    pipeline: Pipeline, config: Config, mode: str, device: torch.device, device_sms: int
+) -> StageExecutor:
+    """Makes what issues the stages; partitions for it belong to `pipeline` at once."""
     if config.tensor_parallel_size > 1:
         raise PipelineUnavailable(
             f"tensor_parallel_size={config.tensor_parallel_size}: the pipeline runs on one GPU"
         )
     if mode == "microbatch":
-        return InlineExecutor(), None
+        return InlineExecutor()
     if device.type != "cuda":
         raise PipelineUnavailable(
             f"pipeline_mode={config.pipeline_mode!r} needs a CUDA GPU, not {device}"
@@ -149,18 +150,14 @@ def _make_executor(
             "are none; 'green' and 'streams' run without"
         )
     if mode == "streams":
-        return StreamExecutor(torch.cuda.Stream(device), torch.cuda.Stream(device)), None
-    manager = GreenContextManager(
+        return StreamExecutor(torch.cuda.Stream(device), torch.cuda.Stream(device))
+    pipeline.manager = manager = GreenContextManager(
         device, config.pipeline_attention_sm_count, config.pipeline_ffn_sm_count
     )
-    try:
-        if manager.ffn_sms < MIN_FFN_SMS:
-            raise PipelineUnavailable(
-                f"pipeline_ffn_sm_count={config.pipeline_ffn_sm_count}: {manager.ffn_sms} SMs were "
-                f"granted, and cuBLAS needs at least {MIN_FFN_SMS}"
-            )
-        streams = manager.get_attention_stream(), manager.get_ffn_stream()
-        return StreamExecutor(*streams, manager.ffn_sms, device_sms), manager
-    except BaseException:
-        manager.close()
-        raise
+    if manager.ffn_sms < MIN_FFN_SMS:
+        raise PipelineUnavailable(
+            f"pipeline_ffn_sm_count={config.pipeline_ffn_sm_count}: {manager.ffn_sms} SMs were "
+            f"granted, and cuBLAS needs at least {MIN_FFN_SMS}"
+        )
+    streams = manager.get_attention_stream(), manager.get_ffn_stream()
+    return StreamExecutor(*streams, manager.ffn_sms, device_sms)

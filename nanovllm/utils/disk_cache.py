@@ -14,13 +14,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
+import stat
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
+
+MAX_BYTES = 4 << 20
+# What reading, parsing, comparing and writing may raise: RuntimeError for a user without a home
+# directory and for deep nesting, ValueError for what is no JSON and for paths that cannot be.
+FAILURES = (OSError, RuntimeError, ValueError, TypeError, MemoryError)
 
 
 def cache_folder() -> Path:
@@ -53,23 +61,22 @@ class DiskCache:
         return folder / f"{self.name}-{digest[:16]}.json"
 
     def read(self, key: Mapping[str, Any]) -> Any:
-        """The value written under that key; None if there is none or it cannot be read."""
+        """The value written under that key; None if there is none or it cannot be read.
+
+        Whoever may write to the folder may have changed it, but its numbers are finite.
+        """
         try:
-            path = self.path(key)
-            entry = json.loads(path.read_text(encoding="utf-8"))
+            entry = _parse(_read(self.path(key)))
+            if not isinstance(entry, dict) or entry.keys() != {"key", "value"}:
+                raise ValueError("the file does not hold a key and a value")
+            if _canonical(entry["key"]) != _canonical(key):
+                raise ValueError("the file belongs to another key")
+            return entry["value"]
         except FileNotFoundError:
             return None
-        # Deep nesting, in a file that is not ours, overflows the parser's stack.
-        except (OSError, RuntimeError, ValueError) as error:
-            logger.warning("Cache of %s: cannot be read: %s", self.name, error)
+        except FAILURES as error:
+            self._warn("read", error)
             return None
-        if not isinstance(entry, dict) or entry.keys() != {"key", "value"}:
-            logger.warning("Cache of %s: %s does not hold a key and a value", self.name, path)
-            return None
-        if _canonical(entry["key"]) != _canonical(key):
-            logger.warning("Cache of %s: %s belongs to another key", self.name, path)
-            return None
-        return entry["value"]
 
     def write(self, key: Mapping[str, Any], value: Any) -> None:
         """Keeps a value of plain JSON types under that key, in place of any earlier one.
@@ -79,24 +86,57 @@ class DiskCache:
         """
         text = json.dumps({"key": key, "value": value}, allow_nan=False)
         try:
-            path = self.path(key)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(path, text)
-        except (OSError, RuntimeError) as error:
-            logger.warning("Cache of %s: cannot be written: %s", self.name, error)
+            _replace(self.path(key), text)
+        except FAILURES as error:
+            self._warn("written", error)
+
+    def _warn(self, done: str, error: Exception) -> None:
+        what = f"{type(error).__name__}: {error}"
+        logger.warning("Cache of %s: cannot be %s: %.300s", self.name, done, what)
+
+
+def _read(path: Path) -> bytes:
+    """The content of a regular file of at most MAX_BYTES; anything else may block, or never end."""
+    flags = os.O_NONBLOCK | os.O_NOCTTY
+    with open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError(f"{path} is no regular file")
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"{path} is larger than {MAX_BYTES} bytes")
+    return content
 
 
 def _replace(path: Path, text: str) -> None:
     """Writes a file at once: a reader finds the old text or the new one, and never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder: a rename is atomic within a file system only.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with open(handle, "w", encoding="utf-8") as file:
             file.write(text)
+        if path.is_dir() and not path.is_symlink():
+            os.rename(path, f"{temporary}.aside")  # a file cannot replace a directory
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with suppress(OSError):  # what is on its way says more
+            os.unlink(temporary)
         raise
+
+
+def _parse(text: bytes) -> Any:
+    """JSON whose numbers are finite: not NaN, and not too large for a float."""
+
+    def finite(number: str) -> float:
+        if not math.isfinite(value := float(number)):
+            raise ValueError(f"{number:.40} is not allowed: numbers must be finite")
+        return value
+
+    def whole(number: str) -> int:
+        finite(number)  # before an int of a million digits is made
+        return int(number)
+
+    return json.loads(text, parse_float=finite, parse_int=whole, parse_constant=finite)
 
 
 def _canonical(key: Any) -> str:

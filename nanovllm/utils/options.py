@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import operator
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from decimal import Decimal
+from numbers import Real
+from reprlib import Repr
 from typing import Any
 
 Rule = Callable[[Any], Any]
@@ -25,7 +30,7 @@ def check_value(owner: type, name: str, value: Any) -> Any:
     try:
         return rule(value)
     except ValueError as allowed:
-        raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}") from None
+        raise ValueError(f"{name}={short(value)} is not allowed: it must be {allowed}") from None
 
 
 def check_names(owner: type, names: Iterable[str]) -> None:
@@ -33,10 +38,68 @@ def check_names(owner: type, names: Iterable[str]) -> None:
     known = [f.name for f in dataclasses.fields(owner)]
     for name in names:
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise TypeError(
-                f"{owner.__name__} has no option {name!r}; the nearest valid one is {nearest!r}"
-            )
+            nearest = nearest_name(name, known)
+            hint = f"; the nearest valid one is {nearest!r}" if nearest else ""
+            raise TypeError(f"{owner.__name__} has no option {short(name)}{hint}")
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """The known name that was probably meant; None if all of them are about something else.
+
+    That is one with few other letters, one with the same words and more or fewer of them, or one
+    that begins like that.
+    """
+    if len(name) > 64:
+        return None  # comparing takes the square of the time
+    name = name.lower()
+    words = set(name.split("_"))
+
+    def similarity(other: str) -> float:
+        return difflib.SequenceMatcher(None, name, other).ratio()
+
+    def is_near(other: str) -> bool:
+        others = set(other.split("_"))
+        more = len(others) > 1 and others < words
+        begins = len(name) > 2 and other.startswith(name)
+        return words < others or more or begins or similarity(other) > 0.8
+
+    return max(filter(is_near, known), key=similarity, default=None)
+
+
+def short(value: object) -> str:
+    """What `repr` says of a value, abridged; its type where that fails."""
+    abridged = Repr()
+    abridged.maxstring = abridged.maxother = abridged.maxlong = 80
+    try:
+        return abridged.repr(value)
+    except Exception:  # out of the value's own methods, or an int of too many digits
+        return f"<{type(value).__name__}>"
+
+
+def plain(value: Any) -> Any:
+    """Scalars of NumPy and torch, of no dimension, as Python values; others as they are."""
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
+def whole(value: Any) -> int | None:
+    """A whole number, whoever made it, as an int; None if it is none, as True and False are."""
+    try:
+        value = plain(value)
+        # A tensor of one element and one dimension could be an index too.
+        return None if isinstance(value, bool) or hasattr(value, "shape") else operator.index(value)
+    except Exception:  # a value's own methods may raise anything
+        return None
+
+
+def real(value: Any) -> float | None:
+    """A real number, whoever made it, as a float; None if it is none, as True and False are."""
+    try:
+        value = plain(value)
+        if isinstance(value, (Real, Decimal)) and not isinstance(value, bool):
+            return float(value)
+        return None if (integer := whole(value)) is None else float(integer)
+    except Exception:
+        return None
 
 
 def is_int(value: object) -> bool:
@@ -51,9 +114,9 @@ def integer(minimum: int, also: int | None = None, multiple_of: int = 1) -> Rule
     words += f", or {also}" if also is not None else ""
 
     def rule(value: Any) -> int:
-        fits = is_int(value) and value >= minimum and value % multiple_of == 0
-        if fits or (is_int(value) and value == also):
-            return int(value)
+        found = whole(value)
+        if found is not None and (found == also or (found >= minimum and found % multiple_of == 0)):
+            return found
         raise ValueError(words)
 
     return rule
@@ -63,9 +126,9 @@ def number(low: float, high: float, *, open_low: bool = False) -> Rule:
     """Numbers from `low` (excluded if `open_low`) to `high`."""
 
     def rule(value: Any) -> float:
-        real = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if real and low <= value <= high and not (open_low and value == low):
-            return float(value)
+        found = real(value)
+        if found is not None and low <= found <= high and not (open_low and found == low):
+            return found
         raise ValueError(f"a number {'above' if open_low else 'from'} {low:g} to {high:g}")
 
     return rule
@@ -76,14 +139,15 @@ def choice(*allowed: str) -> Rule:
 
     def rule(value: Any) -> str:
         if isinstance(value, str) and value in allowed:
-            return value
+            return allowed[allowed.index(value)]
         raise ValueError("one of " + ", ".join(repr(word) for word in allowed))
 
     return rule
 
 
 def boolean(value: Any) -> bool:
-    """True or False, nothing that merely counts as one."""
-    if isinstance(value, bool):
-        return value
+    """True or False, also NumPy's and torch's; nothing that merely counts as one."""
+    with suppress(Exception):  # a value's own methods may raise anything
+        if isinstance(truth := plain(value), bool):
+            return truth
     raise ValueError("True or False")

@@ -8,10 +8,10 @@ import pytest
 
 from nanovllm import LLM
 from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, check_empty, tokens
-from tests.interrupts import BreakOff, Play, Victim, write_model
+from tests.interrupts import Interrupt, Play, Victim, write_model
 
 
-@pytest.fixture(scope="module", params=[BreakOff, RuntimeError], ids=["interrupt", "error"])
+@pytest.fixture(scope="module", params=[Interrupt, RuntimeError], ids=["interrupt", "error"])
 def victim(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("model")
     write_model(directory)

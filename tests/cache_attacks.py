@@ -1,0 +1,196 @@
+"""What may lie in a cache folder, or in place of it: generated, each under a name.
+
+An attack gets the file that the cache will look for, with a good text in it, and spoils it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+Attack = Callable[[Path], None]
+
+# Spelled as in JSON; each takes the place of something in a good file.
+SPELLINGS = (
+    *("NaN", "-NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1e308", "1e-320", "-1", "0"),
+    *("-0.0", "1.5", "true", "null", '""', '"1"', '"NaN"', "[]", "{}", "[[]]", '{"a": 1}'),
+    *("9" * 400, "9" * 100_000, "9" * 400 + ".5", '"\\ud800"', "[" * 50_000 + "]" * 50_000),
+)
+
+
+def replaced(old: str, new: str) -> Attack:
+    def attack(file: Path) -> None:
+        text = file.read_text()
+        assert old in text
+        file.write_text(text.replace(old, new, 1))
+
+    return attack
+
+
+def content(data: bytes | Callable[[bytes], bytes]) -> Attack:
+    def attack(file: Path) -> None:
+        file.write_bytes(data if isinstance(data, bytes) else data(file.read_bytes()))
+
+    return attack
+
+
+def instead(make: Callable[[Path], object]) -> Attack:
+    """Something else is made at the path of the file."""
+
+    def attack(file: Path) -> None:
+        file.unlink()
+        make(file)
+
+    return attack
+
+
+def folder_instead(make: Callable[[Path], object]) -> Attack:
+    """Something else is made at the path of the folder."""
+
+    def attack(file: Path) -> None:
+        file.unlink()
+        file.parent.rmdir()
+        make(file.parent)
+
+    return attack
+
+
+def full_directory(path: Path) -> None:
+    path.mkdir()
+    (path / "occupied").write_text("by somebody")
+
+
+def listening_socket(path: Path) -> None:
+    here = os.getcwd()
+    os.chdir(path.parent)  # a socket's path must be short
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path.name)
+    os.chdir(here)
+
+
+def link_to(target: str) -> Callable[[Path], None]:
+    return lambda path: path.symlink_to(target)
+
+
+def link_to_fifo(path: Path) -> None:
+    os.mkfifo(path.with_suffix(".fifo"))
+    path.symlink_to(path.with_suffix(".fifo"))
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path.with_suffix(".loop"))
+    path.with_suffix(".loop").symlink_to(path)
+
+
+def sparse(size: int) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        path.touch()
+        os.truncate(path, size)
+
+    return make
+
+
+SPECIAL: dict[str, Callable[[Path], object]] = {
+    "nothing": lambda path: None,
+    "fifo": os.mkfifo,
+    "link to a fifo": link_to_fifo,
+    "directory": Path.mkdir,
+    "full directory": full_directory,
+    "socket": listening_socket,
+    "dangling link": link_to("nowhere"),
+    "looping link": loop,
+    "link to itself": lambda path: path.symlink_to(path.name),
+    "link to /dev/zero": link_to("/dev/zero"),
+    "link to /dev/null": link_to("/dev/null"),
+    "link to /dev/full": link_to("/dev/full"),
+    "link to /dev/random": link_to("/dev/random"),
+    "link to /dev/ptmx": link_to("/dev/ptmx"),
+    "link to /": link_to("/"),
+    "link to /proc/self/mem": link_to("/proc/self/mem"),
+    "link to /proc/self/pagemap": link_to("/proc/self/pagemap"),
+    "link to its folder": link_to("."),
+    "sparse file": sparse(1 << 40),
+    "5 MiB of zeros": lambda path: path.write_bytes(bytes(5 << 20)),
+    "forbidden file": lambda path: (path.write_text("{}"), path.chmod(0)),
+    "unwritable file": lambda path: (path.write_text("{}"), path.chmod(stat.S_IRUSR)),
+    "forbidden directory": lambda path: path.mkdir(mode=0),
+    "unwritable directory": lambda path: path.mkdir(mode=0o500),
+}
+
+
+def contents() -> Iterator[tuple[str, bytes | Callable[[bytes], bytes]]]:
+    rng = random.Random(7)
+    yield "empty", b""
+    yield "null bytes", bytes(100)
+    yield "byte order mark", lambda good: b"\xef\xbb\xbf" + good[:-1]
+    yield "UTF-16", lambda good: good.decode()[:-1].encode("utf-16")
+    yield "not UTF-8", lambda good: good[:20] + b"\xff\xfe\x80" + good[20:]
+    yield "twice", lambda good: good + good
+    yield "another field", lambda good: good[:-1] + b', "more": 1}'
+    yield "in a list", lambda good: b"[" + good + b"]"
+    yield "no value", b'{"key": {}}'
+    yield "no key", b'{"value": {}}'
+    for depth in (50_000, 1_000_000):
+        for opening in (b"[", b'{"a":', b'{"key": [', b'{"key": {}, "value":' + b"["):
+            yield f"{depth} times {opening.decode()}", opening + opening[-1:] * depth
+    for number in range(30):
+        yield f"cut off {number}", lambda good, n=number: good[: len(good) * n // 30]  # type: ignore[misc]
+        yield f"random {number}", rng.randbytes(rng.randint(1, 300))
+
+
+def attacks() -> dict[str, Attack]:
+    """All attacks after which the table must be measured again."""
+    found: dict[str, Attack] = {}
+    places = {
+        "key": ('"fake"', "{}"),
+        "value": ('"value": {', '"value": {}, "x": {{'),
+        "plan": ('"sequential": {', '"sequential": {}, "x": {{'),
+        "curve": ('"128": [', '"128": {}, "x": ['),
+        "sample": ("[128, 0.00100128]", "{}"),
+        "tokens": ("[128, 0.00100128]", "[{}, 0.00100128]"),
+        "seconds": ("[128, 0.00100128]", "[128, {}]"),
+    }
+    for place, (old, new) in places.items():
+        for spelling in SPELLINGS:
+            if (place, spelling) == ("seconds", "1.5"):
+                continue  # a step may take so long
+            text = new.replace("{}", spelling, 1).replace("{{", "{")
+            found[f"{place}={spelling[:12]}({len(spelling)})"] = replaced(old, text)
+    for name, data in contents():
+        found[f"content: {name}"] = content(data)
+    for name, make in SPECIAL.items():
+        found[f"file: {name}"] = instead(make)
+        if name != "link to /":  # into which some users may write
+            found[f"folder: {name}"] = folder_instead(make)
+    for name, old, new in (
+        ("unknown plan", '"sequential": {', '"other": {"128": [[128, 0.001]]}, "sequential": {'),
+        ("unknown batch", '"128": [', '"96": [[96, 0.001]], "128": ['),
+        ("batch spelled oddly", '"128": [', '" 128": ['),
+        ("batch with a zero", '"128": [', '"0128": ['),
+        ("batch in other digits", '"128": [', '"\u0661\u0662\u0668": ['),
+        ("missing batch", '"128": [', '"256": ['),
+        ("negative batch", '"128": [', '"-128": ['),
+        ("too many tokens", "[128, 0.001", "[12800000, 0.001"),
+        ("no multiple of the batch", "[128, 0.001", "[129, 0.001"),
+        ("tokens twice", "[128, 0.001", "[128, 0.002], [128, 0.001"),
+        ("a sample that is a text", "[128, 0.001", '"12", [128, 0.001'),
+    ):
+        found[f"table: {name}"] = replaced(old, new)
+    return found
+
+
+@contextmanager
+def flipped_bits(file: Path, count: int, seed: int) -> Iterator[None]:
+    """The file with a few bits changed, which may go unnoticed; whole again afterwards."""
+    good = file.read_bytes()
+    rng, data = random.Random(seed), bytearray(good)
+    for _ in range(count):
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    file.write_bytes(data)
+    yield
+    file.write_bytes(good)

@@ -1,0 +1,251 @@
+"""Every driver call of a pipeline's whole life fails once, by status and by exception.
+
+Whichever call it is, nothing stays behind and decode falls back to sequential execution.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import green_ctx
+from green_ctx import (
+    DriverError,
+    GreenContextError,
+    GreenContextUnavailable,
+    Partition,
+    PartitionOptions,
+)
+from nanovllm.config import Config
+from nanovllm.engine import green_manager, pipeline
+from nanovllm.engine.pipeline import Pipeline, build_pipeline
+from tests.fake_driver import FakeDriver, Result, device_with, manager_with
+from tests.interrupts import InterruptAt
+
+OLD_STREAMS = {"unbound": ("cuGreenCtxStreamCreate",)}
+# What a driver tells and lacks, and what is asked of it.
+SETUPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "new driver": ({}, {}),
+    "granularity asked for": ({"fields": 12}, {}),
+    "older streams": (OLD_STREAMS, {}),
+    "older streams, known to the bindings": ({"unknown": ("cuGreenCtxStreamCreate",)}, {}),
+    "several units": ({}, {"attention": 40, "ffn": 80}),
+    "remainder": ({}, {"attention": 36, "ffn": 96}),
+    "small units": ({"most_groups": lambda size: 1 if size > 16 else 16}, {}),
+    "three streams": ({"fields": 0}, {"num_streams": 3}),
+    "three older streams": (OLD_STREAMS, {"num_streams": 3}),
+    "fine sizes": ({"sms": 108}, {"coscheduled": False}),
+}
+EXCEPTIONS: tuple[Callable[[str], Exception], ...] = (
+    RuntimeError,
+    AttributeError,
+    TypeError,
+    OSError,
+    ValueError,
+    MemoryError,
+    SystemError,
+    NotImplementedError,
+)
+STATUSES = (Result.CUDA_ERROR_OUT_OF_MEMORY, Result.CUDA_ERROR_INVALID_RESOURCE_TYPE, 46, -7)
+
+
+def live(fake: FakeDriver, attention: int = 16, ffn: int = 32, **options: Any) -> None:
+    """A manager from the first driver call to the last, and a second close."""
+    manager = manager_with(fake, attention, ffn, **options)
+    try:
+        manager.close()
+    finally:
+        calls = len(fake.calls)
+        manager.close()
+        assert (len(fake.calls), manager.closed) == (calls, True)
+
+
+def check_nothing_left(fake: FakeDriver) -> None:
+    """Beyond the one handle whose destruction was made to fail."""
+    assert (fake.contexts, fake.streams, fake.current, fake.misuse) == ({}, {}, [-1], [])
+    failed = fake.calls[fake.fail_at - 1]
+    assert len(fake.lost) == failed.endswith("Destroy")
+
+
+def calls_of(setup: str) -> list[str]:
+    drivers, options = SETUPS[setup]
+    fake = FakeDriver(**drivers)
+    live(fake, **options)
+    return fake.calls
+
+
+FAULTS = [(setup, number + 1) for setup in SETUPS for number in range(len(calls_of(setup)))]
+
+
+@pytest.mark.parametrize("by", ["status", "exception"])
+@pytest.mark.parametrize(("setup", "number"), FAULTS)
+def test_any_call_may_fail(setup: str, number: int, by: str) -> None:
+    drivers, options = SETUPS[setup]
+    failure: Any = STATUSES[number % len(STATUSES)]
+    if by == "exception":
+        failure = EXCEPTIONS[number % len(EXCEPTIONS)]("out of the bindings")
+    fake = FakeDriver(**drivers, fail_at=number, failure=failure)
+    function = calls_of(setup)[number - 1]
+    with pytest.raises(GreenContextError) as caught:
+        live(fake, **options)
+    error = caught.value
+    if isinstance(error, DriverError):
+        expected = (function, 999, type(failure).__name__)
+        if by == "status":
+            expected = (function, int(failure), getattr(failure, "name", "unknown"))
+        assert (error.function, error.code, error.name) == expected
+    else:
+        assert function == "cuInit"
+    assert by == "status" or "out of the bindings" in str(error)
+    check_nothing_left(fake)
+
+
+@pytest.mark.parametrize(("setup", "number"), FAULTS)
+def test_an_interrupt_at_any_call_passes_and_leaves_nothing(setup: str, number: int) -> None:
+    drivers, options = SETUPS[setup]
+    fake = FakeDriver(**drivers, fail_at=number, failure=KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        live(fake, **options)
+    # One that interrupts a destruction comes before it or after; it is seen to either way.
+    fake.misuse = [text for text in fake.misuse if "Destroy" not in text]
+    check_nothing_left(fake)
+
+
+def build(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Pipeline:
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", fake)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: handle)
+    config = Config(enable_pipeline=True, **options)
+    backend = SimpleNamespace(make_workspace=lambda device, num_sms: None)
+    return build_pipeline(config, None, backend, torch.device("cuda:0"), 132)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("lack", [(), ("cuGreenCtxStreamCreate",)], ids=["new", "older streams"])
+def test_an_interrupt_at_any_line_leaves_nothing(
+    lack: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for line in range(1, 5000):
+        fake = FakeDriver(unbound=lack)
+        interrupt = InterruptAt(
+            line, [green_ctx.__file__, green_manager.__file__, pipeline.__file__]
+        )
+        try:
+            with interrupt:
+                built = build(fake, monkeypatch)
+        except KeyboardInterrupt:
+            assert (fake.contexts, fake.streams, fake.current, fake.misuse) == ({}, {}, [-1], [])
+        else:
+            built.close()
+            break
+    assert 300 < line < 5000
+    assert not interrupt.reached  # the last time nothing was interrupted
+
+
+@pytest.mark.parametrize("lack", [(), ("cuGreenCtxStreamCreate",)], ids=["new", "older streams"])
+def test_an_interrupt_at_any_line_of_close_is_made_good_by_the_next(lack: tuple[str, ...]) -> None:
+    for line in range(1, 1000):
+        fake = FakeDriver(unbound=lack)
+        manager = manager_with(fake, 16, 32, num_streams=2)
+        interrupt = InterruptAt(line, [green_ctx.__file__, green_manager.__file__])
+        try:
+            with interrupt:
+                manager.close()
+        except KeyboardInterrupt:
+            manager.close()
+        assert (fake.contexts, fake.streams, fake.current, fake.misuse) == ({}, {}, [-1], [])
+        if not interrupt.reached:
+            break
+    assert 50 < line < 1000
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("by", ["status", "exception"])
+@pytest.mark.parametrize("lack", [(), ("cuGreenCtxStreamCreate",)], ids=["new", "older streams"])
+def test_the_engine_falls_back_whichever_call_fails(
+    lack: tuple[str, ...], by: str, strict: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = FakeDriver(unbound=lack)
+    build(counted, monkeypatch)
+    assert len(counted.calls) >= 20
+    for number in range(1, len(counted.calls) + 1):
+        failure: Any = 46 if by == "status" else RuntimeError("out of the bindings")
+        fake = FakeDriver(unbound=lack, fail_at=number, failure=failure)
+        if strict:
+            with pytest.raises(GreenContextError):
+                build(fake, monkeypatch, pipeline_strict=True)
+        else:
+            built = build(fake, monkeypatch)
+            assert built.scheduler is None
+            assert built.manager is None
+            assert built.statistics.mode == "sequential"
+            assert built.statistics.fallback_reason
+        check_nothing_left(fake)
+
+
+@pytest.mark.parametrize("status", [500, 801])
+def test_a_driver_may_lack_functions_by_status_too(status: int) -> None:
+    class Lacking(FakeDriver):
+        def _cuGetProcAddress(self, symbol: bytes, version: int, flags: int) -> tuple[Any, ...]:
+            found = super()._cuGetProcAddress(symbol, version, flags)
+            return found if found[1] else (status, None, None)
+
+    fake = Lacking(unknown=("cuGreenCtxStreamCreate",))
+    live(fake)
+    assert "cuStreamCreateWithPriority" in fake.calls
+    with pytest.raises(GreenContextUnavailable, match="missing: cuGreenCtxCreate"):
+        live(Lacking(unknown=("cuGreenCtxCreate",)))
+
+
+@pytest.mark.parametrize("lacking", [{}, {"CUdevResourceType": None}])
+def test_bindings_without_resource_types_are_too_old(lacking: dict[str, Any]) -> None:
+    fake = FakeDriver()
+    del fake.CUdevResourceType
+    vars(fake).update(lacking)
+    with pytest.raises(GreenContextUnavailable, match="missing: CU_DEV_RESOURCE_TYPE_SM"):
+        live(fake)
+
+
+@pytest.mark.parametrize("answer", [None, 7, (), ("?",), (None, 1)])
+def test_an_answer_that_is_none_is_a_driver_error(answer: Any) -> None:
+    fake = FakeDriver()
+    fake._cuGreenCtxCreate = lambda *args: answer  # type: ignore[method-assign]
+    with pytest.raises(DriverError, match="in cuGreenCtxCreate"):
+        live(fake)
+
+
+def test_close_raises_the_first_error_and_destroys_the_rest() -> None:
+    out_of_memory, invalid = Result.CUDA_ERROR_OUT_OF_MEMORY, Result.CUDA_ERROR_INVALID_VALUE
+    fake = FakeDriver(
+        errors={"cuStreamSynchronize": [out_of_memory], "cuGreenCtxDestroy": [invalid, invalid]}
+    )
+    device = device_with(fake)
+    group = device.split([40]).groups[0]
+    partition = Partition(device, group, PartitionOptions(num_streams=3))
+    with pytest.raises(DriverError) as caught:
+        partition.close()
+    assert (caught.value.function, caught.value.code) == ("cuStreamSynchronize", 2)
+    assert (fake.streams, fake.contexts, len(fake.lost)) == ({}, {}, 1)
+    partition.close()
+
+
+def test_a_failure_while_undoing_does_not_hide_why(caplog: pytest.LogCaptureFixture) -> None:
+    fake = FakeDriver(
+        errors={
+            "cuGreenCtxGetDevResource": [Result.CUDA_ERROR_OUT_OF_MEMORY],
+            "cuGreenCtxDestroy": [Result.CUDA_ERROR_INVALID_VALUE],
+        }
+    )
+    with pytest.raises(DriverError, match=r"code=2 .* in cuGreenCtxGetDevResource"):
+        manager_with(fake, 16, 32)
+    assert any("cuGreenCtxDestroy" in message for message in caplog.messages)
+
+
+def test_every_call_is_made_to_fail_once_by_status_and_once_by_exception() -> None:
+    functions = {name for setup in SETUPS for name in calls_of(setup)}
+    defined = {name[1:] for name in vars(FakeDriver) if name.startswith("_cu")}
+    assert functions == defined
+    print(f"\n{len(FAULTS)} driver calls, {2 * len(FAULTS)} failures")

@@ -80,7 +80,9 @@ def match_tensors(
     for tensor in stored.values():
         other = matched.setdefault(_model_name(tensor.name, slots), tensor)
         if other is not tensor:
-            raise WeightsError(f"{directory}: {other.name!r} and {tensor.name!r} are one tensor")
+            raise WeightsError(
+                f"{tensor.path}: tensor {tensor.name!r} is the same as {other.name!r}"
+            )
     if HEAD in matched and EMBEDDING not in matched and HEAD not in slots:
         # Of tied matrices, either may be the one that is stored.
         matched[EMBEDDING] = matched.pop(HEAD)

@@ -63,12 +63,7 @@ def add_tokenizer(directory: Path, rng: random.Random) -> None:
 
 
 def mutate(directory: Path, rng: random.Random) -> str:
-    """Damages one file (seldom two) of a checkpoint; returns what was done."""
-    times = 2 if rng.random() < 0.1 else 1
-    return "; ".join(_mutate_once(directory, rng) for _ in range(times))
-
-
-def _mutate_once(directory: Path, rng: random.Random) -> str:
+    """Damages one file of a checkpoint; returns what was done."""
     files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
     files = [path for path in files if path.suffix in (".json", ".txt", ".safetensors", ".jinja")]
     # config.json and the weights have most to get wrong, and files that are not read nothing.

@@ -29,9 +29,22 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from nanovllm import LLM  # noqa: E402
+from nanovllm.models.qwen3_config import FIELDS, ROPE_FIELDS, YARN_FIELDS  # noqa: E402
+from tests.checkpoint_mutations import add_tokenizer, mutate  # noqa: E402
+from tests.checkpoint_variants import (  # noqa: E402
+    ENGINE,
+    oracle_tokens,
+    tokens_of,
+    write_variant,
+)
+
 SECONDS = 10.0
 MEMORY = 1 << 30
 RUNS_PER_WORKER = 500
+RUNS_PER_BASE = 25
 CANARY = "canary-was-run"
 FAULTS = ("code run", "silently other", "hang", "memory", "unnamed error")
 
@@ -97,8 +110,6 @@ def serve() -> None:
     import torch
     from transformers.utils import logging
 
-    from tests import checkpoint_variants  # noqa: F401 - before memory is limited
-
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -113,9 +124,6 @@ def run_one(
     directory: str, expected: list[int] | None, load_format: str = "auto"
 ) -> dict[str, Any]:
     """Loads one checkpoint: what the engine said and took, and what transformers says."""
-    from nanovllm import LLM
-    from tests.checkpoint_variants import ENGINE, oracle_tokens, tokens_of
-
     Path("/proc/self/clear_refs").write_text("5")
     before, start = memory("VmRSS"), time.monotonic()
     result: dict[str, Any] = {"error": None, "tokens": None}
@@ -170,8 +178,6 @@ def scratch() -> Iterator[Path]:
 
 def try_variants(worker: Worker, count: int, seed: int) -> Iterator[tuple[str, str]]:
     """The verdict on each sound variant, and what it was."""
-    from tests.checkpoint_variants import write_variant
-
     for number in range(count):
         with scratch() as directory:
             what = write_variant(directory, seed * 1_000_000 + number)
@@ -184,40 +190,55 @@ def try_variants(worker: Worker, count: int, seed: int) -> Iterator[tuple[str, s
 
 def try_mutations(worker: Worker, count: int, seed: int) -> Iterator[tuple[str, str]]:
     """The verdict on each damaged checkpoint, and what was done to it."""
-    from nanovllm.models.qwen3_config import FIELDS, ROPE_FIELDS, YARN_FIELDS
-    from tests.checkpoint_mutations import add_tokenizer, mutate
-    from tests.checkpoint_variants import write_variant
-
-    fields = {*FIELDS, *ROPE_FIELDS, *YARN_FIELDS, "architecture", "model_type"}
     rng = random.Random(seed)
     with scratch() as folder:
-        base, expected, tensors = folder / "base", [], set()
+        base, directory, trace = folder / "sound", folder / "damaged", folder / CANARY
+        expected = base_tokens = None
         for number in range(count):
-            if number % 25 == 0:  # another sound one to begin with
-                shutil.rmtree(base, ignore_errors=True)
-                base.mkdir()
-                write_variant(base, rng.randrange(10**9))
-                if rng.random() < 0.5:
-                    add_tokenizer(base, rng)
-                expected = worker.run({"directory": str(base), "expected": None})["tokens"]
-                tensors = {"tensor "}
-            directory, trace = folder / "damaged", folder / CANARY
-            shutil.copytree(base, directory, symlinks=True)
-            (directory / "evil.py").unlink(missing_ok=True)
-            (directory / "evil.py").write_text(
-                f"open({str(trace)!r}, 'w').close()\nEvil = A = B = P = 1\n"
-            )
-            names = {path.name for path in base.rglob("*") if path.is_file()} | {"*.safetensors"}
+            if number % RUNS_PER_BASE == 0:
+                write_base(base, rng)
+                base_tokens = worker.run({"directory": str(base), "expected": None})["tokens"]
+            if not directory.exists():
+                shutil.copytree(base, directory, symlinks=True)
+                write_canary(directory, trace)
+                expected = base_tokens
             one = random.Random(rng.randrange(10**9))
             what = mutate(directory, one)
             request = {"directory": str(directory), "expected": expected}
             if what.startswith("config.json") and one.random() < 0.15:
                 request["load_format"] = "dummy"
             result = worker.run(request)
-            found = "code run" if trace.exists() else verdict(result, names | fields | tensors)
+            found = "code run" if trace.exists() else verdict(result, names_in(base))
             yield found, f"{what}: {result}"
             trace.unlink(missing_ok=True)
-            shutil.rmtree(directory)
+            # What still loads may be damaged further.
+            if found == "loaded" and "load_format" not in request and one.random() < 0.2:
+                expected = result["tokens"]
+            else:
+                shutil.rmtree(directory)
+
+
+def write_base(base: Path, rng: random.Random) -> None:
+    """A sound checkpoint to be damaged, in half the cases with a tokenizer."""
+    shutil.rmtree(base, ignore_errors=True)
+    base.mkdir()
+    write_variant(base, rng.randrange(10**9))
+    if rng.random() < 0.5:
+        add_tokenizer(base, rng)
+
+
+def write_canary(directory: Path, trace: Path) -> None:
+    """Code that leaves a trace if anything runs it."""
+    (directory / "evil.py").unlink(missing_ok=True)
+    code = f"open({str(trace)!r}, 'w').close()\nEvil = A = B = P = object\n"
+    (directory / "evil.py").write_text(code)
+
+
+def names_in(base: Path) -> set[str]:
+    """What an error about a damaged copy may name: files, fields, tensors."""
+    files = {path.name for path in base.rglob("*") if path.is_file()}
+    fields = {*FIELDS, *ROPE_FIELDS, *YARN_FIELDS, "architecture", "model_type"}
+    return files | fields | {".safetensors", "tensor "}
 
 
 def tally(verdicts: Iterator[tuple[str, str]], good: tuple[str, ...]) -> Counter[str]:
@@ -252,7 +273,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     if sys.argv[1:] == ["--worker"]:
         serve()
     else:

@@ -349,7 +349,7 @@ class Qwen3ForCausalLM(nn.Module):
         with torch.device("meta"):
             model = cls(config, backend, group).to(dtype)
         check(dict(model.slots()))
-        with cpu_memory_errors(device, "the weights"):
+        with cpu_memory_errors(device, f"the weights of {config.sizes()}"):
             model = model.to_empty(device=device)
             length = config.usable_length if max_length is None else max_length
             model.model.cos_sin = cos_sin_table(config.rope, config.head_dim, length).to(device)

@@ -188,7 +188,7 @@ FIELDS: dict[str, tuple[Rule, Any]] = {
     "attention_bias": (boolean, False),
     "hidden_act": (one_of("silu", "swish"), "silu"),
     "use_sliding_window": (boolean, False),
-    "sliding_window": (or_null(size()), 4096),
+    "sliding_window": (or_null(integer), 4096),
     "max_window_layers": (integer, 28),
     "layer_types": (or_null(list_of(one_of("full_attention", "attention"))), None),
     "dtype": (or_null(dtype_name), None),

@@ -161,13 +161,24 @@ def test_an_index_names_safetensors_files_of_its_directory_alone(copy, name):
     assert repr(name) in message
 
 
-@pytest.mark.parametrize("field", ["vocab_file", "tokenizer_file", "gguf_file", "merges_file"])
-@pytest.mark.parametrize("value", ["/etc/passwd", "../x", 5])
+@pytest.mark.parametrize(
+    "field",
+    ["vocab_file", "tokenizer_file", "gguf_file", "fast_tokenizer_files", "vocab", "merges"],
+)
+@pytest.mark.parametrize("value", ["/etc/passwd", "../x", "x", "\x00"])
 def test_a_tokenizer_that_names_files_elsewhere_is_refused(copy, field, value):
     path = copy / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
     message = error_of(copy, TokenizerError)
     assert f"{path}: {field}={value!r}" in message
+
+
+def test_a_tokenizer_may_name_its_own_files(copy):
+    path = copy / "tokenizer_config.json"
+    named = {"vocab_file": "vocab.json", "tokenizer_file": None, "init_inputs": []}
+    named |= {"special_tokens_map_file": "/home/somebody/special_tokens_map.json"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    assert load_tokenizer(copy).encode("Once upon a time")
 
 
 def test_links_as_in_the_cache_of_the_hub_are_followed(copy):
@@ -214,6 +225,7 @@ def test_half_a_tokenizer_is_refused(copy, missing):
         ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
         ("tokenizer_config.json", {"tokenizer_class": 5}),
         ("tokenizer_config.json", {"eos_token": {"a": 1}}),
+        ("tokenizer_config.json", {"model_max_length": "long"}),
     ],
     ids=str,
 )

@@ -25,7 +25,7 @@ def is_there(path: Path) -> bool:
     """Whether a directory entry of that name exists, be it readable or not, a file or not."""
     try:
         path.lstat()
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # a name with a null byte cannot be there
         return False
     except OSError:
         pass  # there or not, whoever reads it says why it cannot be read

@@ -27,6 +27,8 @@ JSON_FILES = (
 TEXT_FILES = (MERGES, "chat_template.jinja")
 # Vocabularies in other forms, which transformers may be able to convert.
 OTHER_FILES = ("tokenizer.model", "vocab.txt")
+# A trace of where the tokenizer was saved.
+NEVER_OPENED = ("special_tokens_map_file",)
 
 
 class TokenizerError(ValueError):
@@ -55,6 +57,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
             directory, local_files_only=True, trust_remote_code=False
         )
         eos = tokenizer.eos_token_id
+        tokenizer.encode("")  # shows settings of wrong types, with any vocabulary
     if not (eos is None or isinstance(eos, int)):
         raise TokenizerError(f"{directory / CONFIG}: eos_token has the id {eos!r}, no integer")
     return tokenizer
@@ -87,11 +90,18 @@ def _check_files(directory: Path, found: list[str]) -> None:
 def _refuse_paths(path: Path, fields: dict[str, object]) -> None:
     """Some versions of transformers open the files that these fields name, wherever they are."""
     for field, value in fields.items():
-        # This one is a trace of where the tokenizer was saved, and never opened.
-        if not field.endswith(("_file", "_files")) or field == "special_tokens_map_file":
+        if field in ("vocab", "merges", "init_inputs", "gguf_file"):
+            allowed = not value or (field in ("vocab", "merges") and not isinstance(value, str))
+        elif field.endswith(("_file", "_files")) and field not in NEVER_OPENED:
+            names = value if isinstance(value, list) else [] if value is None else [value]
+            allowed = all(_is_entry(path.parent, name) for name in names)
+        else:
             continue
-        for name in value if isinstance(value, list) else [value]:
-            if name is not None and (not isinstance(name, str) or "/" in name or "\\" in name):
-                raise TokenizerError(
-                    f"{path}: {field}={value!r:.200} must name files of this directory"
-                )
+        if not allowed:
+            raise TokenizerError(
+                f"{path}: {field}={value!r:.200} must name files of this directory"
+            )
+
+
+def _is_entry(directory: Path, name: object) -> bool:
+    return isinstance(name, str) and name == Path(name).name and is_there(directory / name)

@@ -155,7 +155,7 @@ def memory(field: str) -> int:
 
 
 def verdict(result: dict[str, Any], names: set[str]) -> str:
-    """ "loaded", "refused", or the fault; `names` are those that an error may name."""
+    """How a run ended: loaded, refused, or a fault; an error must hold one of `names`."""
     if "fault" in result:
         return result["fault"]
     if result["seconds"] > SECONDS:

@@ -21,6 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
 import nanovllm
 from nanovllm import LLM, SamplingParams
 from tests.checkpoints import VOCAB, Shape
@@ -183,6 +185,7 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    torch.set_num_threads(1)  # small models only wait for their threads
     results: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as directory:
         write_model(Path(directory))

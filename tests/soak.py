@@ -89,6 +89,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args()
+    torch.set_num_threads(1)  # small models only wait for their threads
     calls, first, last = run(args.minutes * 60, args.seed, args.device, args.parts)
     grown = growth(first, last)
     print(f"\n{'':20}{'warmed up':>16}{'end':>16}")

@@ -143,12 +143,26 @@ def test_a_directory_without_weights_is_named(copy):
     assert error_of(FileNotFoundError, copy) == f"{copy} holds no *.safetensors file"
 
 
-def test_a_tensor_in_two_files_is_named_with_both(copy):
-    save_file({"model.norm.weight": torch.zeros(32)}, copy / "old.safetensors")
+def test_a_tensor_in_two_shards_is_named_with_both(copy):
+    weight_map = shard(copy)
+    files = sorted(set(weight_map.values()))
+    here = weight_map["model.norm.weight"]
+    other = next(file for file in files if file != here)
+    tensors = load_file(copy / other) | {"model.norm.weight": torch.zeros(32)}
+    save_file(tensors, copy / other)
     message = error_of(WeightsError, copy)
     assert "'model.norm.weight'" in message
-    assert "model.safetensors" in message
-    assert "old.safetensors" in message
+    assert str(copy / here) in message
+    assert str(copy / other) in message
+
+
+def test_files_beside_the_weights_are_ignored(copy, tokens):
+    save_file({"model.norm.weight": torch.zeros(32)}, copy / "old.safetensors")
+    save_file({"lora_A": torch.zeros(32)}, copy / "adapter_model.safetensors")
+    (copy / "adapter_config.json").write_text("rubbish")
+    (copy / "pytorch_model.bin").write_bytes(b"rubbish")
+    (copy / "original").mkdir()
+    assert run(copy) == tokens
 
 
 def test_a_sharded_checkpoint_loads(copy, tokens):
@@ -178,11 +192,21 @@ def test_a_tensor_that_the_index_promises_in_vain_is_named(copy):
     assert message == f"{copy / file} lacks 'model.norm.weight', which {INDEX} says it holds"
 
 
-def test_a_tensor_that_the_index_omits_is_missing(copy):
+def test_a_tensor_that_the_index_omits_is_found_in_a_file_that_it_names(copy, tokens):
+    """As in transformers, which reads those files whole."""
     weight_map = shard(copy)
-    del weight_map["model.norm.weight"]
+    file = weight_map.pop("model.norm.weight")
+    assert file in weight_map.values()
     (copy / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    assert "missing tensor 'model.norm.weight'" in error_of(WeightsError, copy)
+    assert run(copy) == tokens
+
+
+def test_a_file_that_the_index_omits_is_missing(copy):
+    weight_map = shard(copy)
+    omitted = weight_map["model.norm.weight"]
+    weight_map = {name: file for name, file in weight_map.items() if file != omitted}
+    (copy / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    assert "missing tensor" in error_of(WeightsError, copy)
 
 
 @pytest.mark.parametrize(
@@ -244,14 +268,22 @@ def test_an_untied_checkpoint_needs_its_output_head(copy):
             {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
             ["rope_parameters={'full_attention'", "flat"],
         ),
-        ({"use_sliding_window": True}, ["use_sliding_window=True", "must be False"]),
+        (
+            {
+                "use_sliding_window": True,
+                "sliding_window": 16,
+                "max_window_layers": 1,
+                "layer_types": ...,
+            },
+            ["use_sliding_window=True", "must be False", "max_window_layers=1"],
+        ),
         ({"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types"]),
         ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "must be 'silu'"]),
         ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config=", "awq"]),
         ({"num_key_value_heads": 3}, ["num_attention_heads=2", "num_key_value_heads=3"]),
         ({"num_attention_heads": 0}, ["num_attention_heads=0", "positive integer"]),
         ({"num_hidden_layers": True}, ["num_hidden_layers=True", "positive integer"]),
-        ({"vocab_size": ...}, ["vocab_size=None", "positive integer"]),
+        ({"vocab_size": None}, ["vocab_size=None", "positive integer"]),
         ({"hidden_size": 32.0}, ["hidden_size=32.0", "positive integer"]),
         ({"intermediate_size": "64"}, ["intermediate_size='64'", "positive integer"]),
         ({"max_position_embeddings": -5}, ["max_position_embeddings=-5", "positive integer"]),

@@ -14,6 +14,8 @@ import threading
 import time
 from pathlib import Path
 
+import torch
+
 from nanovllm import LLM
 from tests.checkpoints import Shape
 from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, check_empty, drain, tokens
@@ -86,6 +88,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    torch.set_num_threads(1)  # small models only wait for their threads
     draw, threads, preemptions = random.Random(args.seed), 0, 0
     with tempfile.TemporaryDirectory() as directory:
         Shape(seed=5).write(Path(directory))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 
 from nanovllm.config import Config
 from nanovllm.layers.attention import HeadShape
+from nanovllm.utils.memory import GIB, check_fits, cpu_memory_errors
 
-GIB = 1 << 30
 # On the CPU memory is shared with everything else, so the default is small.
 CPU_LIMIT = 1 * GIB
 
@@ -22,12 +23,18 @@ def allocate(
     dtype: torch.dtype,
     device: torch.device,
 ) -> torch.Tensor:
-    """Zeros of [layers, 2, num_blocks + 1, kv_heads, block_size, head_dim]; block 0 is padding."""
-    return torch.zeros(
-        (num_layers, 2, num_blocks + 1, heads.num_kv_heads, block_size, heads.head_dim),
-        dtype=dtype,
-        device=device,
-    )
+    """Zeros of [layers, 2, num_blocks + 1, kv_heads, block_size, head_dim]; block 0 is padding.
+
+    Raises:
+        MemoryError: they do not fit into the CPU's memory.
+    """
+    shape = (num_layers, 2, num_blocks + 1, heads.num_kv_heads, block_size, heads.head_dim)
+    what = f"the KV cache ({num_blocks} blocks of {block_size} tokens)"
+    if device.type == "cpu":
+        # The system grants more than there is, and ends the process that fills it.
+        check_fits(math.prod(shape) * dtype.itemsize, device, what)
+    with cpu_memory_errors(device, what):
+        return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def count_blocks(

@@ -30,10 +30,19 @@ from nanovllm.engine.step_timer import DeviceTimer
 from nanovllm.engine.warm_up import warm_up
 from nanovllm.layers.attention import make_backend
 from nanovllm.layers.sampler import SamplingBatch, sample
+from nanovllm.layers.slots import Slot
 from nanovllm.models.qwen3 import Qwen3ForCausalLM, rank_heads
 from nanovllm.models.qwen3_config import Qwen3Config
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.loader import fill_randomly, load_weights
+from nanovllm.utils.loader import (
+    StoredTensor,
+    fill_randomly,
+    find_tensors,
+    first_dtype,
+    load_weights,
+    match_tensors,
+)
+from nanovllm.utils.memory import check_fits
 from nanovllm.utils.timeline import save_timeline
 
 
@@ -60,14 +69,13 @@ class ModelRunner:
         self.model_config = Qwen3Config.from_directory(model_dir)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dtype = resolve_dtype(config.dtype, self.model_config.dtype, device)
+        stored = {} if config.load_format == "dummy" else find_tensors(model_dir)
+        checkpoint_dtype = self.model_config.dtype or first_dtype(stored)
+        dtype = resolve_dtype(config.dtype, checkpoint_dtype, device)
         heads = rank_heads(self.model_config, ranks.group)
         self.backend = make_backend(config.attention_backend, heads, device, self.block_size)
-        self.model = Qwen3ForCausalLM.allocate(
-            self.model_config, self.backend, ranks.group, device, dtype
-        )
-        self._load(model_dir)
-        self.max_model_len = min(config.max_model_len, self.model_config.max_position_embeddings)
+        self.max_model_len = min(config.max_model_len, self.model_config.usable_length)
+        self.model = self._load(model_dir, stored, dtype)
         self.max_blocks = -(-self.max_model_len // self.block_size)
         self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
         layers = self.model_config.num_hidden_layers
@@ -233,14 +241,39 @@ class ModelRunner:
         done.record()
         return host, done
 
-    def _load(self, model_dir: Path) -> None:
-        slots = dict(self.model.slots())
-        if self.config.load_format == "dummy":
+    def _load(
+        self, model_dir: Path, stored: dict[str, StoredTensor], dtype: torch.dtype
+    ) -> Qwen3ForCausalLM:
+        """The model with its weights; its sizes are known to be true before it has memory."""
+        config, group = self.model_config, self.ranks.group
+        is_dummy = self.config.load_format == "dummy"
+        weights = f"the weights of {config.sizes()}"
+        if is_dummy:
+            num_bytes = config.num_weights // group.size * dtype.itemsize
+            check_fits(num_bytes, self.device, weights)
+
+        def check(slots: dict[str, Slot]) -> None:
+            if not is_dummy:
+                match_tensors(slots, stored, model_dir)
+            num_bytes = sum(slot.target.numel() for slot in slots.values()) * dtype.itemsize
+            check_fits(num_bytes, self.device, weights)
+
+        model = Qwen3ForCausalLM.allocate(
+            config,
+            self.backend,
+            group,
+            self.device,
+            dtype,
+            max_length=self.max_model_len,
+            check=check,
+        )
+        slots = dict(model.slots())
+        if is_dummy:
             fill_randomly(slots)
         else:
-            load_weights(
-                slots, model_dir, show_progress=self.ranks.is_first, between=self.ranks.check
-            )
+            ranks = self.ranks
+            load_weights(slots, model_dir, show_progress=ranks.is_first, between=ranks.check)
+        return model
 
     def make_decode(self, config: Config) -> Decode:
         """A way to run decode steps on this model, as `config` says; the caller closes it."""

@@ -26,7 +26,7 @@ class RopeConfig:
 
     theta: float
     factor: float | None = None
-    original_max_position: int = 0
+    original_max_position: float = 0.0
     attention_factor: float = 1.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0

@@ -14,6 +14,8 @@ CPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -25,8 +27,9 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import PackedColumnLinear, RowLinear
 from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.layers.rotary_embedding import cos_sin_table
-from nanovllm.layers.slots import Slots
+from nanovllm.layers.slots import Slot, Slots
 from nanovllm.models.qwen3_config import Qwen3Config, UnsupportedModelError
+from nanovllm.utils.memory import cpu_memory_errors
 
 
 class Qwen3Attention(nn.Module):
@@ -325,13 +328,31 @@ class Qwen3ForCausalLM(nn.Module):
         group: ParallelGroup,
         device: torch.device,
         dtype: torch.dtype,
+        *,
+        max_length: int | None = None,
+        check: Callable[[dict[str, Slot]], object] = lambda slots: None,
     ) -> Qwen3ForCausalLM:
-        """Builds the model with uninitialised weights on `device`; a loader fills `slots()`."""
+        """Builds the model with uninitialised weights on `device`; a loader fills `slots()`.
+
+        Args:
+            config: shape of the model.
+            backend: attention back end of all layers.
+            group: this rank and the others.
+            device: of the weights.
+            dtype: of the weights.
+            max_length: positions that the model will see; None: all that it was made for.
+            check: called with the slots before they have memory; what it raises ends it here.
+
+        Raises:
+            MemoryError: the weights do not fit into the CPU's memory.
+        """
         with torch.device("meta"):
-            model = cls(config, backend, group)
-        model = model.to(dtype).to_empty(device=device)
-        table = cos_sin_table(config.rope, config.head_dim, config.max_position_embeddings)
-        model.model.cos_sin = table.to(device)
+            model = cls(config, backend, group).to(dtype)
+        check(dict(model.slots()))
+        with cpu_memory_errors(device, f"the weights of {config.sizes()}"):
+            model = model.to_empty(device=device)
+            length = config.usable_length if max_length is None else max_length
+            model.model.cos_sin = cos_sin_table(config.rope, config.head_dim, length).to(device)
         return model.eval()
 
     @property

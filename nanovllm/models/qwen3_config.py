@@ -1,31 +1,230 @@
 """config.json of a Qwen3 checkpoint, parsed and checked into one frozen record.
 
 It is read directly rather than through transformers, so that every version's spelling (4.51
-to 5.x) is understood by any installed one, and what the engine cannot run is refused by name.
+to 5.x) is understood by any installed one. What is accepted means what it means to transformers;
+anything else is refused by name.
 """
 
 from __future__ import annotations
 
-import json
 import math
+import reprlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanovllm.layers.rotary_embedding import RopeConfig
+from nanovllm.utils.json_files import is_there, read_object
 from nanovllm.utils.options import is_int
 
 ARCHITECTURE = "Qwen3ForCausalLM"
-DTYPES = ("float32", "bfloat16", "float16")
+# A base model saved alone is one without its output head.
+BASE_ARCHITECTURE = "Qwen3Model"
+DTYPES = {
+    "float32": "float32",
+    "float": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "half": "float16",
+}
+QUOTES = "'\""
+MAX_SIZE = 2**31 - 1
+MAX_LAYERS = 1000
+MAX_WEIGHTS = 2**46
+
+# A rule takes a field's value and returns it, perhaps normalised, or raises ValueError with the
+# words for what is allowed.
+Rule = Callable[[Any], Any]
 
 
 class UnsupportedModelError(ValueError):
-    """The checkpoint is readable, but asks for something that this engine does not do."""
+    """The checkpoint asks for something that this engine does not do, or its config is damaged."""
+
+
+def size(limit: int = MAX_SIZE) -> Rule:
+    """Positive integers."""
+
+    def rule(value: Any) -> int:
+        if is_int(value) and 0 < value <= limit:
+            return value
+        raise ValueError(f"a positive integer of at most {limit}")
+
+    return rule
+
+
+def integer(value: Any) -> int:
+    """Integers."""
+    if is_int(value):
+        return value
+    raise ValueError("an integer")
+
+
+def even_size(value: Any) -> int:
+    """Positive even integers, as rotary embeddings need them."""
+    if is_int(value) and 0 < value <= MAX_SIZE and value % 2 == 0:
+        return value
+    raise ValueError("a positive integer and even, as rope needs it")
+
+
+def boolean(value: Any) -> bool:
+    """True or False, nothing that merely counts as one."""
+    if isinstance(value, bool):
+        return value
+    raise ValueError("true or false")
+
+
+def positive(value: Any) -> float:
+    """Positive numbers, within what float32 arithmetic can take."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 1e-30 <= value <= 1e30:
+        return float(value)
+    raise ValueError("a positive number, from 1e-30 to 1e30")
+
+
+def fraction(value: Any) -> float:
+    """Floats (no integers) above 0, up to 1."""
+    if isinstance(value, float) and 0 < value <= 1:
+        return value
+    raise ValueError("a positive float of at most 1")
+
+
+def one_of(*allowed: Any) -> Rule:
+    """The given values, of their own type."""
+
+    def rule(value: Any) -> Any:
+        for item in allowed:
+            if type(value) is type(item) and value == item:
+                return value
+        raise ValueError(" or ".join(map(repr, allowed)))
+
+    return rule
+
+
+def or_null(inner: Rule) -> Rule:
+    """What `inner` allows, and null."""
+
+    def rule(value: Any) -> Any:
+        try:
+            return None if value is None else inner(value)
+        except ValueError as allowed:
+            raise ValueError(f"{allowed}, or null") from None
+
+    return rule
+
+
+def or_zero(inner: Rule) -> Rule:
+    """What `inner` allows; zero and null alike stand for none."""
+
+    def rule(value: Any) -> Any:
+        is_number = is_int(value) or isinstance(value, float)
+        return None if value is None or (is_number and value == 0) else inner(value)
+
+    return rule
+
+
+def list_of(inner: Rule) -> Rule:
+    """Lists of what `inner` allows."""
+
+    def rule(value: Any) -> list[Any]:
+        try:
+            if isinstance(value, list):
+                return [inner(item) for item in value]
+        except ValueError as allowed:
+            raise ValueError(f"a list, each item {allowed}") from None
+        raise ValueError("a list")
+
+    return rule
+
+
+def text(value: Any) -> str:
+    """Strings."""
+    if isinstance(value, str):
+        return value
+    raise ValueError("a string")
+
+
+def token_ids(value: Any) -> list[int]:
+    """A token id, a list of them, or null for none."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if all(is_int(token) for token in ids):
+        return ids
+    raise ValueError("an integer, a list of integers or null")
+
+
+def dtype_name(value: Any) -> str:
+    """torch's names of the dtypes that the engine computes in."""
+    if isinstance(value, str) and value in DTYPES:
+        return DTYPES[value]
+    raise ValueError("one of " + ", ".join(DTYPES))
+
+
+def flat_object(value: Any) -> dict[str, Any]:
+    """Objects that hold no objects."""
+    if isinstance(value, dict) and not any(isinstance(item, dict) for item in value.values()):
+        return value
+    raise ValueError("a flat object")
+
+
+def null(value: Any) -> None:
+    """Null alone."""
+    if value is not None:
+        raise ValueError("null or absent")
+
+
+REQUIRED: Any = object()
+
+# Each field with its rule and with the value that an absent one has, the default of transformers.
+FIELDS: dict[str, tuple[Rule, Any]] = {
+    "vocab_size": (size(), 151_936),
+    "hidden_size": (size(), 4096),
+    "intermediate_size": (size(), 22_016),
+    "num_hidden_layers": (size(MAX_LAYERS), 32),
+    "num_attention_heads": (size(), 32),
+    "num_key_value_heads": (or_null(size()), 32),
+    "head_dim": (even_size, 128),
+    "max_position_embeddings": (size(), 32_768),
+    "rms_norm_eps": (fraction, 1e-6),
+    "tie_word_embeddings": (boolean, False),
+    "attention_bias": (boolean, False),
+    "hidden_act": (one_of("silu", "swish"), "silu"),
+    "use_sliding_window": (boolean, False),
+    "sliding_window": (or_null(integer), 4096),
+    "max_window_layers": (integer, 28),
+    "layer_types": (or_null(list_of(one_of("full_attention", "attention"))), None),
+    "dtype": (or_null(dtype_name), None),
+    "torch_dtype": (or_null(dtype_name), None),
+    "eos_token_id": (token_ids, None),
+    "rope_parameters": (or_null(flat_object), None),
+    "rope_scaling": (or_null(flat_object), None),
+    "partial_rotary_factor": (or_null(one_of(1, 1.0)), None),
+    # With these it would be another model, or other files.
+    "quantization_config": (null, None),
+    "per_layer_config": (null, None),
+    "configuration_files": (null, None),
+    "transformers_weights": (null, None),
+}
+
+ROPE_FIELDS: dict[str, tuple[Rule, Any]] = {
+    "rope_theta": (positive, 10_000.0),
+    "rope_type": (one_of("default", "yarn"), "default"),
+    "partial_rotary_factor": (one_of(1, 1.0), 1.0),
+}
+
+YARN_FIELDS: dict[str, tuple[Rule, Any]] = {
+    "factor": (or_null(positive), REQUIRED),
+    "original_max_position_embeddings": (positive, REQUIRED),
+    "attention_factor": (or_null(positive), None),
+    "beta_fast": (or_zero(positive), None),
+    "beta_slow": (or_zero(positive), None),
+    "mscale": (or_zero(positive), None),
+    "mscale_all_dim": (or_zero(positive), None),
+    "truncate": (boolean, True),
+}
 
 
 @dataclass(frozen=True)
 class Qwen3Config:
-    """Shape of a Qwen3 model; names as in config.json."""
+    """Shape of a Qwen3 model; names as in config.json, where `dtype` may be absent."""
 
     vocab_size: int
     hidden_size: int
@@ -39,7 +238,7 @@ class Qwen3Config:
     rope: RopeConfig
     tie_word_embeddings: bool
     attention_bias: bool
-    dtype: str
+    dtype: str | None
     eos_token_ids: tuple[int, ...]
 
     @classmethod
@@ -48,148 +247,182 @@ class Qwen3Config:
 
         Raises:
             FileNotFoundError: there is no config.json.
-            UnsupportedModelError: it is no Qwen3 dense model, or one with unknown features.
+            UnsupportedModelError: it is no Qwen3 dense model, or one with unknown features, or a
+                file cannot be read.
         """
         path = directory / "config.json"
-        if not path.is_file():
+        if not is_there(path):
             raise FileNotFoundError(f"{directory} holds no config.json: not a model directory")
-        fields = _read_object(path)
+        fields = read_object(path, UnsupportedModelError)
         generation = directory / "generation_config.json"
-        also = _read_object(generation).get("eos_token_id") if generation.is_file() else None
-        return cls.from_dict(fields, also)
+        also = {}
+        if is_there(generation):
+            also = read_object(generation, UnsupportedModelError)
+        return cls.from_dict(fields, also.get("eos_token_id"))
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any], generation_eos: Any = None) -> Qwen3Config:
-        """Checks the parsed config.json; `generation_eos` as in generation_config.json."""
-        _refuse_unsupported(fields)
-        heads = _positive_int(fields, "num_attention_heads")
-        kv_heads = _positive_int(fields, "num_key_value_heads", default=heads)
-        hidden = _positive_int(fields, "hidden_size")
+    def from_dict(cls, fields: Mapping[str, Any], generation_eos: Any = None) -> Qwen3Config:
+        """Checks the parsed config.json; `generation_eos` as in generation_config.json.
+
+        Raises:
+            UnsupportedModelError: a field has a value that is not supported.
+        """
+        _check_architecture(fields)
+        values = _checked(fields, FIELDS)
+        heads = values["num_attention_heads"]
+        kv_heads = values["num_key_value_heads"] or heads
         if heads % kv_heads:
             raise UnsupportedModelError(
                 f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
             )
-        max_position = _positive_int(fields, "max_position_embeddings")
-        head_dim = _positive_int(fields, "head_dim", default=hidden // heads)
-        if head_dim % 2:
-            raise UnsupportedModelError(f"head_dim={head_dim} is not even, as rope needs it to be")
-        dtype = fields.get("dtype") or fields.get("torch_dtype") or "float32"
-        if dtype not in DTYPES:
-            raise UnsupportedModelError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
-        return cls(
-            vocab_size=_positive_int(fields, "vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=_positive_int(fields, "intermediate_size"),
-            num_hidden_layers=_positive_int(fields, "num_hidden_layers"),
+        _check_layers(values)
+        also = _check("eos_token_id", generation_eos, token_ids, "generation_config.json")
+        config = cls(
+            vocab_size=values["vocab_size"],
+            hidden_size=values["hidden_size"],
+            intermediate_size=values["intermediate_size"],
+            num_hidden_layers=values["num_hidden_layers"],
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            max_position_embeddings=max_position,
-            rms_norm_eps=_positive(fields, "rms_norm_eps", default=1e-6),
-            rope=_parse_rope(fields, max_position),
-            tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
-            attention_bias=bool(fields.get("attention_bias", False)),
-            dtype=dtype,
-            eos_token_ids=tuple(
-                dict.fromkeys((*_eos_ids(fields.get("eos_token_id")), *_eos_ids(generation_eos)))
-            ),
+            head_dim=values["head_dim"],
+            max_position_embeddings=values["max_position_embeddings"],
+            rms_norm_eps=values["rms_norm_eps"],
+            rope=_parse_rope(fields, values),
+            tie_word_embeddings=values["tie_word_embeddings"],
+            attention_bias=values["attention_bias"],
+            dtype=values["dtype"] or values["torch_dtype"],
+            eos_token_ids=tuple(dict.fromkeys((*values["eos_token_id"], *also))),
         )
+        if config.num_weights > MAX_WEIGHTS:
+            raise UnsupportedModelError(
+                f"config.json: {config.sizes()} make {config.num_weights} weights, "
+                f"more than {MAX_WEIGHTS}"
+            )
+        return config
+
+    @property
+    def usable_length(self) -> int:
+        """Positions that the model was made for: with YaRN, those that it extends them to."""
+        if self.rope.factor is None:
+            return self.max_position_embeddings
+        extended = int(self.rope.original_max_position * self.rope.factor)
+        return max(self.max_position_embeddings, extended)
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of all matrices; norms and biases, about a thousandth of them, do not count."""
+        heads = 2 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
+        layer = self.hidden_size * (heads + 3 * self.intermediate_size)
+        embeddings = 1 if self.tie_word_embeddings else 2
+        return self.num_hidden_layers * layer + embeddings * self.vocab_size * self.hidden_size
+
+    def sizes(self) -> str:
+        """The fields that make up `num_weights`, for errors."""
+        names = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+        )
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _checked(fields: Mapping[str, Any], rules: Mapping[str, tuple[Rule, Any]]) -> dict[str, Any]:
+    """The value of every field in `rules`, checked; of an absent one, its default."""
+    values = {}
+    for name, (rule, default) in rules.items():
+        if name not in fields and default is REQUIRED:
+            raise UnsupportedModelError(f"config.json: {name} is missing")
+        values[name] = _check(name, fields.get(name, default), rule)
+    return values
+
+
+def _check(name: str, value: Any, rule: Rule, file: str = "config.json") -> Any:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UnsupportedModelError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UnsupportedModelError(f"{path} does not hold a JSON object")
-    return value
-
-
-def _refuse_unsupported(fields: dict[str, Any]) -> None:
-    architectures = fields.get("architectures") or []
-    if fields.get("model_type") != "qwen3" or architectures not in ([], [ARCHITECTURE]):
+        return rule(value)
+    except ValueError as allowed:
         raise UnsupportedModelError(
-            f"architecture {architectures} (model_type={fields.get('model_type')!r}) is not "
+            f"{file}: {name}={shown(value)} is not supported: it must be {allowed}"
+        ) from None
+
+
+def shown(value: Any) -> str:
+    """A value in an error, however long or deep it is."""
+    printer = reprlib.Repr()
+    printer.maxstring = printer.maxother = 80
+    return printer.repr(value)
+
+
+def _check_architecture(fields: Mapping[str, Any]) -> None:
+    named = fields.get("architectures")
+    named = [] if named is None else named
+    known = isinstance(named, list) and all(isinstance(name, str) for name in named)
+    if known and named:
+        known = ARCHITECTURE in named or BASE_ARCHITECTURE in named
+    if fields.get("model_type") != "qwen3" or not known:
+        raise UnsupportedModelError(
+            f"config.json: architecture {shown(named).strip(QUOTES)} "
+            f"(model_type={shown(fields.get('model_type'))}) is not "
             f"supported: only {ARCHITECTURE} (model_type='qwen3') is"
         )
-    allowed: dict[str, tuple[Any, ...]] = {
-        "hidden_act": ("silu",),
-        "use_sliding_window": (False, None),
-        "quantization_config": (None,),
-    }
-    for name, values in allowed.items():
-        if name in fields and fields[name] not in values:
-            raise UnsupportedModelError(
-                f"{name}={fields[name]!r} is not supported: it must be {values[0]!r}"
-            )
-    if any(kind != "full_attention" for kind in fields.get("layer_types") or []):
-        raise UnsupportedModelError("layer_types other than 'full_attention' are not supported")
 
 
-def _positive_int(fields: dict[str, Any], name: str, default: int | None = None) -> int:
-    value: Any = fields.get(name)
-    if value is None:
-        value = default
-    if not is_int(value) or value < 1:
-        raise UnsupportedModelError(f"config.json: {name}={value!r} is not a positive integer")
-    return value
-
-
-def _positive(fields: dict[str, Any], name: str, default: float) -> float:
-    value = fields.get(name, default)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise UnsupportedModelError(f"config.json: {name}={value!r} is not a positive number")
-    return float(value)
-
-
-def _eos_ids(value: Any) -> list[int]:
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(is_int(token) for token in ids):
-        raise UnsupportedModelError(f"eos_token_id={value!r} is neither an integer nor a list")
-    return ids
-
-
-def _parse_rope(fields: dict[str, Any], max_position: int) -> RopeConfig:
-    """Understands `rope_theta` + `rope_scaling` (4.x) and `rope_parameters` (5.x)."""
-    rope: dict[str, Any] = {}
-    parts = {name: fields.get(name) or {} for name in ("rope_scaling", "rope_parameters")}
-    for name, part in {"": {"rope_theta": fields.get("rope_theta")}, **parts}.items():
-        if not isinstance(part, dict) or any(isinstance(value, dict) for value in part.values()):
-            raise UnsupportedModelError(
-                f"{name}={part!r} is not supported: it must be a flat object"
-            )
-        rope.update((key, value) for key, value in part.items() if value is not None)
-    theta = _positive(rope, "rope_theta", default=10_000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return RopeConfig(theta)
-    if kind != "yarn":
+def _check_layers(values: Mapping[str, Any]) -> None:
+    """Every layer must attend to all positions; one that does not has a sliding window."""
+    layers, types = values["num_hidden_layers"], values["layer_types"]
+    if types is not None and len(types) != layers:
         raise UnsupportedModelError(
-            f"rope_type={kind!r} is not supported: only 'default' and 'yarn' are"
+            f"config.json: layer_types has {len(types)} entries for num_hidden_layers={layers}"
         )
-    original = _positive_int(rope, "original_max_position_embeddings", default=max_position)
-    factor = _positive(rope, "factor", default=max_position / original)
+    window = values["sliding_window"] if values["use_sliding_window"] else None
+    if types is None and window is not None and values["max_window_layers"] < layers:
+        raise UnsupportedModelError(
+            "config.json: use_sliding_window=True is not supported: it must be False, or "
+            f"max_window_layers={values['max_window_layers']} at least num_hidden_layers={layers}"
+        )
+
+
+def _parse_rope(fields: Mapping[str, Any], values: Mapping[str, Any]) -> RopeConfig:
+    """`rope_theta` + `rope_scaling` (4.x) and `rope_parameters` (5.x); of both, the former wins."""
+    given = values["rope_scaling"] or values["rope_parameters"] or {}
+    # An older name, which counts only where the newer one is absent.
+    rope = {"rope_type": given["type"]} if "type" in given else {}
+    if "rope_theta" in fields:
+        rope["rope_theta"] = fields["rope_theta"]
+    rope.update(given)
+    common = _checked(rope, ROPE_FIELDS)
+    theta = common["rope_theta"]
+    if common["rope_type"] == "default":
+        return RopeConfig(theta)
+    original = "original_max_position_embeddings"
+    rope.setdefault(original, values["max_position_embeddings"])
+    if original in fields:
+        rope[original] = fields[original]
+    yarn = _checked(rope, YARN_FIELDS)
+    if theta == 1:
+        raise UnsupportedModelError("config.json: rope_theta=1 is not supported with YaRN")
+    factor = yarn["factor"] or values["max_position_embeddings"] / yarn[original]
     return RopeConfig(
         theta=theta,
         factor=factor,
-        original_max_position=original,
-        attention_factor=_yarn_attention_factor(rope, factor),
-        beta_fast=_positive(rope, "beta_fast", default=32.0),
-        beta_slow=_positive(rope, "beta_slow", default=1.0),
-        truncate=bool(rope.get("truncate", True)),
+        original_max_position=yarn[original],
+        attention_factor=yarn["attention_factor"] or _attention_factor(yarn, factor),
+        beta_fast=yarn["beta_fast"] or 32.0,
+        beta_slow=yarn["beta_slow"] or 1.0,
+        truncate=yarn["truncate"],
     )
 
 
-def _yarn_attention_factor(rope: dict[str, Any], factor: float) -> float:
+def _attention_factor(yarn: Mapping[str, Any], factor: float) -> float:
     """Scale of cos and sin, YaRN (https://arxiv.org/abs/2309.00071), equation 22."""
-    if "attention_factor" in rope:
-        return _positive(rope, "attention_factor", default=1.0)
 
     def magnitude(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    mscale, mscale_all = rope.get("mscale"), rope.get("mscale_all_dim")
+    mscale, mscale_all = yarn["mscale"], yarn["mscale_all_dim"]
     if mscale and mscale_all:
         return magnitude(mscale) / magnitude(mscale_all)
     return magnitude(1.0)

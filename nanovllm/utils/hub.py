@@ -13,9 +13,12 @@ def resolve_model(model: str) -> Path:
     Raises:
         FileNotFoundError: it is no directory, and the hub does not have it or is out of reach.
     """
-    directory = Path(model).expanduser()
-    if directory.is_dir():
-        return directory
+    try:
+        directory = Path(model).expanduser()
+        if directory.is_dir():
+            return directory
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(f"model={model!r:.200} cannot be looked for: {error}") from error
     # Imported late: a local model needs no network library.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (

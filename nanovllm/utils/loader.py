@@ -1,24 +1,101 @@
-"""Reads a safetensors checkpoint into the slots of a model, naming whatever does not fit."""
+"""Reads a safetensors checkpoint into the slots of a model, naming whatever does not fit.
+
+Which files are read, and which names their tensors may have, is as in transformers:
+`model.safetensors` if it is there, or else all files that the index names; other files are ignored.
+The headers say what there is, so nothing is allocated or read before everything is known to fit.
+"""
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
-from collections.abc import Callable
+import logging
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from tqdm import tqdm
 
 from nanovllm.layers.slots import Slot
+from nanovllm.utils.json_files import check_file, is_there, naming, read_object
 
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# As in the headers of safetensors files. Integers and 8-bit floats are quantized: they need scales.
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+OTHER_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+PREFIX = "model."
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class WeightsError(ValueError):
     """The checkpoint's tensors are not those of the model, or cannot be read."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What the header of file `path` says of the tensor `name`."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def find_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """All tensors of the checkpoint by name, from the headers of its files.
+
+    Raises:
+        WeightsError: a file is missing or damaged, or two hold the same tensor.
+        FileNotFoundError: there are no weights that could be read.
+    """
+    weight_map = _weight_map(directory)
+    found: dict[str, StoredTensor] = {}
+    for path in sorted(set(weight_map.values())):
+        for tensor in _read_header(path):
+            other = found.setdefault(tensor.name, tensor)
+            if other is not tensor:
+                raise WeightsError(f"tensor {tensor.name!r} is both in {other.path} and in {path}")
+    for name, path in weight_map.items():
+        if name and name not in found and not _is_redundant(name):
+            raise WeightsError(f"{path} lacks {name!r}, which {INDEX} says it holds")
+    return found
+
+
+def first_dtype(stored: dict[str, StoredTensor]) -> str:
+    """torch's name of the dtype that a checkpoint has if its config names none."""
+    dtypes = [DTYPES[tensor.dtype] for tensor in stored.values() if tensor.dtype in DTYPES]
+    return dtypes[0] if dtypes and dtypes[0] != "float64" else "float32"
+
+
+def match_tensors(
+    slots: dict[str, Slot], stored: dict[str, StoredTensor], directory: Path
+) -> dict[str, StoredTensor]:
+    """The tensor that belongs in each slot, and those that a checkpoint may repeat beside them.
+
+    Raises:
+        WeightsError: a tensor is missing, surplus, misshaped, or of a dtype that is no weight's.
+    """
+    matched: dict[str, StoredTensor] = {}
+    for tensor in stored.values():
+        other = matched.setdefault(_model_name(tensor.name, slots), tensor)
+        if other is not tensor:
+            raise WeightsError(
+                f"{tensor.path}: tensor {tensor.name!r} is the same as {other.name!r}"
+            )
+    if HEAD in matched and EMBEDDING not in matched and HEAD not in slots:
+        # Of tied matrices, either may be the one that is stored.
+        matched[EMBEDDING] = matched.pop(HEAD)
+    _check_names(slots, matched, directory)
+    shapes = {name: slot.shape for name, slot in slots.items()}
+    shapes[HEAD] = shapes[EMBEDDING]
+    matched = {name: tensor for name, tensor in matched.items() if name in shapes}
+    for name, tensor in matched.items():
+        _check_header(tensor, shapes[name])
+    return matched
 
 
 def load_weights(
@@ -37,21 +114,26 @@ def load_weights(
         between: called after every tensor; what it raises ends the loading.
 
     Raises:
-        WeightsError: a tensor is missing, surplus or misshaped, or a file is damaged.
-        FileNotFoundError: there are no safetensors files.
+        WeightsError: a tensor is missing, surplus, or misshaped, or a file is damaged.
+        FileNotFoundError: there are no weights that could be read.
     """
-    by_file = _tensors_by_file(directory)
-    found = {name for names in by_file.values() for name in names}
-    _check_names(slots, found, directory)
+    matched = match_tensors(slots, find_tensors(directory), directory)
+    by_file: dict[Path, list[str]] = {}
+    for name, tensor in matched.items():
+        by_file.setdefault(tensor.path, []).append(name)
     bar = tqdm(total=len(slots), desc="Loading weights", unit="tensor", disable=not show_progress)
     with bar:
         for path, names in by_file.items():
-            with _open(path) as file:
+            with naming(f"{path} is truncated or damaged", WeightsError):
+                file = safe_open(path, framework="pt", device="cpu")
+            with file:
                 for name in names:
                     if name in slots:
-                        _fill(slots[name], file.get_slice(name), name, path)
+                        _fill(slots[name], file, matched[name])
                         bar.update()
                         between()
+    if HEAD in matched and HEAD not in slots:
+        _check_tied(slots[EMBEDDING], matched[HEAD])
 
 
 def fill_randomly(slots: dict[str, Slot], seed: int = 0) -> None:
@@ -64,58 +146,64 @@ def fill_randomly(slots: dict[str, Slot], seed: int = 0) -> None:
             slot.target.normal_(0, 0.02, generator=generator)
 
 
-def _tensors_by_file(directory: Path) -> dict[Path, list[str]]:
-    """The names of all tensors, by the file that holds them."""
+def _weight_map(directory: Path) -> dict[str, Path]:
+    """The files to read, by the names of tensors that they should hold; "" for any names."""
+    if is_there(directory / WEIGHTS):
+        return {"": directory / WEIGHTS}
+    if is_there(directory / INDEX):
+        return _read_index(directory)
+    others = sorted(path.name for path in directory.glob("*") if path.suffix in OTHER_SUFFIXES)
+    if not others:
+        raise FileNotFoundError(f"{directory} holds no *.safetensors file")
+    raise FileNotFoundError(
+        f"{directory} holds neither {WEIGHTS} nor {INDEX}; {_first_of(others)} is not read"
+    )
+
+
+def _read_index(directory: Path) -> dict[str, Path]:
     index = directory / INDEX
-    if not index.is_file():
-        files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(f"{directory} holds no *.safetensors file")
-        by_file = {path: _names(path) for path in files}
-        _refuse_duplicates(by_file)
-        return by_file
-    by_file = defaultdict(list)
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        for name, file in weight_map.items():
-            by_file[directory / file].append(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{index} is not a safetensors index: {error!r}") from error
-    for path, names in by_file.items():
-        absent = sorted(set(names) - set(_names(path)))
-        if absent:
-            raise WeightsError(f"{path} lacks {absent[0]!r}, which {INDEX} says it holds")
-    return dict(by_file)
+        weight_map = read_object(index, WeightsError).get("weight_map")
+    except WeightsError as error:
+        raise WeightsError(f"{index} is not a safetensors index: {error}") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{index} is not a safetensors index: weight_map is no object")
+    for tensor, name in weight_map.items():
+        # NOTE: a path would lead out of the directory, and another kind of file may be a pickle.
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\x00]+\.safetensors", name):
+            raise WeightsError(
+                f"{index} is not a safetensors index: weight_map[{tensor!r:.200}]={name!r:.200} "
+                "is no name of a safetensors file in this directory"
+            )
+    return {tensor: directory / name for tensor, name in weight_map.items()}
 
 
-def _refuse_duplicates(by_file: dict[Path, list[str]]) -> None:
-    """Without an index, nothing says which of two files holds a tensor's true values."""
-    holder: dict[str, Path] = {}
-    for path, names in by_file.items():
-        for name in names:
-            if holder.setdefault(name, path) != path:
-                raise WeightsError(f"tensor {name!r} is both in {holder[name]} and in {path}")
+def _read_header(path: Path) -> list[StoredTensor]:
+    check_file(path, WeightsError)
+    with (
+        naming(f"{path} is truncated or damaged", WeightsError),
+        safe_open(path, framework="pt", device="cpu") as file,
+    ):
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return [
+            StoredTensor(path, name, tuple(part.get_shape()), part.get_dtype())
+            for name, part in slices.items()
+        ]
 
 
-def _names(path: Path) -> list[str]:
-    with _open(path) as file:
-        return list(file.keys())
+def _model_name(name: str, slots: Collection[str]) -> str:
+    """The model's name of a stored tensor, whose prefix may be absent or doubled."""
+    known = {*slots, HEAD}
+    if name.startswith(PREFIX) and name.removeprefix(PREFIX) in known:
+        return name.removeprefix(PREFIX)
+    return PREFIX + name if PREFIX + name in known else name
 
 
-def _open(path: Path) -> safe_open:
-    if not path.is_file():
-        raise WeightsError(f"{path} is missing")
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except SafetensorError as error:
-        raise WeightsError(f"{path} is truncated or damaged: {error}") from error
-
-
-def _check_names(slots: dict[str, Slot], found: set[str], directory: Path) -> None:
-    missing = sorted(slots.keys() - found)
+def _check_names(slots: Collection[str], found: Collection[str], directory: Path) -> None:
+    missing = sorted(set(slots) - set(found))
     if missing:
         raise WeightsError(f"{directory}: missing tensor {_first_of(missing)}")
-    surplus = sorted(name for name in found - slots.keys() if not _is_redundant(name))
+    surplus = sorted(name for name in set(found) - set(slots) if not _is_redundant(name))
     if surplus:
         raise WeightsError(f"{directory}: surplus tensor {_first_of(surplus)}")
 
@@ -125,7 +213,7 @@ def _is_redundant(name: str) -> bool:
 
     A tied model's output head is its embedding, and rope frequencies follow from `rope_theta`.
     """
-    return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
+    return name == HEAD or name.endswith("rotary_emb.inv_freq")
 
 
 def _first_of(names: list[str]) -> str:
@@ -133,10 +221,44 @@ def _first_of(names: list[str]) -> str:
     return f"{names[0]!r}{more}"
 
 
-def _fill(slot: Slot, stored: Any, name: str, path: Path) -> None:
-    shape = tuple(stored.get_shape())
-    if shape != slot.shape:
-        raise WeightsError(f"{path}: tensor {name!r} has shape {shape}, expected {slot.shape}")
-    part = [slice(None)] * len(shape)
+def _check_header(tensor: StoredTensor, expected: tuple[int, ...]) -> None:
+    if tensor.shape != expected:
+        raise WeightsError(
+            f"{tensor.path}: tensor {tensor.name!r} has shape {tensor.shape}, expected {expected}"
+        )
+    if tensor.dtype not in DTYPES:
+        raise WeightsError(
+            f"{tensor.path}: tensor {tensor.name!r} has dtype {tensor.dtype}, expected one of "
+            f"{', '.join(DTYPES)}"
+        )
+
+
+def _fill(slot: Slot, file: safe_open, tensor: StoredTensor) -> None:
+    target = slot.target
+    target.copy_(_read_part(slot, file, tensor))
+    if target.numel() and not all(end.isfinite() for end in target.aminmax()):
+        logger.warning(
+            "%s: tensor %r holds NaN or infinity (as %s): requests may end with finish reason "
+            "'error'",
+            tensor.path,
+            tensor.name,
+            target.dtype,
+        )
+
+
+def _read_part(slot: Slot, file: safe_open, tensor: StoredTensor) -> torch.Tensor:
+    """This rank's part of the tensor, in its own dtype."""
+    part = [slice(None)] * len(slot.shape)
     part[slot.dim] = slice(slot.start, slot.start + slot.target.shape[slot.dim])
-    slot.target.copy_(stored[tuple(part)])
+    return file.get_slice(tensor.name)[tuple(part)]
+
+
+def _check_tied(slot: Slot, head: StoredTensor) -> None:
+    """Refuses a tied head that differs: some versions of transformers run it, others do not."""
+    with safe_open(head.path, framework="pt", device="cpu") as file:
+        part = _read_part(slot, file, head).to(slot.target)
+    if not torch.equal(part, slot.target):
+        raise WeightsError(
+            f"{head.path}: tensor {head.name!r} differs from {EMBEDDING!r}, but the config says "
+            "tie_word_embeddings=True"
+        )

@@ -5,18 +5,103 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nanovllm.utils.json_files import check_file, is_there, naming, read_object, read_text
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
+TOKENIZER, CONFIG, VOCAB, MERGES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+)
+JSON_FILES = (
+    TOKENIZER,
+    CONFIG,
+    VOCAB,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+)
+TEXT_FILES = (MERGES, "chat_template.jinja")
+# Vocabularies in other forms, which transformers may be able to convert.
+OTHER_FILES = ("tokenizer.model", "vocab.txt")
+# A trace of where the tokenizer was saved.
+NEVER_OPENED = ("special_tokens_map_file",)
+
+
+class TokenizerError(ValueError):
+    """The checkpoint's tokenizer is damaged or incomplete."""
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
-    """Loads the tokenizer in `directory`; None if it holds none (a bare config.json)."""
-    if not any((directory / name).is_file() for name in FILES):
+    """Loads the tokenizer in `directory`; None if it holds none (a bare config.json).
+
+    Raises:
+        TokenizerError: a file of it is damaged, or missing among the others.
+    """
+    names = [*JSON_FILES, *TEXT_FILES, *OTHER_FILES]
+    found = [name for name in names if is_there(directory / name)]
+    if not {TOKENIZER, CONFIG, VOCAB, MERGES, *OTHER_FILES} & set(found):
         return None
+    _check_files(directory, found)
     # Imported late: transformers takes seconds, and dummy weights do without it.
     from transformers import AutoTokenizer
 
-    # NOTE: else transformers asks on stdin whether to run the checkpoint's code.
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    where = f"{directory}: the tokenizer cannot be loaded from {', '.join(found)}"
+    with naming(where, TokenizerError):
+        # NOTE: without the last argument transformers asks on stdin whether to run the
+        # checkpoint's code.
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+        eos = tokenizer.eos_token_id
+        tokenizer.encode("")  # shows settings of wrong types, with any vocabulary
+    if not (eos is None or isinstance(eos, int)):
+        raise TokenizerError(f"{directory / CONFIG}: eos_token has the id {eos!r}, no integer")
+    return tokenizer
+
+
+def _check_files(directory: Path, found: list[str]) -> None:
+    """Each file is readable and of its format, and none that belongs with another is missing."""
+    for name in found:
+        path = directory / name
+        if name in JSON_FILES:
+            fields = read_object(path, TokenizerError)
+            if name == CONFIG:
+                _refuse_paths(path, fields)
+        elif name in TEXT_FILES:
+            read_text(path, TokenizerError)
+        else:
+            check_file(path, TokenizerError)
+    for path in sorted(directory.glob("additional_chat_templates/*.jinja")):
+        read_text(path, TokenizerError)
+    if TOKENIZER in found or set(OTHER_FILES) & set(found):
+        return
+    # transformers takes a missing half for an empty one, and would split text another way.
+    for name in (VOCAB, MERGES):
+        if name not in found:
+            raise TokenizerError(
+                f"{directory / name} is missing, and there is no {TOKENIZER} in its place"
+            )
+
+
+def _refuse_paths(path: Path, fields: dict[str, object]) -> None:
+    """Some versions of transformers open the files that these fields name, wherever they are."""
+    for field, value in fields.items():
+        if field in ("vocab", "merges", "init_inputs", "gguf_file"):
+            allowed = not value or (field in ("vocab", "merges") and not isinstance(value, str))
+        elif field.endswith(("_file", "_files")) and field not in NEVER_OPENED:
+            names = value if isinstance(value, list) else [] if value is None else [value]
+            allowed = all(_is_entry(path.parent, name) for name in names)
+        else:
+            continue
+        if not allowed:
+            raise TokenizerError(
+                f"{path}: {field}={value!r:.200} must name files of this directory"
+            )
+
+
+def _is_entry(directory: Path, name: object) -> bool:
+    return isinstance(name, str) and name == Path(name).name and is_there(directory / name)

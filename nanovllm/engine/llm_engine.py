@@ -301,7 +301,9 @@ class LLMEngine:
             try:
                 with self._changing():
                     self.in_step = True
-                    self._take_out(self._run_step())
+                    finished = self._run_step()
+                    aborted, self.aborted = self.aborted, []
+                    self._take_out(finished + aborted)
             except BaseException:
                 if self.model_runner.ranks.parted:
                     self.exit()
@@ -319,9 +321,7 @@ class LLMEngine:
                 return []
             self.in_flight = self._launch(ahead=True) if self._may_look_ahead() else None
             tokens = self.model_runner.collect(current)
-        finished = self.scheduler.update(current.step, tokens)
-        aborted, self.aborted = self.aborted, []
-        return finished + aborted
+        return self.scheduler.update(current.step, tokens)
 
     def _launch(self, *, ahead: bool) -> LaunchedStep | None:
         step = self.scheduler.schedule(ahead=ahead)
@@ -342,15 +342,16 @@ class LLMEngine:
 
     def _run(self, results: dict[int, RequestOutput], count: int, use_tqdm: bool) -> None:
         """Steps until there are `count` results."""
-        start = time.perf_counter()
+        seen, tokens, start = 0, 0, time.perf_counter()
         with tqdm(total=count, desc="Generating", disable=not use_tqdm) as bar:
             while len(results) < count:
                 self._advance()
-                if len(results) > bar.n:
-                    tokens = sum(len(output["token_ids"]) for output in list(results.values()))
+                if new := list(results.values())[seen:]:
+                    seen += len(new)
+                    tokens += sum(len(output["token_ids"]) for output in new)
                     rate = tokens / (time.perf_counter() - start)
                     bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-                    bar.update(len(results) - bar.n)
+                    bar.update(len(new))
 
     def _drop(self, results: dict[int, RequestOutput]) -> None:
         """Ends all requests whose completions were to go to `results`."""

@@ -15,9 +15,9 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypedDict
+from typing import Any, ParamSpec, TypedDict, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,8 +35,12 @@ from nanovllm.models.qwen3 import rank_heads
 from nanovllm.models.qwen3_config import Qwen3Config
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.hub import resolve_model
+from nanovllm.utils.locks import exclusive
 from nanovllm.utils.options import check_names
 from nanovllm.utils.tokenizer import load_tokenizer
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -141,14 +145,15 @@ class LLMEngine:
 
         Waits for a step that another thread runs. Requests that are left are dropped.
         """
-        if os.getpid() != self.process_id:
-            return  # a forked child: everything is still the parent's
-        with self.lock:
-            self.closed = True
-            self.requests, self.unclaimed, self.in_flight = {}, {}, None
-            if not self.model_runner.closed:
-                self.model_runner.close()
-            self._finalizer.detach()
+        if os.getpid() == self.process_id:  # in a forked child everything is still the parent's
+            exclusive(self.lock, self._close)
+
+    def _close(self) -> None:
+        self.closed = True
+        self.requests, self.unclaimed, self.in_flight = {}, {}, None
+        if not self.model_runner.closed:
+            self.model_runner.close()
+        self._finalizer.detach()
 
     def generate(
         self,
@@ -180,12 +185,11 @@ class LLMEngine:
         ids = [self._check_prompt(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
         results: dict[int, RequestOutput] = {}
         try:
-            with self._changing():
-                requests = [self._queue(*pair, results) for pair in zip(ids, params, strict=True)]
+            requests = self._exclusive(self._queue, ids, params, results)
             self._run(results, len(requests), use_tqdm)
         finally:
             # After an interrupt or an error, nothing of this call stays behind.
-            self._drop(results)
+            self._exclusive(self._drop, results)
         return [
             Completion(
                 text=results[i]["text"],
@@ -209,8 +213,8 @@ class LLMEngine:
         """
         (params,) = _params_per_prompt(sampling_params, 1, sampling)
         token_ids = self._check_prompt(prompt, "prompt")
-        with self._changing():
-            return self._queue(token_ids, params, None)
+        (request,) = self._exclusive(self._queue, [token_ids], [params], None)
+        return request
 
     def step(self) -> list[RequestOutput]:
         """Runs one step of the batch; returns the requests that finished with it.
@@ -224,12 +228,15 @@ class LLMEngine:
         outputs: dict[int, RequestOutput] = {}
         try:
             self._advance()
-            with self.lock:
-                outputs, self.unclaimed = self.unclaimed, outputs
+            self._exclusive(self._claim, outputs)
             return list(outputs.values())
         except BaseException:
             self.unclaimed = {**outputs, **self.unclaimed}  # the caller did not get them
             raise
+
+    def _claim(self, outputs: dict[int, RequestOutput]) -> None:
+        outputs.update(self.unclaimed)
+        self.unclaimed = {}
 
     def is_finished(self) -> bool:
         """Whether no request is waiting or running, and none has finished unseen."""
@@ -244,36 +251,40 @@ class LLMEngine:
         Raises:
             KeyError: there never was such a request.
         """
-        with self.lock:
-            if not 0 <= request_id < self.next_request_id:
-                raise KeyError(
-                    f"request_id={request_id!r} is unknown: ids so far are below "
-                    f"{self.next_request_id}"
-                )
-            seq = self.requests.get(request_id)
-            if seq is None or seq.finish_reason is not None:
-                return False
-            seq.finish("abort")
-            if self.in_step:  # which calls us; it takes the request out at its end
-                self.aborted.append(seq)
-            else:
-                self._mend()
-                with self._changing():
-                    self._take_out([seq])
-            return True
+        return self._exclusive(self._abort, request_id)
+
+    def _abort(self, request_id: int) -> bool:
+        if not 0 <= request_id < self.next_request_id:
+            raise KeyError(
+                f"request_id={request_id!r} is unknown: ids so far are below {self.next_request_id}"
+            )
+        seq = self.requests.get(request_id)
+        if seq is None or seq.finish_reason is not None:
+            return False
+        seq.finish("abort")
+        if self.in_step:  # which calls us; it takes the request out at its end
+            self.aborted.append(seq)
+        else:
+            self._mend()
+            with self._changing():
+                self._take_out([seq])
+        return True
+
+    def _exclusive(self, function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        """Calls a method while no other thread is in one."""
+        self._check_process()  # in a forked child nobody may ever release the lock
+        return exclusive(self.lock, function, *args, **options)
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Surrounds every change of requests, queues or blocks, by one thread at a time.
+        """Surrounds every change of requests, queues or blocks.
 
         If it is broken off, `settled` stays False, and `_mend` knows.
         """
         self._check_open()
-        with self.lock:
-            self._check_open()
-            settled, self.settled = self.settled, False
-            yield
-            self.settled = settled
+        settled, self.settled = self.settled, False
+        yield
+        self.settled = settled
 
     def _mend(self) -> None:
         """After an error or interrupt that broke off a change: back to what is certain.
@@ -295,23 +306,25 @@ class LLMEngine:
 
     def _advance(self) -> None:
         """Runs one step; completions go where their requests say."""
-        with self.lock:
-            self._check_open()
-            self._mend()
-            try:
-                with self._changing():
-                    self.in_step = True
-                    finished = self._run_step()
-                    aborted, self.aborted = self.aborted, []
-                    self._take_out(finished + aborted)
-            except BaseException:
-                if self.model_runner.ranks.parted:
-                    self.exit()
-                raise
-            finally:
-                self.in_step = False
+        self._exclusive(self._step)
         # NOTE: without this, a thread that steps in a loop keeps all others out.
         os.sched_yield() if hasattr(os, "sched_yield") else time.sleep(0)
+
+    def _step(self) -> None:
+        self._check_open()
+        self._mend()
+        try:
+            with self._changing():
+                self.in_step = True
+                finished = self._run_step()
+                aborted, self.aborted = self.aborted, []
+                self._take_out(finished + aborted)
+        except BaseException:
+            if self.model_runner.ranks.parted:
+                self.exit()
+            raise
+        finally:
+            self.in_step = False
 
     def _run_step(self) -> list[EngineSequence]:
         """The requests that ended with this step."""
@@ -355,11 +368,19 @@ class LLMEngine:
 
     def _drop(self, results: dict[int, RequestOutput]) -> None:
         """Ends all requests whose completions were to go to `results`."""
-        with self.lock:
-            for seq in [seq for seq in self.requests.values() if seq.results is results]:
-                self.abort(seq.request_id)
+        for seq in [seq for seq in self.requests.values() if seq.results is results]:
+            self._abort(seq.request_id)
 
     def _queue(
+        self,
+        prompts: list[list[int]],
+        params: list[SamplingParams],
+        results: dict[int, RequestOutput] | None,
+    ) -> list[int]:
+        with self._changing():
+            return [self._queue_one(*pair, results) for pair in zip(prompts, params, strict=True)]
+
+    def _queue_one(
         self,
         token_ids: list[int],
         params: SamplingParams,
@@ -413,8 +434,8 @@ class LLMEngine:
     def _decode(self, token_ids: list[int]) -> str:
         if self.tokenizer is None:
             return ""
-        with self.tokenizer_lock:
-            return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+        decode = self.tokenizer.decode
+        return str(exclusive(self.tokenizer_lock, decode, token_ids, skip_special_tokens=True))
 
     def _check_prompt(self, prompt: Prompt, name: str) -> list[int]:
         """The token ids of a prompt that this engine can run."""
@@ -447,8 +468,7 @@ class LLMEngine:
                 "ids"
             )
         try:
-            with self.tokenizer_lock:
-                return list(self.tokenizer.encode(prompt))
+            return list(exclusive(self.tokenizer_lock, self.tokenizer.encode, prompt))
         except Exception as error:  # of the tokenizer, which comes with the checkpoint
             raise ValueError(f"{name}={prompt!r:.80} cannot be encoded: {error!r}") from error
 
@@ -460,13 +480,16 @@ class LLMEngine:
         return frozenset(ids)
 
     def _check_open(self) -> None:
+        self._check_process()
+        if self.closed:
+            raise RuntimeError("this engine has exited; make a new one")
+
+    def _check_process(self) -> None:
         if os.getpid() != self.process_id:
             raise RuntimeError(
                 f"this engine belongs to process {self.process_id}, and process {os.getpid()} "
                 "was forked from it: make a new one"
             )
-        if self.closed:
-            raise RuntimeError("this engine has exited; make a new one")
 
 
 def _close_in(process_id: int, lock: threading.RLock, runner: ModelRunner) -> None:

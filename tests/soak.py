@@ -3,9 +3,9 @@
     python tests/soak.py --minutes 30 --seed 1 [--device cuda] [--parts calls faults engines]
 
 What is called is in soak_calls.py. Between two calls the engines are idle, and every few seconds
-what is in use is printed. Exits with status 1 if memory grew by 1% or more after the first two
-minutes, if file descriptors, threads, KV blocks or device memory grew at all, or if a token was
-wrong or a request lost.
+what is in use is printed. Exits with status 1 if the last two minutes saw 1% more memory than the
+first two, if they saw more file descriptors, threads, KV blocks or device memory at all, or if a
+token was wrong or a request lost.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ def measure(calls: RandomCalls, device: str) -> dict[str, int]:
     return sample
 
 
+def highest(samples: Sequence[dict[str, int]]) -> dict[str, int]:
+    """The highest value of each: what is in use depends on the last call."""
+    return {name: max(sample[name] for sample in samples) for name in samples[0]}
+
+
 def growth(first: dict[str, int], last: dict[str, int]) -> list[str]:
     """The names of what grew: RSS by 1% or more, anything else at all."""
     return [
@@ -65,21 +70,27 @@ def growth(first: dict[str, int], last: dict[str, int]) -> list[str]:
 def run(
     seconds: float, seed: int = 0, device: str = "cpu", parts: Sequence[str] = PARTS
 ) -> tuple[RandomCalls, dict[str, int], dict[str, int]]:
-    """Soaks for that time; the first sample is of after the warm-up, a half of it at the most."""
+    """Soaks for that time; what was in use at most in its first part and in its last.
+
+    They are as long as the warm-up, or half of the time if that is shorter.
+    """
     calls = RandomCalls(seed, device, parts)
-    start, reported = time.monotonic(), 0.0
-    first: dict[str, int] | None = None
+    part, start = min(WARM_UP_SECONDS, seconds / 2), time.monotonic()
+    samples: list[tuple[float, dict[str, int]]] = []
+    seen = 0
     while (now := time.monotonic() - start) < seconds and len(calls.problems) < 20:
         calls.one()
-        if first is None and now >= min(WARM_UP_SECONDS, seconds / 2):
-            first = measure(calls, device)
-        if now - reported >= 5:
-            reported = now
-            sample = ", ".join(f"{name} {value}" for name, value in measure(calls, device).items())
-            print(f"{now:6.0f} s, {calls.count} calls: {sample}; {len(calls.problems)} problems")
-    last = measure(calls, device)
+        if not samples or now - samples[-1][0] >= min(5, part / 4):
+            samples.append((now, measure(calls, device)))
+            sample = ", ".join(f"{name} {value}" for name, value in samples[-1][1].items())
+            print(f"{now:6.0f} s, {calls.count} calls: {sample}", flush=True)
+        for problem in calls.problems[seen:]:
+            print(f"{now:6.0f} s, PROBLEM: {problem}", flush=True)
+        seen = len(calls.problems)
     calls.exit()
-    return calls, first or last, last
+    first = [sample for moment, sample in samples if moment <= part]
+    last = [sample for moment, sample in samples if moment >= samples[-1][0] - part]
+    return calls, highest(first), highest(last)
 
 
 def main() -> int:
@@ -92,7 +103,7 @@ def main() -> int:
     torch.set_num_threads(1)  # small models only wait for their threads
     calls, first, last = run(args.minutes * 60, args.seed, args.device, args.parts)
     grown = growth(first, last)
-    print(f"\n{'':20}{'warmed up':>16}{'end':>16}")
+    print(f"\n{'highest in the':20}{'first part':>16}{'last part':>16}")
     for name, value in first.items():
         print(f"{name:20}{value:16}{last[name]:16}{'  GREW' if name in grown else ''}")
     print("\n".join(calls.problems) or f"{calls.count} calls: no wrong token, no request lost")

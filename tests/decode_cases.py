@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 
@@ -60,16 +61,40 @@ class DecodeCase:
 
     def step(self) -> StepTensors:
         """The inputs of the decode step of each sequence's last token."""
-        lengths = torch.tensor([len(context) for context in self.contexts], dtype=torch.int32)
+        return self._part(range(len(self.contexts)))
+
+    def parts(self, sizes: list[int]) -> list[StepTensors]:
+        """The same in micro-batches of so many sequences."""
+        ends = itertools.accumulate(sizes, initial=0)
+        return [self._part(range(*pair)) for pair in itertools.pairwise(ends)]
+
+    @staticmethod
+    def padding_like(inputs: StepTensors) -> StepTensors:
+        """Inputs of the same shapes that are safe to run but wrong."""
+        places, zeros = inputs.metadata, torch.zeros_like
+        assert isinstance(places, DecodeMetadata)
+        metadata = dataclasses.replace(
+            places,
+            slot_mapping=zeros(places.slot_mapping),
+            block_tables=zeros(places.block_tables),
+            context_lens=torch.ones_like(places.context_lens),
+        )
+        return StepTensors(zeros(inputs.input_ids), zeros(inputs.positions), metadata)
+
+    def _part(self, rows: range) -> StepTensors:
+        contexts = [self.contexts[n] for n in rows]
+        lengths = torch.tensor([len(context) for context in contexts], dtype=torch.int32)
         tiles = itertools.accumulate((-(-n // 64) for n in lengths.tolist()), initial=0)
         metadata = DecodeMetadata(
-            torch.cat([self._slots(n, len(c) - 1, len(c)) for n, c in enumerate(self.contexts)]),
-            self.tables,
+            torch.cat(
+                [self._slots(n, len(c) - 1, len(c)) for n, c in zip(rows, contexts, strict=True)]
+            ),
+            self.tables[rows.start : rows.stop],
             lengths,
             torch.tensor(list(tiles), dtype=torch.int32),
             None,
         )
-        last = torch.tensor([context[-1] for context in self.contexts], dtype=torch.int32)
+        last = torch.tensor([context[-1] for context in contexts], dtype=torch.int32)
         return StepTensors(last, lengths - 1, metadata)
 
     def append_tokens(self) -> None:

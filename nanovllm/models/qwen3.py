@@ -14,6 +14,8 @@ CPU.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -27,6 +29,7 @@ from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.layers.rotary_embedding import cos_sin_table
 from nanovllm.layers.slots import Slots
 from nanovllm.models.qwen3_config import Qwen3Config, UnsupportedModelError
+from nanovllm.models.stage import MicroBatch, MixedMetadata, Stage
 
 
 class Qwen3Attention(nn.Module):
@@ -101,6 +104,22 @@ class Qwen3Attention(nn.Module):
         else:
             out = self.backend.prefill(heads, self.k_cache, self.v_cache, metadata)
         return out.flatten(1)
+
+    def attend_rows(self, batch: MicroBatch) -> None:
+        """The stage "attention": q to attn_out, for rows of either kind."""
+        q, metadata = batch.q, batch.inputs.metadata
+        caches = self.k_cache, self.v_cache
+        assert q is not None
+        if isinstance(metadata, DecodeMetadata):
+            batch.attn_out = self.backend.decode(q, *caches, metadata).flatten(1)
+        elif isinstance(metadata, MixedMetadata):
+            count = len(metadata.decode.context_lens)
+            out = torch.empty_like(q)
+            out[:count] = self.backend.decode(q[:count], *caches, metadata.decode)
+            out[count:] = self.backend.prefill(q[count:], *caches, metadata.prefill)
+            batch.attn_out = out.flatten(1)
+        else:
+            batch.attn_out = self.attend(q, batch.inputs.positions, metadata)
 
     def slots(self, prefix: str) -> Slots:
         yield from self.qkv_proj.slots(prefix)
@@ -295,6 +314,41 @@ class Qwen3Model(nn.Module):
             state, residual = self.dense(layer, attended, residual, positions, metadata)
         return state
 
+    def stages(self) -> list[Stage]:
+        """The dense cut as a list: qkv, attention and mlp of each layer."""
+        stages = []
+        for number, layer in enumerate(self.layers):
+            if number == 0:
+                stages.append(Stage("embed", 0, self._embed))
+            stages += [
+                Stage("qkv", number, partial(self._qkv, layer)),
+                Stage("attention", number, layer.self_attn.attend_rows),
+                Stage("mlp", number, partial(self._mlp, number)),
+            ]
+        return stages
+
+    def _embed(self, batch: MicroBatch) -> None:
+        batch.residual = self.embed_tokens(batch.inputs.input_ids)
+        batch.x = kernels.Normed(self.layers[0].input_layernorm(batch.residual))
+
+    def _qkv(self, layer: Qwen3DecoderLayer, batch: MicroBatch) -> None:
+        inputs = batch.inputs
+        batch.q = layer.self_attn.project(batch.x, inputs.positions, self.cos_sin, inputs.metadata)
+
+    def _mlp(self, number: int, batch: MicroBatch) -> None:
+        layer = self.layers[number]
+        assert batch.attn_out is not None
+        assert batch.residual is not None
+        x, residual = layer.self_attn.o_proj.add_norm(
+            batch.attn_out, batch.residual, layer.post_attention_layernorm
+        )
+        if number == len(self.layers) - 1:
+            # A norm whose division is due could not leave the model, so this one is not fused.
+            batch.x, batch.residual = self.norm.add(layer.mlp(x), residual)
+        else:
+            following = self.layers[number + 1].input_layernorm
+            batch.x, batch.residual = layer.mlp.add_norm(x, residual, following)
+
     def slots(self, prefix: str) -> Slots:
         yield from self.embed_tokens.slots(f"{prefix}.embed_tokens")
         for index, layer in enumerate(self.layers):
@@ -362,6 +416,10 @@ class Qwen3ForCausalLM(nn.Module):
     ) -> torch.Tensor:
         """See `Qwen3Model.forward`."""
         return self.model(input_ids, positions, metadata)
+
+    def stages(self) -> list[Stage]:
+        """See `models/stage.py`."""
+        return self.model.stages()
 
     def compute_logits(
         self, hidden_states: torch.Tensor, out: torch.Tensor | None = None

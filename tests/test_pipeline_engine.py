@@ -17,9 +17,14 @@ from nanovllm.engine import pipeline
 from nanovllm.engine.green_manager import GreenContextManager
 from nanovllm.engine.pipeline import Pipelines, PipelineUnavailable, build_pipelines
 from nanovllm.engine.plan import GREEN, LANES3, SEQUENTIAL, Plan
-from nanovllm.engine.step_runner import FixedPlan
+from nanovllm.engine.scheduler import Chunk, Step
+from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.step_inputs import StepLayout, decode_first, fill_inputs
+from nanovllm.engine.step_runner import FixedPlan, PreparedStep
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.tiny import CHECKPOINT_DIR, PROMPTS
-from tests.checkpoints import Shape, greedy, prompts
+from tests.checkpoints import VOCAB, Shape, greedy, prompts
+from tests.decode_cases import relative_error
 from tests.fake_driver import FakeDriver, Result
 
 MAX_TOKENS = 20
@@ -441,3 +446,78 @@ def test_profiling_can_be_switched_at_any_time():
 
 def test_the_embedded_model_is_the_default():
     assert Config().model == str(CHECKPOINT_DIR)
+
+
+# How it is called
+
+
+def test_few_frames_lie_between_generate_and_the_kernel(monkeypatch):
+    """In a pipelined step, both ends counted, and whatever torch puts between."""
+    deepest: list[list[str]] = []
+    with LLM(device="cpu", enable_pipeline=True, pipeline_mode="microbatch") as llm:
+        decode = llm.model_runner.backend.decode
+
+        def counted(*args: Any) -> torch.Tensor:
+            names, frame = [], sys._getframe()
+            while frame is not None and names[-1:] != ["generate"]:
+                names.append(frame.f_code.co_name)
+                frame = frame.f_back  # type: ignore[assignment]
+            deepest.append(names)
+            return decode(*args)
+
+        monkeypatch.setattr(llm.model_runner.backend, "decode", counted)
+        llm.generate(list(PROMPTS[:4]), max_tokens=4, ignore_eos=True, use_tqdm=False)
+        assert llm.model_runner.get_pipeline_statistics()["steps"]["pipelined"] == 3
+    assert all(names[-1] == "generate" for names in deepest)
+    assert max(map(len, deepest)) <= 11, max(deepest, key=len)
+
+
+# Rows of both kinds
+
+
+@pytest.mark.parametrize("seed", range(8))
+@torch.inference_mode()
+def test_a_step_of_prompts_and_decode_rows_has_the_logits_of_separate_steps(tmp_path, seed):
+    """Some prompts go on, some end, one begins; some of the last tokens only the device knows."""
+    rng = random.Random(seed)
+    Shape.random(seed).write(tmp_path)
+    with LLM(str(tmp_path), device="cpu", kvcache_block_size=16, max_model_len=128) as llm:
+        runner = llm.model_runner
+        blocks = iter(range(1, runner.num_blocks))
+        chunks, before = [], []
+        for seat in range(7):
+            length = rng.randint(2, 60)
+            end = rng.choice([length, rng.randint(1, length)])
+            start = rng.choice([end - 1, rng.randint(0, end - 1)])
+            tokens = [rng.randrange(2, VOCAB) for _ in range(length)]
+            if end == length and rng.random() < 0.5:
+                runner.last_tokens[seat] = tokens.pop()
+            table = [next(blocks) for _ in range(-(-length // 16))]
+            seq = Sequence(seat, tokens, SamplingParams(), frozenset(), 128, 0, block_table=table)
+            seq.seat = seat
+            chunks.append(Chunk(seq, start, end, samples=rng.random() < 0.8))
+            before += [Chunk(seq, 0, start, samples=False)] if start else []
+        kinds = {chunk.end - chunk.start > 1 for chunk in chunks}
+        steps = runner.step_runner
+        if before:
+            steps.run(steps.prepare(Step(False, before)))
+        together = steps.run(steps.prepare(Step(False, chunks)))
+        alone = [
+            steps.run(steps.prepare(Step(chunk.end - chunk.start == 1, [chunk])))
+            for chunk in chunks
+            if chunk.samples
+        ]
+        assert kinds == {True, False}
+        assert together.shape == (len(alone), VOCAB)
+        assert relative_error(together, torch.cat(alone)) < 1e-5
+
+        # The same rows as three micro-batches, on the stages of a pipeline.
+        numbers = decode_first(chunks)
+        parts = [numbers[i::3] for i in range(3)]
+        planning = steps.planning
+        layout = StepLayout.mixed(
+            0, [[chunks[i] for i in part] for part in parts], steps.max_blocks, planning.plan_size
+        )
+        flat = torch.empty(layout.size, dtype=torch.int32)
+        fill_inputs(layout, chunks, parts, 16, planning.prepare, flat.numpy())
+        assert relative_error(steps.run(PreparedStep(layout, flat)), together) < 1e-5

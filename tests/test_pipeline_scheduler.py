@@ -46,8 +46,16 @@ from tests.simulated_lanes import (
 THREE_MICRO_BATCHES = dataclasses.replace(MICROBATCH, micro_batches=3)
 
 
-def decode(scheduler: PipelineScheduler, inputs: StepTensors, sizes: list[int] | None = None):
-    return scheduler.decode_token(inputs.input_ids, inputs.positions, inputs.metadata, sizes)
+def decode(scheduler: PipelineScheduler, inputs: StepTensors) -> torch.Tensor:
+    return scheduler.decode_token(inputs.input_ids, inputs.positions, inputs.metadata)
+
+
+@torch.inference_mode()
+def decode_parts(scheduler: PipelineScheduler, parts: list[StepTensors]) -> torch.Tensor:
+    """Logits of a step in these micro-batches."""
+    batches = [MicroBatch(index, inputs) for index, inputs in enumerate(parts)]
+    scheduler.issue(batches)
+    return scheduler.model.compute_logits(torch.cat([batch.x for batch in batches]))
 
 
 @torch.inference_mode()
@@ -77,10 +85,9 @@ def test_pipelined_logits_equal_the_sequential_ones(seed):
     expected = case.expected_logits()
     assert relative_error(plain_forward(case), expected) < 1e-5
     scheduler = PipelineScheduler(case.model)
-    for sizes in [None, *([first, count - first] for first in range(1, count))]:
-        assert relative_error(decode(scheduler, case.step(), sizes), expected) < 1e-5, sizes
-    one_each = [1] * count
-    assert relative_error(decode(scheduler, case.step(), one_each), expected) < 1e-5
+    assert relative_error(decode(scheduler, case.step()), expected) < 1e-5
+    for sizes in [*([first, count - first] for first in range(1, count)), [1] * count]:
+        assert relative_error(decode_parts(scheduler, case.parts(sizes)), expected) < 1e-5, sizes
     three = PipelineScheduler(case.model, THREE_MICRO_BATCHES)
     assert relative_error(decode(three, case.step()), expected) < 1e-5
 
@@ -112,8 +119,8 @@ def test_decode_token_without_metadata_runs_whole_sequences():
     tokens = torch.tensor(list(itertools.chain.from_iterable(case.contexts)))
     positions = torch.cat([torch.arange(len(context)) for context in case.contexts])
     ends = torch.tensor([len(context) for context in case.contexts]).cumsum(0) - 1
-    for sizes in (None, [1, 4], [4, 1]):
-        logits = PipelineScheduler(case.model).decode_token(tokens, positions, sizes=sizes)
+    for plan in (SEQUENTIAL, MICROBATCH, THREE_MICRO_BATCHES):
+        logits = PipelineScheduler(case.model, plan).decode_token(tokens, positions)
         assert relative_error(logits[ends], case.expected_logits()) < 1e-5
 
 
@@ -190,16 +197,6 @@ def test_inputs_that_do_not_fit_each_other_are_a_clear_error(wrong):
     assert str(caught.value).startswith(wrong)
     assert scheduler.get_statistics()["total_tokens"] == 0
     assert torch.isfinite(decode(scheduler, case.step())).all()
-
-
-@pytest.mark.parametrize("sizes", [[-1, 5], [0, 4], [4, 0], [5], [1, 1, 1]])
-def test_sizes_that_do_not_fit_are_a_clear_error(sizes):
-    case = DecodeCase(Shape(seed=9), 4)
-    scheduler = PipelineScheduler(case.model)
-    expected = decode(scheduler, case.step())
-    with pytest.raises(ValueError, match=r"^sizes=\[.*\] is not allowed for 4 sequences"):
-        decode(scheduler, case.step(), sizes)
-    assert torch.equal(decode(scheduler, case.step()), expected)
 
 
 def test_a_stage_without_a_lane_is_a_clear_error():

@@ -17,7 +17,7 @@ on that lane, comes after every reader.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -94,7 +94,6 @@ class PipelineScheduler:
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         metadata: DecodeMetadata | None = None,
-        sizes: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Runs one decode step eagerly, and times its stages.
 
@@ -103,29 +102,28 @@ class PipelineScheduler:
             positions: integer [N].
             metadata: where the tokens stand in the KV cache. None: no cache; the tokens are whole
                 sequences, each from a position 0 to the next.
-            sizes: sequences of each micro-batch; default: as even as may be.
 
         Returns:
             Logits [N, vocab_size].
 
         Raises:
-            ValueError: inputs or sizes that do not fit each other.
+            ValueError: inputs that do not fit each other.
         """
         check(input_ids, positions, metadata)
-        # Where sequences begin, in tokens.
-        starts = list(range(len(input_ids) + 1))
+        starts: Sequence[int] = range(len(input_ids) + 1)  # of sequences, in tokens
         if metadata is None:
             starts = [*(positions == 0).nonzero().flatten().tolist(), len(input_ids)]
-        sizes = self._sizes(len(starts) - 1, sizes)
+        count = len(starts) - 1
+        parts = self.plan.micro_batches if count >= self.plan.micro_batches else 1
         batches: list[MicroBatch] = []
-        rest = metadata
-        for first, last in pairwise(accumulate(sizes, initial=0)):
+        for index in range(parts):
+            first, last = count * index // parts, count * (index + 1) // parts
+            places, metadata = metadata, None
+            if places is not None and index < parts - 1:
+                places, metadata = places.split(last - first)
             tokens = slice(starts[first], starts[last])
-            places = rest
-            if rest is not None and last < len(starts) - 1:
-                places, rest = rest.split(last - first)
             inputs = StepTensors(input_ids[tokens], positions[tokens], places)
-            batches.append(MicroBatch(len(batches), inputs))
+            batches.append(MicroBatch(index, inputs))
         timer = StageTimer(input_ids.device)
         timer.begin_step()
         self.issue(batches, timer)
@@ -133,7 +131,7 @@ class PipelineScheduler:
         timer.end_step()
         if input_ids.is_cuda:
             torch.cuda.current_stream().synchronize()
-        self.statistics.count_step(len(input_ids), pipelined=len(batches) > 1)
+        self.statistics.count_step(len(input_ids), pipelined=parts > 1)
         self.statistics.add_times(*timer.read())
         return logits
 
@@ -141,37 +139,20 @@ class PipelineScheduler:
         """Counts and mean times so far; see `PipelineStatistics.as_dict`."""
         return self.statistics.as_dict()
 
-    def _sizes(self, count: int, sizes: Sequence[int] | None) -> Sequence[int]:
-        """How many of `count` sequences are in each micro-batch; all in one if they are too few."""
-        parts = self.plan.micro_batches
-        if sizes is None:
-            even = [count // parts + (i < count % parts) for i in range(parts)]
-            return even if count >= parts else [count]
-        if sum(sizes) != count or min(sizes) < 1:
-            raise ValueError(
-                f"sizes={list(sizes)} is not allowed for {count} sequences: each must be at least "
-                f"1, and together they must be {count}"
-            )
-        return sizes
 
-
-def check(
-    input_ids: torch.Tensor, positions: torch.Tensor, metadata: DecodeMetadata | None
-) -> None:
+def check(input_ids: torch.Tensor, positions: torch.Tensor, metadata: Any) -> None:
     """Raises ValueError unless these are inputs of a decode step that fit each other."""
     n = input_ids.numel()
-    expected = {"input_ids": (input_ids, (n,)), "positions": (positions, (n,))}
+    fields = {"input_ids": input_ids, "positions": positions}
     if isinstance(metadata, DecodeMetadata):
-        expected |= {
-            "metadata.slot_mapping": (metadata.slot_mapping, (n,)),
-            "metadata.block_tables": (metadata.block_tables, (n, *metadata.block_tables.shape[1:])),
-            "metadata.context_lens": (metadata.context_lens, (n,)),
-            "metadata.tile_offsets": (metadata.tile_offsets, (n + 1,)),
-        }
+        names = ("slot_mapping", "block_tables", "context_lens", "tile_offsets")
+        fields |= {f"metadata.{name}": getattr(metadata, name) for name in names}
     elif metadata is not None:
         kind = type(metadata).__name__
         raise ValueError(f"metadata must be DecodeMetadata or None, not {kind}")
-    for name, (tensor, shape) in expected.items():
+    for name, tensor in fields.items():
+        width = tensor.shape[1:] if name == "metadata.block_tables" else ()
+        shape = (n + (name == "metadata.tile_offsets"), *width)
         if tuple(tensor.shape) != shape or not n:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}; for {n} tokens it must be {shape}, "

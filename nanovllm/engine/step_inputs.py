@@ -10,8 +10,9 @@ place the fields; `fill_inputs` writes them with numpy, without a Python loop ov
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from heapq import heappop, heapreplace
 from itertools import chain
 from math import prod
@@ -147,39 +148,39 @@ class StepLayout:
         sizes = chain.from_iterable(dataclasses.astuple(rows) for rows in self.micro_batches)
         return [self.plan, int(self.is_decode), self.num_samples, *sizes]
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         return sum(rows.num_tokens for rows in self.micro_batches)
 
-    @property
-    def shapes(self) -> Shapes:
-        """Shape of each field before the micro-batches' own."""
-        fields: Shapes = {"input_ids": (self.num_tokens,)}
+    @cached_property
+    def places(self) -> list[dict[str, tuple[int, int, tuple[int, ...]]]]:
+        """Begin, end and shape of the step's own fields, then of those of each micro-batch."""
+        step: Shapes = {"input_ids": (self.num_tokens,)}
         if not self.is_decode or len(self.micro_batches) > 1:  # else it is all rows in order
-            fields["sample_rows"] = (self.num_samples,)
-        return fields
+            step["sample_rows"] = (self.num_samples,)
+        places, start, first = [], 0, 0
+        for shapes in (step, *(rows.shapes for rows in self.micro_batches)):
+            fields = {}
+            for name, shape in shapes.items():
+                fields[name] = start, start + prod(shape), shape
+                start += prod(shape)
+            places.append(fields)
+        for rows, fields in zip(self.micro_batches, places[1:], strict=True):
+            fields["input_ids"] = first, first + rows.num_tokens, (rows.num_tokens,)
+            first += rows.num_tokens
+        return places
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Integers in the flat buffer."""
-        fields = [self.shapes, *(rows.shapes for rows in self.micro_batches)]
-        return sum(prod(shape) for shapes in fields for shape in shapes.values())
+        return max(end for fields in self.places for _, end, _ in fields.values())
 
     def views(self, flat: Any) -> list[dict[str, Any]]:
         """Fields of a flat numpy array or tensor, as views: the step's, then each micro-batch's."""
-        views, start = [], 0
-        for shapes in (self.shapes, *(rows.shapes for rows in self.micro_batches)):
-            fields = {}
-            for name, shape in shapes.items():
-                size = prod(shape)
-                fields[name] = flat[start : start + size].reshape(shape)
-                start += size
-            views.append(fields)
-        first = 0
-        for rows, fields in zip(self.micro_batches, views[1:], strict=True):
-            fields["input_ids"] = views[0]["input_ids"][first : first + rows.num_tokens]
-            first += rows.num_tokens
-        return views
+        return [
+            {name: flat[begin:end].reshape(shape) for name, (begin, end, shape) in fields.items()}
+            for fields in self.places
+        ]
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,7 @@ def decode_first(chunks: Sequence[Chunk]) -> list[int]:
     return sorted(range(len(chunks)), key=lambda i: chunks[i].end - chunks[i].start > 1)
 
 
-def balance(context_lens: np.ndarray, layout: StepLayout) -> list[np.ndarray]:
+def balance(context_lens: np.ndarray, layout: StepLayout) -> list[Sequence[int]]:
     """Deals sequences that decode out to micro-batches: the same work for each.
 
     What differs between them is attention's work, hence the context tokens. Long sequences choose
@@ -268,31 +269,31 @@ def balance(context_lens: np.ndarray, layout: StepLayout) -> list[np.ndarray]:
         layout: of a decode step of at least N rows.
 
     Returns:
-        The numbers of each micro-batch's sequences, in ascending order.
+        The numbers of each micro-batch's sequences.
     """
     if len(layout.micro_batches) == 1:
-        return [np.arange(len(context_lens))]
+        return [range(len(context_lens))]
+    parts: list[Sequence[int]] = [[] for _ in layout.micro_batches]
+    add = [part.append for part in parts]  # type: ignore[attr-defined]
     room = [rows.decode_rows for rows in layout.micro_batches]
     least = [(0, batch) for batch in range(len(room))]  # a heap
-    chosen = np.empty(len(context_lens), np.int64)
     longest_first = np.argsort(-context_lens, kind="stable")
-    places = []
-    for length in context_lens[longest_first].tolist():
+    lengths = context_lens[longest_first].tolist()
+    for number, length in zip(longest_first.tolist(), lengths, strict=True):
         tokens, batch = least[0]
-        places.append(batch)
+        add[batch](number)
         room[batch] -= 1
         if room[batch]:
             heapreplace(least, (tokens + length, batch))
         else:
             heappop(least)
-    chosen[longest_first] = places
-    return [np.flatnonzero(chosen == batch) for batch in range(len(room))]
+    return parts
 
 
 def fill_inputs(
     layout: StepLayout,
     chunks: Sequence[Chunk],
-    parts: Sequence[Sequence[int] | np.ndarray],
+    parts: Sequence[Sequence[int]],
     block_size: int,
     prepare: Callable[[np.ndarray, np.ndarray], None],
     flat: np.ndarray,
@@ -312,83 +313,97 @@ def fill_inputs(
     last_rows = np.zeros(len(chunks), np.int64)
     first = 0
     for rows, part, views in zip(layout.micro_batches, parts, fields, strict=True):
-        own = [chunks[i] for i in part]
-        last_rows[part] = first + _fill_rows(rows, own, block_size, prepare, views)
+        own, count = [chunks[i] for i in part], len(part) - rows.prompts
+        ends = _fill_places(rows, own, count, views)
+        last = np.arange(len(part))
+        if rows.decode_rows:
+            _fill_decode(rows, own[:count], ends[:count], block_size, prepare, views)
+        if rows.prompts:
+            last[count:] = _fill_prompts(rows, own[count:], ends[count:], block_size, views)
+        last_rows[part] = last + first
         first += rows.num_tokens
     if "sample_rows" in step:
-        sampled = last_rows[[chunk.samples for chunk in chunks]]
-        step["sample_rows"].fill(0)
-        step["sample_rows"][: len(sampled)] = sampled
+        if not layout.is_decode:
+            last_rows = last_rows[[chunk.samples for chunk in chunks]]
+        step["sample_rows"][: len(last_rows)] = last_rows
+        step["sample_rows"][len(last_rows) :] = 0
 
 
-def _fill_rows(
+def _fill_places(
+    layout: RowsLayout, chunks: Sequence[Chunk], count: int, views: dict[str, np.ndarray]
+) -> np.ndarray:
+    """Writes where sequences stand, the first `count` of which decode; returns their lengths."""
+    ends = np.array([chunk.end for chunk in chunks], np.int32)
+    tables, lens = [chunk.seq.block_table for chunk in chunks], views["context_lens"]
+    rows = layout.decode_rows
+    lens[:count], lens[count:rows], lens[rows:] = ends[:count], 1, ends[count:]
+    blocks = np.zeros(len(lens), np.int32)
+    blocks[:count] = [len(table) for table in tables[:count]]
+    blocks[rows:] = [len(table) for table in tables[count:]]
+    target = views["block_tables"]
+    target.fill(PADDING_BLOCK)
+    held = np.arange(layout.max_blocks) < blocks[:, None]
+    target[held] = np.fromiter(chain.from_iterable(tables), np.int32, int(blocks.sum()))
+    return ends
+
+
+def _fill_decode(
     layout: RowsLayout,
-    chunks: list[Chunk],
+    chunks: Sequence[Chunk],
+    ends: np.ndarray,
     block_size: int,
     prepare: Callable[[np.ndarray, np.ndarray], None],
     views: dict[str, np.ndarray],
+) -> None:
+    count, rows, positions = len(chunks), layout.decode_rows, ends - 1
+    ids, slots = views["input_ids"], views["slot_mapping"]
+    ids[:count] = [_token(chunk.seq, chunk.start) for chunk in chunks]
+    views["positions"][:count] = positions
+    slots[:count] = _slots(views["block_tables"], np.arange(count), positions, block_size)
+    ids[count:rows] = views["positions"][count:rows] = 0
+    slots[count:rows] = PADDING_BLOCK * block_size
+    lengths = np.zeros(rows, np.int32)
+    lengths[:count] = ends
+    prepare(lengths, views["decode_plan"])
+
+
+def _fill_prompts(
+    layout: RowsLayout,
+    chunks: Sequence[Chunk],
+    ends: np.ndarray,
+    block_size: int,
+    views: dict[str, np.ndarray],
 ) -> np.ndarray:
-    """Writes one micro-batch; returns the row of each chunk's last token."""
-    count, padded = len(chunks), layout.decode_rows
-    decoding = count - layout.prompts
-    starts = np.array([chunk.start for chunk in chunks], np.int32)
-    ends = np.array([chunk.end for chunk in chunks], np.int32)
-    sequences = np.arange(count)  # the row of each chunk in what sequences have
-    sequences[decoding:] += padded - decoding
-    _fill_block_tables(
-        views["block_tables"], [chunk.seq.block_table for chunk in chunks], sequences
-    )
-    lengths = np.zeros(padded, np.int32)
-    lengths[:decoding] = ends[:decoding]
-    views["context_lens"][:padded] = np.maximum(lengths, 1)
-    views["context_lens"][padded:] = ends[decoding:]
-    if padded:
-        prepare(lengths, views["decode_plan"])
-    if layout.prompts:
-        _running_sum(views["cu_seqlens_q"], (ends - starts)[decoding:])
-    for padding in (views["input_ids"], views["positions"]):
-        padding[decoding:padded] = 0
-    views["slot_mapping"][decoding:padded] = PADDING_BLOCK * block_size
-    # Of each token: its row, and the chunk that it belongs to.
-    firsts = sequences if not layout.prompts else _first_rows(ends - starts, decoding, padded)
-    owners = np.repeat(np.arange(count), ends - starts) if layout.prompts else sequences
-    rows = np.arange(decoding + layout.prompt_tokens)
-    rows[decoding:] += padded - decoding
-    positions = starts[owners] + rows - firsts[owners]
-    tables = views["block_tables"]
-    slots = tables[sequences[owners], positions // block_size] * block_size + positions % block_size
-    views["input_ids"][rows] = list(_token_ids(chunks))
-    views["positions"][rows] = positions
-    views["slot_mapping"][rows] = slots
-    return firsts + (ends - starts) - 1
+    """Returns the row of each chunk's last token."""
+    starts, rows = np.array([chunk.start for chunk in chunks], np.int32), layout.decode_rows
+    firsts = views["cu_seqlens_q"]
+    _running_sum(firsts, ends - starts)
+    owners = np.repeat(np.arange(len(chunks)), ends - starts)
+    positions = np.arange(layout.prompt_tokens, dtype=np.int32) + (starts - firsts[:-1])[owners]
+    views["input_ids"][rows:] = list(chain.from_iterable(map(_tokens, chunks)))
+    views["positions"][rows:] = positions
+    tables = views["block_tables"][rows:]
+    views["slot_mapping"][rows:] = _slots(tables, owners, positions, block_size)
+    return rows + firsts[1:] - 1
 
 
-def _first_rows(sizes: np.ndarray, decoding: int, padded: int) -> np.ndarray:
-    """The row of each chunk's first token; prompts begin behind the padding."""
-    firsts = np.cumsum(sizes) - sizes
-    firsts[decoding:] += padded - decoding
-    return firsts
+def _token(seq: EngineSequence, position: int) -> int:
+    """A token of a sequence, or -1 - seat if only the device knows it so far."""
+    tokens = seq.token_ids
+    return tokens[position] if position < len(tokens) else -1 - seq.seat
 
 
-def _token_ids(chunks: list[Chunk]) -> Iterator[int]:
-    """The tokens of chunks; -1 - seat for one that only the device knows so far."""
-    for chunk in chunks:
-        tokens, start, end = chunk.seq.token_ids, chunk.start, chunk.end
-        if end - start > 1:
-            yield from tokens[start:end]
-            if end > len(tokens):
-                yield -1 - chunk.seq.seat
-        else:
-            yield tokens[start] if start < len(tokens) else -1 - chunk.seq.seat
+def _tokens(chunk: Chunk) -> list[int]:
+    """The tokens of a chunk, of which the last may be known on the device only."""
+    known = chunk.seq.token_ids[chunk.start : chunk.end]
+    return known if len(known) == chunk.end - chunk.start else [*known, -1 - chunk.seq.seat]
 
 
-def _fill_block_tables(target: np.ndarray, tables: list[list[int]], rows: np.ndarray) -> None:
-    """Writes ragged block tables into `rows` of `target`, which ascend; the rest is padding."""
-    lengths = np.zeros(len(target), np.int32)
-    lengths[rows] = [len(table) for table in tables]
-    target.fill(PADDING_BLOCK)
-    held = np.arange(target.shape[1]) < lengths[:, None]
-    target[held] = np.fromiter(chain.from_iterable(tables), np.int32, int(lengths.sum()))
+def _slots(
+    block_tables: np.ndarray, rows: np.ndarray, positions: np.ndarray, block_size: int
+) -> np.ndarray:
+    """Cache slots of tokens at `positions` of the sequences in `rows`."""
+    return block_tables[rows, positions // block_size] * block_size + positions % block_size
 
 
 def _running_sum(target: np.ndarray, values: np.ndarray) -> None:

@@ -137,6 +137,7 @@ class StepRunner:
         self.block_size = block_size
         self.max_blocks = max_blocks
         self.partitions = partitions or ExitStack()
+        self.layouts: dict[tuple[int, int], StepLayout] = {}  # of decode, by plan and size
         # By layout, and by whether they are timed.
         self.graphs: dict[tuple[StepLayout, bool], tuple[Any, StageTimer | None]] = {}
         self.timer: StageTimer | None = None  # of the last step
@@ -145,13 +146,16 @@ class StepRunner:
         """Chooses how a step will run, and fills its inputs."""
         if not step.is_decode:
             return self.prepare_prompts(step.chunks)
-        tokens = sum(chunk.end for chunk in step.chunks)
-        return self.prepare_decode(self.chooser.choose(len(step.chunks), tokens), step.chunks)
+        lengths = np.array([chunk.end for chunk in step.chunks])
+        choice = self.chooser.choose(len(lengths), int(lengths.sum()))
+        return self.prepare_decode(choice, step.chunks, lengths)
 
-    def prepare_decode(self, choice: Choice, chunks: Sequence[Chunk]) -> PreparedStep:
+    def prepare_decode(
+        self, choice: Choice, chunks: Sequence[Chunk], lengths: np.ndarray
+    ) -> PreparedStep:
         """A step of chunks of one token, which all are sampled, with padding."""
         layout = self.layout(choice)
-        parts = balance(np.array([chunk.end for chunk in chunks], np.int64), layout)
+        parts = balance(lengths, layout)
         events = None
         if choice.prediction is not None:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -167,9 +171,12 @@ class StepRunner:
 
     def layout(self, choice: Choice) -> StepLayout:
         """Of a decode step."""
-        batches = self.schedulers[choice.plan].plan.micro_batches
-        plan_size = self.planning.plan_size
-        return StepLayout.decode(choice.plan, choice.size, batches, self.max_blocks, plan_size)
+        plan, size = choice.plan, choice.size
+        if (plan, size) not in self.layouts:
+            batches, plan_size = self.schedulers[plan].plan.micro_batches, self.planning.plan_size
+            layout = StepLayout.decode(plan, size, batches, self.max_blocks, plan_size)
+            self.layouts[plan, size] = layout
+        return self.layouts[plan, size]
 
     def run(
         self,
@@ -204,7 +211,8 @@ class StepRunner:
 
     def run_padding(self, size: int) -> torch.Tensor:
         """Runs a decode step of `size` rows, all of them padding."""
-        return self.run(self.prepare_decode(self.chooser.choose(size, size), []))
+        choice = self.chooser.choose(size, size)
+        return self.run(self.prepare_decode(choice, [], np.empty(0, np.int64)))
 
     def finish(self, step: PreparedStep, num_seqs: int) -> None:
         """Counts a decode step, which must be complete, and hands on how long it took."""

@@ -68,7 +68,8 @@ class DeviceTimer:
         while self.unfilled:  # zeros would take less power, hence less time
             self.unfilled.pop().normal_()
         chunks = list(steady_chunks(batch, tokens // batch, self.num_blocks, self.block_size))
-        step = self.runner.prepare_decode(Choice(plan, batch), chunks)
+        lengths = np.full(batch, tokens // batch)
+        step = self.runner.prepare_decode(Choice(plan, batch), chunks, lengths)
 
         def read(count: int) -> float:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,7 +52,8 @@ class FakeRunner:
 
     def __init__(self, plans: list[Plan], largest: int) -> None:
         self.plans = plans
-        self.sizes = batch_sizes(largest)
+        self.schedulers = [SimpleNamespace(plan=plan) for plan in plans]
+        self.memory = SimpleNamespace(sizes=batch_sizes(largest))
         self.slow = dict.fromkeys(plans, 1.0)
         self.captured: dict[Plan, list[int]] = {plan: [] for plan in plans}
         self.statistics = PipelineStatistics()
@@ -95,8 +97,8 @@ def make_auto(
     calibration = Calibration(
         timer, largest, CAPACITY, 4096, weight_tokens, {"device": "fake"}, DiskCache("plans", cache)
     )
-    auto = AutoPlan(PLANS, runner.sizes, calibration, runner.statistics)
     as_runner: Any = runner
+    auto = AutoPlan(as_runner, calibration)
     auto.capture(as_runner, show_progress=False)
     return auto, runner
 

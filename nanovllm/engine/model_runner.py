@@ -23,7 +23,7 @@ from nanovllm.engine.planned_decode import AutoPlan, plans_to_try
 from nanovllm.engine.ranks import Ranks
 from nanovllm.engine.scheduler import Step
 from nanovllm.engine.step_inputs import StepLayout, TilePlan, made_up_chunk
-from nanovllm.engine.step_runner import FixedPlan, PreparedStep, StepRunner
+from nanovllm.engine.step_runner import PreparedStep, StepRunner
 from nanovllm.engine.step_timer import DeviceTimer
 from nanovllm.engine.warm_up import warm_up
 from nanovllm.layers.attention import make_backend
@@ -221,31 +221,17 @@ class ModelRunner:
         """Runs steps of this model as `config` says, or decode by `plan`; the caller closes it."""
         is_auto = plan is None and config.enable_pipeline and config.pipeline_mode == "auto"
         built = build_pipelines(
-            config,
-            self.model,
-            self.backend,
-            self.device,
-            self.device_sms,
-            plan,
+            config, self.model, self.backend, self.device, self.device_sms, plan,
             plans_to_try(self.device_sms) if is_auto else (),
-        )
-        runner = StepRunner(
-            config,
-            built.schedulers,
-            FixedPlan(built.schedulers, self.graph_memory),
-            built.statistics,
-            self.last_tokens,
-            self.graph_memory,
-            self.planning,
-            self.block_size,
-            self.max_blocks,
-            built.partitions,
-        )
+        )  # fmt: skip
+        inputs = self.planning, self.block_size, self.max_blocks
+        runner = StepRunner(config, built, self.last_tokens, self.graph_memory, *inputs)
         if is_auto and len(built.schedulers) > 1:
-            plans = [scheduler.plan for scheduler in built.schedulers]
-            sizes = [] if self.graph_memory is None else self.graph_memory.sizes
-            calibration = self._calibration(config, runner)
-            runner.chooser = AutoPlan(plans, sizes, calibration, built.statistics)
+            try:
+                runner.chooser = AutoPlan(runner, self._calibration(config, runner))
+            except BaseException:
+                runner.close()
+                raise
         return runner
 
     def _calibration(self, config: Config, runner: StepRunner) -> Calibration:

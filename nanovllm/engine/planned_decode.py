@@ -7,15 +7,12 @@ two events, goes back to the planner.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from nanovllm.engine.calibration import Calibration
 from nanovllm.engine.cost_table import CostTable
-from nanovllm.engine.pipeline_statistics import PipelineStatistics
 from nanovllm.engine.plan import GREEN, Plan
 from nanovllm.engine.planner import Choice as Prediction
 from nanovllm.engine.planner import Planner
-from nanovllm.engine.step_runner import Choice, StepRunner
+from nanovllm.engine.step_runner import Choice, FixedPlan, StepRunner
 
 # The FFN gets a group of whole multiples of this many SMs, about these shares of all of them.
 FFN_MULTIPLE = 8
@@ -23,39 +20,31 @@ FFN_SHARES = (0.79, 0.72, 0.67, 0.61, 0.55)
 Split = tuple[int, int]
 
 
-class AutoPlan:
+class AutoPlan(FixedPlan):
     """Lets a planner choose the plan of each decode step.
 
     Args:
-        plans: those of the step runner; sequential is the first.
-        sizes: sizes of graphs.
+        runner: has the plans, and captures graphs.
         calibration: measures what the plans cost.
-        statistics: of the step runner; told of the planner.
     """
 
-    def __init__(
-        self,
-        plans: Sequence[Plan],
-        sizes: Sequence[int],
-        calibration: Calibration,
-        statistics: PipelineStatistics,
-    ) -> None:
-        self.plans = list(plans)
-        self.sizes = sizes
+    def __init__(self, runner: StepRunner, calibration: Calibration) -> None:
+        super().__init__(runner.schedulers, runner.memory)
+        self.plans = [scheduler.plan for scheduler in runner.schedulers]
+        self.sizes = [] if runner.memory is None else runner.memory.sizes
         self.calibration = calibration
-        self.statistics = statistics
+        self.statistics = runner.statistics
         # They are of all plans, so they name no single split.
-        statistics.mode, statistics.lane_sms, statistics.device_sms = "auto", {}, None
-        self.planner = statistics.planner = Planner(CostTable(), {plans[0]: sizes})
+        self.statistics.mode, self.statistics.lane_sms = "auto", {}
+        self.statistics.device_sms = None
+        self.planner = self.statistics.planner = Planner(CostTable(), {self.plans[0]: self.sizes})
 
     def choose(self, num_seqs: int, tokens: int) -> Choice:
-        """The planner's choice for a step of so many sequences with so many tokens together."""
         chosen = self.planner.choose(num_seqs, tokens)
         timed = chosen.seconds is not None
         return Choice(self.plans.index(chosen.plan), chosen.batch, chosen if timed else None)
 
     def observe(self, prediction: Prediction, seconds: float) -> None:
-        """Lets the planner learn from a step."""
         self.planner.observe(prediction, seconds)
 
     def capture(self, runner: StepRunner, *, show_progress: bool) -> None:
@@ -71,7 +60,7 @@ class AutoPlan:
             [Choice(self.plans.index(plan), size) for plan in worthwhile for size in sizes[plan]],
             show_progress=show_progress,
         )
-        sizes[self.plans[0]] = list(self.sizes)
+        sizes[self.plans[0]] = self.sizes
         self.planner = self.statistics.planner = Planner(self.calibration.table, sizes)
 
 

@@ -9,9 +9,8 @@ and runs what no other does: prompts, and decode steps with too few sequences.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +18,8 @@ from tqdm import tqdm
 
 from nanovllm.config import Config
 from nanovllm.engine.cuda_graphs import GraphMemory
+from nanovllm.engine.pipeline import Pipelines
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
-from nanovllm.engine.pipeline_statistics import PipelineStatistics
 from nanovllm.engine.scheduler import Chunk, Step
 from nanovllm.engine.stage_times import StageTimer
 from nanovllm.engine.step_inputs import (
@@ -47,35 +46,23 @@ class Choice(NamedTuple):
     prediction: Any = None
 
 
-class Chooser(Protocol):
-    """Chooses how each decode step runs."""
-
-    def choose(self, num_seqs: int, tokens: int) -> Choice:
-        """For a step of so many sequences with so many tokens together."""
-
-    def observe(self, prediction: Any, seconds: float) -> None:
-        """Takes the time of a step, with `prediction` of its choice."""
-
-    def capture(self, runner: StepRunner, *, show_progress: bool) -> None:
-        """Captures the graphs that will be needed."""
-
-
 class FixedPlan:
-    """The last plan for all steps that have enough sequences for it, sequential for the rest."""
+    """Chooses the last plan for all steps that have enough sequences, sequential for the rest."""
 
     def __init__(self, schedulers: Sequence[PipelineScheduler], memory: GraphMemory | None) -> None:
-        self.last = len(schedulers) - 1
-        self.fewest = schedulers[-1].plan.micro_batches
+        self.last, self.fewest = len(schedulers) - 1, schedulers[-1].plan.micro_batches
         self.memory = memory
 
     def choose(self, num_seqs: int, tokens: int) -> Choice:
+        """For a decode step of so many sequences with so many tokens together."""
         size = num_seqs if self.memory is None else self.memory.size_for(num_seqs)
         return Choice(self.last if size >= self.fewest else 0, size)
 
     def observe(self, prediction: Any, seconds: float) -> None:
-        """Nothing is to be learned."""
+        """Takes the time of a step, with the `prediction` of its choice."""
 
     def capture(self, runner: StepRunner, *, show_progress: bool) -> None:
+        """Captures the graphs that will be needed."""
         sizes = [] if self.memory is None else self.memory.sizes
         runner.capture([self.choose(size, 0) for size in sizes], show_progress=show_progress)
 
@@ -102,41 +89,34 @@ class StepRunner:
 
     Args:
         config: pipeline_enable_profiling is looked up at every step.
-        schedulers: one for each plan; the first is sequential.
-        chooser: chooses the plan of each decode step.
-        statistics: of all decode steps.
+        pipelines: its partitions are closed with the runner, after the graphs.
         last_tokens: the last token of each seat, on the device.
         memory: for CUDA graphs; None: run eagerly.
         planning: the attention back end's part of a step's inputs.
         block_size: tokens of a KV block.
         max_blocks: width of the block tables.
-        partitions: closed with the runner, after its graphs.
+
+    Attributes:
+        chooser: chooses the plan of each decode step.
     """
 
     def __init__(
         self,
         config: Config,
-        schedulers: Sequence[PipelineScheduler],
-        chooser: Chooser,
-        statistics: PipelineStatistics,
+        pipelines: Pipelines,
         last_tokens: torch.Tensor,
         memory: GraphMemory | None,
         planning: TilePlan,
         block_size: int,
         max_blocks: int,
-        partitions: ExitStack | None = None,
     ) -> None:
         self.config = config
-        self.schedulers = schedulers
-        self.chooser = chooser
-        self.statistics = statistics
-        self.last_tokens = last_tokens
-        self.device = last_tokens.device
+        self.schedulers, self.statistics = pipelines.schedulers, pipelines.statistics
+        self.partitions = pipelines.partitions
+        self.chooser = FixedPlan(self.schedulers, memory)
+        self.last_tokens, self.device = last_tokens, last_tokens.device
         self.memory = memory
-        self.planning = planning
-        self.block_size = block_size
-        self.max_blocks = max_blocks
-        self.partitions = partitions or ExitStack()
+        self.planning, self.block_size, self.max_blocks = planning, block_size, max_blocks
         self.layouts: dict[tuple[int, int], StepLayout] = {}  # of decode, by plan and size
         # By layout, and by whether they are timed.
         self.graphs: dict[tuple[StepLayout, bool], tuple[Any, StageTimer | None]] = {}

@@ -7,6 +7,7 @@ steps once in 0.9 s. So a step is timed until it takes the same several times in
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
@@ -57,7 +58,7 @@ class DeviceTimer:
         num_blocks: int,
         block_size: int,
     ) -> None:
-        self.runner = runner
+        self.runner = weakref.proxy(runner)  # which holds this timer, by its calibration
         self.unfilled = list(kv_caches)
         self.num_blocks = num_blocks
         self.block_size = block_size

@@ -19,7 +19,7 @@ from nanovllm.engine.pipeline import Pipelines, PipelineUnavailable, build_pipel
 from nanovllm.engine.plan import GREEN, LANES3, SEQUENTIAL, Plan
 from nanovllm.engine.scheduler import Chunk, Step
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.step_inputs import StepLayout, decode_first, fill_inputs
+from nanovllm.engine.step_inputs import decode_first
 from nanovllm.engine.step_runner import FixedPlan, PreparedStep
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.tiny import CHECKPOINT_DIR, PROMPTS
@@ -514,10 +514,7 @@ def test_a_step_of_prompts_and_decode_rows_has_the_logits_of_separate_steps(tmp_
         # The same rows as three micro-batches, on the stages of a pipeline.
         numbers = decode_first(chunks)
         parts = [numbers[i::3] for i in range(3)]
-        planning = steps.planning
-        layout = StepLayout.mixed(
-            0, [[chunks[i] for i in part] for part in parts], steps.max_blocks, planning.plan_size
-        )
+        layout = steps.inputs.mixed_layout(0, [[chunks[i] for i in part] for part in parts])
         flat = torch.empty(layout.size, dtype=torch.int32)
-        fill_inputs(layout, chunks, parts, 16, planning.prepare, flat.numpy())
+        steps.inputs.fill(layout, chunks, parts, flat.numpy())
         assert relative_error(steps.run(PreparedStep(layout, flat)), together) < 1e-5

@@ -13,11 +13,11 @@ from nanovllm.engine.block_manager import PADDING_BLOCK
 from nanovllm.engine.scheduler import Chunk
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_inputs import (
+    StepInputs,
     StepLayout,
     TilePlan,
     balance,
     decode_first,
-    fill_inputs,
     micro_batches,
 )
 from nanovllm.layers.attention import DecodeMetadata, PrefillMetadata
@@ -26,7 +26,6 @@ from nanovllm.sampling_params import SamplingParams
 
 MAX_BLOCKS = 9
 RUBBISH = -77
-TILES = TilePlan(64)
 
 
 def random_chunk(rng: random.Random, block_size: int, seat: int, *, decode: bool) -> Chunk:
@@ -50,13 +49,16 @@ def random_chunk(rng: random.Random, block_size: int, seat: int, *, decode: bool
     return Chunk(seq, start, end, samples=end == length)
 
 
+def inputs_of(block_size: int = 16, tile_size: int = 64) -> StepInputs:
+    return StepInputs(block_size, MAX_BLOCKS, TilePlan(tile_size))
+
+
 def decode_layout(size: int, parts: int = 1, plan: int = 0) -> StepLayout:
-    return StepLayout.decode(plan, size, parts, MAX_BLOCKS, TILES.plan_size)
+    return inputs_of().decode_layout(plan, size, parts)
 
 
 def mixed_layout(chunks: list[Chunk], parts: list[list[int]]) -> StepLayout:
-    dealt = [[chunks[i] for i in part] for part in parts]
-    return StepLayout.mixed(0, dealt, MAX_BLOCKS, TILES.plan_size)
+    return inputs_of().mixed_layout(0, [[chunks[i] for i in part] for part in parts])
 
 
 def token_of(chunk: Chunk, position: int) -> int:
@@ -105,7 +107,7 @@ def expected_rows(rows, chunks, block_size, tile_size) -> dict[str, list]:
 def check(layout, chunks, block_size, tile_size=64, parts=None) -> None:
     parts = [range(len(chunks))] if parts is None else parts
     flat = np.full(layout.size, RUBBISH, np.int32)
-    fill_inputs(layout, chunks, parts, block_size, TilePlan(tile_size).prepare, flat)
+    inputs_of(block_size, tile_size).fill(layout, chunks, parts, flat)
     step, *views = layout.views(flat)
     for rows, part, fields in zip(layout.micro_batches, parts, views, strict=True):
         expected = expected_rows(rows, [chunks[i] for i in part], block_size, tile_size)
@@ -235,7 +237,7 @@ def test_a_layout_travels_as_integers_and_names_its_plan(seed):
 
 def filled(layout, chunks, parts) -> torch.Tensor:
     flat = torch.empty(layout.size, dtype=torch.int32)
-    fill_inputs(layout, chunks, parts, 16, TILES.prepare, flat.numpy())
+    inputs_of().fill(layout, chunks, parts, flat.numpy())
     return flat
 
 

@@ -22,7 +22,7 @@ from nanovllm.engine.plan import SEQUENTIAL, Plan
 from nanovllm.engine.planned_decode import AutoPlan, plans_to_try
 from nanovllm.engine.ranks import Ranks
 from nanovllm.engine.scheduler import Step
-from nanovllm.engine.step_inputs import StepLayout, TilePlan, made_up_chunk
+from nanovllm.engine.step_inputs import StepInputs, TilePlan, made_up_chunk
 from nanovllm.engine.step_runner import PreparedStep, StepRunner
 from nanovllm.engine.step_timer import DeviceTimer
 from nanovllm.engine.warm_up import warm_up
@@ -61,13 +61,14 @@ class ModelRunner:
         dtype = resolve_dtype(config.dtype, self.model_config.dtype, device)
         heads = rank_heads(self.model_config, ranks.group)
         self.backend = make_backend(config.attention_backend, heads, device, self.block_size)
-        self.planning = TilePlan(self.backend.tile_size)
         self.model = Qwen3ForCausalLM.allocate(
             self.model_config, self.backend, ranks.group, device, dtype
         )
         self._load(model_dir)
         self.max_model_len = min(config.max_model_len, self.model_config.max_position_embeddings)
-        self.max_blocks = -(-self.max_model_len // self.block_size)
+        max_blocks = -(-self.max_model_len // self.block_size)
+        planning = TilePlan(self.backend.tile_size)
+        self.inputs = StepInputs(self.block_size, max_blocks, planning)
         self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
         layers = self.model_config.num_hidden_layers
 
@@ -224,8 +225,7 @@ class ModelRunner:
             config, self.model, self.backend, self.device, self.device_sms, plan,
             plans_to_try(self.device_sms) if is_auto else (),
         )  # fmt: skip
-        inputs = self.planning, self.block_size, self.max_blocks
-        runner = StepRunner(config, built, self.last_tokens, self.graph_memory, *inputs)
+        runner = StepRunner(config, built, self.last_tokens, self.graph_memory, self.inputs)
         if is_auto and len(built.schedulers) > 1:
             try:
                 runner.chooser = AutoPlan(runner, self._calibration(config, runner))
@@ -258,9 +258,8 @@ class ModelRunner:
         if self.device.type != "cuda" or self.config.enforce_eager:
             return None
         sizes = batch_sizes(self.config.max_num_seqs)
-        largest, plan_size = sizes[-1], self.planning.plan_size
         # With a row in each micro-batch inputs take more room than under any plan.
-        layout = StepLayout.decode(0, largest, largest, self.max_blocks, plan_size)
+        layout = self.inputs.decode_layout(0, sizes[-1], micro_batches=sizes[-1])
         vocab_size = self.model_config.vocab_size
         return GraphMemory(sizes, layout.size, vocab_size, dtype, self.device)
 

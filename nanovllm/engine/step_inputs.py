@@ -4,13 +4,13 @@ One buffer means one copy to the device, one broadcast to the other ranks, and, 
 static tensor whose views never move. In front are the token ids of all micro-batches and the rows
 that are sampled; then come the micro-batches, one after the other. A micro-batch's rows are those
 that decode, one token each, padding behind them, then the tokens of prompts. The layouts name and
-place the fields; `fill_inputs` writes them with numpy, without a Python loop over tokens.
+place the fields; `StepInputs` writes them with numpy, without a Python loop over tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from heapq import heappop, heapreplace
@@ -30,25 +30,7 @@ from nanovllm.models.stage import MicroBatch, MixedMetadata
 from nanovllm.sampling_params import SamplingParams
 
 Shapes = dict[str, tuple[int, ...]]
-
-
-class TilePlan:
-    """What the attention back end wants to know of rows that decode: a running count of KV tiles.
-
-    Args:
-        tile_size: tokens of a tile.
-    """
-
-    def __init__(self, tile_size: int) -> None:
-        self.tile_size = tile_size
-
-    def plan_size(self, num_rows: int) -> int:
-        """Integers of the plan for so many rows."""
-        return num_rows + 1
-
-    def prepare(self, context_lens: np.ndarray, plan: np.ndarray) -> None:
-        """Writes the plan for rows with so many tokens each, 0 for padding, into `plan`."""
-        _running_sum(plan, -(-context_lens // self.tile_size))
+Fields = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -107,32 +89,6 @@ class StepLayout:
     is_decode: bool
     num_samples: int
     micro_batches: tuple[RowsLayout, ...]
-
-    @classmethod
-    def decode(
-        cls, plan: int, size: int, micro_batches: int, max_blocks: int, plan_size: Callable
-    ) -> StepLayout:
-        """A decode step of `size` rows, as evenly as may be in so many micro-batches."""
-        rows = [size // micro_batches + (i < size % micro_batches) for i in range(micro_batches)]
-        layouts = [RowsLayout(count, 0, 0, 0, max_blocks, plan_size(count)) for count in rows]
-        return cls(plan, True, size, tuple(layouts))
-
-    @classmethod
-    def mixed(
-        cls, plan: int, parts: Sequence[Sequence[Chunk]], max_blocks: int, plan_size: Callable
-    ) -> StepLayout:
-        """A step of any chunks, those of each micro-batch in the order of `decode_first`."""
-        layouts = []
-        for chunks in parts:
-            sizes = [chunk.end - chunk.start for chunk in chunks]
-            prompts = [size for size in sizes if size > 1]
-            rows = len(sizes) - len(prompts)
-            longest = max(prompts, default=0)
-            layouts.append(
-                RowsLayout(rows, len(prompts), sum(prompts), longest, max_blocks, plan_size(rows))
-            )
-        samples = sum(chunk.samples for chunks in parts for chunk in chunks)
-        return cls(plan, False, samples, tuple(layouts))
 
     @classmethod
     def from_integers(cls, integers: Sequence[int]) -> StepLayout:
@@ -290,47 +246,132 @@ def balance(context_lens: np.ndarray, layout: StepLayout) -> list[Sequence[int]]
     return parts
 
 
-def fill_inputs(
-    layout: StepLayout,
-    chunks: Sequence[Chunk],
-    parts: Sequence[Sequence[int]],
-    block_size: int,
-    prepare: Callable[[np.ndarray, np.ndarray], None],
-    flat: np.ndarray,
-) -> None:
-    """Writes the fields of a step.
+class TilePlan:
+    """What the attention back end wants to know of rows that decode: a running count of KV tiles.
 
     Args:
-        layout: of `flat`.
-        chunks: what the step computes.
-        parts: numbers of the chunks in each micro-batch, those of one token first. Rows that are
-            left are padding: one token of context, in the padding block, and no work for attention.
-        block_size: tokens of a KV block.
-        prepare: the attention back end's; see `TilePlan.prepare`.
-        flat: int32 [layout.size], overwritten.
+        tile_size: tokens of a tile.
     """
-    step, *fields = layout.views(flat)
-    last_rows = np.zeros(len(chunks), np.int64)
-    first = 0
-    for rows, part, views in zip(layout.micro_batches, parts, fields, strict=True):
-        own, count = [chunks[i] for i in part], len(part) - rows.prompts
-        ends = _fill_places(rows, own, count, views)
-        last = np.arange(len(part))
-        if rows.decode_rows:
-            _fill_decode(rows, own[:count], ends[:count], block_size, prepare, views)
-        if rows.prompts:
-            last[count:] = _fill_prompts(rows, own[count:], ends[count:], block_size, views)
-        last_rows[part] = last + first
-        first += rows.num_tokens
-    if "sample_rows" in step:
-        if not layout.is_decode:
-            last_rows = last_rows[[chunk.samples for chunk in chunks]]
-        step["sample_rows"][: len(last_rows)] = last_rows
-        step["sample_rows"][len(last_rows) :] = 0
+
+    def __init__(self, tile_size: int) -> None:
+        self.tile_size = tile_size
+
+    def plan_size(self, num_rows: int) -> int:
+        """Integers of the plan for so many rows."""
+        return num_rows + 1
+
+    def prepare(self, context_lens: np.ndarray, plan: np.ndarray) -> None:
+        """Writes the plan for rows with so many tokens each, 0 for padding, into `plan`."""
+        _running_sum(plan, -(-context_lens // self.tile_size))
+
+
+class StepInputs:
+    """Lays the inputs of steps out, and fills them.
+
+    Args:
+        block_size: tokens of a KV block.
+        max_blocks: width of the block tables.
+        planning: the attention back end's part.
+    """
+
+    def __init__(self, block_size: int, max_blocks: int, planning: TilePlan) -> None:
+        self.block_size = block_size
+        self.max_blocks = max_blocks
+        self.planning = planning
+
+    def decode_layout(self, plan: int, size: int, micro_batches: int) -> StepLayout:
+        """A decode step of `size` rows, as evenly as may be in so many micro-batches."""
+        rows = [size // micro_batches + (i < size % micro_batches) for i in range(micro_batches)]
+        return StepLayout(plan, True, size, tuple(self._rows(count, []) for count in rows))
+
+    def mixed_layout(self, plan: int, parts: Sequence[Sequence[Chunk]]) -> StepLayout:
+        """A step of any chunks, those of each micro-batch in the order of `decode_first`."""
+        sizes = [[chunk.end - chunk.start for chunk in chunks] for chunks in parts]
+        rows = [self._rows(part.count(1), [size for size in part if size > 1]) for part in sizes]
+        samples = sum(chunk.samples for chunks in parts for chunk in chunks)
+        return StepLayout(plan, False, samples, tuple(rows))
+
+    def fill(
+        self,
+        layout: StepLayout,
+        chunks: Sequence[Chunk],
+        parts: Sequence[Sequence[int]],
+        flat: np.ndarray,
+    ) -> None:
+        """Writes the fields of a step.
+
+        Args:
+            layout: of `flat`.
+            chunks: what the step computes.
+            parts: numbers of the chunks in each micro-batch, those of one token first. Rows that
+                are left are padding: one token of context in the padding block, and no work for
+                attention.
+            flat: int32 [layout.size], overwritten.
+        """
+        step, *fields = layout.views(flat)
+        last_rows = np.zeros(len(chunks), np.int64)
+        first = 0
+        for rows, part, views in zip(layout.micro_batches, parts, fields, strict=True):
+            own, count = [chunks[i] for i in part], len(part) - rows.prompts
+            ends = _fill_places(rows, own, count, views)
+            last = np.arange(len(part))
+            if rows.decode_rows:
+                self._fill_decode(rows, own[:count], ends[:count], views)
+            if rows.prompts:
+                last[count:] = self._fill_prompts(rows, own[count:], ends[count:], views)
+            last_rows[part] = last + first
+            first += rows.num_tokens
+        if "sample_rows" in step:
+            if not layout.is_decode:
+                last_rows = last_rows[[chunk.samples for chunk in chunks]]
+            step["sample_rows"][: len(last_rows)] = last_rows
+            step["sample_rows"][len(last_rows) :] = 0
+
+    def _rows(self, decode_rows: int, prompts: list[int]) -> RowsLayout:
+        plan_size = self.planning.plan_size(decode_rows)
+        longest = max(prompts, default=0)
+        return RowsLayout(
+            decode_rows, len(prompts), sum(prompts), longest, self.max_blocks, plan_size
+        )
+
+    def _fill_decode(
+        self, layout: RowsLayout, chunks: Sequence[Chunk], ends: np.ndarray, views: Fields
+    ) -> None:
+        count, rows, positions = len(chunks), layout.decode_rows, ends - 1
+        ids, slots = views["input_ids"], views["slot_mapping"]
+        ids[:count] = [_token(chunk.seq, chunk.start) for chunk in chunks]
+        views["positions"][:count] = positions
+        slots[:count] = self._slots(views["block_tables"], np.arange(count), positions)
+        ids[count:rows] = views["positions"][count:rows] = 0
+        slots[count:rows] = PADDING_BLOCK * self.block_size
+        lengths = np.zeros(rows, np.int32)
+        lengths[:count] = ends
+        self.planning.prepare(lengths, views["decode_plan"])
+
+    def _fill_prompts(
+        self, layout: RowsLayout, chunks: Sequence[Chunk], ends: np.ndarray, views: Fields
+    ) -> np.ndarray:
+        """Returns the row of each chunk's last token."""
+        starts, rows = np.array([chunk.start for chunk in chunks], np.int32), layout.decode_rows
+        firsts = views["cu_seqlens_q"]
+        _running_sum(firsts, ends - starts)
+        owners = np.repeat(np.arange(len(chunks)), ends - starts)
+        positions = np.arange(len(owners), dtype=np.int32) + (starts - firsts[:-1])[owners]
+        views["input_ids"][rows:] = list(chain.from_iterable(map(_tokens, chunks)))
+        views["positions"][rows:] = positions
+        views["slot_mapping"][rows:] = self._slots(views["block_tables"][rows:], owners, positions)
+        return rows + firsts[1:] - 1
+
+    def _slots(
+        self, block_tables: np.ndarray, rows: np.ndarray, positions: np.ndarray
+    ) -> np.ndarray:
+        """Cache slots of tokens at `positions` of the sequences in `rows`."""
+        blocks = block_tables[rows, positions // self.block_size]
+        return blocks * self.block_size + positions % self.block_size
 
 
 def _fill_places(
-    layout: RowsLayout, chunks: Sequence[Chunk], count: int, views: dict[str, np.ndarray]
+    layout: RowsLayout, chunks: Sequence[Chunk], count: int, views: Fields
 ) -> np.ndarray:
     """Writes where sequences stand, the first `count` of which decode; returns their lengths."""
     ends = np.array([chunk.end for chunk in chunks], np.int32)
@@ -347,46 +388,6 @@ def _fill_places(
     return ends
 
 
-def _fill_decode(
-    layout: RowsLayout,
-    chunks: Sequence[Chunk],
-    ends: np.ndarray,
-    block_size: int,
-    prepare: Callable[[np.ndarray, np.ndarray], None],
-    views: dict[str, np.ndarray],
-) -> None:
-    count, rows, positions = len(chunks), layout.decode_rows, ends - 1
-    ids, slots = views["input_ids"], views["slot_mapping"]
-    ids[:count] = [_token(chunk.seq, chunk.start) for chunk in chunks]
-    views["positions"][:count] = positions
-    slots[:count] = _slots(views["block_tables"], np.arange(count), positions, block_size)
-    ids[count:rows] = views["positions"][count:rows] = 0
-    slots[count:rows] = PADDING_BLOCK * block_size
-    lengths = np.zeros(rows, np.int32)
-    lengths[:count] = ends
-    prepare(lengths, views["decode_plan"])
-
-
-def _fill_prompts(
-    layout: RowsLayout,
-    chunks: Sequence[Chunk],
-    ends: np.ndarray,
-    block_size: int,
-    views: dict[str, np.ndarray],
-) -> np.ndarray:
-    """Returns the row of each chunk's last token."""
-    starts, rows = np.array([chunk.start for chunk in chunks], np.int32), layout.decode_rows
-    firsts = views["cu_seqlens_q"]
-    _running_sum(firsts, ends - starts)
-    owners = np.repeat(np.arange(len(chunks)), ends - starts)
-    positions = np.arange(layout.prompt_tokens, dtype=np.int32) + (starts - firsts[:-1])[owners]
-    views["input_ids"][rows:] = list(chain.from_iterable(map(_tokens, chunks)))
-    views["positions"][rows:] = positions
-    tables = views["block_tables"][rows:]
-    views["slot_mapping"][rows:] = _slots(tables, owners, positions, block_size)
-    return rows + firsts[1:] - 1
-
-
 def _token(seq: EngineSequence, position: int) -> int:
     """A token of a sequence, or -1 - seat if only the device knows it so far."""
     tokens = seq.token_ids
@@ -397,13 +398,6 @@ def _tokens(chunk: Chunk) -> list[int]:
     """The tokens of a chunk, of which the last may be known on the device only."""
     known = chunk.seq.token_ids[chunk.start : chunk.end]
     return known if len(known) == chunk.end - chunk.start else [*known, -1 - chunk.seq.seat]
-
-
-def _slots(
-    block_tables: np.ndarray, rows: np.ndarray, positions: np.ndarray, block_size: int
-) -> np.ndarray:
-    """Cache slots of tokens at `positions` of the sequences in `rows`."""
-    return block_tables[rows, positions // block_size] * block_size + positions % block_size
 
 
 def _running_sum(target: np.ndarray, values: np.ndarray) -> None:

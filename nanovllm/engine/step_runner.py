@@ -23,11 +23,10 @@ from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.scheduler import Chunk, Step
 from nanovllm.engine.stage_times import StageTimer
 from nanovllm.engine.step_inputs import (
+    StepInputs,
     StepLayout,
-    TilePlan,
     balance,
     decode_first,
-    fill_inputs,
     micro_batches,
 )
 
@@ -92,9 +91,7 @@ class StepRunner:
         pipelines: its partitions are closed with the runner, after the graphs.
         last_tokens: the last token of each seat, on the device.
         memory: for CUDA graphs; None: run eagerly.
-        planning: the attention back end's part of a step's inputs.
-        block_size: tokens of a KV block.
-        max_blocks: width of the block tables.
+        inputs: lays steps out and fills them.
 
     Attributes:
         chooser: chooses the plan of each decode step.
@@ -106,9 +103,7 @@ class StepRunner:
         pipelines: Pipelines,
         last_tokens: torch.Tensor,
         memory: GraphMemory | None,
-        planning: TilePlan,
-        block_size: int,
-        max_blocks: int,
+        inputs: StepInputs,
     ) -> None:
         self.config = config
         self.schedulers, self.statistics = pipelines.schedulers, pipelines.statistics
@@ -116,7 +111,7 @@ class StepRunner:
         self.chooser = FixedPlan(self.schedulers, memory)
         self.last_tokens, self.device = last_tokens, last_tokens.device
         self.memory = memory
-        self.planning, self.block_size, self.max_blocks = planning, block_size, max_blocks
+        self.inputs = inputs
         self.layouts: dict[tuple[int, int], StepLayout] = {}  # of decode, by plan and size
         # By layout, and by whether they are timed.
         self.graphs: dict[tuple[StepLayout, bool], tuple[Any, StageTimer | None]] = {}
@@ -145,17 +140,15 @@ class StepRunner:
     def prepare_prompts(self, chunks: Sequence[Chunk]) -> PreparedStep:
         """A step of any chunks, as one micro-batch."""
         part = decode_first(chunks)
-        plan_size = self.planning.plan_size
-        layout = StepLayout.mixed(0, [[chunks[i] for i in part]], self.max_blocks, plan_size)
+        layout = self.inputs.mixed_layout(0, [[chunks[i] for i in part]])
         return PreparedStep(layout, self._fill(layout, chunks, [part]))
 
     def layout(self, choice: Choice) -> StepLayout:
         """Of a decode step."""
-        plan, size = choice.plan, choice.size
+        plan, size, _ = choice
         if (plan, size) not in self.layouts:
-            batches, plan_size = self.schedulers[plan].plan.micro_batches, self.planning.plan_size
-            layout = StepLayout.decode(plan, size, batches, self.max_blocks, plan_size)
-            self.layouts[plan, size] = layout
+            batches = self.schedulers[plan].plan.micro_batches
+            self.layouts[plan, size] = self.inputs.decode_layout(plan, size, batches)
         return self.layouts[plan, size]
 
     def run(
@@ -257,6 +250,5 @@ class StepRunner:
         self, layout: StepLayout, chunks: Sequence[Chunk], parts: Sequence[Any]
     ) -> torch.Tensor:
         flat = torch.empty(layout.size, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        prepare = self.planning.prepare
-        fill_inputs(layout, chunks, parts, self.block_size, prepare, flat.numpy())
+        self.inputs.fill(layout, chunks, parts, flat.numpy())
         return flat

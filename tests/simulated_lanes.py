@@ -93,8 +93,16 @@ class Recording:
         self.scheduler = PipelineScheduler(recorded, plan, streams)
 
     @torch.no_grad()
-    def step(self, inputs: Sequence[Any], result: str = "x") -> torch.Tensor:
-        """Issues a step between two operations of the caller's; returns its results."""
+    def step(self, inputs: Sequence[Any], results: Sequence[str] = ()) -> torch.Tensor:
+        """Issues a step between two operations of the caller's.
+
+        Args:
+            inputs: of each micro-batch.
+            results: the field that each ends with; default: x.
+
+        Returns:
+            The results one after the other.
+        """
 
         def fill(memory: Memory) -> None:
             memory.inputs = inputs
@@ -106,7 +114,8 @@ class Recording:
         batches = [MicroBatch(i, each) for i, each in enumerate(inputs)]
         with self._on_streams():
             self.scheduler.issue(batches)
-        last = [getattr(batch, result) for batch in batches]
+        fields = results or ["x"] * len(batches)
+        last = [getattr(*pair) for pair in zip(batches, fields, strict=True)]
         read_from = [self.addresses[_place(tensor)] for tensor in last]
         self._run(frozenset(read_from), frozenset(), read)
         for batch in batches:

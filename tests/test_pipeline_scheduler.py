@@ -266,15 +266,22 @@ def test_list_scheduling_issues_what_can_begin_first():
 class TwoSteps:
     """The recorded issue of two steps, and the results that they should give."""
 
-    def __init__(self, model: Any, plan: Plan, steps: list[list[Any]], wrong: list[Any],
-                 result: str = "x", order: list[Work] | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        model: Any,
+        plan: Plan,
+        steps: list[list[Any]],
+        wrong: list[Any],
+        results: list[str] | None = None,
+        order: list[Work] | None = None,
+    ) -> None:
         recording = Recording(model, plan)
         if order is not None:
             works = [dataclasses.replace(work, stages=self._recorded(recording, work.stages))
                      for work in order]  # fmt: skip
             recording.scheduler.orders[len(steps[0])] = with_events(works)
         self.tape, self.wrong = recording.tape, wrong
-        self.expected = [recording.step(inputs, result) for inputs in steps]
+        self.expected = [recording.step(inputs, results or ()) for inputs in steps]
         self.reset: Callable[[], object] = lambda: None
 
     @staticmethod
@@ -485,11 +492,12 @@ def random_plan(rng: random.Random, model: RandomModel) -> Plan:
     return Plan("random", rng.randint(1, 4), tuple(planned), streams=True, times=times)
 
 
-def random_order(rng: random.Random, model: RandomModel, plan: Plan) -> list[Work] | None:
-    """Any topological order; sometimes the plan's own."""
-    if rng.random() < 0.3:
-        return None
-    left = {batch: list(merge(model.stages(), plan)) for batch in range(plan.micro_batches)}
+def random_order(rng: random.Random, model: RandomModel, plan: Plan) -> list[Work]:
+    """Any topological order, in which some micro-batches may end early."""
+    left = {}
+    for batch in range(plan.micro_batches):
+        chain = merge(model.stages(), plan)
+        left[batch] = chain[: rng.choice([len(chain), rng.randint(1, len(chain))])]
     works = []
     while left:
         batch = rng.choice(list(left))
@@ -503,12 +511,16 @@ def random_steps(seed: int) -> TwoSteps:
     rng = random.Random(seed)
     model = RandomModel(rng)
     plan = random_plan(rng, model)
-    order = random_order(rng, model, plan)
+    # Sometimes the plan's own order.
+    order = random_order(rng, model, plan) if rng.random() < 0.7 else None
+    ends = {work.micro_batch: work.stages[-1].name for work in order or ()}
+    results = [ends.get(batch, model.stages()[-1].name) for batch in range(plan.micro_batches)]
     torch.manual_seed(seed)
-    steps = [[SimpleNamespace(value=torch.randn(3)) for _ in range(plan.micro_batches)]
-             for _ in range(2)]  # fmt: skip
+    steps = [
+        [SimpleNamespace(value=torch.randn(3)) for _ in range(plan.micro_batches)] for _ in range(2)
+    ]
     wrong = [SimpleNamespace(value=torch.zeros(3))] * plan.micro_batches
-    return TwoSteps(model, plan, steps, wrong, result=model.stages()[-1].name, order=order)
+    return TwoSteps(model, plan, steps, wrong, results, order)
 
 
 @pytest.mark.parametrize("seed", range(0, 200, 10))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import random
+import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -258,6 +261,13 @@ def test_list_scheduling_issues_what_can_begin_first():
     stage_by_stage = [(batch, link) for link in range(len(lanes)) for batch in range(3)]
     assert sorted(listed) == sorted(stage_by_stage)
     assert length(listed) < 0.9 * length(stage_by_stage)
+
+
+def test_the_readme_shows_the_loop_as_it_is():
+    loop = textwrap.dedent(inspect.getsource(PipelineScheduler.issue)).rstrip()
+    readme = Path(__file__).resolve().parent.parent / "README.md"
+    assert f"```python\n{loop}\n```" in readme.read_text(encoding="utf-8")
+    assert len(loop.splitlines()) <= 25
 
 
 # What the events allow gives the same bits, and no event is idle

@@ -21,13 +21,14 @@ from itertools import count
 
 import torch
 
-from nanovllm.engine.pipeline_scheduler import Cut, MicroBatch, PipelineScheduler
+from nanovllm.engine.pipeline_scheduler import Cut, PipelineScheduler
 from nanovllm.engine.stage_executor import Lane, StageExecutor, Work
 from nanovllm.engine.stage_marks import StageMarks
-from nanovllm.engine.step_inputs import StepTensors
-from nanovllm.layers.attention import DecodeMetadata
+from nanovllm.engine.step_inputs import cut_in_two
+from nanovllm.layers.attention import AttentionMetadata
+from nanovllm.models.stage import MicroBatch, StepTensors
 
-FIELDS = ("hidden", "attended", "residual")
+FIELDS = ("x", "x_squares", "residual", "q", "attn_out")
 INPUT_IDS = -1  # in place of an address: the step's token ids, which no lane has made
 
 
@@ -129,12 +130,12 @@ class Recording(StageExecutor):
         def read_result(memory: Memory) -> None:
             memory.results.append(torch.cat([self.heap.load(memory, a) for a in addresses]))
 
-        self.split = partial(StepTensors.split, cut_at=cut_at)
+        self.split = partial(cut_in_two, backend=self.scheduler.model.backend, cut_at=cut_at)
         if self.scheduler.micro_batches == 1:
             self.split = lambda inputs: [inputs]
         self.tape.append(Run(Lane.MAIN, fill_inputs))
-        hidden = self.scheduler.run(inputs, cut_at)
-        last = [batch.hidden for batch in self.batches.values()]
+        hidden = self.scheduler.run(self.split(inputs))
+        last = [batch.x for batch in self.batches.values()]
         addresses = [self.heap.address(tensor, Lane.MAIN)[0] for tensor in last]
         self.tape.append(Run(Lane.MAIN, read_result))
         self.batches = {}
@@ -272,15 +273,14 @@ def every_order(tape: list[Operation]) -> Iterator[list[Lane]]:
 
 def padding_like(inputs: StepTensors) -> StepTensors:
     """Inputs of the same shapes that are safe to run but wrong, for before the right ones come."""
-    places = inputs.metadata
-    assert isinstance(places, DecodeMetadata)
-    zeros = torch.zeros_like
-    metadata = replace(
-        places,
-        slot_mapping=zeros(places.slot_mapping),
-        block_tables=zeros(places.block_tables),
-        context_lens=torch.ones_like(places.context_lens),
+    places, zeros = inputs.metadata, torch.zeros_like
+    assert places.decode is not None
+    decode = replace(
+        places.decode,
+        block_tables=zeros(places.decode.block_tables),
+        context_lens=torch.ones_like(places.decode.context_lens),
     )
+    metadata = AttentionMetadata(zeros(places.slot_mapping), decode)
     return StepTensors(zeros(inputs.input_ids), zeros(inputs.positions), metadata)
 
 

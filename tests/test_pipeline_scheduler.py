@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from nanovllm.engine.pipeline_scheduler import CUTS, DenseCut, MicroBatch, PipelineScheduler
+from nanovllm.engine.pipeline_scheduler import CUTS, DenseCut, PipelineScheduler
 from nanovllm.engine.stage_executor import InlineExecutor, Lane
-from nanovllm.engine.step_inputs import StepTensors
-from nanovllm.layers.attention import PrefillMetadata
+from nanovllm.models.stage import MicroBatch, StepTensors
 from tests.checkpoints import Shape
 from tests.decode_cases import DecodeCase, relative_error
 from tests.simulated_lanes import (
@@ -135,38 +134,35 @@ def test_a_step_of_one_sequence_is_not_counted_as_pipelined():
 # Bad input
 
 
-def without_last(name: str) -> Callable[[StepTensors], StepTensors]:
-    def shorten(inputs: StepTensors) -> StepTensors:
-        if hasattr(inputs, name):
-            return dataclasses.replace(inputs, **{name: getattr(inputs, name)[:-1]})
-        field = getattr(inputs.metadata, name)[:-1]
-        metadata = dataclasses.replace(inputs.metadata, **{name: field})
-        return dataclasses.replace(inputs, metadata=metadata)
+def without_last(path: str) -> Callable[[StepTensors], StepTensors]:
+    def shorten(part, names):
+        name, *rest = names
+        field = getattr(part, name)
+        return dataclasses.replace(part, **{name: shorten(field, rest) if rest else field[:-1]})
 
-    return shorten
+    return lambda inputs: shorten(inputs, path.split("."))
 
 
-def of_prefill(inputs: StepTensors) -> StepTensors:
-    m = inputs.metadata
-    ends = torch.arange(len(inputs.input_ids) + 1)
-    metadata = PrefillMetadata(m.slot_mapping, m.block_tables, m.context_lens, ends, 1)
+def with_a_plan(inputs: StepTensors) -> StepTensors:
+    """One that the back end has not made."""
+    decode = dataclasses.replace(inputs.metadata.decode, plan=torch.zeros(3, dtype=torch.int32))
+    metadata = dataclasses.replace(inputs.metadata, decode=decode)
     return dataclasses.replace(inputs, metadata=metadata)
 
 
 BAD_INPUTS = {
     "positions": without_last("positions"),
-    "metadata.slot_mapping": without_last("slot_mapping"),
-    "metadata.context_lens": without_last("context_lens"),
-    "metadata.block_tables": without_last("block_tables"),
-    "metadata.tile_offsets": without_last("tile_offsets"),
+    "metadata.slot_mapping": without_last("metadata.slot_mapping"),
+    "metadata.decode.context_lens": without_last("metadata.decode.context_lens"),
+    "metadata.decode.block_tables": without_last("metadata.decode.block_tables"),
+    "metadata.decode.plan": with_a_plan,
     "input_ids": lambda inputs: dataclasses.replace(inputs, input_ids=inputs.input_ids[None]),
     "input_ids has shape ()": lambda inputs: dataclasses.replace(
         inputs, input_ids=inputs.input_ids[0]
     ),
-    "input_ids has shape (0,)": lambda inputs: StepTensors(
-        inputs.input_ids[:0], inputs.positions[:0], None
+    "input_ids has shape (0,)": lambda inputs: dataclasses.replace(
+        inputs, input_ids=inputs.input_ids[:0], positions=inputs.positions[:0]
     ),
-    "metadata must be DecodeMetadata": of_prefill,
     "positions must count up": lambda inputs: dataclasses.replace(inputs, metadata=None),
 }
 
@@ -318,7 +314,7 @@ def test_the_simulation_notices_memory_that_is_freed_too_early():
     class Hasty(DenseCut):
         def attention(self, layer: int, batch: MicroBatch) -> None:
             super().attention(layer, batch)
-            batch.hidden = None  # free for the FFN lane, which may be ahead of this one
+            batch.q = None  # free for the FFN lane, which may be ahead of this one
 
     case = DecodeCase(Shape(layers=2), 4)
     scheduler = scheduler_for(case)

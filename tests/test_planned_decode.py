@@ -27,6 +27,8 @@ from nanovllm.engine.pipeline_statistics import PipelineStatistics
 from nanovllm.engine.planned_decode import SEQUENTIAL, PlannedDecode, splits_to_try
 from nanovllm.engine.planner import Plan
 from nanovllm.engine.step_inputs import InputLayout, micro_batch_rows
+from nanovllm.layers.attention import HeadShape
+from nanovllm.layers.attention_torch import TorchBackend
 from nanovllm.utils.disk_cache import DiskCache
 
 CPU = torch.device("cpu")
@@ -83,7 +85,8 @@ class FakeWay:
         return batch_sizes(self.largest)
 
     def layout(self, size: int) -> InputLayout:
-        return InputLayout.decode(size, 16, pipelined=self.plan != SEQUENTIAL)
+        backend = TorchBackend(HeadShape(2, 1, 64))
+        return InputLayout.decode(size, 16, backend, pipelined=self.plan != SEQUENTIAL)
 
     def prepare_size(self, context_lens: np.ndarray, size: int) -> DecodeStep:
         layout = self.layout(size)

@@ -11,10 +11,12 @@ import torch
 from nanovllm.engine.block_manager import PADDING_BLOCK
 from nanovllm.engine.scheduler import Chunk
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.step_inputs import InputLayout, StepTensors, fill_inputs, micro_batch_rows
-from nanovllm.layers.attention import DecodeMetadata, PrefillMetadata
+from nanovllm.engine.step_inputs import InputLayout, fill_inputs, micro_batch_rows, step_tensors
+from nanovllm.layers.attention import HeadShape
 from nanovllm.sampling_params import SamplingParams
+from tests.decode_cases import PlanningBackend
 
+BACKEND = PlanningBackend(HeadShape(2, 1, 64))
 MAX_BLOCKS = 9
 RUBBISH = -77
 
@@ -40,14 +42,14 @@ def random_chunk(rng: random.Random, block_size: int, seat: int, *, decode: bool
     return Chunk(seq, start, end, samples=end == length)
 
 
-def expected_fields(layout, chunks, block_size, tile_size, rows) -> dict[str, list]:
+def expected_fields(layout, chunks, block_size, rows) -> dict[str, list]:
     """What `fill_inputs` is to write, in Python's plainest words."""
     fields: dict[str, list] = {
         name: [] for name in ("input_ids", "positions", "slot_mapping", "context_lens")
     }
     fields["block_tables"] = []
     by_row = dict(zip(rows, chunks, strict=True))
-    ends, sampled, tiles = [0], [], [0]
+    ends, sampled, plan = [0], [], []
     for row in range(layout.num_seqs):
         chunk = by_row.get(row)
         if chunk is None:
@@ -56,7 +58,7 @@ def expected_fields(layout, chunks, block_size, tile_size, rows) -> dict[str, li
             fields["slot_mapping"].append(PADDING_BLOCK * block_size)
             fields["context_lens"].append(1)
             fields["block_tables"].append([PADDING_BLOCK] * layout.max_blocks)
-            tiles.append(tiles[-1])
+            plan.append(0)
             continue
         seq, table = chunk.seq, chunk.seq.block_table
         for position in range(chunk.start, chunk.end):
@@ -69,22 +71,22 @@ def expected_fields(layout, chunks, block_size, tile_size, rows) -> dict[str, li
         padding = [PADDING_BLOCK] * (layout.max_blocks - len(table))
         fields["block_tables"].append(table + padding)
         ends.append(len(fields["input_ids"]))
-        tiles.append(tiles[-1] + (chunk.end + tile_size - 1) // tile_size)
+        plan.append(chunk.end)
         if chunk.samples:
             sampled.append(ends[-1] - 1)
     if layout.pipelined:
         padding = [0] * (layout.num_samples - len(chunks))
-        return {**fields, "tile_offsets": tiles, "sample_rows": [*rows, *padding]}
+        return {**fields, "plan": plan, "sample_rows": [*rows, *padding]}
     if layout.is_decode:
-        return {**fields, "tile_offsets": tiles}
+        return {**fields, "plan": plan}
     return {**fields, "cu_seqlens_q": ends, "sample_rows": sampled}
 
 
-def check(layout, chunks, block_size, tile_size=64, rows=None) -> None:
+def check(layout, chunks, block_size, rows=None) -> None:
     flat = np.full(layout.size, RUBBISH, np.int32)
-    fill_inputs(layout, chunks, block_size, tile_size, flat, rows)
+    fill_inputs(layout, chunks, block_size, BACKEND, flat, rows)
     held = range(len(chunks)) if rows is None else rows.tolist()
-    expected = expected_fields(layout, chunks, block_size, tile_size, held)
+    expected = expected_fields(layout, chunks, block_size, held)
     views = layout.views(flat)
     assert list(views) == list(layout.shapes)
     for name, view in views.items():
@@ -107,8 +109,7 @@ def test_prefill(seed, block_size):
 def test_decode(seed, block_size, padding):
     rng = random.Random(seed)
     chunks = [random_chunk(rng, block_size, i, decode=True) for i in range(rng.randint(1, 9))]
-    layout = InputLayout.decode(len(chunks) + padding, MAX_BLOCKS)
-    check(layout, chunks, block_size, tile_size=rng.choice([16, 64]))
+    check(InputLayout.decode(len(chunks) + padding, MAX_BLOCKS, BACKEND), chunks, block_size)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_decode_in_two_halves_with_padding_in_each(count, size):
     rng = random.Random(count)
     chunks = [random_chunk(rng, 16, i, decode=True) for i in range(count)]
     rows = micro_batch_rows(np.array([chunk.end for chunk in chunks]), size)
-    check(InputLayout.decode(size, MAX_BLOCKS, pipelined=True), chunks, 16, rows=rows)
+    check(InputLayout.decode(size, MAX_BLOCKS, BACKEND, pipelined=True), chunks, 16, rows=rows)
 
 
 @pytest.mark.parametrize("size", range(1, 12))
@@ -149,7 +150,7 @@ def test_one_long_sequence_is_balanced_by_many_short_ones():
 
 
 def test_a_step_of_padding_alone():
-    check(InputLayout.decode(4, MAX_BLOCKS), [], 16)
+    check(InputLayout.decode(4, MAX_BLOCKS, BACKEND), [], 16)
 
 
 def test_prefill_without_samples():
@@ -162,7 +163,7 @@ def test_prefill_without_samples():
 
 
 def test_views_of_a_tensor_are_views():
-    layout = InputLayout.decode(3, 4)
+    layout = InputLayout.decode(3, 4, BACKEND)
     flat = torch.arange(layout.size, dtype=torch.int32)
     views = layout.views(flat)
     assert torch.equal(torch.cat([view.flatten() for view in views.values()]), flat)
@@ -175,18 +176,34 @@ def test_step_tensors_of_decode_resolve_pending_tokens():
     chunks = [random_chunk(rng, 16, seat, decode=True) for seat in range(8)]
     pending = [chunk.seq.num_pending for chunk in chunks]
     assert 0 < sum(pending) < 8
-    layout = InputLayout.decode(8, MAX_BLOCKS)
+    layout = InputLayout.decode(8, MAX_BLOCKS, BACKEND)
     flat = torch.empty(layout.size, dtype=torch.int32)
-    fill_inputs(layout, chunks, 16, 64, flat.numpy())
+    fill_inputs(layout, chunks, 16, BACKEND, flat.numpy())
     last_tokens = torch.arange(100, 108)
-    tensors = StepTensors.of(layout, flat, last_tokens, "scratch")
+    (tensors,) = step_tensors(layout, flat, last_tokens, BACKEND, "scratch")
     assert tensors.input_ids.tolist() == [
         last_tokens[c.seq.seat] if c.seq.num_pending else c.seq.token_ids[-1] for c in chunks
     ]
-    assert isinstance(tensors.metadata, DecodeMetadata)
-    assert tensors.metadata.workspace == "scratch"
-    assert tensors.metadata.context_lens.tolist() == [chunk.end for chunk in chunks]
+    decode = tensors.metadata.decode
+    assert tensors.metadata.prefill is None
+    assert decode.workspace == "scratch"
+    assert decode.context_lens.tolist() == decode.plan.tolist() == [chunk.end for chunk in chunks]
     assert tensors.sample_rows is None
+
+
+def test_each_micro_batch_has_its_own_rows_and_its_own_plan():
+    chunks = [random_chunk(random.Random(3), 16, seat, decode=True) for seat in range(5)]
+    layout = InputLayout.decode(7, MAX_BLOCKS, BACKEND, pipelined=True)
+    rows = micro_batch_rows(np.array([chunk.end for chunk in chunks]), 7)
+    flat = torch.empty(layout.size, dtype=torch.int32)
+    fill_inputs(layout, chunks, 16, BACKEND, flat.numpy(), rows)
+    parts = step_tensors(layout, flat, torch.zeros(8, dtype=torch.int64), BACKEND, None)
+    views = layout.views(flat)
+    assert [len(part.positions) for part in parts] == [4, 3]
+    assert torch.equal(torch.cat([part.positions for part in parts]), views["positions"])
+    plans = torch.cat([part.metadata.decode.plan for part in parts])
+    assert plans[rows].tolist() == [chunk.end for chunk in chunks]
+    assert plans.count_nonzero() == 5
 
 
 def test_step_tensors_of_prefill():
@@ -194,11 +211,11 @@ def test_step_tensors_of_prefill():
     chunks = [random_chunk(rng, 16, seat, decode=False) for seat in range(3)]
     layout = InputLayout.prefill(chunks, MAX_BLOCKS)
     flat = torch.empty(layout.size, dtype=torch.int32)
-    fill_inputs(layout, chunks, 16, 64, flat.numpy())
-    tensors = StepTensors.of(layout, flat, torch.zeros(8), None)
-    assert isinstance(tensors.metadata, PrefillMetadata)
+    fill_inputs(layout, chunks, 16, BACKEND, flat.numpy())
+    (tensors,) = step_tensors(layout, flat, torch.zeros(8), BACKEND, None)
+    assert tensors.metadata.decode is None
     sizes = [chunk.end - chunk.start for chunk in chunks]
-    assert tensors.metadata.cu_seqlens_q.diff().tolist() == sizes
-    assert tensors.metadata.max_seqlen_q == max(sizes)
+    assert tensors.metadata.prefill.cu_seqlens_q.diff().tolist() == sizes
+    assert tensors.metadata.prefill.max_seqlen_q == max(sizes)
     assert tensors.positions[0] == chunks[0].start
     assert len(tensors.sample_rows) == sum(chunk.samples for chunk in chunks)

@@ -10,6 +10,8 @@ import pytest
 
 from nanovllm.engine.step_inputs import InputLayout
 from nanovllm.engine.step_timer import ALIKE, MOST_READINGS, fill_steady, settled_seconds
+from nanovllm.layers.attention import HeadShape
+from tests.decode_cases import PlanningBackend
 
 # Steps of 1,024 sequences of 519 tokens after a pause, 8B shape on one H200, ms: clocks settle,
 # and at the end dip.
@@ -48,9 +50,10 @@ def test_what_never_settles_is_a_median(seed: int) -> None:
 @pytest.mark.parametrize("pipelined", [False, True])
 @pytest.mark.parametrize(("context", "blocks"), [(1, 10), (256, 8), (1000, 40), (1000, 3)])
 def test_made_up_inputs_are_a_steady_batch(context: int, blocks: int, pipelined: bool) -> None:
-    layout = InputLayout.decode(6, 5, pipelined)
+    backend = PlanningBackend(HeadShape(2, 1, 64))
+    layout = InputLayout.decode(6, 5, backend, pipelined)
     flat = np.full(layout.size, -1, np.int32)
-    fill_steady(layout, context, blocks, 256, 64, flat)
+    fill_steady(layout, context, blocks, 256, backend, flat)
     views = layout.views(flat)
     used = -(-context // 256)
     tables = views["block_tables"]
@@ -62,5 +65,5 @@ def test_made_up_inputs_are_a_steady_batch(context: int, blocks: int, pipelined:
     last = context - 1
     slots = tables[:, last // 256] * 256 + last % 256
     assert (views["slot_mapping"] == slots).all()
-    assert views["tile_offsets"].tolist() == [i * -(-context // 64) for i in range(7)]
+    assert views["plan"].tolist() == [context] * 6
     assert (flat >= 0).all()

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from nanovllm.engine.stage_marks import StageMarks, make_marks
 from nanovllm.engine.step_inputs import InputLayout
+from nanovllm.layers.attention import AttentionBackend
 
 # Issues a decode step: its layout, its inputs, where its logits go, and its time marks if any.
 IssueStep = Callable[[InputLayout, torch.Tensor, torch.Tensor, StageMarks | None], object]
@@ -36,6 +37,7 @@ class GraphMemory:
         self,
         sizes: list[int],
         max_blocks: int,
+        backend: AttentionBackend,
         vocab_size: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -46,7 +48,7 @@ class GraphMemory:
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)  # captures run on it
         self.num_graphs = 0
-        largest = InputLayout.decode(sizes[-1], max_blocks, pipelined=True)
+        largest = InputLayout.decode(sizes[-1], max_blocks, backend, pipelined=True)
         self.inputs = torch.zeros(largest.size, dtype=torch.int32, device=device)
         self.logits = torch.zeros(sizes[-1], vocab_size, dtype=dtype, device=device)
 

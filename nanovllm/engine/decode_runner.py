@@ -18,8 +18,8 @@ from nanovllm.config import Config
 from nanovllm.engine.cuda_graphs import DecodeGraphs, GraphMemory
 from nanovllm.engine.pipeline import Pipeline
 from nanovllm.engine.stage_marks import StageMarks, make_marks
-from nanovllm.engine.step_inputs import InputLayout, StepTensors, micro_batch_rows
-from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.engine.step_inputs import InputLayout, micro_batch_rows, step_tensors
+from nanovllm.models.stage import Model
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class DecodeRunner:
     def __init__(
         self,
         config: Config,
-        model: Qwen3ForCausalLM,
+        model: Model,
         pipeline: Pipeline,
         last_tokens: torch.Tensor,
         workspace: Any,
@@ -98,7 +98,8 @@ class DecodeRunner:
 
     def layout(self, size: int) -> InputLayout:
         """The layout of a step of `size` sequences, padding included."""
-        return InputLayout.decode(size, self.max_blocks, self.pipeline.pipelines(size))
+        pipelined = self.pipeline.pipelines(size)
+        return InputLayout.decode(size, self.max_blocks, self.model.backend, pipelined)
 
     def capture(self, *, show_progress: bool, sizes: list[int] | None = None) -> None:
         """Captures the graphs of these batch sizes (default: all), each in the way it will run."""
@@ -163,10 +164,11 @@ class DecodeRunner:
             scheduler, workspace = pipeline.scheduler, pipeline.workspace
         else:
             scheduler, workspace = pipeline.sequential, self.workspace
-        tensors = StepTensors.of(layout, inputs, self.last_tokens, workspace)
-        hidden = scheduler.run(tensors, marks=marks)
-        if tensors.sample_rows is not None:
-            hidden = hidden[tensors.sample_rows]
+        backend = self.model.backend
+        parts = step_tensors(layout, inputs, self.last_tokens, backend, workspace)
+        hidden = scheduler.run(parts, marks=marks)
+        if layout.pipelined:
+            hidden = hidden[layout.views(inputs)["sample_rows"]]
         logits = self.model.compute_logits(hidden, logits)
         if marks is not None:
             marks.end_step()

@@ -25,13 +25,14 @@ from nanovllm.engine.pipeline_statistics import PipelineStatistics
 from nanovllm.engine.planned_decode import Decode, make_planned_decode, splits_to_try
 from nanovllm.engine.ranks import Ranks
 from nanovllm.engine.scheduler import Chunk, Step
-from nanovllm.engine.step_inputs import InputLayout, StepTensors, fill_inputs
+from nanovllm.engine.step_inputs import InputLayout, fill_inputs, step_tensors
 from nanovllm.engine.step_timer import DeviceTimer
 from nanovllm.engine.warm_up import warm_up
-from nanovllm.layers.attention import make_backend
+from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.sampler import SamplingBatch, sample
-from nanovllm.models.qwen3 import Qwen3ForCausalLM, rank_heads
+from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.models.qwen3_config import Qwen3Config
+from nanovllm.models.rank_heads import rank_heads
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.loader import fill_randomly, load_weights
 from nanovllm.utils.timeline import save_timeline
@@ -193,7 +194,7 @@ class ModelRunner:
         return self._prefill(layout, flat.to(self.device, non_blocking=True))
 
     def _prefill(self, layout: InputLayout, flat: torch.Tensor) -> torch.Tensor:
-        inputs = StepTensors.of(layout, flat, self.last_tokens, None)
+        (inputs,) = step_tensors(layout, flat, self.last_tokens, self.backend, None)
         hidden = self.model(inputs.input_ids, inputs.positions, inputs.metadata)
         return self.model.compute_logits(hidden[inputs.sample_rows])
 
@@ -276,13 +277,11 @@ class ModelRunner:
         )
 
     def _calibration(self, config: Config) -> Calibration:
-        layers = [layer.self_attn for layer in self.model.model.layers]
-        caches = [cache for layer in layers for cache in (layer.k_cache, layer.v_cache)]
-        token_bytes = sum(cache[0, :, 0].nbytes for cache in caches)
+        cache = self.model.kv_cache
+        token_bytes = cache[:, :, 0, :, 0].nbytes
         weight_bytes = sum(weight.nbytes for weight in self.model.parameters())
-        tile_size = self.backend.tile_size
         return Calibration(
-            DeviceTimer(self.device, caches, self.num_blocks, self.block_size, tile_size),
+            DeviceTimer(self.device, list(cache), self.num_blocks, self.block_size, self.backend),
             config.max_num_seqs,
             self.capacity,
             self.max_model_len,
@@ -290,7 +289,7 @@ class ModelRunner:
             calibration_key(
                 self.model_config,
                 self.device,
-                dtype=str(caches[0].dtype),
+                dtype=str(cache.dtype),
                 block_size=self.block_size,
                 backend=type(self.backend).__name__,
             ),
@@ -301,12 +300,12 @@ class ModelRunner:
             return None
         sizes = batch_sizes(self.config.max_num_seqs)
         vocab_size = self.model_config.vocab_size
-        return GraphMemory(sizes, self.max_blocks, vocab_size, dtype, self.device)
+        return GraphMemory(sizes, self.max_blocks, self.backend, vocab_size, dtype, self.device)
 
     def _fill(
         self, layout: InputLayout, chunks: list[Chunk], flat: np.ndarray, rows: np.ndarray | None
     ) -> None:
-        fill_inputs(layout, chunks, self.block_size, self.backend.tile_size, flat, rows)
+        fill_inputs(layout, chunks, self.block_size, self.backend, flat, rows)
 
     def _fill_padding(self, layout: InputLayout, flat: np.ndarray) -> None:
         self._fill(layout, [], flat, None)

@@ -26,7 +26,7 @@ from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.pipeline_statistics import PipelineStatistics
 from nanovllm.engine.stage_executor import InlineExecutor, StageExecutor, StreamExecutor
 from nanovllm.layers.attention import AttentionBackend
-from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.models.stage import Model
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Pipeline:
             self.manager.close()
 
 
-def sequential_pipeline(model: Qwen3ForCausalLM, statistics: PipelineStatistics) -> Pipeline:
+def sequential_pipeline(model: Model, statistics: PipelineStatistics) -> Pipeline:
     """No pipeline, and no reason needed."""
     scheduler = PipelineScheduler(model, InlineExecutor(), statistics, micro_batches=1)
     return Pipeline(None, scheduler, statistics)
@@ -75,7 +75,7 @@ def sequential_pipeline(model: Qwen3ForCausalLM, statistics: PipelineStatistics)
 
 def build_pipeline(
     config: Config,
-    model: Qwen3ForCausalLM,
+    model: Model,
     backend: AttentionBackend,
     device: torch.device,
     device_sms: int,

@@ -16,7 +16,6 @@ Memory crosses lanes without copies. A tensor is freed when its successor replac
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,27 +24,11 @@ import torch
 from nanovllm.engine.pipeline_statistics import PipelineStatistics
 from nanovllm.engine.stage_executor import Lane, StageExecutor, Work
 from nanovllm.engine.stage_marks import StageMarks, make_marks
-from nanovllm.engine.step_inputs import StepTensors
-from nanovllm.layers.attention import DecodeMetadata
+from nanovllm.engine.step_inputs import check_step, cut_in_two
+from nanovllm.layers.attention import AttentionMetadata
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
-
-# Layer number of the work before the first layer, in timelines.
-BEFORE_LAYERS = -1
-
-
-@dataclass
-class MicroBatch:
-    """A part of the batch on its way through the layers.
-
-    `hidden` is what the FFN stage made and attention reads (under the dense cut, queries),
-    `attended` what attention made and the FFN reads.
-    """
-
-    index: int
-    inputs: StepTensors
-    hidden: torch.Tensor | None = None
-    attended: torch.Tensor | None = None
-    residual: torch.Tensor | None = None
+from nanovllm.models.stage import BEFORE_LAYERS, MicroBatch, Model, StepTensors
+from nanovllm.models.throwaway_cache import throwaway_cache
 
 
 class Cut(ABC):
@@ -54,7 +37,7 @@ class Cut(ABC):
     #: The lane that the step begins on.
     first: Lane
 
-    def __init__(self, model: Qwen3ForCausalLM) -> None:
+    def __init__(self, model: Model) -> None:
         self.model = model
 
     @abstractmethod
@@ -75,27 +58,22 @@ class DenseCut(Cut):
 
     first = Lane.FFN
 
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
+        self.stages = model.stages()
+
     def begin(self, batch: MicroBatch) -> None:
-        inputs = batch.inputs
-        batch.hidden, batch.residual = self.model.model.begin(
-            inputs.input_ids, inputs.positions, inputs.metadata
-        )
+        self._run(slice(0, 2), batch)
 
     def attention(self, layer: int, batch: MicroBatch) -> None:
-        inputs = batch.inputs
-        batch.attended = self.model.model.attend(
-            layer, _made(batch.hidden), inputs.positions, inputs.metadata
-        )
+        self._run(slice(3 * layer + 2, 3 * layer + 3), batch)
 
     def ffn(self, layer: int, batch: MicroBatch) -> None:
-        inputs = batch.inputs
-        batch.hidden, batch.residual = self.model.model.dense(
-            layer,
-            _made(batch.attended),
-            _made(batch.residual),
-            inputs.positions,
-            inputs.metadata,
-        )
+        self._run(slice(3 * layer + 3, 3 * layer + 5), batch)
+
+    def _run(self, which: slice, batch: MicroBatch) -> None:
+        for stage in self.stages[which]:
+            stage.run(batch)
 
 
 class SeedCut(Cut):
@@ -105,18 +83,19 @@ class SeedCut(Cut):
     """
 
     first = Lane.ATTENTION
+    model: Qwen3ForCausalLM
 
     def begin(self, batch: MicroBatch) -> None:
-        batch.hidden = batch.inputs.input_ids
+        batch.x = batch.inputs.input_ids
 
     def attention(self, layer: int, batch: MicroBatch) -> None:
         inputs = batch.inputs
-        batch.attended, batch.residual = self.model.forward_attention(
-            _made(batch.hidden), inputs.positions, layer, inputs.metadata
+        batch.attn_out, batch.residual = self.model.forward_attention(
+            _made(batch.x), inputs.positions, layer, inputs.metadata
         )
 
     def ffn(self, layer: int, batch: MicroBatch) -> None:
-        batch.hidden = self.model.forward_ffn(_made(batch.attended), _made(batch.residual), layer)
+        batch.x = self.model.forward_ffn(_made(batch.attn_out), _made(batch.residual), layer)
 
 
 CUTS: dict[str, type[Cut]] = {"dense": DenseCut, "seed": SeedCut}
@@ -135,7 +114,7 @@ class PipelineScheduler:
 
     def __init__(
         self,
-        model: Qwen3ForCausalLM,
+        model: Model,
         executor: StageExecutor,
         statistics: PipelineStatistics | None = None,
         cut: str = "dense",
@@ -156,30 +135,36 @@ class PipelineScheduler:
         self,
         input_ids: torch.Tensor,
         positions: torch.Tensor,
-        metadata: DecodeMetadata | None = None,
+        metadata: AttentionMetadata | None = None,
         cut_at: int | None = None,
     ) -> torch.Tensor:
-        """Runs one decode step eagerly, and times its stages.
+        """Runs one step eagerly, and times its stages.
 
         Args:
-            input_ids: integer [N], one token per sequence.
-            positions: integer [N].
-            metadata: where the tokens stand in the KV cache. None: no cache; the tokens are whole
-                sequences, each from a position 0 to the next.
+            input_ids: integer [T], in decode one token per sequence.
+            positions: integer [T].
+            metadata: where the tokens stand in the KV cache, all of sequences that decode, or all
+                of prompts. None: the tokens are whole sequences, each from a position 0 to the
+                next.
             cut_at: sequences of the first micro-batch; default: half of them, rounded up.
 
         Returns:
-            Logits [N, vocab_size].
+            Logits [T, vocab_size].
 
         Raises:
             ValueError: inputs that do not fit each other, or a cut that leaves a part empty.
         """
+        if metadata is None:
+            with throwaway_cache(self.model, positions) as metadata:
+                return self.decode_token(input_ids, positions, metadata, cut_at)
         inputs = StepTensors(input_ids, positions, metadata)
-        inputs.check()
-        parts = self._split(inputs, cut_at)
+        check_step(inputs, self.model.backend)
+        parts = [inputs]
+        if self.micro_batches > 1:
+            parts = cut_in_two(inputs, self.model.backend, cut_at)
         marks = make_marks(input_ids.device)
         marks.begin_step()
-        logits = self.model.compute_logits(self._run_parts(parts, marks))
+        logits = self.model.compute_logits(self.run(parts, marks))
         marks.end_step()
         if input_ids.is_cuda:
             torch.cuda.current_stream().synchronize()
@@ -187,28 +172,19 @@ class PipelineScheduler:
         self.statistics.add_times(*marks.read())
         return logits
 
-    def run(
-        self, inputs: StepTensors, cut_at: int | None = None, marks: StageMarks | None = None
-    ) -> torch.Tensor:
+    def run(self, parts: list[StepTensors], marks: StageMarks | None = None) -> torch.Tensor:
         """Issues a step between the current stream and itself, by way of the lanes.
 
         Args:
-            inputs: of N sequences.
-            cut_at: sequences of the first micro-batch; default: half of them, rounded up.
+            parts: its micro-batches, of T tokens together.
             marks: for the times of the stages.
 
         Returns:
-            Hidden states [N, hidden_size] after the final norm.
+            Hidden states [T, hidden_size] after the final norm.
         """
-        return self._run_parts(self._split(inputs, cut_at), marks)
-
-    def _split(self, inputs: StepTensors, cut_at: int | None) -> list[StepTensors]:
-        return inputs.split(cut_at) if self.micro_batches > 1 else [inputs]
-
-    def _run_parts(self, parts: list[StepTensors], marks: StageMarks | None) -> torch.Tensor:
         batches = [MicroBatch(i, part) for i, part in enumerate(parts)]
         self.issue(batches, marks)
-        hidden = [_made(batch.hidden) for batch in batches]
+        hidden = [_made(batch.x) for batch in batches]
         return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
 
     def issue(self, batches: list[MicroBatch], marks: StageMarks | None) -> None:
@@ -230,7 +206,7 @@ class PipelineScheduler:
             work = Work(cut.first, BEFORE_LAYERS, batch.index)
             executor.run(work, partial(cut.begin, batch), marks)
             reached[batch.index] = cut.first, executor.record(cut.first)
-        for layer in range(self.model.num_layers):
+        for layer in range(len(self.model.kv_cache)):
             for lane in (Lane.ATTENTION, Lane.FFN):
                 for batch in batches:
                     stage(lane, layer, batch)

@@ -7,8 +7,8 @@ writes them from the scheduler's step with numpy, without a Python loop over tok
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import chain, pairwise
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise, starmap
 from math import prod
 from typing import Any
 
@@ -18,8 +18,13 @@ import torch
 from nanovllm import kernels
 from nanovllm.engine.block_manager import PADDING_BLOCK
 from nanovllm.engine.scheduler import Chunk
-from nanovllm.layers.attention import DecodeMetadata, Metadata, PrefillMetadata
-from nanovllm.models.qwen3 import sequence_starts
+from nanovllm.layers.attention import (
+    AttentionBackend,
+    AttentionMetadata,
+    DecodeMetadata,
+    PrefillMetadata,
+)
+from nanovllm.models.stage import StepTensors
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class InputLayout:
         max_seqlen_q: most new tokens of a sequence.
         pipelined: whether a decode step is run as a pipeline, its sequences dealt out to two
             micro-batches.
+        plan_size: integers of the attention back end's plans, one for each micro-batch.
     """
 
     is_decode: bool
@@ -44,11 +50,15 @@ class InputLayout:
     max_blocks: int
     max_seqlen_q: int
     pipelined: bool = False
+    plan_size: int = 0
 
     @classmethod
-    def decode(cls, num_seqs: int, max_blocks: int, pipelined: bool = False) -> InputLayout:
+    def decode(
+        cls, num_seqs: int, max_blocks: int, backend: AttentionBackend, pipelined: bool = False
+    ) -> InputLayout:
         """Layout of a decode step of `num_seqs` sequences."""
-        return cls(True, num_seqs, num_seqs, num_seqs, max_blocks, 1, pipelined)
+        layout = cls(True, num_seqs, num_seqs, num_seqs, max_blocks, 1, pipelined)
+        return replace(layout, plan_size=layout.parts(backend)[-1][1].stop)
 
     @classmethod
     def prefill(cls, chunks: list[Chunk], max_blocks: int) -> InputLayout:
@@ -69,7 +79,7 @@ class InputLayout:
             "block_tables": (n, self.max_blocks),
         }
         if self.is_decode:
-            fields["tile_offsets"] = (n + 1,)
+            fields["plan"] = (self.plan_size,)
         else:
             fields["cu_seqlens_q"] = (n + 1,)
         if self.pipelined or not self.is_decode:
@@ -81,6 +91,16 @@ class InputLayout:
         """Integers in the flat buffer."""
         return sum(prod(shape) for shape in self.shapes.values())
 
+    def parts(self, backend: AttentionBackend) -> list[tuple[slice, slice]]:
+        """Of a decode step, the rows of each micro-batch, and its part of the plans."""
+        first = (self.num_seqs + 1) // 2 if self.pipelined else self.num_seqs
+        counts = [first, self.num_seqs - first] if self.pipelined else [first]
+        rows = np.cumsum([0, *counts]).tolist()
+        plans = np.cumsum([0, *map(backend.plan_size, counts)]).tolist()
+        return list(
+            zip(starmap(slice, pairwise(rows)), starmap(slice, pairwise(plans)), strict=True)
+        )
+
     def views(self, flat: Any) -> dict[str, Any]:
         """The fields of a flat numpy array or tensor, as views into it."""
         views, start = {}, 0
@@ -91,103 +111,119 @@ class InputLayout:
         return views
 
 
-@dataclass(frozen=True)
-class StepTensors:
-    """What the model is called with: T tokens of N sequences, S of which sample.
+def step_tensors(
+    layout: InputLayout,
+    flat: torch.Tensor,
+    last_tokens: torch.Tensor,
+    backend: AttentionBackend,
+    workspace: Any,
+) -> list[StepTensors]:
+    """The step's micro-batches, as views into `flat`, a device tensor laid out as `layout`.
 
-    Attributes:
-        input_ids, positions: integer [T].
-        metadata: of attention; None: no KV cache, each position 0 begins a sequence.
-        sample_rows: int32 [S], tokens whose logits are wanted, in that order; None: all.
+    Input ids below 0 stand for tokens that the host does not know yet: -1 - seat is the token in
+    `last_tokens` [seats].
     """
+    views = layout.views(flat)
+    input_ids, positions, slots = (
+        views[name] for name in ("input_ids", "positions", "slot_mapping")
+    )
+    tables, lengths = views["block_tables"], views["context_lens"]
+    if not layout.is_decode:
+        prefill = PrefillMetadata(tables, lengths, views["cu_seqlens_q"], layout.max_seqlen_q)
+        metadata = AttentionMetadata(slots, prefill=prefill)
+        return [StepTensors(input_ids, positions, metadata, views["sample_rows"])]
+    input_ids = kernels.resolve_tokens(input_ids, last_tokens)
+    return [
+        StepTensors(
+            input_ids[rows],
+            positions[rows],
+            AttentionMetadata(
+                slots[rows],
+                DecodeMetadata(tables[rows], lengths[rows], views["plan"][plan], workspace),
+            ),
+        )
+        for rows, plan in layout.parts(backend)
+    ]
 
-    input_ids: torch.Tensor
-    positions: torch.Tensor
-    metadata: Metadata | None
-    sample_rows: torch.Tensor | None = None
 
-    @classmethod
-    def of(
-        cls, layout: InputLayout, flat: torch.Tensor, last_tokens: torch.Tensor, workspace: Any
-    ) -> StepTensors:
-        """Views into `flat`, a device tensor laid out as `layout`.
-
-        Input ids below 0 stand for tokens that the host does not know yet: -1 - seat is the token
-        in `last_tokens` [seats].
-        """
-        views = layout.views(flat)
-        input_ids = views["input_ids"]
-        if layout.is_decode:
-            input_ids = kernels.resolve_tokens(input_ids, last_tokens)
-        places = (views["slot_mapping"], views["block_tables"], views["context_lens"])
-        metadata: Metadata
-        if layout.is_decode:
-            metadata = DecodeMetadata(*places, views["tile_offsets"], workspace)
-        else:
-            metadata = PrefillMetadata(*places, views["cu_seqlens_q"], layout.max_seqlen_q)
-        return cls(input_ids, views["positions"], metadata, views.get("sample_rows"))
-
-    def check(self) -> None:
-        """Raises ValueError unless this is a decode step whose fields fit each other."""
-        places, n = self.metadata, self.input_ids.numel()
-        expected = {"input_ids": (self.input_ids, (n,)), "positions": (self.positions, (n,))}
-        if isinstance(places, DecodeMetadata):
+def check_step(inputs: StepTensors, backend: AttentionBackend) -> None:
+    """Raises ValueError unless the fields of a step fit each other."""
+    n, metadata = inputs.input_ids.numel(), inputs.metadata
+    expected = {
+        "input_ids": (inputs.input_ids, (n,)),
+        "positions": (inputs.positions, (n,)),
+        "metadata.slot_mapping": (metadata.slot_mapping, (n,)),
+    }
+    for kind, part in (("decode", metadata.decode), ("prefill", metadata.prefill)):
+        if part is not None:
+            count = n if metadata.prefill is None else len(part.context_lens)
+            width = part.block_tables.shape[1:]
             expected |= {
-                "metadata.slot_mapping": (places.slot_mapping, (n,)),
-                "metadata.block_tables": (places.block_tables, (n, *places.block_tables.shape[1:])),
-                "metadata.context_lens": (places.context_lens, (n,)),
-                "metadata.tile_offsets": (places.tile_offsets, (n + 1,)),
+                f"metadata.{kind}.block_tables": (part.block_tables, (count, *width)),
+                f"metadata.{kind}.context_lens": (part.context_lens, (count,)),
             }
-        elif places is not None:
-            kind = type(places).__name__
-            raise ValueError(f"metadata must be DecodeMetadata or None, not {kind}")
-        for name, (tensor, shape) in expected.items():
-            if tuple(tensor.shape) != shape or not n:
-                raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}; for {n} tokens it must be {shape}, "
-                    "and there must be at least one token"
-                )
-        positions = [-1, *self.positions.tolist()] if places is None else []
-        if any(position not in (0, before + 1) for before, position in pairwise(positions)):
+    if metadata.decode is not None:
+        size = backend.plan_size(len(metadata.decode.context_lens))
+        expected["metadata.decode.plan"] = (metadata.decode.plan, (size,))
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape or not n:
             raise ValueError(
-                "positions must count up from 0 in each sequence where there is no metadata to "
-                "say what the KV cache holds"
+                f"{name} has shape {tuple(tensor.shape)}; for {n} tokens it must be {shape}, "
+                "and there must be at least one token"
             )
 
-    def split(self, cut_at: int | None = None) -> list[StepTensors]:
-        """Cuts a decode step in two after its first `cut_at` sequences (default: half of them).
 
-        A step of a single sequence stays whole.
+def cut_in_two(
+    inputs: StepTensors, backend: AttentionBackend, cut_at: int | None = None
+) -> list[StepTensors]:
+    """Cuts a step of one kind of sequences after the first `cut_at` (default: half of them).
 
-        Raises:
-            ValueError: a part would be empty.
-        """
-        starts = None if self.metadata is not None else sequence_starts(self.positions).tolist()
-        count = len(self.input_ids) if starts is None else len(starts) - 1
-        if cut_at is None:
-            cut_at = (count + 1) // 2
-            if cut_at == count:
-                return [self]
-        if not 0 < cut_at < count:
-            raise ValueError(
-                f"cut_at={cut_at!r} is not allowed for {count} sequences: it must be from 1 to "
-                f"{count - 1}"
+    A step of a single sequence stays whole. For steps from outside the engine: waits for the
+    device, as decode is planned anew.
+
+    Raises:
+        ValueError: a part would be empty.
+    """
+    decode, prefill = inputs.metadata.decode, inputs.metadata.prefill
+    count = sum(len(part.context_lens) for part in (decode, prefill) if part is not None)
+    if cut_at is None:
+        cut_at = (count + 1) // 2
+        if cut_at == count:
+            return [inputs]
+    if not 0 < cut_at < count:
+        raise ValueError(
+            f"cut_at={cut_at!r} is not allowed for {count} sequences: it must be from 1 to "
+            f"{count - 1}"
+        )
+    parts = []
+    for rows in (slice(0, cut_at), slice(cut_at, count)):
+        tokens = rows
+        if decode is not None:
+            lengths = decode.context_lens[rows]
+            plan = torch.from_numpy(backend.plan(lengths.cpu().numpy())).to(lengths.device)
+            tables = decode.block_tables[rows]
+            decode_part = DecodeMetadata(tables, lengths, plan, decode.workspace)
+            metadata = AttentionMetadata(inputs.metadata.slot_mapping[tokens], decode_part)
+        if prefill is not None:
+            starts = prefill.cu_seqlens_q[rows.start : rows.stop + 1]
+            tokens = slice(int(starts[0]), int(starts[-1]))
+            prefill_part = PrefillMetadata(
+                prefill.block_tables[rows],
+                prefill.context_lens[rows],
+                starts - starts[0],
+                prefill.max_seqlen_q,
             )
-        token = cut_at if starts is None else starts[cut_at]
-        halves: tuple[Metadata | None, Metadata | None] = (None, None)
-        if isinstance(self.metadata, DecodeMetadata):
-            halves = self.metadata.split(cut_at)
-        return [
-            StepTensors(self.input_ids[:token], self.positions[:token], halves[0]),
-            StepTensors(self.input_ids[token:], self.positions[token:], halves[1]),
-        ]
+            slots = inputs.metadata.slot_mapping[tokens]
+            metadata = AttentionMetadata(slots, prefill=prefill_part)
+        parts.append(StepTensors(inputs.input_ids[tokens], inputs.positions[tokens], metadata))
+    return parts
 
 
 def fill_inputs(
     layout: InputLayout,
     chunks: list[Chunk],
     block_size: int,
-    tile_size: int,
+    backend: AttentionBackend,
     flat: np.ndarray,
     rows: np.ndarray | None = None,
 ) -> None:
@@ -197,18 +233,19 @@ def fill_inputs(
         layout: of `flat`.
         chunks: what the step computes.
         block_size: tokens of a KV block.
-        tile_size: the attention back end's.
+        backend: of attention.
         flat: is overwritten.
         rows: in decode, the row of each chunk, in any order; default: the first rows. All other
-            rows are padding: one token of context, in the padding block, and no KV tiles, so that
-            attention skips them.
+            rows are padding: one token of context, in the padding block, and none in the plan, so
+            that attention may skip them.
     """
     views = layout.views(flat)
     rows = np.arange(len(chunks)) if rows is None else rows
     _fill_block_tables(views["block_tables"], chunks, rows)
     starts = np.array([chunk.start for chunk in chunks], np.int32)
     if layout.is_decode:
-        _fill_decode(views, chunks, rows, starts, block_size, tile_size)
+        _fill_decode(views, chunks, rows, starts, block_size)
+        fill_plans(layout, backend, views, rows)
     else:
         _fill_prefill(views, chunks, starts, block_size)
 
@@ -247,7 +284,6 @@ def _fill_decode(
     rows: np.ndarray,
     positions: np.ndarray,
     block_size: int,
-    tile_size: int,
 ) -> None:
     for name in ("input_ids", "positions"):
         views[name].fill(0)
@@ -260,9 +296,16 @@ def _fill_decode(
     if "sample_rows" in views:
         views["sample_rows"].fill(0)
         views["sample_rows"][: len(rows)] = rows
-    tiles = np.zeros(len(views["context_lens"]), np.int32)
-    tiles[rows] = -(-(positions + 1) // tile_size)
-    _running_sum(views["tile_offsets"], tiles)
+
+
+def fill_plans(
+    layout: InputLayout, backend: AttentionBackend, views: dict[str, np.ndarray], rows: np.ndarray
+) -> None:
+    """Has the back end plan attention of the sequences in `rows`; all others are padding."""
+    lengths = np.zeros_like(views["context_lens"])
+    lengths[rows] = views["context_lens"][rows]
+    for part, plan in layout.parts(backend):
+        views["plan"][plan] = backend.plan(lengths[part])
 
 
 def _fill_prefill(

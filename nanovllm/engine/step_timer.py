@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from nanovllm.engine.decode_runner import DecodeRunner, DecodeStep
-from nanovllm.engine.step_inputs import InputLayout
+from nanovllm.engine.step_inputs import InputLayout, fill_plans
+from nanovllm.layers.attention import AttentionBackend
 
 # A reading is the mean of as many steps as take so long, and at least one.
 READING_SECONDS = 0.02
@@ -46,7 +47,7 @@ class DeviceTimer:
     Args:
         device: where.
         kv_caches: all tensors of the KV cache.
-        num_blocks, block_size, tile_size: see `fill_steady`.
+        num_blocks, block_size, backend: see `fill_steady`.
     """
 
     def __init__(
@@ -55,13 +56,13 @@ class DeviceTimer:
         kv_caches: Sequence[torch.Tensor],
         num_blocks: int,
         block_size: int,
-        tile_size: int,
+        backend: AttentionBackend,
     ) -> None:
         self.device = device
         self.unfilled = list(kv_caches)
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.tile_size = tile_size
+        self.backend = backend
 
     @torch.inference_mode()
     def __call__(self, way: DecodeRunner, batch: int, tokens: int) -> float:
@@ -71,7 +72,7 @@ class DeviceTimer:
         layout = way.layout(batch)
         flat = torch.empty(layout.size, dtype=torch.int32, pin_memory=True)
         fill_steady(
-            layout, tokens // batch, self.num_blocks, self.block_size, self.tile_size, flat.numpy()
+            layout, tokens // batch, self.num_blocks, self.block_size, self.backend, flat.numpy()
         )
         step = DecodeStep(layout, None)
 
@@ -94,7 +95,7 @@ def fill_steady(
     context: int,
     num_blocks: int,
     block_size: int,
-    tile_size: int,
+    backend: AttentionBackend,
     flat: np.ndarray,
 ) -> None:
     """Inputs of a decode step in which every sequence has `context` tokens.
@@ -106,7 +107,7 @@ def fill_steady(
         context: tokens of each sequence, at least 1.
         num_blocks: KV blocks; block 0 is padding.
         block_size: tokens of a block.
-        tile_size: the attention back end's.
+        backend: of attention.
         flat: int32 [layout.size], overwritten.
     """
     views = layout.views(flat)
@@ -120,6 +121,6 @@ def fill_steady(
     views["positions"].fill(last)
     views["slot_mapping"][:] = blocks[:, last // block_size] * block_size + last % block_size
     views["context_lens"].fill(context)
-    views["tile_offsets"][:] = np.arange(count + 1) * -(-context // tile_size)
+    fill_plans(layout, backend, views, np.arange(count))
     if "sample_rows" in views:
         views["sample_rows"][:] = np.arange(count)

@@ -39,8 +39,9 @@ class FlashAttnBackend(AttentionBackend):
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         metadata: DecodeMetadata,
-    ) -> torch.Tensor:
-        out = self.flash_attn.flash_attn_with_kvcache(
+        out: torch.Tensor,
+    ) -> None:
+        result = self.flash_attn.flash_attn_with_kvcache(
             q.unsqueeze(1),
             k_cache.transpose(1, 2),
             v_cache.transpose(1, 2),
@@ -49,7 +50,7 @@ class FlashAttnBackend(AttentionBackend):
             softmax_scale=self.heads.scale,
             causal=True,
         )
-        return out.squeeze(1)
+        out[:] = result.squeeze(1)
 
     def prefill(
         self,
@@ -57,11 +58,12 @@ class FlashAttnBackend(AttentionBackend):
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         metadata: PrefillMetadata,
-    ) -> torch.Tensor:
+        out: torch.Tensor,
+    ) -> None:
         lengths = metadata.context_lens
         cu_seqlens_k = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         longest = metadata.block_tables.shape[1] * k_cache.shape[2]
-        return self.flash_attn.flash_attn_varlen_func(
+        out[:] = self.flash_attn.flash_attn_varlen_func(
             q,
             k_cache.transpose(1, 2),
             v_cache.transpose(1, 2),

@@ -17,14 +17,10 @@ class TorchBackend(AttentionBackend):
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         metadata: DecodeMetadata,
-    ) -> torch.Tensor:
-        return reference.paged_decode_attention(
-            q,
-            k_cache,
-            v_cache,
-            metadata.block_tables,
-            metadata.context_lens,
-            self.heads.scale,
+        out: torch.Tensor,
+    ) -> None:
+        out[:] = reference.paged_decode_attention(
+            q, k_cache, v_cache, metadata.block_tables, metadata.context_lens, self.heads.scale
         )
 
     def prefill(
@@ -33,8 +29,9 @@ class TorchBackend(AttentionBackend):
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         metadata: PrefillMetadata,
-    ) -> torch.Tensor:
-        return reference.paged_prefill_attention(
+        out: torch.Tensor,
+    ) -> None:
+        out[:] = reference.paged_prefill_attention(
             q,
             k_cache,
             v_cache,

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from nanovllm.kernels.paged_decode import TILE, DecodeWorkspace, paged_decode_attention
+from nanovllm.kernels.paged_decode import DecodeWorkspace, paged_decode_attention, tile_offsets
 from nanovllm.kernels.paged_prefill import lengths_of_tilings, paged_prefill_attention
 from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, PrefillMetadata
 
 
 class TritonBackend(AttentionBackend):
-    """Paged decode spread evenly over exactly the SMs it is given, and paged prefill."""
+    """Paged decode spread evenly over exactly the SMs it is given, and paged prefill.
 
-    tile_size = TILE
+    A plan is the running count of KV tiles, by which the programs of decode divide their work.
+    """
 
     def make_workspace(self, device: torch.device, num_sms: int) -> DecodeWorkspace:
         heads = self.heads
         return DecodeWorkspace(
             num_sms, heads.num_q_heads, heads.num_kv_heads, heads.head_dim, device
         )
+
+    def plan_size(self, num_seqs: int) -> int:
+        return num_seqs + 1
+
+    def plan(self, context_lens: np.ndarray) -> np.ndarray:
+        return tile_offsets(context_lens)
 
     def prefill_lengths(self, dtype: torch.dtype) -> list[int]:
         return lengths_of_tilings(self.heads.head_dim, dtype.itemsize)
@@ -29,16 +37,18 @@ class TritonBackend(AttentionBackend):
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         metadata: DecodeMetadata,
-    ) -> torch.Tensor:
-        return paged_decode_attention(
+        out: torch.Tensor,
+    ) -> None:
+        paged_decode_attention(
             q,
             k_cache,
             v_cache,
             metadata.block_tables,
             metadata.context_lens,
             self.heads.scale,
-            metadata.tile_offsets,
+            metadata.plan,
             metadata.workspace,
+            out,
         )
 
     def prefill(
@@ -47,8 +57,9 @@ class TritonBackend(AttentionBackend):
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         metadata: PrefillMetadata,
-    ) -> torch.Tensor:
-        return paged_prefill_attention(
+        out: torch.Tensor,
+    ) -> None:
+        paged_prefill_attention(
             q,
             k_cache,
             v_cache,
@@ -57,4 +68,5 @@ class TritonBackend(AttentionBackend):
             metadata.context_lens,
             metadata.max_seqlen_q,
             self.heads.scale,
+            out,
         )

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class DecodeMetadata:
         workspace: scratch memory of the back end (`make_workspace`).
     """
 
-    block_tables: torch.Tensor
-    context_lens: torch.Tensor
-    plan: torch.Tensor
+    block_tables: Tensor
+    context_lens: Tensor
+    plan: Tensor
     workspace: Any
 
 
@@ -62,9 +63,9 @@ class PrefillMetadata:
         max_seqlen_q: most new tokens of a sequence.
     """
 
-    block_tables: torch.Tensor
-    context_lens: torch.Tensor
-    cu_seqlens_q: torch.Tensor
+    block_tables: Tensor
+    context_lens: Tensor
+    cu_seqlens_q: Tensor
     max_seqlen_q: int
 
 
@@ -78,7 +79,7 @@ class AttentionMetadata:
         prefill: of all others; None: there are none.
     """
 
-    slot_mapping: torch.Tensor
+    slot_mapping: Tensor
     decode: DecodeMetadata | None = None
     prefill: PrefillMetadata | None = None
 
@@ -114,12 +115,8 @@ class AttentionBackend(ABC):
         return [1]
 
     def attend(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        metadata: AttentionMetadata,
-    ) -> torch.Tensor:
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata
+    ) -> Tensor:
         """Attention of all rows of a micro-batch, whose keys and values are in the cache.
 
         Args:
@@ -141,22 +138,12 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def decode(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        metadata: DecodeMetadata,
-        out: torch.Tensor,
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: DecodeMetadata, out: Tensor
     ) -> None:
         """One new token per sequence: writes `out` for q, both [D, heads, head_dim]."""
 
     @abstractmethod
     def prefill(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        metadata: PrefillMetadata,
-        out: torch.Tensor,
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: PrefillMetadata, out: Tensor
     ) -> None:
         """Several new tokens per sequence: writes `out` for q, both [tokens, heads, head_dim]."""

@@ -7,6 +7,7 @@ a transposed view of ours.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, HeadShape, PrefillMetadata
 
@@ -34,12 +35,7 @@ class FlashAttnBackend(AttentionBackend):
         self.flash_attn = flash_attn
 
     def decode(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        metadata: DecodeMetadata,
-        out: torch.Tensor,
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: DecodeMetadata, out: Tensor
     ) -> None:
         result = self.flash_attn.flash_attn_with_kvcache(
             q.unsqueeze(1),
@@ -53,12 +49,7 @@ class FlashAttnBackend(AttentionBackend):
         out[:] = result.squeeze(1)
 
     def prefill(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        metadata: PrefillMetadata,
-        out: torch.Tensor,
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: PrefillMetadata, out: Tensor
     ) -> None:
         lengths = metadata.context_lens
         cu_seqlens_k = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))

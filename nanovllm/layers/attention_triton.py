@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nanovllm.kernels.paged_decode import DecodeWorkspace, paged_decode_attention, tile_offsets
 from nanovllm.kernels.paged_prefill import lengths_of_tilings, paged_prefill_attention
@@ -32,41 +33,16 @@ class TritonBackend(AttentionBackend):
         return lengths_of_tilings(self.heads.head_dim, dtype.itemsize)
 
     def decode(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        metadata: DecodeMetadata,
-        out: torch.Tensor,
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: DecodeMetadata, out: Tensor
     ) -> None:
+        m, scale = metadata, self.heads.scale
         paged_decode_attention(
-            q,
-            k_cache,
-            v_cache,
-            metadata.block_tables,
-            metadata.context_lens,
-            self.heads.scale,
-            metadata.plan,
-            metadata.workspace,
-            out,
+            q, k_cache, v_cache, m.block_tables, m.context_lens, scale, m.plan, m.workspace, out
         )
 
     def prefill(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        metadata: PrefillMetadata,
-        out: torch.Tensor,
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: PrefillMetadata, out: Tensor
     ) -> None:
-        paged_prefill_attention(
-            q,
-            k_cache,
-            v_cache,
-            metadata.block_tables,
-            metadata.cu_seqlens_q,
-            metadata.context_lens,
-            metadata.max_seqlen_q,
-            self.heads.scale,
-            out,
-        )
+        m, scale = metadata, self.heads.scale
+        rows = m.block_tables, m.cu_seqlens_q, m.context_lens, m.max_seqlen_q
+        paged_prefill_attention(q, k_cache, v_cache, *rows, scale, out)

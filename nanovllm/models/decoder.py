@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanovllm import kernels
 from nanovllm.layers.attention import AttentionBackend, AttentionMetadata, HeadShape
@@ -48,8 +48,8 @@ class Attention(nn.Module):
     """Projections around attention, and the KV cache of a layer."""
 
     # Bound by the engine once it has allocated the cache; see layers/attention.py for the layout.
-    k_cache: torch.Tensor
-    v_cache: torch.Tensor
+    k_cache: Tensor
+    v_cache: Tensor
 
     def __init__(
         self, config: Qwen3Config, kind: DecoderKind, heads: HeadShape, group: ParallelGroup
@@ -66,8 +66,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, self.eps) if kind.qk_norm else None
 
     def project(
-        self, x: kernels.Normed, positions: torch.Tensor, slots: torch.Tensor, cos_sin: torch.Tensor
-    ) -> torch.Tensor:
+        self, x: kernels.Normed, positions: Tensor, slots: Tensor, cos_sin: Tensor
+    ) -> Tensor:
         """QKV projection, norm of the heads, rotation; keys and values go to their cache slots.
 
         Args:
@@ -103,7 +103,7 @@ class MLP(nn.Module):
         self.gate_up_proj = PackedColumnLinear(config.hidden_size, parts)
         self.down_proj = RowLinear(config.intermediate_size, config.hidden_size, group)
 
-    def gated(self, x: kernels.Normed) -> torch.Tensor:
+    def gated(self, x: kernels.Normed) -> Tensor:
         """[T, hidden_size] to what the down projection takes, [T, this rank's width]."""
         return kernels.linear_silu_mul(x, self.gate_up_proj.weight)
 
@@ -136,7 +136,7 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.register_buffer("cos_sin", torch.empty(0), persistent=False)
-        self.cos_sin: torch.Tensor
+        self.cos_sin: Tensor
 
 
 class DecoderForCausalLM(nn.Module):
@@ -173,11 +173,8 @@ class DecoderForCausalLM(nn.Module):
         return stages
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        metadata: AttentionMetadata | None = None,
-    ) -> torch.Tensor:
+        self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata | None = None
+    ) -> Tensor:
         """Runs all stages.
 
         Args:
@@ -201,9 +198,7 @@ class DecoderForCausalLM(nn.Module):
     def num_layers(self) -> int:
         return len(self.model.layers)
 
-    def compute_logits(
-        self, hidden_states: torch.Tensor, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def compute_logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
         """[T, hidden_size] to logits [T, vocab_size], in `out` if it is given."""
         if out is None:
             out = hidden_states.new_empty(len(hidden_states), self.config.vocab_size)
@@ -211,7 +206,7 @@ class DecoderForCausalLM(nn.Module):
         head.logits(hidden_states, out)
         return out
 
-    def bind_kv_cache(self, cache: torch.Tensor) -> None:
+    def bind_kv_cache(self, cache: Tensor) -> None:
         """Gives each layer its part of [layers, 2, blocks, kv_heads, block_size, head_dim]."""
         self.kv_cache = cache
         for layer, (k_cache, v_cache) in zip(self.model.layers, cache, strict=True):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from nanovllm.layers.attention import AttentionBackend, AttentionMetadata
 from nanovllm.layers.slots import Slots
@@ -31,10 +32,10 @@ class StepTensors:
         sample_rows: int32 [S], tokens whose logits are wanted, in that order; None: all.
     """
 
-    input_ids: torch.Tensor
-    positions: torch.Tensor
+    input_ids: Tensor
+    positions: Tensor
     metadata: AttentionMetadata
-    sample_rows: torch.Tensor | None = None
+    sample_rows: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -58,11 +59,11 @@ class MicroBatch:
 
     index: int
     inputs: StepTensors
-    x: torch.Tensor | None = None
-    x_squares: torch.Tensor | None = None
-    residual: torch.Tensor | None = None
-    q: torch.Tensor | None = None
-    attn_out: torch.Tensor | None = None
+    x: Tensor | None = None
+    x_squares: Tensor | None = None
+    residual: Tensor | None = None
+    q: Tensor | None = None
+    attn_out: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -89,25 +90,21 @@ class Model(Protocol):
     """
 
     backend: AttentionBackend
-    kv_cache: torch.Tensor
+    kv_cache: Tensor
 
     def stages(self) -> list[Stage]:
         """All stages in the order of execution; `x` of the last is the hidden states."""
 
-    def __call__(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
-    ) -> torch.Tensor:
+    def __call__(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
         """Runs all stages: T tokens to their hidden states [T, hidden_size]."""
 
-    def compute_logits(
-        self, hidden_states: torch.Tensor, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def compute_logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
         """[T, hidden_size] to logits [T, vocab_size], in `out` if it is given."""
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """All weights of this rank."""
 
-    def bind_kv_cache(self, cache: torch.Tensor) -> None:
+    def bind_kv_cache(self, cache: Tensor) -> None:
         """Gives each layer its part of [layers, 2, blocks, kv_heads, block_size, head_dim]."""
 
     def slots(self) -> Slots:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from nanovllm.layers.attention import AttentionMetadata, PrefillMetadata
 from nanovllm.models.stage import Model
@@ -15,7 +16,7 @@ BLOCK_MULTIPLE = 256
 
 
 @contextmanager
-def throwaway_cache(model: Model, positions: torch.Tensor) -> Iterator[AttentionMetadata]:
+def throwaway_cache(model: Model, positions: Tensor) -> Iterator[AttentionMetadata]:
     """Binds a cache to `model` that holds each sequence in a block; afterwards, the old one again.
 
     The layers share one layer's memory: a layer has read its keys and values before the next layer
@@ -47,7 +48,7 @@ def throwaway_cache(model: Model, positions: torch.Tensor) -> Iterator[Attention
         model.bind_kv_cache(bound)
 
 
-def sequence_starts(positions: torch.Tensor) -> torch.Tensor:
+def sequence_starts(positions: Tensor) -> Tensor:
     """int32 [N + 1]: the first token of each sequence, and the end of the last.
 
     Raises:

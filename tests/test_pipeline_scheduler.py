@@ -31,9 +31,8 @@ from nanovllm.engine.plan import (
     merge,
     with_events,
 )
-from nanovllm.engine.step_inputs import StepTensors
-from nanovllm.layers.attention import PrefillMetadata
-from nanovllm.models.stage import MicroBatch, Stage
+from nanovllm.layers.attention import AttentionMetadata, PrefillMetadata
+from nanovllm.models.stage import MicroBatch, Stage, StepTensors
 from tests.checkpoints import Shape
 from tests.decode_cases import DecodeCase, relative_error
 from tests.simulated_lanes import (
@@ -158,34 +157,40 @@ def without_last(name: str) -> Callable[[StepTensors], StepTensors]:
     def shorten(inputs: StepTensors) -> StepTensors:
         if hasattr(inputs, name):
             return dataclasses.replace(inputs, **{name: getattr(inputs, name)[:-1]})
-        field = getattr(inputs.metadata, name)[:-1]
-        metadata = dataclasses.replace(inputs.metadata, **{name: field})
+        metadata = inputs.metadata
+        if hasattr(metadata, name):
+            metadata = dataclasses.replace(metadata, **{name: getattr(metadata, name)[:-1]})
+        else:
+            field = getattr(metadata.decode, name)[:-1]
+            decode = dataclasses.replace(metadata.decode, **{name: field})
+            metadata = dataclasses.replace(metadata, decode=decode)
         return dataclasses.replace(inputs, metadata=metadata)
 
     return shorten
 
 
-def of_prefill(inputs: StepTensors) -> StepTensors:
+def of_both_kinds(inputs: StepTensors) -> StepTensors:
     m = inputs.metadata
-    ends = torch.arange(len(inputs.input_ids) + 1)
-    metadata = PrefillMetadata(m.slot_mapping, m.block_tables, m.context_lens, ends, 1)
+    prefill = PrefillMetadata(m.decode.block_tables, m.decode.context_lens, torch.arange(5), 1)
+    metadata = AttentionMetadata(m.slot_mapping, m.decode, prefill)
     return dataclasses.replace(inputs, metadata=metadata)
 
 
 BAD_INPUTS = {
     "positions": without_last("positions"),
     "metadata.slot_mapping": without_last("slot_mapping"),
-    "metadata.context_lens": without_last("context_lens"),
     "metadata.block_tables": without_last("block_tables"),
-    "metadata.tile_offsets": without_last("tile_offsets"),
-    "input_ids": lambda inputs: dataclasses.replace(inputs, input_ids=inputs.input_ids[None]),
+    "input_ids has shape (4,)": without_last("context_lens"),
+    "input_ids has shape (1, 4)": lambda inputs: dataclasses.replace(
+        inputs, input_ids=inputs.input_ids[None]
+    ),
     "input_ids has shape ()": lambda inputs: dataclasses.replace(
         inputs, input_ids=inputs.input_ids[0]
     ),
-    "input_ids has shape (0,)": lambda inputs: StepTensors(
+    "positions must count up from 0": lambda inputs: StepTensors(
         inputs.input_ids[:0], inputs.positions[:0], None
     ),
-    "metadata must be DecodeMetadata": of_prefill,
+    "metadata must have decode or prefill, and not both": of_both_kinds,
     "positions must count up": lambda inputs: dataclasses.replace(inputs, metadata=None),
 }
 
@@ -205,7 +210,7 @@ def test_inputs_that_do_not_fit_each_other_are_a_clear_error(wrong):
 def test_a_stage_without_a_lane_is_a_clear_error():
     plan = dataclasses.replace(MICROBATCH, lanes=(PlannedLane("attention", ("attention",)),))
     case = DecodeCase(Shape(layers=1), 2)
-    with pytest.raises(ValueError, match=r"^stage='embed' has no lane in plan 'microbatch'$"):
+    with pytest.raises(ValueError, match=r"^stage='mlp' has no lane in plan 'microbatch'$"):
         decode(PipelineScheduler(case.model, plan), case.step())
 
 
@@ -347,7 +352,7 @@ MODEL_PLANS = pytest.mark.parametrize(
         (STREAMS, [5]),
         (LANES3, [2, 1, 2]),
         (LANES3, [2, 3]),
-        (dataclasses.replace(LANES3, times=(("embed", 1.0), ("qkv", 3.0), ("attention", 20.0),
+        (dataclasses.replace(LANES3, times=(("qkv", 3.0), ("attention", 20.0),
                                             ("mlp", 18.0))), [1, 2, 1, 1]),
     ],
 )  # fmt: skip

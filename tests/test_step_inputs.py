@@ -15,14 +15,13 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_inputs import (
     StepInputs,
     StepLayout,
-    TilePlan,
     balance,
     decode_first,
     micro_batches,
 )
-from nanovllm.layers.attention import DecodeMetadata, PrefillMetadata
-from nanovllm.models.stage import MixedMetadata
+from nanovllm.layers.attention import HeadShape
 from nanovllm.sampling_params import SamplingParams
+from tests.decode_cases import PlanningBackend
 
 MAX_BLOCKS = 9
 RUBBISH = -77
@@ -49,8 +48,8 @@ def random_chunk(rng: random.Random, block_size: int, seat: int, *, decode: bool
     return Chunk(seq, start, end, samples=end == length)
 
 
-def inputs_of(block_size: int = 16, tile_size: int = 64) -> StepInputs:
-    return StepInputs(block_size, MAX_BLOCKS, TilePlan(tile_size))
+def inputs_of(block_size: int = 16) -> StepInputs:
+    return StepInputs(block_size, MAX_BLOCKS, PlanningBackend(HeadShape(2, 1, 64)))
 
 
 def decode_layout(size: int, parts: int = 1, plan: int = 0) -> StepLayout:
@@ -66,7 +65,7 @@ def token_of(chunk: Chunk, position: int) -> int:
     return chunk.seq.token_ids[position] if known else -1 - chunk.seq.seat
 
 
-def expected_rows(rows, chunks, block_size, tile_size) -> dict[str, list]:
+def expected_rows(rows, chunks, block_size) -> dict[str, list]:
     """What one micro-batch is to hold, in Python's plainest words."""
     fields: dict[str, list] = {
         name: []
@@ -74,7 +73,7 @@ def expected_rows(rows, chunks, block_size, tile_size) -> dict[str, list]:
     }
     decoding = [chunk for chunk in chunks if chunk.end - chunk.start == 1]
     prompts = [chunk for chunk in chunks if chunk.end - chunk.start > 1]
-    tiles, starts = [0], [0]
+    plan, starts = [], [0]  # see `PlanningBackend`
     padding = [None] * (rows.decode_rows - len(decoding))
     for chunk in [*decoding, *padding, *prompts]:
         if chunk is None:
@@ -83,7 +82,7 @@ def expected_rows(rows, chunks, block_size, tile_size) -> dict[str, list]:
             fields["slot_mapping"].append(PADDING_BLOCK * block_size)
             fields["context_lens"].append(1)
             fields["block_tables"].append([PADDING_BLOCK] * rows.max_blocks)
-            tiles.append(tiles[-1])
+            plan.append(0)
             continue
         table = chunk.seq.block_table
         for position in range(chunk.start, chunk.end):
@@ -96,21 +95,21 @@ def expected_rows(rows, chunks, block_size, tile_size) -> dict[str, list]:
         if chunk in prompts:
             starts.append(starts[-1] + chunk.end - chunk.start)
         else:
-            tiles.append(tiles[-1] + -(-chunk.end // tile_size))
+            plan.append(chunk.end)
     if rows.decode_rows:
-        fields["decode_plan"] = tiles
+        fields["decode_plan"] = plan
     if prompts:
         fields["cu_seqlens_q"] = starts
     return fields
 
 
-def check(layout, chunks, block_size, tile_size=64, parts=None) -> None:
+def check(layout, chunks, block_size, parts=None) -> None:
     parts = [range(len(chunks))] if parts is None else parts
     flat = np.full(layout.size, RUBBISH, np.int32)
-    inputs_of(block_size, tile_size).fill(layout, chunks, parts, flat)
+    inputs_of(block_size).fill(layout, chunks, parts, flat)
     step, *views = layout.views(flat)
     for rows, part, fields in zip(layout.micro_batches, parts, views, strict=True):
-        expected = expected_rows(rows, [chunks[i] for i in part], block_size, tile_size)
+        expected = expected_rows(rows, [chunks[i] for i in part], block_size)
         assert {name: view.tolist() for name, view in fields.items()} == expected
     if "sample_rows" in step:
         sampled = [chunk for chunk in chunks if chunk.samples]
@@ -149,7 +148,7 @@ def test_rows_of_both_kinds_in_any_number_of_micro_batches(seed):
 def test_decode(seed, block_size, padding):
     rng = random.Random(seed)
     chunks = [random_chunk(rng, block_size, i, decode=True) for i in range(rng.randint(1, 9))]
-    check(decode_layout(len(chunks) + padding), chunks, block_size, rng.choice([16, 64]))
+    check(decode_layout(len(chunks) + padding), chunks, block_size)
 
 
 @pytest.mark.parametrize("parts", [2, 3, 4])
@@ -270,9 +269,9 @@ def test_micro_batches_of_decode():
         layout, filled(layout, chunks, [range(8)]), torch.zeros(8), "scratch"
     )
     metadata = batch.inputs.metadata
-    assert isinstance(metadata, DecodeMetadata)
-    assert metadata.workspace == "scratch"
-    assert metadata.context_lens.tolist() == [chunk.end for chunk in chunks]
+    assert metadata.prefill is None
+    assert metadata.decode.workspace == "scratch"
+    assert metadata.decode.context_lens.tolist() == [chunk.end for chunk in chunks]
     assert rows is None
 
 
@@ -285,9 +284,9 @@ def test_micro_batches_of_prompts_and_of_both_kinds():
     flat = filled(layout, chunks, [range(3)])
     (batch,), rows = micro_batches(layout, flat, torch.zeros(8), None)
     metadata = batch.inputs.metadata
-    assert isinstance(metadata, PrefillMetadata)
-    assert metadata.cu_seqlens_q.diff().tolist() == sizes
-    assert metadata.max_seqlen_q == max(sizes)
+    assert metadata.decode is None
+    assert metadata.prefill.cu_seqlens_q.diff().tolist() == sizes
+    assert metadata.prefill.max_seqlen_q == max(sizes)
     assert batch.inputs.positions[0] == chunks[0].start
     assert len(rows) == sum(chunk.samples for chunk in chunks)
 
@@ -296,7 +295,6 @@ def test_micro_batches_of_prompts_and_of_both_kinds():
     flat = filled(layout, chunks, [range(4)])
     (batch,), _ = micro_batches(layout, flat, torch.zeros(8), None)
     metadata = batch.inputs.metadata
-    assert isinstance(metadata, MixedMetadata)
     assert metadata.decode.context_lens.tolist() == [chunks[0].end]
     assert metadata.prefill.cu_seqlens_q.diff().tolist() == sizes
     assert len(metadata.slot_mapping) == 1 + sum(sizes)

@@ -22,14 +22,15 @@ from nanovllm.engine.plan import SEQUENTIAL, Plan
 from nanovllm.engine.planned_decode import AutoPlan, plans_to_try
 from nanovllm.engine.ranks import Ranks
 from nanovllm.engine.scheduler import Step
-from nanovllm.engine.step_inputs import StepInputs, TilePlan, made_up_chunk
+from nanovllm.engine.step_inputs import StepInputs, made_up_chunk
 from nanovllm.engine.step_runner import PreparedStep, StepRunner
 from nanovllm.engine.step_timer import DeviceTimer
 from nanovllm.engine.warm_up import warm_up
-from nanovllm.layers.attention import make_backend
+from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.sampler import SamplingBatch, sample
-from nanovllm.models.qwen3 import Qwen3ForCausalLM, rank_heads
+from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.models.qwen3_config import Qwen3Config
+from nanovllm.models.rank_heads import rank_heads
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.loader import fill_randomly, load_weights
 from nanovllm.utils.timeline import save_timeline
@@ -67,8 +68,7 @@ class ModelRunner:
         self._load(model_dir)
         self.max_model_len = min(config.max_model_len, self.model_config.max_position_embeddings)
         max_blocks = -(-self.max_model_len // self.block_size)
-        planning = TilePlan(self.backend.tile_size)
-        self.inputs = StepInputs(self.block_size, max_blocks, planning)
+        self.inputs = StepInputs(self.block_size, max_blocks, self.backend)
         self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
         layers = self.model_config.num_hidden_layers
 
@@ -235,12 +235,11 @@ class ModelRunner:
         return runner
 
     def _calibration(self, config: Config, runner: StepRunner) -> Calibration:
-        layers = [layer.self_attn for layer in self.model.model.layers]
-        caches = [cache for layer in layers for cache in (layer.k_cache, layer.v_cache)]
-        token_bytes = sum(cache[0, :, 0].nbytes for cache in caches)
+        cache = self.model.kv_cache
+        token_bytes = cache[:, :, 0, :, 0].nbytes
         weight_bytes = sum(weight.nbytes for weight in self.model.parameters())
         return Calibration(
-            DeviceTimer(runner, caches, self.num_blocks, self.block_size),
+            DeviceTimer(runner, list(cache), self.num_blocks, self.block_size),
             config.max_num_seqs,
             self.capacity,
             self.max_model_len,
@@ -248,7 +247,7 @@ class ModelRunner:
             calibration_key(
                 self.model_config,
                 self.device,
-                dtype=str(caches[0].dtype),
+                dtype=str(cache.dtype),
                 block_size=self.block_size,
                 backend=type(self.backend).__name__,
             ),

@@ -26,9 +26,14 @@ from nanovllm.engine.lane import Lane
 from nanovllm.engine.pipeline_statistics import PipelineStatistics
 from nanovllm.engine.plan import MAIN, MICROBATCH, Plan, Work, make_order
 from nanovllm.engine.stage_times import StageTimer
-from nanovllm.engine.step_inputs import StepTensors
-from nanovllm.layers.attention import DecodeMetadata
-from nanovllm.models.stage import MicroBatch, Model
+from nanovllm.layers.attention import (
+    AttentionBackend,
+    AttentionMetadata,
+    DecodeMetadata,
+    PrefillMetadata,
+)
+from nanovllm.models.stage import MicroBatch, Model, StepTensors
+from nanovllm.models.throwaway_cache import throwaway_cache
 
 
 class PipelineScheduler:
@@ -93,45 +98,37 @@ class PipelineScheduler:
         self,
         input_ids: torch.Tensor,
         positions: torch.Tensor,
-        metadata: DecodeMetadata | None = None,
+        metadata: AttentionMetadata | None = None,
     ) -> torch.Tensor:
-        """Runs one decode step eagerly, and times its stages.
+        """Runs one step eagerly, and times its stages.
 
         Args:
-            input_ids: integer [N], one token per sequence.
-            positions: integer [N].
-            metadata: where the tokens stand in the KV cache. None: no cache; the tokens are whole
-                sequences, each from a position 0 to the next.
+            input_ids: integer [T], in decode one token per sequence.
+            positions: integer [T].
+            metadata: where the tokens stand in the KV cache, all of sequences that decode, or all
+                of prompts. None: no cache; the tokens are whole sequences, each from a position 0
+                to the next.
 
         Returns:
-            Logits [N, vocab_size].
+            Logits [T, vocab_size].
 
         Raises:
             ValueError: inputs that do not fit each other.
         """
-        check(input_ids, positions, metadata)
-        starts: Sequence[int] = range(len(input_ids) + 1)  # of sequences, in tokens
         if metadata is None:
-            starts = [*(positions == 0).nonzero().flatten().tolist(), len(input_ids)]
-        count = len(starts) - 1
-        parts = self.plan.micro_batches if count >= self.plan.micro_batches else 1
-        batches: list[MicroBatch] = []
-        for index in range(parts):
-            first, last = count * index // parts, count * (index + 1) // parts
-            places, metadata = metadata, None
-            if places is not None and index < parts - 1:
-                places, metadata = places.split(last - first)
-            tokens = slice(starts[first], starts[last])
-            inputs = StepTensors(input_ids[tokens], positions[tokens], places)
-            batches.append(MicroBatch(index, inputs))
+            with throwaway_cache(self.model, positions) as metadata:
+                return self.decode_token(input_ids, positions, metadata)
+        inputs = StepTensors(input_ids, positions, metadata)
+        parts = split(inputs, self.plan.micro_batches, self.model.backend)
+        batches = [MicroBatch(index, part) for index, part in enumerate(parts)]
         timer = StageTimer(input_ids.device)
         timer.begin_step()
         self.issue(batches, timer)
-        logits = self.model.compute_logits(torch.cat([batch.x for batch in batches]))
+        logits = self.model.compute_logits(hidden_states(batches))
         timer.end_step()
         if input_ids.is_cuda:
             torch.cuda.current_stream().synchronize()
-        self.statistics.count_step(len(input_ids), pipelined=parts > 1)
+        self.statistics.count_step(len(input_ids), pipelined=len(batches) > 1)
         self.statistics.add_times(*timer.read())
         return logits
 
@@ -140,27 +137,56 @@ class PipelineScheduler:
         return self.statistics.as_dict()
 
 
-def check(input_ids: torch.Tensor, positions: torch.Tensor, metadata: Any) -> None:
-    """Raises ValueError unless these are inputs of a decode step that fit each other."""
-    n = input_ids.numel()
-    fields = {"input_ids": input_ids, "positions": positions}
-    if isinstance(metadata, DecodeMetadata):
-        names = ("slot_mapping", "block_tables", "context_lens", "tile_offsets")
-        fields |= {f"metadata.{name}": getattr(metadata, name) for name in names}
-    elif metadata is not None:
-        kind = type(metadata).__name__
-        raise ValueError(f"metadata must be DecodeMetadata or None, not {kind}")
-    for name, tensor in fields.items():
-        width = tensor.shape[1:] if name == "metadata.block_tables" else ()
-        shape = (n + (name == "metadata.tile_offsets"), *width)
-        if tuple(tensor.shape) != shape or not n:
+def hidden_states(batches: Sequence[MicroBatch]) -> torch.Tensor:
+    """[T, hidden_size] of all micro-batches, once all stages have been issued."""
+    parts = [batch.x for batch in batches if batch.x is not None]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def split(inputs: StepTensors, parts: int, backend: AttentionBackend) -> list[StepTensors]:
+    """Micro-batches of a step of rows of one kind, all in one if there are too few sequences.
+
+    Raises:
+        ValueError: inputs that do not fit each other.
+    """
+    metadata, slots = inputs.metadata, inputs.metadata.slot_mapping
+    rows: Any = metadata.decode or metadata.prefill
+    if rows is None or (metadata.decode and metadata.prefill):
+        raise ValueError("metadata must have decode or prefill, and not both")
+    count = len(rows.context_lens)
+    starts = list(range(count + 1)) if metadata.prefill is None else rows.cu_seqlens_q.tolist()
+    check(inputs, starts[-1])
+    if count < parts:
+        return [inputs]
+    batches = []
+    for first, last in pairwise(count * i // parts for i in range(parts + 1)):
+        tokens = slice(starts[first], starts[last])
+        tables, lens = rows.block_tables[first:last], rows.context_lens[first:last]
+        if metadata.prefill is None:
+            plan = torch.from_numpy(backend.plan(lens.cpu().numpy())).to(lens.device)
+            decode = DecodeMetadata(tables, lens, plan, rows.workspace)
+            places = AttentionMetadata(slots[tokens], decode)
+        else:
+            firsts = rows.cu_seqlens_q[first : last + 1] - starts[first]
+            prefill = PrefillMetadata(tables, lens, firsts, rows.max_seqlen_q)
+            places = AttentionMetadata(slots[tokens], prefill=prefill)
+        batches.append(StepTensors(inputs.input_ids[tokens], inputs.positions[tokens], places))
+    return batches
+
+
+def check(inputs: StepTensors, tokens: int) -> None:
+    """Raises ValueError unless these are inputs of so many tokens that fit each other."""
+    metadata = inputs.metadata
+    rows: Any = metadata.decode or metadata.prefill
+    fields = {
+        "input_ids": (inputs.input_ids, tokens),
+        "positions": (inputs.positions, tokens),
+        "metadata.slot_mapping": (metadata.slot_mapping, tokens),
+        "metadata.block_tables": (rows.block_tables[:, 0], len(rows.context_lens)),
+    }
+    for name, (tensor, length) in fields.items():
+        if tuple(tensor.shape) != (length,) or not length:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; for {n} tokens it must be {shape}, "
-                "and there must be at least one token"
+                f"{name} has shape {tuple(tensor.shape)}; for {tokens} tokens it must be "
+                f"{(length,)}, and there must be at least one token"
             )
-    counted = [-1, *positions.tolist()] if metadata is None else []
-    if any(position not in (0, before + 1) for before, position in pairwise(counted)):
-        raise ValueError(
-            "positions must count up from 0 in each sequence where there is no metadata to "
-            "say what the KV cache holds"
-        )

@@ -25,8 +25,13 @@ from nanovllm import kernels
 from nanovllm.engine.block_manager import PADDING_BLOCK
 from nanovllm.engine.scheduler import Chunk
 from nanovllm.engine.sequence import Sequence as EngineSequence
-from nanovllm.layers.attention import DecodeMetadata, Metadata, PrefillMetadata
-from nanovllm.models.stage import MicroBatch, MixedMetadata
+from nanovllm.layers.attention import (
+    AttentionBackend,
+    AttentionMetadata,
+    DecodeMetadata,
+    PrefillMetadata,
+)
+from nanovllm.models.stage import MicroBatch, StepTensors
 from nanovllm.sampling_params import SamplingParams
 
 Shapes = dict[str, tuple[int, ...]]
@@ -139,20 +144,6 @@ class StepLayout:
         ]
 
 
-@dataclass(frozen=True)
-class StepTensors:
-    """What stages read of a micro-batch of T tokens.
-
-    Attributes:
-        input_ids, positions: integer [T].
-        metadata: of attention; None: no KV cache, each position 0 begins a sequence.
-    """
-
-    input_ids: torch.Tensor
-    positions: torch.Tensor
-    metadata: Metadata | MixedMetadata | None
-
-
 def micro_batches(
     layout: StepLayout, flat: torch.Tensor, last_tokens: torch.Tensor, workspace: Any
 ) -> tuple[list[MicroBatch], torch.Tensor | None]:
@@ -180,21 +171,15 @@ def micro_batches(
 
 def _metadata(
     rows: RowsLayout, fields: dict[str, torch.Tensor], workspace: Any
-) -> Metadata | MixedMetadata:
-    count, slots = rows.decode_rows, fields["slot_mapping"]
-    tables, lens = fields["block_tables"], fields["context_lens"]
+) -> AttentionMetadata:
+    count, tables, lens = rows.decode_rows, fields["block_tables"], fields["context_lens"]
     decode = prefill = None
     if count:
-        places = slots[:count], tables[:count], lens[:count]
-        decode = DecodeMetadata(*places, fields["decode_plan"], workspace)
+        decode = DecodeMetadata(tables[:count], lens[:count], fields["decode_plan"], workspace)
     if rows.prompts:
-        places = slots[count:], tables[count:], lens[count:]
-        prefill = PrefillMetadata(*places, fields["cu_seqlens_q"], rows.longest_prompt)
-    if decode is not None and prefill is not None:
-        return MixedMetadata(slots, decode, prefill)
-    metadata = decode or prefill
-    assert metadata is not None, "a micro-batch without rows"
-    return metadata
+        starts, longest = fields["cu_seqlens_q"], rows.longest_prompt
+        prefill = PrefillMetadata(tables[count:], lens[count:], starts, longest)
+    return AttentionMetadata(fields["slot_mapping"], decode, prefill)
 
 
 def made_up_chunk(start: int, end: int, blocks: Sequence[int] = ()) -> Chunk:
@@ -246,38 +231,19 @@ def balance(context_lens: np.ndarray, layout: StepLayout) -> list[Sequence[int]]
     return parts
 
 
-class TilePlan:
-    """What the attention back end wants to know of rows that decode: a running count of KV tiles.
-
-    Args:
-        tile_size: tokens of a tile.
-    """
-
-    def __init__(self, tile_size: int) -> None:
-        self.tile_size = tile_size
-
-    def plan_size(self, num_rows: int) -> int:
-        """Integers of the plan for so many rows."""
-        return num_rows + 1
-
-    def prepare(self, context_lens: np.ndarray, plan: np.ndarray) -> None:
-        """Writes the plan for rows with so many tokens each, 0 for padding, into `plan`."""
-        _running_sum(plan, -(-context_lens // self.tile_size))
-
-
 class StepInputs:
     """Lays the inputs of steps out, and fills them.
 
     Args:
         block_size: tokens of a KV block.
         max_blocks: width of the block tables.
-        planning: the attention back end's part.
+        backend: of attention, which has a part of its own in them.
     """
 
-    def __init__(self, block_size: int, max_blocks: int, planning: TilePlan) -> None:
+    def __init__(self, block_size: int, max_blocks: int, backend: AttentionBackend) -> None:
         self.block_size = block_size
         self.max_blocks = max_blocks
-        self.planning = planning
+        self.backend = backend
 
     def decode_layout(self, plan: int, size: int, micro_batches: int) -> StepLayout:
         """A decode step of `size` rows, as evenly as may be in so many micro-batches."""
@@ -328,7 +294,7 @@ class StepInputs:
             step["sample_rows"][len(last_rows) :] = 0
 
     def _rows(self, decode_rows: int, prompts: list[int]) -> RowsLayout:
-        plan_size = self.planning.plan_size(decode_rows)
+        plan_size = self.backend.plan_size(decode_rows)
         longest = max(prompts, default=0)
         return RowsLayout(
             decode_rows, len(prompts), sum(prompts), longest, self.max_blocks, plan_size
@@ -346,7 +312,7 @@ class StepInputs:
         slots[count:rows] = PADDING_BLOCK * self.block_size
         lengths = np.zeros(rows, np.int32)
         lengths[:count] = ends
-        self.planning.prepare(lengths, views["decode_plan"])
+        views["decode_plan"][:] = self.backend.plan(lengths)
 
     def _fill_prompts(
         self, layout: RowsLayout, chunks: Sequence[Chunk], ends: np.ndarray, views: Fields

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from nanovllm.config import Config
 from nanovllm.engine.cuda_graphs import GraphMemory
 from nanovllm.engine.pipeline import Pipelines
-from nanovllm.engine.pipeline_scheduler import PipelineScheduler
+from nanovllm.engine.pipeline_scheduler import PipelineScheduler, hidden_states
 from nanovllm.engine.scheduler import Chunk, Step
 from nanovllm.engine.stage_times import StageTimer
 from nanovllm.engine.step_inputs import (
@@ -176,7 +176,7 @@ class StepRunner:
         inputs = step.flat.to(self.device, non_blocking=True)
         batches, rows = micro_batches(layout, inputs, self.last_tokens, scheduler.workspace)
         scheduler.issue(batches, timer)
-        hidden = torch.cat([batch.x for batch in batches]) if len(batches) > 1 else batches[0].x
+        hidden = hidden_states(batches)
         logits = scheduler.model.compute_logits(hidden if rows is None else hidden[rows], logits)
         if timer:
             timer.end_step()

@@ -85,9 +85,9 @@ def letter(span: Span) -> str:
 
 
 def label(span: Span) -> str:
-    """Micro-batch and first layer, such as "A3", over the names of the stages."""
-    names = " ".join(stage for stage, _ in span.stages)
-    return f"{letter(span)}{span.stages[0][1]}\n{names}"
+    """Micro-batch and first layer, such as "A3", or "A in" before all layers; then the stages."""
+    names, first = " ".join(stage for stage, _ in span.stages), span.stages[0][1]
+    return f"{letter(span)}{first if first >= 0 else ' in'}\n{names}"
 
 
 def draw(spans: list[Span], path: str) -> None:

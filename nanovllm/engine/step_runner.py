@@ -204,7 +204,9 @@ class StepRunner:
         if largest_first:
             bar = tqdm(largest_first, desc="Capturing CUDA graphs", disable=not show_progress)
             for choice in bar:
-                self._graph(self.layout(choice), self.config.pipeline_enable_profiling)
+                key = self.layout(choice), self.config.pipeline_enable_profiling
+                if key not in self.graphs:
+                    self._capture(*key)
             # The steps that were run before their captures leave memory in sizes of their own.
             torch.cuda.empty_cache()
 
@@ -219,7 +221,8 @@ class StepRunner:
 
     def _replay(self, step: PreparedStep, profiled: bool) -> torch.Tensor:
         assert self.memory is not None
-        graph, self.timer = self._graph(step.layout, profiled)
+        key = step.layout, profiled
+        graph, self.timer = self.graphs.get(key) or self._capture(*key)
         if step.events is not None:
             step.events[0].record()
         self.memory.inputs[: step.layout.size].copy_(step.flat, non_blocking=True)
@@ -229,10 +232,8 @@ class StepRunner:
         return self.memory.logits[: step.layout.num_samples]
 
     @torch.inference_mode()
-    def _graph(self, layout: StepLayout, profiled: bool) -> tuple[Any, StageTimer | None]:
-        """The graph of a step, and its timer if it is timed."""
-        if (layout, profiled) in self.graphs:
-            return self.graphs[layout, profiled]
+    def _capture(self, layout: StepLayout, profiled: bool) -> tuple[Any, StageTimer | None]:
+        """Makes the graph of a step, and its timer if it is timed."""
         assert self.memory is not None
         padding = self._fill(layout, [], [[] for _ in layout.micro_batches])
         inputs = self.memory.inputs[: layout.size]

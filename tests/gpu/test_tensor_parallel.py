@@ -152,11 +152,8 @@ except RankDiedError as error:
 @pytest.mark.parametrize(
     ("place", "call", "seconds"),
     [
-        (
-            "model_runner.ModelRunner._load",
-            1,
-            60,
-        ),  # these two with the time the worker takes to start
+        # These two with the time that the worker takes to start.
+        ("model_runner.ModelRunner._load", 1, 60),
         ("model_runner.ModelRunner._run_largest_step", 1, 60),
         ("model_runner.PreparedStep", 1, 15),  # where a worker has received a step
         ("model_runner.PreparedStep", 2, 15),

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 
+import numpy as np
 import torch
 import transformers
 
 from nanovllm.engine import kv_cache
-from nanovllm.engine.step_inputs import StepTensors
-from nanovllm.layers.attention import DecodeMetadata, PrefillMetadata, make_backend
+from nanovllm.layers.attention import AttentionMetadata, DecodeMetadata, PrefillMetadata
+from nanovllm.layers.attention_backends import make_backend
+from nanovllm.layers.attention_torch import TorchBackend
 from nanovllm.layers.parallel import ParallelGroup
-from nanovllm.models.qwen3 import Qwen3ForCausalLM, rank_heads
+from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.models.qwen3_config import Qwen3Config
+from nanovllm.models.rank_heads import rank_heads
+from nanovllm.models.stage import StepTensors
 from tests.checkpoints import VOCAB, Shape
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 16
 MAX_BLOCKS = 8
+
+
+class PlanningBackend(TorchBackend):
+    """Torch's attention with a plan that is easy to check: the context lengths."""
+
+    def plan_size(self, num_seqs: int) -> int:
+        return num_seqs
+
+    def plan(self, context_lens: np.ndarray) -> np.ndarray:
+        return context_lens.astype(np.int32)
 
 
 def model_like(oracle: transformers.Qwen3ForCausalLM) -> Qwen3ForCausalLM:
@@ -46,7 +61,7 @@ class DecodeCase:
         self.rng = rng = random.Random(seed)
         self.oracle = shape.build()
         self.model = model_like(self.oracle)
-        heads = self.model.model.layers[0].self_attn.heads
+        heads = self.model.backend.heads
         num_blocks = count * MAX_BLOCKS
         self.cache = kv_cache.allocate(
             shape.layers, num_blocks, BLOCK_SIZE, heads, torch.float32, CPU
@@ -60,16 +75,37 @@ class DecodeCase:
 
     def step(self) -> StepTensors:
         """The inputs of the decode step of each sequence's last token."""
-        lengths = torch.tensor([len(context) for context in self.contexts], dtype=torch.int32)
-        tiles = itertools.accumulate((-(-n // 64) for n in lengths.tolist()), initial=0)
-        metadata = DecodeMetadata(
-            torch.cat([self._slots(n, len(c) - 1, len(c)) for n, c in enumerate(self.contexts)]),
-            self.tables,
-            lengths,
-            torch.tensor(list(tiles), dtype=torch.int32),
-            None,
+        return self._part(range(len(self.contexts)))
+
+    def parts(self, sizes: list[int]) -> list[StepTensors]:
+        """The same in micro-batches of so many sequences."""
+        ends = itertools.accumulate(sizes, initial=0)
+        return [self._part(range(*pair)) for pair in itertools.pairwise(ends)]
+
+    @staticmethod
+    def padding_like(inputs: StepTensors) -> StepTensors:
+        """Inputs of the same shapes that are safe to run but wrong."""
+        places, zeros = inputs.metadata, torch.zeros_like
+        assert places.decode is not None
+        decode = dataclasses.replace(
+            places.decode,
+            block_tables=zeros(places.decode.block_tables),
+            context_lens=torch.ones_like(places.decode.context_lens),
         )
-        last = torch.tensor([context[-1] for context in self.contexts], dtype=torch.int32)
+        metadata = AttentionMetadata(zeros(places.slot_mapping), decode)
+        return StepTensors(zeros(inputs.input_ids), zeros(inputs.positions), metadata)
+
+    def _part(self, rows: range) -> StepTensors:
+        contexts = [self.contexts[n] for n in rows]
+        lengths = torch.tensor([len(context) for context in contexts], dtype=torch.int32)
+        plan = torch.from_numpy(self.model.backend.plan(lengths.numpy()))
+        metadata = AttentionMetadata(
+            torch.cat(
+                [self._slots(n, len(c) - 1, len(c)) for n, c in zip(rows, contexts, strict=True)]
+            ),
+            DecodeMetadata(self.tables[rows.start : rows.stop], lengths, plan, None),
+        )
+        last = torch.tensor([context[-1] for context in contexts], dtype=torch.int32)
         return StepTensors(last, lengths - 1, metadata)
 
     def append_tokens(self) -> None:
@@ -97,13 +133,13 @@ class DecodeCase:
         for n, context in enumerate(self.contexts):
             size = len(context) - 1
             if size:
-                metadata = PrefillMetadata(
-                    self._slots(n, 0, size),
+                prefill = PrefillMetadata(
                     self.tables[n : n + 1],
                     torch.tensor([size], dtype=torch.int32),
                     torch.tensor([0, size], dtype=torch.int32),
                     size,
                 )
+                metadata = AttentionMetadata(self._slots(n, 0, size), prefill=prefill)
                 self.model(torch.tensor(context[:size]), torch.arange(size), metadata)
 
 

@@ -66,20 +66,24 @@ KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 RAISE = "raise ValueError('broken on purpose')"
 
 
-def broken_interpreter(directory: Path, place: str, death: str) -> Path:
+def broken_interpreter(directory: Path, place: str, death: str, call: int = 1) -> Path:
     """A `sys.executable` whose workers meet `death` when they call the function at `place`.
 
     Args:
         directory: for the files it consists of.
         place: module and name within `nanovllm.engine`.
         death: a statement.
+        call: number of the call that does it.
     """
     module, _, name = place.partition(".")
     worker = directory / "worker.py"
     worker.write_text(
-        f"import os, signal\n"
+        f"import itertools, os, signal\n"
         f"from nanovllm.engine import {module}, worker\n"
+        f"calls, healthy = itertools.count(1), {module}.{name}\n"
         f"def die(*args, **kwargs):\n"
+        f"    if next(calls) < {call}:\n"
+        f"        return healthy(*args, **kwargs)\n"
         f"    {death}\n"
         f"{module}.{name} = die\n"
         f"worker.main()\n"

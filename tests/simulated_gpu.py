@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from nanovllm.engine.cost_table import CostTable, next_sample
-from nanovllm.engine.planner import Plan, Planner
+from nanovllm.engine.plan import GREEN, SEQUENTIAL, STREAMS, Plan
+from nanovllm.engine.planner import Planner
 
-SEQUENTIAL = Plan("sequential")
-STREAMS = Plan("streams")
-GREENS = [Plan("green", attention, 132 - attention) for attention in (24, 36, 48, 64)]
+GREENS = [GREEN.with_sms((attention, 132 - attention)) for attention in (24, 36, 48, 64)]
 PLANS = [SEQUENTIAL, STREAMS, *GREENS]
 
 LADDER = [1, 2, 4, 8, *range(16, 1025, 16)]
@@ -59,9 +58,10 @@ class Gpu:
         if plan.mode == "sequential":
             return self.dense(batch) + tokens / self.bandwidth
         ffn, attention = 1.0, 1.0
-        if plan.attention_sms is not None and plan.ffn_sms is not None:
-            ffn = plan.ffn_sms / 110
-            attention = 1 - math.exp(-plan.attention_sms / 34)
+        attention_sms, ffn_sms = (lane.sms for lane in plan.lanes)
+        if attention_sms is not None and ffn_sms is not None:
+            ffn = ffn_sms / 110
+            attention = 1 - math.exp(-attention_sms / 34)
         halves = 2 * self.dense(batch / 2) / min(ffn, 1)
         reading = tokens / self.bandwidth / attention
         both = (halves**self.sharpness + reading**self.sharpness) ** (1 / self.sharpness)

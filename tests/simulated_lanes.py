@@ -1,50 +1,56 @@
-"""A simulated GPU that runs pipelined steps in any order that their events allow.
+"""A simulated GPU: what a `PipelineScheduler` issues on its lanes, and what the events allow.
 
-`Recording` has a `PipelineScheduler` issue steps and writes down what it issues: pieces of work,
-events and waits, each on a lane. The host side is the real one, so tensors are replaced in the
-micro-batches when their work is *issued*. `simulate` then runs what was written down, one piece of
-work at a time, on whichever lane may go on.
+`Recording` has a scheduler issue steps on streams that only write down what comes: runs of stages,
+events and waits. The host side is the real one, so tensors are replaced in the micro-batches when
+their stages are *issued*. What was written down is then judged in two ways.
 
-Memory is as torch's allocator has it. A tensor has an address on the lane that made it. When the
-micro-batches hold it no longer, its address is free for what that lane issues next, though other
-lanes may not have read it yet. Each piece of work therefore begins by overwriting all free memory
-of its lane with NaN, as its temporaries might. What has not been made yet is NaN as well.
+- `races` proves it for all orders at once: two operations that touch the same memory, one of them
+  writing, must be ordered by lanes and events.
+- `simulate` runs it again in a given order, and the results can be compared bit by bit.
+
+Memory is as torch's allocator has it. A tensor has an address on the lane that made it. When no
+micro-batch holds it any more, its memory is free for whatever that lane issues next, though other
+lanes may not have read it yet: so the lane's next operation overwrites it, with NaN.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import torch
+from torch.utils import _pytree as pytree
 
-from nanovllm.engine.pipeline_scheduler import Cut, MicroBatch, PipelineScheduler
-from nanovllm.engine.stage_executor import Lane, StageExecutor, Work
-from nanovllm.engine.stage_marks import StageMarks
-from nanovllm.engine.step_inputs import StepTensors
-from nanovllm.layers.attention import DecodeMetadata
+from nanovllm.engine.pipeline_scheduler import PipelineScheduler
+from nanovllm.engine.plan import MAIN, Plan
+from nanovllm.models.stage import MicroBatch, Stage
 
-FIELDS = ("hidden", "attended", "residual")
-INPUT_IDS = -1  # in place of an address: the step's token ids, which no lane has made
+INPUTS = -1  # the address of the step's inputs, which the main lane fills
 
 
 @dataclass
 class Memory:
-    """Contents of the simulated device: the inputs, tensors by address, the result of each step."""
+    """The simulated device: inputs of each micro-batch, tensors by address, results by step."""
 
-    inputs: StepTensors
+    inputs: Sequence[Any]
     tensors: dict[int, torch.Tensor] = field(default_factory=dict)
     results: list[torch.Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A piece of work."""
+    """An operation that reads and writes memory at these addresses."""
 
-    lane: Lane
+    lane: str
+    reads: frozenset[int]
+    writes: frozenset[int]
     function: Callable[[Memory], None]
 
 
@@ -52,7 +58,7 @@ class Run:
 class Record:
     """An event is complete when its lane comes here."""
 
-    lane: Lane
+    lane: str
     event: int
 
 
@@ -60,203 +66,223 @@ class Record:
 class Wait:
     """The lane goes on only when the event is complete."""
 
-    lane: Lane
+    lane: str
     event: int
 
 
-Operation = Run | Record | Wait
+Tape = list[Run | Record | Wait]
 
 
-class Heap:
-    """Addresses of tensors, given out and taken back in the order of issue."""
+class Recording:
+    """The operations of steps of `model` under `plan`, in the order of issue."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Any, plan: Plan) -> None:
+        self.tape: Tape = []
         self.numbers = count()
-        self.free: dict[Lane, list[int]] = defaultdict(list)
-        self.shapes: dict[int, torch.Size] = {}
-        self.lanes: dict[int, Lane] = {}
-        self.held: dict[int, torch.Tensor] = {}  # so that torch does not reuse a storage
+        self.addresses: dict[int, int] = {}  # by the place of the storage
+        self.made_on: dict[int, str] = {INPUTS: MAIN}
+        self.held: list[torch.Tensor] = []  # all there ever were: torch must not reuse a storage
+        self.free: dict[str, set[int]] = defaultdict(set)
+        self.lane = MAIN
+        self.main = self._stream(MAIN)
+        stages = [
+            Stage(stage.name, stage.layer, partial(self._record, stage)) for stage in model.stages()
+        ]
+        recorded: Any = SimpleNamespace(stages=lambda: stages)
+        streams: list[Any] = [self._stream(lane.name) for lane in plan.lanes]
+        self.scheduler = PipelineScheduler(recorded, plan, streams)
 
-    def address(self, tensor: torch.Tensor, lane: Lane) -> tuple[int, bool]:
-        """The address of a tensor, and whether it is new because `lane` has just made it."""
-        for address, known in self.held.items():
-            if known.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
-                return address, False
-        fits = [a for a in self.free[lane] if self.shapes[a] == tensor.shape]
-        address = fits[-1] if fits else next(self.numbers)
-        if fits:
-            self.free[lane].remove(address)
-        self.shapes[address], self.lanes[address] = tensor.shape, lane
-        self.held[address] = tensor
-        return address, True
+    @torch.no_grad()
+    def step(self, inputs: Sequence[Any], results: Sequence[str] = ()) -> torch.Tensor:
+        """Issues a step between two operations of the caller's.
 
-    def keep_only(self, tensors: list[torch.Tensor]) -> None:
-        """Frees everything but these."""
-        kept = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-        for address, tensor in list(self.held.items()):
-            if tensor.untyped_storage().data_ptr() not in kept:
-                del self.held[address]
-                self.free[self.lanes[address]].append(address)
+        Args:
+            inputs: of each micro-batch.
+            results: the field that each ends with; default: x.
 
-    def load(self, memory: Memory, address: int) -> torch.Tensor:
-        """What is at an address, NaN if nothing has been made there yet."""
-        return memory.tensors.get(address, torch.full(self.shapes[address], torch.nan)).clone()
+        Returns:
+            The results one after the other.
+        """
 
-    def overwritten(self, lane: Lane) -> dict[int, torch.Tensor]:
-        """What the free memory of a lane holds once somebody has used it in between."""
-        return {a: torch.full(self.shapes[a], torch.nan) for a in self.free[lane]}
-
-
-class Recording(StageExecutor):
-    """The operations of steps that `scheduler` issues, in the order of issue."""
-
-    def __init__(self, scheduler: PipelineScheduler) -> None:
-        self.tape: list[Operation] = []
-        self.events = count()
-        self.heap = Heap()
-        self.batches: dict[int, MicroBatch] = {}
-        self.cut = scheduler.cut
-        self.scheduler = scheduler
-        scheduler.executor, scheduler.cut = self, RecordingCut(scheduler.cut, self)
-
-    @torch.inference_mode()
-    def step(self, inputs: StepTensors, cut_at: int | None = None) -> torch.Tensor:
-        """Issues a step between two pieces of work of the caller's; returns its hidden states."""
-
-        def fill_inputs(memory: Memory) -> None:
+        def fill(memory: Memory) -> None:
             memory.inputs = inputs
 
-        def read_result(memory: Memory) -> None:
-            memory.results.append(torch.cat([self.heap.load(memory, a) for a in addresses]))
+        def read(memory: Memory) -> None:
+            memory.results.append(torch.cat([self._load(memory, a) for a in read_from]))
 
-        self.split = partial(StepTensors.split, cut_at=cut_at)
-        if self.scheduler.micro_batches == 1:
-            self.split = lambda inputs: [inputs]
-        self.tape.append(Run(Lane.MAIN, fill_inputs))
-        hidden = self.scheduler.run(inputs, cut_at)
-        last = [batch.hidden for batch in self.batches.values()]
-        addresses = [self.heap.address(tensor, Lane.MAIN)[0] for tensor in last]
-        self.tape.append(Run(Lane.MAIN, read_result))
-        self.batches = {}
-        self.heap.keep_only([])
-        return hidden
+        self._run(frozenset(), frozenset([INPUTS]), fill)
+        batches = [MicroBatch(i, each) for i, each in enumerate(inputs)]
+        with self._on_streams():
+            self.scheduler.issue(batches)
+        fields = results or ["x"] * len(batches)
+        last = [getattr(*pair) for pair in zip(batches, fields, strict=True)]
+        read_from = [self.addresses[_place(tensor)] for tensor in last]
+        self._run(frozenset(read_from), frozenset(), read)
+        for batch in batches:
+            self._release(set(self._fields(batch)[1]), set())
+        return torch.cat(last)
 
-    def run(self, work: Work, function: Callable[[], None], marks: StageMarks | None) -> None:
-        function()  # comes back to `issue`, by way of `RecordingCut`
+    def _stream(self, lane: str) -> Any:
+        def record() -> int:
+            self.tape.append(Record(lane, next(self.numbers)))
+            return self.tape[-1].event  # type: ignore[union-attr]
 
-    def record(self, lane: Lane) -> int:
-        event = next(self.events)
-        self.tape.append(Record(lane, event))
-        return event
+        def wait(event: int) -> None:
+            assert any(isinstance(o, Record) and o.event == event for o in self.tape)
+            self.tape.append(Wait(lane, event))
 
-    def wait(self, lane: Lane, event: int) -> None:
-        assert any(isinstance(o, Record) and o.event == event for o in self.tape)
-        self.tape.append(Wait(lane, event))
+        return SimpleNamespace(lane=lane, record_event=record, wait_event=wait)
 
-    def issue(self, lane: Lane, batch: MicroBatch, stage: Callable[[MicroBatch], None]) -> None:
+    @contextmanager
+    def _on_streams(self) -> Iterator[None]:
+        @contextmanager
+        def on(stream: Any) -> Iterator[None]:
+            before, self.lane = self.lane, stream.lane
+            yield
+            self.lane = before
+
+        with (
+            mock.patch.object(torch.cuda, "stream", on),
+            mock.patch.object(torch.cuda, "current_stream", return_value=self.main),
+        ):
+            yield
+
+    def _run(
+        self, reads: frozenset[int], writes: frozenset[int], function: Callable[[Memory], None]
+    ) -> None:
+        """Writes down an operation, which also overwrites the memory that is free on its lane."""
+        overwritten = frozenset(self.free.pop(self.lane, ()))
+
+        def run(memory: Memory) -> None:
+            for address in overwritten:
+                memory.tensors.pop(address, None)  # which reads as NaN
+            function(memory)
+
+        self.tape.append(Run(self.lane, reads, writes | overwritten, run))
+
+    def _record(self, stage: Stage, batch: MicroBatch) -> None:
         """Runs a stage for what the host sees, and writes down how to run it again."""
-        self.batches[batch.index] = batch
-        overwritten = self.heap.overwritten(lane)
-        read = self._addresses(batch, lane)
-        stage(batch)
-        made = {
-            name: self.heap.address(tensor, lane)
-            for name, tensor in _tensors(batch).items()
-            if tensor is not batch.inputs.input_ids
-        }
-        written = {name: address for name, (address, new) in made.items() if new}
-        self.heap.keep_only([t for b in self.batches.values() for t in _tensors(b).values()])
-        index, split = batch.index, self.split
+        before, old = self._fields(batch)
+        values = {address: self.held[address].clone() for address in old}
+        stage.run(batch)
+        after, new = self._fields(batch)
+        changed = {a for a, value in values.items() if not torch.equal(value, self.held[a])}
+        writes = (set(new) - set(old)) | changed
+        index = batch.index
 
         def again(memory: Memory) -> None:
-            memory.tensors.update(overwritten)
-            inputs = split(memory.inputs)[index]
-            fields = {
-                name: inputs.input_ids if address == INPUT_IDS else self.heap.load(memory, address)
-                for name, address in read.items()
-            }
-            copy = MicroBatch(index, inputs, **fields)
-            stage(copy)
-            for name, address in written.items():
-                memory.tensors[address] = getattr(copy, name).clone()
+            copy = MicroBatch(index, memory.inputs[index])
+            for name, (addresses, spec) in before.items():
+                leaves = [a if a is None else self._load(memory, a) for a in addresses]
+                setattr(copy, name, pytree.tree_unflatten(leaves, spec))
+            stage.run(copy)
+            for name, (addresses, _) in after.items():
+                leaves = pytree.tree_leaves(getattr(copy, name))
+                for address, tensor in zip(addresses, leaves, strict=True):
+                    if address in writes:
+                        memory.tensors[address] = tensor.clone()
 
-        self.tape.append(Run(lane, again))
+        self._run(frozenset(old) | {INPUTS}, frozenset(writes), again)
+        self._release(set(old), set(new))
 
-    def _addresses(self, batch: MicroBatch, lane: Lane) -> dict[str, int]:
-        return {
-            name: INPUT_IDS
-            if tensor is batch.inputs.input_ids
-            else self.heap.address(tensor, lane)[0]
-            for name, tensor in _tensors(batch).items()
-        }
+    def _fields(self, batch: MicroBatch) -> tuple[dict[str, tuple[list[Any], Any]], list[int]]:
+        """Addresses of what a micro-batch holds, by field and all together."""
+        fields, known = {}, []
+        for name, value in vars(batch).items():
+            if name in ("index", "inputs") or value is None:
+                continue
+            leaves, spec = pytree.tree_flatten(value)
+            addresses = [self._address(x) if isinstance(x, torch.Tensor) else None for x in leaves]
+            fields[name] = addresses, spec
+            known += [address for address in addresses if address is not None]
+        return fields, known
+
+    def _address(self, tensor: torch.Tensor) -> int:
+        place = _place(tensor)
+        if place not in self.addresses:
+            self.addresses[place] = len(self.held)
+            self.made_on[len(self.held)] = self.lane
+            self.held.append(tensor)
+        return self.addresses[place]
+
+    def _release(self, old: set[int], new: set[int]) -> None:
+        for address in old - new:
+            self.free[self.made_on[address]].add(address)
+
+    def _load(self, memory: Memory, address: int) -> torch.Tensor:
+        """What is at an address, NaN if nothing has been made there yet."""
+        missing = torch.full_like(self.held[address], torch.nan)
+        return memory.tensors.get(address, missing).clone()
 
 
-class RecordingCut(Cut):
-    """Tells a `Recording` of every stage."""
-
-    def __init__(self, cut: Cut, recording: Recording) -> None:
-        super().__init__(cut.model)
-        self.cut, self.recording = cut, recording
-        self.first = cut.first
-
-    def begin(self, batch: MicroBatch) -> None:
-        self.recording.issue(self.first, batch, self.cut.begin)
-
-    def attention(self, layer: int, batch: MicroBatch) -> None:
-        self.recording.issue(Lane.ATTENTION, batch, partial(self.cut.attention, layer))
-
-    def ffn(self, layer: int, batch: MicroBatch) -> None:
-        self.recording.issue(Lane.FFN, batch, partial(self.cut.ffn, layer))
+def races(tape: Tape) -> list[tuple[int, int]]:
+    """Pairs of operations that touch the same memory, one of them writing, and are not ordered."""
+    known: dict[str, int] = defaultdict(int)  # by lane, a set of operations as bits
+    at_event: dict[int, int] = {}
+    writers: dict[int, int] = {}
+    readers: dict[int, list[int]] = defaultdict(list)
+    found = []
+    for i, operation in enumerate(tape):
+        lane = operation.lane
+        if isinstance(operation, Record):
+            at_event[operation.event] = known[lane]
+        elif isinstance(operation, Wait):
+            known[lane] |= at_event[operation.event]
+        else:
+            before = [writers[a] for a in operation.reads | operation.writes if a in writers]
+            for address in operation.writes:
+                before += readers.pop(address, [])
+                writers[address] = i
+            for address in operation.reads - operation.writes:
+                readers[address].append(i)
+            found += [(j, i) for j in before if not known[lane] >> j & 1]
+            known[lane] |= 1 << i
+    return found
 
 
 class _Lanes:
     """Where each lane stands in what was issued on it."""
 
-    def __init__(self, tape: list[Operation]) -> None:
-        self.left = {lane: [o for o in tape if o.lane is lane][::-1] for lane in Lane}
+    def __init__(self, tape: Tape) -> None:
+        self.left: dict[str, list[Any]] = defaultdict(list)
+        for operation in tape[::-1]:
+            self.left[operation.lane].append(operation)
         self.complete: set[int] = set()
 
-    def runnable(self) -> list[Lane]:
-        """Lanes whose next operation is a piece of work; passes all events and waits it can."""
+    def runnable(self) -> list[str]:
+        """Lanes whose next operation is a run; passes all events and waits it can."""
         moved = True
         while moved:
             moved = False
             for left in self.left.values():
                 while left and not isinstance(left[-1], Run):
-                    operation = left[-1]
-                    if isinstance(operation, Record):
-                        self.complete.add(operation.event)
-                    elif operation.event not in self.complete:
+                    if isinstance(left[-1], Record):
+                        self.complete.add(left[-1].event)
+                    elif left[-1].event not in self.complete:
                         break
                     left.pop()
                     moved = True
-        return [lane for lane, left in self.left.items() if left and isinstance(left[-1], Run)]
-
-    @property
-    def done(self) -> bool:
-        return not any(self.left.values())
+        return sorted(
+            lane for lane, left in self.left.items() if left and isinstance(left[-1], Run)
+        )
 
 
-@torch.inference_mode()
-def simulate(
-    tape: list[Operation], memory: Memory, choose: Callable[[list[Lane]], Lane]
-) -> list[Lane]:
+@torch.no_grad()
+def simulate(tape: Tape, memory: Memory, choose: Callable[[list[str]], str]) -> list[str]:
     """Runs all of the tape; `choose` says which of several lanes goes on. Returns the order."""
     lanes, order = _Lanes(tape), []
     while runnable := lanes.runnable():
         lane = choose(runnable)
-        operation = lanes.left[lane].pop()
-        assert isinstance(operation, Run)
-        operation.function(memory)
+        lanes.left[lane].pop().function(memory)
         order.append(lane)
-    assert lanes.done, "the lanes wait for each other for ever"
+    assert not any(lanes.left.values()), "the lanes wait for each other for ever"
     return order
 
 
-def every_order(tape: list[Operation]) -> Iterator[list[Lane]]:
+def every_order(tape: Tape) -> Iterator[list[str]]:
     """All orders in which the lanes can take turns."""
 
-    def turns(order: list[Lane]) -> Iterator[list[Lane]]:
+    def turns(order: list[str]) -> Iterator[list[str]]:
         lanes = _Lanes(tape)
         for lane in order:
             assert lane in lanes.runnable()
@@ -270,20 +296,5 @@ def every_order(tape: list[Operation]) -> Iterator[list[Lane]]:
     return turns([])
 
 
-def padding_like(inputs: StepTensors) -> StepTensors:
-    """Inputs of the same shapes that are safe to run but wrong, for before the right ones come."""
-    places = inputs.metadata
-    assert isinstance(places, DecodeMetadata)
-    zeros = torch.zeros_like
-    metadata = replace(
-        places,
-        slot_mapping=zeros(places.slot_mapping),
-        block_tables=zeros(places.block_tables),
-        context_lens=torch.ones_like(places.context_lens),
-    )
-    return StepTensors(zeros(inputs.input_ids), zeros(inputs.positions), metadata)
-
-
-def _tensors(batch: MicroBatch) -> dict[str, torch.Tensor]:
-    fields = {name: getattr(batch, name) for name in FIELDS}
-    return {name: tensor for name, tensor in fields.items() if tensor is not None}
+def _place(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

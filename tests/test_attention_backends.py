@@ -6,6 +6,7 @@ that we call (signatures and docstrings of flash-attn 2.8) takes its place here.
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from types import ModuleType
@@ -15,7 +16,13 @@ import torch
 
 from nanovllm import LLM
 from nanovllm.engine import model_runner
-from nanovllm.layers.attention import DecodeMetadata, HeadShape, PrefillMetadata, make_backend
+from nanovllm.layers.attention import (
+    AttentionMetadata,
+    DecodeMetadata,
+    HeadShape,
+    PrefillMetadata,
+)
+from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.attention_flash import FlashAttnBackend
 from nanovllm.layers.attention_torch import TorchBackend
 from tests.checkpoints import Shape, prompts
@@ -68,22 +75,29 @@ class Case:
                 self.v_cache[block, :, offset] = self.values[n][position]
                 if position >= length - rows[n]:
                     slots.append(block * block_size + offset)
-        self.places = (
-            torch.tensor(slots, dtype=torch.int32),
-            self.tables,
-            torch.tensor(context, dtype=torch.int32),
-        )
+        self.slots = torch.tensor(slots, dtype=torch.int32)
+        self.lengths = torch.tensor(context, dtype=torch.int32)
+
+    def attend(self, backend, num_decode):
+        """The first `num_decode` sequences, of one row each, decode; the others are prompts."""
+        decode = prefill = None
+        if num_decode:
+            lengths = self.lengths[:num_decode]
+            plan = torch.from_numpy(backend.plan(lengths.numpy()))
+            workspace = backend.make_workspace(CPU, 2)
+            decode = DecodeMetadata(self.tables[:num_decode], lengths, plan, workspace)
+        if rows := self.rows[num_decode:]:
+            cu = torch.tensor([0, *rows]).cumsum(0).to(torch.int32)
+            lengths = self.lengths[num_decode:]
+            prefill = PrefillMetadata(self.tables[num_decode:], lengths, cu, max(rows))
+        metadata = AttentionMetadata(self.slots, decode, prefill)
+        return backend.attend(self.q, self.k_cache, self.v_cache, metadata)
 
     def prefill(self, backend):
-        cu = torch.tensor([0, *self.rows]).cumsum(0).to(torch.int32)
-        metadata = PrefillMetadata(*self.places, cu, max(self.rows))
-        return backend.prefill(self.q, self.k_cache, self.v_cache, metadata)
+        return self.attend(backend, 0)
 
     def decode(self, backend):
-        tiles = [-(-length // backend.tile_size) for length in self.context]
-        offsets = torch.tensor([0, *tiles]).cumsum(0).to(torch.int32)
-        metadata = DecodeMetadata(*self.places, offsets, None)
-        return backend.decode(self.q, self.k_cache, self.v_cache, metadata)
+        return self.attend(backend, len(self.rows))
 
     def dense(self):
         parts = zip(self.q.split(self.rows), self.keys, self.values, strict=True)
@@ -107,12 +121,43 @@ def test_torch_decode_equals_dense_attention(q_heads, kv_heads, head_dim, block_
     torch.testing.assert_close(case.decode(TorchBackend(case.heads)), case.dense())
 
 
+# Sequences that decode, a prompt's chunk behind what is cached, whole prompts; a chunk of one row.
+MIXED = Case([300, 1, 256, 40, 17, 1], [1, 1, 1, 3, 17, 1], 4, 2, 64, 256)
+
+
+@pytest.mark.parametrize("num_decode", range(4))
+def test_rows_of_both_kinds_attend_in_one_call(num_decode):
+    torch.testing.assert_close(MIXED.attend(TorchBackend(MIXED.heads), num_decode), MIXED.dense())
+
+
+@pytest.mark.parametrize("num_decode", range(4))
+def test_flash_attn_takes_rows_of_both_kinds(flash_attn, num_decode):
+    torch.testing.assert_close(
+        MIXED.attend(FlashAttnBackend(MIXED.heads, 256), num_decode), MIXED.dense()
+    )
+
+
+@pytest.mark.parametrize("num_decode", range(4))
+def test_triton_takes_rows_of_both_kinds(num_decode):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton does not interpret here")
+    from nanovllm.layers.attention_triton import TritonBackend
+
+    torch.testing.assert_close(
+        MIXED.attend(TritonBackend(MIXED.heads), num_decode), MIXED.dense(), rtol=2e-5, atol=2e-5
+    )
+
+
 def test_torch_gives_a_sequence_the_same_bits_alone_and_in_a_batch():
     case = Case([20, 33, 7], [1] * 3, 4, 2, 64, 16)
     together = case.decode(TorchBackend(case.heads))
     for n in range(3):
-        metadata = DecodeMetadata(*(field[n : n + 1] for field in case.places), None, None)
-        alone = TorchBackend(case.heads).decode(
+        lengths, plan = case.lengths[n : n + 1], torch.empty(0, dtype=torch.int32)
+        metadata = AttentionMetadata(
+            case.slots[n : n + 1], DecodeMetadata(case.tables[n : n + 1], lengths, plan, None)
+        )
+        alone = TorchBackend(case.heads).attend(
             case.q[n : n + 1], case.k_cache, case.v_cache, metadata
         )
         assert torch.equal(alone[0], together[n])

@@ -130,7 +130,8 @@ class TestDecodeSteps:
     def test_one_sequence_cannot_be_cut(self, capsys: pytest.CaptureFixture[str]) -> None:
         _, record = run(capsys, *QUICK, "--batch", "1", "--modes", "microbatch", "--sync")
         assert record["options"]["async_scheduling"] is False
-        assert record["arms"][1]["fallback_reason"] == "a batch of 1 cannot be cut in two"
+        reason = record["arms"][1]["fallback_reason"]
+        assert reason == "a batch of 1 is too small for 2 micro-batches"
 
     def test_columns_of_bandwidth(self) -> None:
         floor = {"step_ms": 1.0, "weight_bytes": 3e9, "kv_bytes": 1e9, "copy_bandwidth": 4e12}
@@ -287,12 +288,12 @@ class TestEngineSide:
 
     def test_arms_leave_the_engine_as_it_was(self) -> None:
         with LLM(device="cpu", num_kvcache_blocks=4) as engine:
-            own = engine.model_runner.decode
+            own = engine.model_runner.step_runner
             before = engine.generate(["Once upon"], max_tokens=5, temperature=0, use_tqdm=False)
             with open_arms(engine, [ArmSpec("sequential"), ArmSpec("microbatch")]) as arms:
                 arms[1].activate()
-                assert engine.model_runner.decode is not own
-            assert engine.model_runner.decode is own
+                assert engine.model_runner.step_runner is not own
+            assert engine.model_runner.step_runner is own
             after = engine.generate(["Once upon"], max_tokens=5, temperature=0, use_tqdm=False)
             assert before == after
 

@@ -92,7 +92,8 @@ class TestOnTheCpu:
 
     def test_one_sequence_leaves_sequential_alone(self, capsys: pytest.CaptureFixture[str]) -> None:
         lines, record = run(capsys, "--batch", "1", "--rounds", "1")
-        assert record["arms"][1]["fallback_reason"] == "a batch of 1 cannot be cut in two"
+        reason = record["arms"][1]["fallback_reason"]
+        assert reason == "a batch of 1 is too small for 2 micro-batches"
         assert record["best_fixed"] == "sequential"
         assert any(line.split() == ["ratio", "1.000"] for line in lines)
 

@@ -62,12 +62,16 @@ class Runner:
         self.graph_memory = object() if captured else None
         self.launch_seconds = self.work_seconds = 0.0
 
-    def run(self, layout: Any, flat: Any) -> Any:
+    @property
+    def step_runner(self) -> Runner:
+        return self
+
+    def run(self, step: Any) -> Any:
         self.clock.now += self.launch_seconds
         self.clock.work(self.work_seconds)
 
     def launch(self, step: Any) -> Any:
-        self.run(step, None)
+        self.run(SimpleNamespace(layout=step))
         return step
 
     def step(self, is_decode: bool, *, pause: float, launch: float, work: float) -> None:

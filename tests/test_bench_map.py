@@ -156,9 +156,9 @@ class TestPlans:
     @pytest.mark.parametrize("extra", [{}, {"planner": None}])
     def test_an_arm_without_a_planner_has_no_plan(self, extra: dict[str, Any]) -> None:
         statistics = SimpleNamespace(as_dict=lambda: {"mode": "green"} | extra)
-        decode: Any = SimpleNamespace(pipeline=SimpleNamespace(statistics=statistics))
+        steps: Any = SimpleNamespace(statistics=statistics)
         runner: Any = None
-        arm = Arm(ArmSpec("auto"), runner, decode)
+        arm = Arm(ArmSpec("auto"), runner, steps)
         assert arm.plan is None
         assert arm.plan_steps == {}
 

@@ -1,4 +1,4 @@
-"""The model against transformers, its two stages against its whole, and what an import costs."""
+"""The model against transformers, stage by stage against its whole, and what an import costs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import torch
 from transformers import Qwen3Config as HFConfig
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from nanovllm.layers.attention import DecodeMetadata, PrefillMetadata
+from nanovllm.layers.attention import AttentionMetadata, DecodeMetadata, PrefillMetadata
 from nanovllm.layers.attention_torch import TorchBackend
 from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.layers.rotary_embedding import cos_sin_table
-from nanovllm.models.qwen3 import Qwen3ForCausalLM, rank_heads, sequence_starts
+from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.models.qwen3_config import Qwen3Config, UnsupportedModelError
+from nanovllm.models.rank_heads import rank_heads
+from nanovllm.models.throwaway_cache import sequence_starts, throwaway_cache
 from nanovllm.utils.loader import load_weights
 from tests.checkpoints import VOCAB, Shape
 
@@ -49,19 +51,11 @@ def stage_by_stage(model, ids, positions, metadata=None) -> torch.Tensor:
     return hidden
 
 
-def dense_cut(model, ids, positions, metadata=None) -> torch.Tensor:
-    state, residual = model.model.begin(ids, positions, metadata)
-    for layer in range(model.num_layers):
-        attended = model.model.attend(layer, state, positions, metadata)
-        state, residual = model.model.dense(layer, attended, residual, positions, metadata)
-    return state
-
-
 class Cached:
     """Steps of sequences of fixed block tables through a KV cache."""
 
     def __init__(self, model, count: int, max_blocks: int = 4) -> None:
-        heads = model.model.layers[0].self_attn.heads
+        heads = model.backend.heads
         blocks = torch.randperm(count * max_blocks, generator=torch.Generator().manual_seed(0)) + 1
         self.tables = blocks.reshape(count, max_blocks).to(torch.int32)
         shape = (model.num_layers, 2, count * max_blocks + 1, heads.num_kv_heads, BLOCK)
@@ -69,16 +63,18 @@ class Cached:
         model.bind_kv_cache(self.cache)
         self.lengths = [0] * count
 
-    def prefill(self, sizes: list[int]) -> tuple[torch.Tensor, PrefillMetadata]:
+    def prefill(self, sizes: list[int]) -> tuple[torch.Tensor, AttentionMetadata]:
         """Positions and metadata of the next `sizes` tokens of each sequence."""
         positions, slots = self.advance(sizes)
         cu = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
-        return positions, PrefillMetadata(slots, self.tables, self.context(), cu, max(sizes))
+        prefill = PrefillMetadata(self.tables, self.context(), cu, max(sizes))
+        return positions, AttentionMetadata(slots, prefill=prefill)
 
-    def decode(self) -> tuple[torch.Tensor, DecodeMetadata]:
+    def decode(self) -> tuple[torch.Tensor, AttentionMetadata]:
         positions, slots = self.advance([1] * len(self.lengths))
-        offsets = torch.arange(len(self.lengths) + 1, dtype=torch.int32)
-        return positions, DecodeMetadata(slots, self.tables, self.context(), offsets, None)
+        plan = torch.empty(0, dtype=torch.int32)
+        decode = DecodeMetadata(self.tables, self.context(), plan, None)
+        return positions, AttentionMetadata(slots, decode)
 
     def context(self) -> torch.Tensor:
         return torch.tensor(self.lengths, dtype=torch.int32)
@@ -114,7 +110,6 @@ def test_stages_in_turn_equal_the_whole_to_the_last_bit(tmp_path, seed):
     ids, positions = random_batch(seed, [5, 1, 33])
     whole = model(ids, positions)
     assert torch.equal(stage_by_stage(model, ids, positions), whole)
-    assert torch.equal(dense_cut(model, ids, positions), whole)
 
 
 @torch.inference_mode()
@@ -160,14 +155,20 @@ def test_a_kv_cache_changes_nothing(tmp_path, seed):
 
 
 @torch.inference_mode()
-def test_a_layer_is_its_attention_and_then_its_ffn(tmp_path):
-    Shape(layers=1).write(tmp_path)
+def test_a_throwaway_cache_leaves_the_bound_one_as_it_was(tmp_path):
+    Shape(layers=2).write(tmp_path)
     model = load(tmp_path)
-    layer, table = model.model.layers[0], model.model.cos_sin
-    hidden, positions = torch.randn(9, 48), torch.arange(9)
-    attended, residual = layer.forward_attention(hidden, positions, table)
-    assert torch.equal(residual, hidden)
-    assert torch.equal(layer(hidden, positions, table, None), layer.forward_ffn(attended, residual))
+    ids, positions = random_batch(0, [200, 4])
+    alone = model(ids, positions)
+    cached = Cached(model, count=1)
+    cached.cache.normal_()
+    before = cached.cache.clone()
+    assert torch.equal(model(ids, positions), alone)
+    with pytest.raises(KeyboardInterrupt), throwaway_cache(model, positions):
+        raise KeyboardInterrupt
+    assert torch.equal(cached.cache, before)
+    assert model.kv_cache is cached.cache
+    assert model.model.layers[1].self_attn.k_cache.data_ptr() == cached.cache[1, 0].data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -176,11 +177,17 @@ def test_a_layer_is_its_attention_and_then_its_ffn(tmp_path):
         ([0, 1, 2], [0, 3]),
         ([0, 1, 0, 0, 1, 2], [0, 2, 3, 6]),
         ([0], [0, 1]),
-        ([5, 6, 0, 1], [0, 2, 4]),
+        ([0, 0], [0, 1, 2]),
     ],
 )
 def test_each_position_0_begins_a_sequence(positions, starts):
     assert sequence_starts(torch.tensor(positions)).tolist() == starts
+
+
+@pytest.mark.parametrize("positions", [[], [1], [5, 6, 0, 1], [0, 2], [0, 1, 1], [[0, 1]], 0])
+def test_whole_sequences_count_up_from_0(positions):
+    with pytest.raises(ValueError, match=r"^positions must count up from 0 in each sequence"):
+        sequence_starts(torch.tensor(positions, dtype=torch.int64))
 
 
 # ------------------------------------------------------------------ rope

@@ -15,9 +15,16 @@ from green_ctx import Driver, DriverError, GreenContextError
 from nanovllm import LLM, Config
 from nanovllm.engine import pipeline
 from nanovllm.engine.green_manager import GreenContextManager
-from nanovllm.engine.pipeline import Pipeline, PipelineUnavailable, build_pipeline
+from nanovllm.engine.pipeline import Pipelines, PipelineUnavailable, build_pipelines
+from nanovllm.engine.plan import GREEN, LANES3, SEQUENTIAL, Plan
+from nanovllm.engine.scheduler import Chunk, Step
+from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.step_inputs import decode_first
+from nanovllm.engine.step_runner import FixedPlan, PreparedStep
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.tiny import CHECKPOINT_DIR, PROMPTS
-from tests.checkpoints import Shape, greedy, prompts
+from tests.checkpoints import VOCAB, Shape, greedy, prompts
+from tests.decode_cases import relative_error
 from tests.fake_driver import FakeDriver, Result
 
 MAX_TOKENS = 20
@@ -250,11 +257,12 @@ DRIVERS = {
 }
 
 
-def build(device: str = "cuda:0", **options: Any) -> Pipeline:
+def build(device: str = "cuda:0", plan: Plan | None = None, **options: Any) -> Pipelines:
     """What an engine on `device` would build; no model is needed for that."""
     config = Config(enable_pipeline=True, **options)
     backend = SimpleNamespace(make_workspace=lambda device, num_sms: f"for {num_sms} SMs")
-    return build_pipeline(config, None, backend, torch.device(device), 132)  # type: ignore[arg-type]
+    given: Any = (config, None, backend, torch.device(device), 132)
+    return build_pipelines(*given, plan)
 
 
 @pytest.mark.parametrize("cause", DRIVERS)
@@ -264,9 +272,7 @@ def test_the_log_says_why_there_are_no_green_contexts(cause, mode, monkeypatch, 
     bindings = make_bindings()
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", bindings)
     built = build(pipeline_mode=mode)
-    assert built.scheduler is None
-    assert not built.pipelines(8)
-    assert built.manager is None
+    assert [scheduler.plan for scheduler in built.schedulers] == [SEQUENTIAL]
     assert built.statistics.fallback_reason.startswith(reason)
     assert built.statistics.mode == "sequential"
     full = built.statistics.fallback_reason
@@ -302,10 +308,10 @@ def test_counts_that_do_not_fit_are_named_with_the_device(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "cpu"])
-@pytest.mark.parametrize("mode", ["auto", "green", "streams", "microbatch"])
+@pytest.mark.parametrize("mode", ["auto", "green", "streams"])
 def test_several_gpus_fall_back(device, mode, caplog):
     options = {"pipeline_mode": mode, "tensor_parallel_size": 2}
-    reason = "tensor_parallel_size=2: the pipeline runs on one GPU"
+    reason = "tensor_parallel_size=2: lanes with streams of their own run on one GPU"
     assert build(device, **options).statistics.fallback_reason == reason
     assert caplog.messages == [FAILED + reason, FELL_BACK]
     with pytest.raises(PipelineUnavailable, match=f"^{reason}$"):
@@ -317,8 +323,10 @@ def test_a_pipeline_that_is_not_asked_for_is_not_built(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", bindings)
     for options in ({"enable_pipeline": False}, {"pipeline_mode": "sequential"}):
         config = Config(**({"enable_pipeline": True} | options), pipeline_strict=True)
-        built = build_pipeline(config, None, None, torch.device("cuda:0"), 132)  # type: ignore[arg-type]
-        assert built.scheduler is None
+        backend = SimpleNamespace(make_workspace=lambda device, num_sms: None)
+        given: Any = (config, None, backend, torch.device("cuda:0"), 132)
+        built = build_pipelines(*given)
+        assert [scheduler.plan for scheduler in built.schedulers] == [SEQUENTIAL]
         assert built.statistics.fallback_reason is None
     assert (bindings.calls, caplog.messages) == ([], [])
 
@@ -335,38 +343,73 @@ def fake_gpu(monkeypatch) -> FakeDriver:
 def test_auto_is_green_where_green_contexts_can_be_had(fake_gpu, caplog):
     caplog.set_level(logging.INFO)
     built = build(pipeline_attention_sm_count=30, pipeline_ffn_sm_count=60)
-    assert [built.pipelines(n) for n in (1, 2, 9)] == [False, True, True]
+    chooser = FixedPlan(built.schedulers, None)
+    assert [chooser.choose(n, 0).plan for n in (1, 2, 9)] == [0, 1, 1]
     stats = built.statistics.as_dict()
     assert (stats["mode"], stats["fallback_reason"]) == ("green", None)
     assert (stats["attention_sms"], stats["ffn_sms"], stats["device_sms"]) == (32, 64, 132)
     assert caplog.messages == ["[ModelRunner] Pipeline: attention on 32 SMs, FFN on 64 of 132"]
-    assert built.workspace == "for 32 SMs"
+    assert [scheduler.workspace for scheduler in built.schedulers] == ["for 132 SMs", "for 32 SMs"]
     assert "  Mode: green (attention 32, FFN 64 of 132 SMs)" in built.statistics.format()
     assert len(fake_gpu.contexts) == 2
-    built.close()
-    built.close()
+    built.partitions.close()
+    built.partitions.close()
     assert (fake_gpu.contexts, fake_gpu.streams) == ({}, {})
 
 
 def test_stages_run_on_the_streams_of_their_partitions(fake_gpu):
     built = build(pipeline_attention_sm_count=24, pipeline_ffn_sm_count=64)
-    streams = {
-        lane.value: fake_gpu.sms_of(stream)
-        for lane, stream in built.scheduler.executor.streams.items()  # type: ignore[union-attr]
-    }
+    lanes = built.schedulers[1].lanes.values()
+    streams = {lane.name: fake_gpu.sms_of(lane.stream) for lane in lanes}
     assert {name: len(sms) for name, sms in streams.items()} == {"attention": 24, "ffn": 64}
     assert not streams["attention"] & streams["ffn"]
-    built.close()
+    assert {lane.name: lane.sms for lane in lanes} == {"attention": 24, "ffn": 64}
+    built.partitions.close()
+
+
+def test_a_third_lane_has_a_partition_of_its_own(fake_gpu):
+    built = build(plan=LANES3.with_sms((36, 80, 16)), pipeline_strict=True)
+    lanes = built.schedulers[1].lanes.values()
+    sms = [fake_gpu.sms_of(lane.stream) for lane in lanes]
+    assert [lane.name for lane in lanes] == ["attention", "ffn", "qkv"]
+    assert list(map(len, sms)) == [36, 80, 16]
+    assert len(set().union(*sms)) == 132
+    assert built.schedulers[1].workspace == "for 36 SMs"
+    built.partitions.close()
+    assert (fake_gpu.contexts, fake_gpu.streams) == ({}, {})
+    with pytest.raises(PipelineUnavailable, match="16"):
+        build(plan=LANES3.with_sms((36, 88, 8)), pipeline_strict=True)
+    assert (fake_gpu.contexts, fake_gpu.streams) == ({}, {})
+
+
+def test_auto_has_all_plans_that_the_device_makes(fake_gpu):
+    config = Config(enable_pipeline=True)
+    backend = SimpleNamespace(make_workspace=lambda device, num_sms: num_sms)
+    given: Any = (config, None, backend, torch.device("cuda:0"), 132)
+    more = [GREEN.with_sms(sms) for sms in ((36, 96), (10, 16), (90, 90), (44, 88))]
+    built = build_pipelines(*given, more=more)
+    names = [scheduler.plan.name for scheduler in built.schedulers]
+    # 10+16 is granted as 16+16, which there is; 90+90 cannot be.
+    assert names == ["sequential", "green 16+16", "green 36+96", "green 44+88"]
+    built.partitions.close()
+    assert (fake_gpu.contexts, fake_gpu.streams) == ({}, {})
 
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_partitions_do_not_outlive_a_failure_after_them(strict, fake_gpu, monkeypatch):
     """Whatever goes wrong between the partitions and the finished pipeline."""
 
-    def refuse(*args: Any) -> None:
-        raise DriverError("cuStreamGetCtx", 914, "CUDA_ERROR_INVALID_RESOURCE_TYPE")
+    def failing_at(number: int) -> Any:
+        calls = iter(range(1, number + 1))
 
-    monkeypatch.setattr(pipeline, "StreamExecutor", refuse)
+        def make(*args: Any) -> Any:
+            if next(calls) == number:
+                raise DriverError("cuStreamGetCtx", 914, "CUDA_ERROR_INVALID_RESOURCE_TYPE")
+            return SimpleNamespace(plan=None)
+
+        return make
+
+    monkeypatch.setattr(pipeline, "PipelineScheduler", failing_at(2))
     if strict:
         with pytest.raises(DriverError, match="914"):
             build(pipeline_strict=True)
@@ -403,3 +446,75 @@ def test_profiling_can_be_switched_at_any_time():
 
 def test_the_embedded_model_is_the_default():
     assert Config().model == str(CHECKPOINT_DIR)
+
+
+# How it is called
+
+
+def test_few_frames_lie_between_generate_and_the_kernel(monkeypatch):
+    """In a pipelined step, both ends counted, and whatever torch puts between."""
+    deepest: list[list[str]] = []
+    with LLM(device="cpu", enable_pipeline=True, pipeline_mode="microbatch") as llm:
+        decode = llm.model_runner.backend.decode
+
+        def counted(*args: Any) -> torch.Tensor:
+            names, frame = [], sys._getframe()
+            while frame is not None and names[-1:] != ["generate"]:
+                names.append(frame.f_code.co_name)
+                frame = frame.f_back  # type: ignore[assignment]
+            deepest.append(names)
+            return decode(*args)
+
+        monkeypatch.setattr(llm.model_runner.backend, "decode", counted)
+        llm.generate(list(PROMPTS[:4]), max_tokens=4, ignore_eos=True, use_tqdm=False)
+        assert llm.model_runner.get_pipeline_statistics()["steps"]["pipelined"] == 3
+    assert all(names[-1] == "generate" for names in deepest)
+    assert max(map(len, deepest)) <= 11, max(deepest, key=len)
+
+
+# Rows of both kinds
+
+
+@pytest.mark.parametrize("seed", range(8))
+@torch.inference_mode()
+def test_a_step_of_prompts_and_decode_rows_has_the_logits_of_separate_steps(tmp_path, seed):
+    """Some prompts go on, some end, one begins; some of the last tokens only the device knows."""
+    rng = random.Random(seed)
+    Shape.random(seed).write(tmp_path)
+    with LLM(str(tmp_path), device="cpu", kvcache_block_size=16, max_model_len=128) as llm:
+        runner = llm.model_runner
+        blocks = iter(range(1, runner.num_blocks))
+        chunks, before = [], []
+        for seat in range(7):
+            length = rng.randint(2, 60)
+            end = rng.choice([length, rng.randint(1, length)])
+            start = rng.choice([end - 1, rng.randint(0, end - 1)])
+            tokens = [rng.randrange(2, VOCAB) for _ in range(length)]
+            if end == length and rng.random() < 0.5:
+                runner.last_tokens[seat] = tokens.pop()
+            table = [next(blocks) for _ in range(-(-length // 16))]
+            seq = Sequence(seat, tokens, SamplingParams(), frozenset(), 128, 0, block_table=table)
+            seq.seat = seat
+            chunks.append(Chunk(seq, start, end, samples=rng.random() < 0.8))
+            before += [Chunk(seq, 0, start, samples=False)] if start else []
+        kinds = {chunk.end - chunk.start > 1 for chunk in chunks}
+        steps = runner.step_runner
+        if before:
+            steps.run(steps.prepare(Step(False, before)))
+        together = steps.run(steps.prepare(Step(False, chunks)))
+        alone = [
+            steps.run(steps.prepare(Step(chunk.end - chunk.start == 1, [chunk])))
+            for chunk in chunks
+            if chunk.samples
+        ]
+        assert kinds == {True, False}
+        assert together.shape == (len(alone), VOCAB)
+        assert relative_error(together, torch.cat(alone)) < 1e-5
+
+        # The same rows as three micro-batches, on the stages of a pipeline.
+        numbers = decode_first(chunks)
+        parts = [numbers[i::3] for i in range(3)]
+        layout = steps.inputs.mixed_layout(0, [[chunks[i] for i in part] for part in parts])
+        flat = torch.empty(layout.size, dtype=torch.int32)
+        steps.inputs.fill(layout, chunks, parts, flat.numpy())
+        assert relative_error(steps.run(PreparedStep(layout, flat)), together) < 1e-5

@@ -1,4 +1,4 @@
-"""Mode "auto" on the CPU: the ways, their calibration and the planner's choices, with fake clocks.
+"""Mode "auto" on the CPU: calibration and the planner's choices, with a fake clock.
 
 The device is simulated: a step takes what a formula says, for sequential decode the sum of
 attention and dense work, for a pipeline the longer of the two.
@@ -6,14 +6,12 @@ attention and dense work, for a pipeline the longer of the two.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
 from nanovllm.engine.calibration import (
     Calibration,
@@ -22,14 +20,12 @@ from nanovllm.engine.calibration import (
     pipelined_sizes,
 )
 from nanovllm.engine.cuda_graphs import batch_sizes
-from nanovllm.engine.decode_runner import DecodeStep
 from nanovllm.engine.pipeline_statistics import PipelineStatistics
-from nanovllm.engine.planned_decode import SEQUENTIAL, PlannedDecode, splits_to_try
-from nanovllm.engine.planner import Plan
-from nanovllm.engine.step_inputs import InputLayout, micro_batch_rows
+from nanovllm.engine.plan import SEQUENTIAL, Plan
+from nanovllm.engine.planned_decode import AutoPlan, plans_to_try, splits_to_try
+from nanovllm.engine.step_runner import Choice
 from nanovllm.utils.disk_cache import DiskCache
 
-CPU = torch.device("cpu")
 ATTENTION_SECONDS = 1e-8  # a token on the whole device
 DENSE_SECONDS = 1e-5  # a sequence, with a floor: the time to read the weights
 WEIGHTS_SECONDS = 1e-3
@@ -41,115 +37,89 @@ def step_seconds(plan: Plan, batch: int, tokens: float) -> float:
     attention = ATTENTION_SECONDS * tokens
     if plan == SEQUENTIAL:
         return attention + max(DENSE_SECONDS * batch, WEIGHTS_SECONDS)
-    assert plan.attention_sms is not None
-    assert plan.ffn_sms is not None
-    dense = 2 * max(DENSE_SECONDS * batch / 2, WEIGHTS_SECONDS) * 132 / plan.ffn_sms
-    return max(attention * max(1.0, 44 / plan.attention_sms), dense)
+    attention_sms, ffn_sms = (lane.sms or 0 for lane in plan.lanes)
+    dense = 2 * max(DENSE_SECONDS * batch / 2, WEIGHTS_SECONDS) * 132 / ffn_sms
+    return max(attention * max(1.0, 44 / attention_sms), dense)
 
 
-@dataclass
-class Clock:
-    """Device time; events read it."""
+class FakeRunner:
+    """A step runner whose steps take `step_seconds`, times what `slow` says of their plan.
 
-    now: float = 0.0
+    Attributes:
+        captured: sizes by plan.
+        now: the device's clock.
+    """
 
-    def event(self) -> SimpleNamespace:
-        event = SimpleNamespace(moment=0.0)
-        event.record = lambda: setattr(event, "moment", self.now)
-        event.elapsed_time = lambda end: (end.moment - event.moment) * 1e3
-        return event
+    def __init__(self, plans: list[Plan], largest: int) -> None:
+        self.plans = plans
+        self.schedulers = [SimpleNamespace(plan=plan) for plan in plans]
+        self.memory = SimpleNamespace(sizes=batch_sizes(largest))
+        self.slow = dict.fromkeys(plans, 1.0)
+        self.captured: dict[Plan, list[int]] = {plan: [] for plan in plans}
+        self.statistics = PipelineStatistics()
+        self.now = 0.0
 
+    def capture(self, choices: Iterable[Choice], *, show_progress: bool) -> None:
+        for choice in choices:
+            self.captured[self.plans[choice.plan]].append(choice.size)
 
-@dataclass
-class FakeWay:
-    """A decode runner whose steps take `step_seconds`, times `slow`."""
+    def seconds(self, plan: Plan, batch: int, tokens: float) -> float:
+        return self.slow[plan] * step_seconds(plan, batch, tokens)
 
-    plan: Plan
-    clock: Clock
-    statistics: PipelineStatistics
-    largest: int = 512
-    slow: float = 1.0
-    captured: list[int] = field(default_factory=list)
-    steps: int = 0
-    closed: int = 0
-    marks: None = None
-
-    @property
-    def pipeline(self) -> SimpleNamespace:
-        return SimpleNamespace(statistics=self.statistics)
-
-    @property
-    def graph_sizes(self) -> list[int]:
-        return batch_sizes(self.largest)
-
-    def layout(self, size: int) -> InputLayout:
-        return InputLayout.decode(size, 16, pipelined=self.plan != SEQUENTIAL)
-
-    def prepare_size(self, context_lens: np.ndarray, size: int) -> DecodeStep:
-        layout = self.layout(size)
-        rows = micro_batch_rows(context_lens, size) if layout.pipelined else None
-        self.tokens = int(context_lens.sum())
-        return DecodeStep(layout, rows)
-
-    def capture(self, *, show_progress: bool, sizes: list[int] | None = None) -> None:
-        self.captured += sizes or self.graph_sizes
-
-    def run(self, step: DecodeStep, flat: Any, device: torch.device) -> str:
-        assert step.layout.num_seqs in self.captured, "a capture on the hot path"
-        self.steps += 1
-        self.clock.now += self.slow * step_seconds(self.plan, step.layout.num_seqs, self.tokens)
-        return f"logits of {self.plan.name}"
-
-    def finish(self, step: DecodeStep, num_seqs: int) -> None:
-        self.statistics.count_step(num_seqs, pipelined=step.layout.pipelined)
-
-    def close(self) -> None:
-        self.closed += 1
+    def run(self, choice: Choice, num_seqs: int, tokens: int) -> float:
+        plan = self.plans[choice.plan]
+        assert choice.size in self.captured[plan], "a capture on the hot path"
+        self.statistics.count_step(num_seqs, pipelined=choice.plan > 0)
+        seconds = self.seconds(plan, choice.size, tokens)
+        self.now += seconds
+        return seconds
 
 
-PLANS = [SEQUENTIAL, *(Plan("green", *split) for split in splits_to_try(132))]
+PLANS = [SEQUENTIAL, *plans_to_try(132)]
+Timed = list[tuple[str, int, int]]  # plan, batch and tokens of steps that were measured
 
 
-def make_calibration(cache: Path, timed: list[tuple[str, int, int]], largest: int) -> Calibration:
-    def timer(way: Any, batch: int, tokens: int) -> float:
-        timed.append((way.plan.name, batch, tokens))
-        return way.slow * step_seconds(way.plan, batch, tokens)
+def make_auto(
+    cache: Path,
+    timed: Timed | None = None,
+    largest: int = 512,
+    slow: dict[Plan, float] | None = None,
+) -> tuple[AutoPlan, FakeRunner]:
+    runner = FakeRunner(PLANS, largest)
+    runner.slow.update(slow or {})
+
+    def timer(plan: int, batch: int, tokens: int) -> float:
+        if timed is not None:
+            timed.append((PLANS[plan].name, batch, tokens))
+        return runner.seconds(PLANS[plan], batch, tokens)
 
     weight_tokens = WEIGHTS_SECONDS / ATTENTION_SECONDS
-    return Calibration(
+    calibration = Calibration(
         timer, largest, CAPACITY, 4096, weight_tokens, {"device": "fake"}, DiskCache("plans", cache)
     )
+    as_runner: Any = runner
+    auto = AutoPlan(as_runner, calibration)
+    auto.capture(as_runner, show_progress=False)
+    return auto, runner
 
 
-def make_planned(
-    cache: Path, timed: list[tuple[str, int, int]] | None = None, largest: int = 512
-) -> tuple[PlannedDecode, Clock]:
-    clock, statistics = Clock(), PipelineStatistics()
-    ways: Any = {plan: FakeWay(plan, clock, statistics, largest) for plan in PLANS}
-    calibration = make_calibration(cache, [] if timed is None else timed, largest)
-    planned = PlannedDecode(ways, calibration, clock.event)
-    planned.capture(show_progress=False)
-    return planned, clock
-
-
-def run_steps(planned: PlannedDecode, batch: int, context: int, steps: int = 1) -> list[Plan]:
+def run_steps(made: tuple[AutoPlan, FakeRunner], batch: int, context: int, steps: int = 1):
+    """Runs steps of equal sequences; returns their plans."""
+    auto, runner = made
     plans = []
     for _ in range(steps):
-        step = planned.prepare(np.full(batch, context))
-        planned.run(step, torch.empty(0), CPU)
-        planned.finish(step, batch)
-        plans.append(step.choice.plan)
+        choice = auto.choose(batch, batch * context)
+        seconds = runner.run(choice, batch, batch * context)
+        if choice.prediction is not None:
+            auto.observe(choice.prediction, seconds)
+        plans.append(PLANS[choice.plan])
     return plans
 
 
-def best_plan(planned: PlannedDecode, batch: int, context: int) -> Plan:
-    """The fastest of the captured plans at that place, by the formula."""
-    times = {}
-    for plan, way in planned.ways.items():
-        sizes = [size for size in way.captured if size >= batch]
-        if sizes:
-            times[plan] = step_seconds(plan, min(sizes), batch * context)
-    return min(times, key=lambda plan: times[plan])
+def seconds_of(runner: FakeRunner, plan: Plan, batch: int, context: int) -> float:
+    """What a step takes on the smallest graph of a plan that holds it."""
+    sizes = [size for size in runner.captured[plan] if size >= batch]
+    return step_seconds(plan, min(sizes), batch * context) if sizes else float("inf")
 
 
 class TestChoosing:
@@ -158,44 +128,39 @@ class TestChoosing:
     def test_takes_the_fastest_captured_plan(
         self, tmp_path: Path, batch: int, context: int
     ) -> None:
-        planned, _ = make_planned(tmp_path)
-        chosen = run_steps(planned, batch, context, 8)[-1]
-        best = best_plan(planned, batch, context)
-
-        def seconds(plan: Plan) -> float:
-            size = min(size for size in planned.ways[plan].captured if size >= batch)
-            return step_seconds(plan, size, batch * context)
-
-        assert seconds(chosen) <= 1.02 * seconds(best), (chosen.name, best.name)
+        made = make_auto(tmp_path)
+        chosen = run_steps(made, batch, context, 8)[-1]
+        times = {plan: seconds_of(made[1], plan, batch, context) for plan in PLANS}
+        assert times[chosen] <= 1.02 * min(times.values()), chosen.name
 
     def test_pipelines_pay_where_attention_and_dense_work_are_alike(self, tmp_path: Path) -> None:
-        planned, _ = make_planned(tmp_path)
-        assert run_steps(planned, 512, 1000, 8)[-1].mode == "green"
-        assert run_steps(planned, 8, 1000, 8)[-1] == SEQUENTIAL
-        assert run_steps(planned, 512, 16, 8)[-1] == SEQUENTIAL
+        made = make_auto(tmp_path)
+        assert run_steps(made, 512, 1000, 8)[-1].mode == "green"
+        assert run_steps(made, 8, 1000, 8)[-1] == SEQUENTIAL
+        assert run_steps(made, 512, 16, 8)[-1] == SEQUENTIAL
 
     def test_growing_contexts_change_the_plan(self, tmp_path: Path) -> None:
-        planned, clock = make_planned(tmp_path)
-        plans = [run_steps(planned, 512, context)[0] for context in range(16, 1170, 2)]
+        made = make_auto(tmp_path)
+        plans = [run_steps(made, 512, context)[0] for context in range(16, 1170, 2)]
         assert plans[0] == SEQUENTIAL
         assert len(set(plans)) >= 3
-        total = clock.now
-        for plan in planned.ways:
+        for plan in PLANS:
             fixed = sum(step_seconds(plan, 512, 512 * context) for context in range(16, 1170, 2))
-            assert total < 1.01 * fixed, plan.name
+            assert made[1].now < 1.01 * fixed, plan.name
 
     def test_leaves_a_plan_that_disappoints(self, tmp_path: Path) -> None:
-        planned, _ = make_planned(tmp_path)
-        first = run_steps(planned, 512, 1000, 8)[-1]
-        planned.ways[first].slow = 1.5  # type: ignore[attr-defined]
-        assert run_steps(planned, 512, 1000, 60)[-1] != first
+        made = make_auto(tmp_path)
+        first = run_steps(made, 512, 1000, 8)[-1]
+        made[1].slow[first] = 1.5
+        assert run_steps(made, 512, 1000, 60)[-1] != first
 
     def test_the_statistics_name_plan_and_times(self, tmp_path: Path) -> None:
-        planned, _ = make_planned(tmp_path)
-        run_steps(planned, 512, 1000, 10)
-        statistics = planned.pipeline.statistics
+        made = make_auto(tmp_path)
+        run_steps(made, 512, 1000, 10)
+        statistics = made[1].statistics
         record: Any = statistics.as_dict()["planner"]
         assert statistics.mode == "auto"
+        assert statistics.attention_sms is None
         assert record["plan"].startswith("green")
         used = record["plans"][record["plan"]]
         assert used["measured_ms"] == pytest.approx(used["predicted_ms"], rel=0.02)
@@ -203,63 +168,49 @@ class TestChoosing:
         assert statistics.steps["pipelined"] == used["steps"]
 
     def test_steps_without_a_prediction_are_not_timed(self, tmp_path: Path) -> None:
-        planned, _ = make_planned(tmp_path)
-        assert planned.prepare(np.full(8, 100)).marks is None
-        assert planned.prepare(np.full(512, 100)).marks is not None
-        run_steps(planned, 8, 100)
-
-    def test_close_closes_all_ways(self, tmp_path: Path) -> None:
-        planned, _ = make_planned(tmp_path)
-        planned.close()
-        planned.close()
-        assert [way.closed for way in planned.ways.values()] == [2] * len(PLANS)  # type: ignore[attr-defined]
+        auto, _ = made = make_auto(tmp_path)
+        assert auto.choose(8, 800).prediction is None
+        assert auto.choose(512, 51200).prediction is not None
+        run_steps(made, 8, 100)
 
 
 class TestCalibration:
     def test_a_second_engine_measures_nothing(self, tmp_path: Path) -> None:
-        timed: list[tuple[str, int, int]] = []
-        first, _ = make_planned(tmp_path, timed)
+        timed: Timed = []
+        first, runner = make_auto(tmp_path, timed)
         assert timed
         count = len(timed)
-        second, _ = make_planned(tmp_path, timed)
+        second, other = make_auto(tmp_path, timed)
         assert len(timed) == count
         assert second.calibration.table.to_json() == first.calibration.table.to_json()
-        for plan in PLANS:
-            assert second.ways[plan].captured == first.ways[plan].captured  # type: ignore[attr-defined]
+        assert other.captured == runner.captured
 
     def test_takes_few_steps(self, tmp_path: Path) -> None:
-        timed: list[tuple[str, int, int]] = []
-        make_planned(tmp_path, timed, largest=1024)
+        timed: Timed = []
+        make_auto(tmp_path, timed, largest=1024)
         assert len(timed) < 110
 
     def test_hopeless_batches_are_neither_measured_nor_captured(self, tmp_path: Path) -> None:
-        timed: list[tuple[str, int, int]] = []
-        planned, _ = make_planned(tmp_path, timed, largest=100)
+        timed: Timed = []
+        made = make_auto(tmp_path, timed, largest=100)
         assert timed == []
-        assert all(not planned.ways[plan].captured for plan in PLANS[1:])  # type: ignore[attr-defined]
-        assert run_steps(planned, 100, 1000) == [SEQUENTIAL]
+        assert all(not made[1].captured[plan] for plan in PLANS[1:])
+        assert run_steps(made, 100, 1000) == [SEQUENTIAL]
 
     def test_splits_far_from_the_best_are_given_up(self, tmp_path: Path) -> None:
-        timed: list[tuple[str, int, int]] = []
-        clock, statistics = Clock(), PipelineStatistics()
-        ways: Any = {plan: FakeWay(plan, clock, statistics) for plan in PLANS}
-        ways[PLANS[2]].slow = 3.0
-        planned = PlannedDecode(ways, make_calibration(tmp_path, timed, 512), clock.event)
-        planned.capture(show_progress=False)
+        timed: Timed = []
+        make_auto(tmp_path, timed, slow={PLANS[2]: 3.0})
         assert {batch for name, batch, _ in timed if name == PLANS[2].name} == {512}
 
     def test_a_hopeless_split_is_measured_at_its_ends_only(self, tmp_path: Path) -> None:
-        timed: list[tuple[str, int, int]] = []
-        clock, statistics = Clock(), PipelineStatistics()
-        ways: Any = {plan: FakeWay(plan, clock, statistics) for plan in PLANS}
-        ways[PLANS[1]].slow = 5.0  # first of them, so nothing but sequential decode is known yet
-        planned = PlannedDecode(ways, make_calibration(tmp_path, timed, 512), clock.event)
-        planned.capture(show_progress=False)
+        timed: Timed = []
+        # The first of them, so nothing but sequential decode is known yet.
+        made = make_auto(tmp_path, timed, slow={PLANS[1]: 5.0})
         contexts = [tokens // 512 for name, _, tokens in timed if name == PLANS[1].name]
         assert contexts[0] == 1
         assert len(contexts) == 2
-        assert ways[PLANS[1]].captured == []
-        assert PLANS[1] not in set(run_steps(planned, 512, 1000, 20))
+        assert made[1].captured[PLANS[1]] == []
+        assert PLANS[1] not in set(run_steps(made, 512, 1000, 20))
 
     @pytest.mark.parametrize("largest", [1, 127, 128, 200, 512, 513, 1024, 3000])
     def test_sizes(self, largest: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 import sys
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm.engine.cost_table import CostTable
-from nanovllm.engine.planner import Plan, Planner
+from nanovllm.engine.plan import GREEN
+from nanovllm.engine.planner import Planner
 from tests.simulated_gpu import (
     CALIBRATED,
     PLANS,
@@ -123,7 +125,7 @@ class TestChoice:
         ("sizes", "options"),
         [
             ({}, {}),
-            ({SEQUENTIAL: [1], Plan("sequential", None, 4): [1]}, {}),
+            ({SEQUENTIAL: [1], dataclasses.replace(SEQUENTIAL, micro_batches=7): [1]}, {}),
             ({SEQUENTIAL: [1]}, {"margin": -0.1}),
             ({SEQUENTIAL: [1]}, {"patience": 0}),
             ({SEQUENTIAL: [1]}, {"handicap": 1.0}),
@@ -321,7 +323,7 @@ class TestStatistics:
     def test_tell_what_was_done(self):
         table = CostTable()
         table.add("sequential", 8, [(0, 0.020)])
-        green = Plan("green", 36, 96)
+        green = GREEN.with_sms((36, 96))
         table.add("green 36+96", 8, [(0, 0.010)])
         planner = Planner(table, {SEQUENTIAL: [8, 16], green: [8], STREAMS: [8]})
         assert planner.lines() == []

@@ -25,7 +25,7 @@ from nanovllm import Config, LLMEngine
 from nanovllm.engine.green_manager import GreenContextManager
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.pipeline_statistics import PipelineStatistics
-from nanovllm.engine.stage_executor import InlineExecutor
+from nanovllm.engine.stage_times import Span
 from nanovllm.tiny import CHECKPOINT_DIR, PROMPTS
 from tests.checkpoints import Shape
 from tests.decode_cases import DecodeCase, relative_error
@@ -197,7 +197,7 @@ def test_pipeline_scheduler_block_runs():
     positions = [position for context in case.contexts for position in range(len(context))]
     names = run_block(
         SCHEDULER,
-        pipeline_scheduler=PipelineScheduler(case.model, InlineExecutor()),
+        pipeline_scheduler=PipelineScheduler(case.model),
         input_ids=torch.tensor(tokens),
         positions=torch.tensor(positions),
     )
@@ -233,8 +233,11 @@ def test_profiling_switched_on_in_a_finished_config_takes_effect(built, capsys):
 def test_the_statistics_are_printed_as_specified():
     statistics = PipelineStatistics()
     statistics.count_step(128, pipelined=True)
-    statistics.add_times([], 5.46)
-    statistics.attention_ms, statistics.ffn_ms = 2.34, 3.12
+    spans = [
+        Span("attention", 0, (("attention", 0),), 0.0, 2.34),
+        Span("ffn", 0, (("mlp", 0),), 2.34, 5.46),
+    ]
+    statistics.add_times(spans, 5.46)
     assert statistics.format().startswith(STATISTICS.strip() + "\n")
 
 

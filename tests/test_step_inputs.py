@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -11,21 +12,28 @@ import torch
 from nanovllm.engine.block_manager import PADDING_BLOCK
 from nanovllm.engine.scheduler import Chunk
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.step_inputs import InputLayout, StepTensors, fill_inputs, micro_batch_rows
-from nanovllm.layers.attention import DecodeMetadata, PrefillMetadata
+from nanovllm.engine.step_inputs import (
+    StepInputs,
+    StepLayout,
+    balance,
+    decode_first,
+    micro_batches,
+)
+from nanovllm.layers.attention import HeadShape
 from nanovllm.sampling_params import SamplingParams
+from tests.decode_cases import PlanningBackend
 
 MAX_BLOCKS = 9
 RUBBISH = -77
 
 
 def random_chunk(rng: random.Random, block_size: int, seat: int, *, decode: bool) -> Chunk:
-    """A part of a sequence that holds just the blocks it needs."""
+    """A part of a sequence that holds just the blocks it needs; its last token may be pending."""
     length = rng.randint(1, MAX_BLOCKS * block_size)
     blocks = rng.sample(range(1, 500), -(-length // block_size))
     end = length if decode else rng.randint(1, length)
     start = end - 1 if decode else rng.randint(0, end - 1)
-    pending = decode and rng.random() < 0.4
+    pending = rng.random() < 0.4
     seq = Sequence(
         request_id=seat,
         token_ids=[rng.randrange(10_000) for _ in range(length - pending)],
@@ -40,65 +48,98 @@ def random_chunk(rng: random.Random, block_size: int, seat: int, *, decode: bool
     return Chunk(seq, start, end, samples=end == length)
 
 
-def expected_fields(layout, chunks, block_size, tile_size, rows) -> dict[str, list]:
-    """What `fill_inputs` is to write, in Python's plainest words."""
+def inputs_of(block_size: int = 16) -> StepInputs:
+    return StepInputs(block_size, MAX_BLOCKS, PlanningBackend(HeadShape(2, 1, 64)))
+
+
+def decode_layout(size: int, parts: int = 1, plan: int = 0) -> StepLayout:
+    return inputs_of().decode_layout(plan, size, parts)
+
+
+def mixed_layout(chunks: list[Chunk], parts: list[list[int]]) -> StepLayout:
+    return inputs_of().mixed_layout(0, [[chunks[i] for i in part] for part in parts])
+
+
+def token_of(chunk: Chunk, position: int) -> int:
+    known = position < len(chunk.seq.token_ids)
+    return chunk.seq.token_ids[position] if known else -1 - chunk.seq.seat
+
+
+def expected_rows(rows, chunks, block_size) -> dict[str, list]:
+    """What one micro-batch is to hold, in Python's plainest words."""
     fields: dict[str, list] = {
-        name: [] for name in ("input_ids", "positions", "slot_mapping", "context_lens")
+        name: []
+        for name in ("input_ids", "positions", "slot_mapping", "context_lens", "block_tables")
     }
-    fields["block_tables"] = []
-    by_row = dict(zip(rows, chunks, strict=True))
-    ends, sampled, tiles = [0], [], [0]
-    for row in range(layout.num_seqs):
-        chunk = by_row.get(row)
+    decoding = [chunk for chunk in chunks if chunk.end - chunk.start == 1]
+    prompts = [chunk for chunk in chunks if chunk.end - chunk.start > 1]
+    plan, starts = [], [0]  # see `PlanningBackend`
+    padding = [None] * (rows.decode_rows - len(decoding))
+    for chunk in [*decoding, *padding, *prompts]:
         if chunk is None:
             fields["input_ids"].append(0)
             fields["positions"].append(0)
             fields["slot_mapping"].append(PADDING_BLOCK * block_size)
             fields["context_lens"].append(1)
-            fields["block_tables"].append([PADDING_BLOCK] * layout.max_blocks)
-            tiles.append(tiles[-1])
+            fields["block_tables"].append([PADDING_BLOCK] * rows.max_blocks)
+            plan.append(0)
             continue
-        seq, table = chunk.seq, chunk.seq.block_table
+        table = chunk.seq.block_table
         for position in range(chunk.start, chunk.end):
-            known = position < len(seq.token_ids)
-            fields["input_ids"].append(seq.token_ids[position] if known else -1 - seq.seat)
+            fields["input_ids"].append(token_of(chunk, position))
             fields["positions"].append(position)
             slot = table[position // block_size] * block_size + position % block_size
             fields["slot_mapping"].append(slot)
         fields["context_lens"].append(chunk.end)
-        padding = [PADDING_BLOCK] * (layout.max_blocks - len(table))
-        fields["block_tables"].append(table + padding)
-        ends.append(len(fields["input_ids"]))
-        tiles.append(tiles[-1] + (chunk.end + tile_size - 1) // tile_size)
-        if chunk.samples:
-            sampled.append(ends[-1] - 1)
-    if layout.pipelined:
-        padding = [0] * (layout.num_samples - len(chunks))
-        return {**fields, "tile_offsets": tiles, "sample_rows": [*rows, *padding]}
-    if layout.is_decode:
-        return {**fields, "tile_offsets": tiles}
-    return {**fields, "cu_seqlens_q": ends, "sample_rows": sampled}
+        fields["block_tables"].append(table + [PADDING_BLOCK] * (rows.max_blocks - len(table)))
+        if chunk in prompts:
+            starts.append(starts[-1] + chunk.end - chunk.start)
+        else:
+            plan.append(chunk.end)
+    if rows.decode_rows:
+        fields["decode_plan"] = plan
+    if prompts:
+        fields["cu_seqlens_q"] = starts
+    return fields
 
 
-def check(layout, chunks, block_size, tile_size=64, rows=None) -> None:
+def check(layout, chunks, block_size, parts=None) -> None:
+    parts = [range(len(chunks))] if parts is None else parts
     flat = np.full(layout.size, RUBBISH, np.int32)
-    fill_inputs(layout, chunks, block_size, tile_size, flat, rows)
-    held = range(len(chunks)) if rows is None else rows.tolist()
-    expected = expected_fields(layout, chunks, block_size, tile_size, held)
-    views = layout.views(flat)
-    assert list(views) == list(layout.shapes)
-    for name, view in views.items():
-        assert view.tolist() == expected[name], name
-        assert view.shape == layout.shapes[name]
-    assert sum(view.size for view in views.values()) == layout.size
+    inputs_of(block_size).fill(layout, chunks, parts, flat)
+    step, *views = layout.views(flat)
+    for rows, part, fields in zip(layout.micro_batches, parts, views, strict=True):
+        expected = expected_rows(rows, [chunks[i] for i in part], block_size)
+        assert {name: view.tolist() for name, view in fields.items()} == expected
+    if "sample_rows" in step:
+        sampled = [chunk for chunk in chunks if chunk.samples]
+        assert len(step["sample_rows"]) == layout.num_samples >= len(sampled)
+        # In the order of the chunks, whatever micro-batch they are in.
+        for chunk, row in zip(sampled, step["sample_rows"].tolist(), strict=False):
+            assert step["input_ids"][row] == token_of(chunk, chunk.end - 1)
+        assert not step["sample_rows"][len(sampled) :].any()
+    else:
+        assert layout.is_decode
+    assert RUBBISH not in flat
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 48, 256])
 @pytest.mark.parametrize("seed", range(6))
-def test_prefill(seed, block_size):
+def test_prompts(seed, block_size):
     rng = random.Random(seed)
     chunks = [random_chunk(rng, block_size, i, decode=False) for i in range(rng.randint(1, 7))]
-    check(InputLayout.prefill(chunks, MAX_BLOCKS), chunks, block_size)
+    part = decode_first(chunks)
+    check(mixed_layout(chunks, [part]), chunks, block_size, parts=[part])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_of_both_kinds_in_any_number_of_micro_batches(seed):
+    rng = random.Random(seed)
+    chunks = [random_chunk(rng, 16, i, decode=rng.random() < 0.5) for i in range(9)]
+    numbers = decode_first(chunks)
+    count = rng.randint(1, 4)
+    parts = [numbers[i::count] for i in range(count)]
+    check(mixed_layout(chunks, parts), chunks, 16, parts=parts)
 
 
 @pytest.mark.parametrize("padding", [0, 1, 5])
@@ -107,98 +148,153 @@ def test_prefill(seed, block_size):
 def test_decode(seed, block_size, padding):
     rng = random.Random(seed)
     chunks = [random_chunk(rng, block_size, i, decode=True) for i in range(rng.randint(1, 9))]
-    layout = InputLayout.decode(len(chunks) + padding, MAX_BLOCKS)
-    check(layout, chunks, block_size, tile_size=rng.choice([16, 64]))
+    check(decode_layout(len(chunks) + padding), chunks, block_size)
 
 
+@pytest.mark.parametrize("parts", [2, 3, 4])
 @pytest.mark.parametrize(
-    ("count", "size"), [(1, 2), (1, 8), (5, 8), (7, 8), (8, 8), (3, 3), (5, 7)]
+    ("count", "size"), [(1, 4), (1, 8), (5, 8), (7, 8), (8, 8), (4, 4), (5, 7)]
 )
-def test_decode_in_two_halves_with_padding_in_each(count, size):
+def test_decode_in_micro_batches_with_padding_in_each(count, size, parts):
     rng = random.Random(count)
     chunks = [random_chunk(rng, 16, i, decode=True) for i in range(count)]
-    rows = micro_batch_rows(np.array([chunk.end for chunk in chunks]), size)
-    check(InputLayout.decode(size, MAX_BLOCKS, pipelined=True), chunks, 16, rows=rows)
+    layout = decode_layout(size, parts)
+    lengths = np.array([chunk.end for chunk in chunks])
+    check(layout, chunks, 16, parts=balance(lengths, layout))
 
 
-@pytest.mark.parametrize("size", range(1, 12))
-def test_micro_batches_of_equal_sequences_are_as_equal_as_may_be(size):
+@pytest.mark.parametrize("parts", [2, 3, 4])
+@pytest.mark.parametrize("size", range(4, 12))
+def test_micro_batches_of_equal_sequences_are_as_equal_as_may_be(size, parts):
     for count in range(1, size + 1):
-        rows = micro_batch_rows(np.full(count, 100), size)
-        assert len(set(rows.tolist())) == count
-        assert sum(rows < (size + 1) // 2) == (count + 1) // 2
-        assert max(rows) < size
+        dealt = balance(np.full(count, 100), decode_layout(size, parts))
+        sizes = [len(part) for part in dealt]
+        assert sorted(itertools.chain.from_iterable(dealt)) == list(range(count))
+        assert max(sizes) - min(sizes) <= 1
 
 
+@pytest.mark.parametrize("parts", [2, 3, 4])
 @pytest.mark.parametrize("seed", range(20))
-def test_micro_batches_carry_the_same_work(seed):
-    """As far as whole sequences allow: the halves differ by no more than one of them."""
+def test_micro_batches_carry_the_same_work(seed, parts):
+    """As far as whole sequences allow: two differ by no more than one of them."""
     rng = np.random.default_rng(seed)
     size = int(rng.integers(16, 300))
-    lengths = rng.integers(1, 4096, int(rng.integers(size // 2 + 1, size + 1)))
-    rows = micro_batch_rows(lengths, size)
-    first = rows < (size + 1) // 2
-    assert len(set(rows.tolist())) == len(lengths)
-    assert abs(int(lengths[first].sum()) - int(lengths[~first].sum())) <= lengths.max()
+    lengths = rng.integers(1, 4096, int(rng.integers(size * 3 // 4 + 1, size + 1)))
+    layout = decode_layout(size, parts)
+    dealt = balance(lengths, layout)
+    assert sorted(itertools.chain.from_iterable(dealt)) == list(range(len(lengths)))
+    for part, rows in zip(dealt, layout.micro_batches, strict=True):
+        assert len(part) <= rows.decode_rows
+    tokens = [int(lengths[part].sum()) for part in dealt if part]
+    # One that is full takes no more, so it may stay behind.
+    full = any(len(p) == r.decode_rows for p, r in zip(dealt, layout.micro_batches, strict=True))
+    assert max(tokens) - min(tokens) <= lengths.max() * (2 if full else 1)
 
 
 def test_one_long_sequence_is_balanced_by_many_short_ones():
     lengths = np.array([100, 1000, 100, 100, 100, 100])
-    rows = micro_batch_rows(lengths, 12)
-    assert (rows < 6).tolist() == [False, True, False, False, False, False]
+    dealt = balance(lengths, decode_layout(12, 2))
+    assert [sorted(part) for part in dealt] == [[1], [0, 2, 3, 4, 5]]
 
 
 def test_a_step_of_padding_alone():
-    check(InputLayout.decode(4, MAX_BLOCKS), [], 16)
+    check(decode_layout(4), [], 16)
+    check(decode_layout(5, 2), [], 16, parts=[[], []])
 
 
-def test_prefill_without_samples():
+def test_prompts_without_samples():
     rng = random.Random(0)
     chunk = random_chunk(rng, 16, 0, decode=False)
-    chunk = Chunk(chunk.seq, 0, 1, samples=False)
-    layout = InputLayout.prefill([chunk], MAX_BLOCKS)
-    assert layout.num_samples == 0
-    check(layout, [chunk], 16)
+    for end in (1, 2):
+        chunks = [Chunk(chunk.seq, 0, end, samples=False)]
+        layout = mixed_layout(chunks, [[0]])
+        assert layout.num_samples == 0
+        check(layout, chunks, 16)
 
 
 def test_views_of_a_tensor_are_views():
-    layout = InputLayout.decode(3, 4)
+    layout = decode_layout(5, 2)
     flat = torch.arange(layout.size, dtype=torch.int32)
-    views = layout.views(flat)
-    assert torch.equal(torch.cat([view.flatten() for view in views.values()]), flat)
-    views["positions"].fill_(-5)
-    assert flat.tolist().count(-5) == 3
+    step, *parts = layout.views(flat)
+    parts[1]["positions"].fill_(-5)
+    parts[0]["input_ids"].fill_(-6)
+    assert flat.tolist().count(-5) == 2
+    assert step["input_ids"].tolist()[:3] == [-6] * 3
 
 
-def test_step_tensors_of_decode_resolve_pending_tokens():
+@pytest.mark.parametrize("seed", range(4))
+def test_a_layout_travels_as_integers_and_names_its_plan(seed):
+    rng = random.Random(seed)
+    chunks = [random_chunk(rng, 16, i, decode=rng.random() < 0.5) for i in range(6)]
+    mixed = mixed_layout(chunks, [decode_first(chunks)])
+    for layout in (decode_layout(7, 3, plan=4), decode_layout(1), mixed):
+        integers = layout.to_integers()
+        assert all(isinstance(value, int) for value in integers)
+        assert StepLayout.from_integers(integers) == layout
+    assert decode_layout(7, 3, plan=4).to_integers()[0] == 4
+
+
+def filled(layout, chunks, parts) -> torch.Tensor:
+    flat = torch.empty(layout.size, dtype=torch.int32)
+    inputs_of().fill(layout, chunks, parts, flat.numpy())
+    return flat
+
+
+def test_pending_tokens_are_resolved_in_rows_of_both_kinds():
+    """Those of decode rows, and one that a prompt's chunk ends in."""
     rng = random.Random(5)
     chunks = [random_chunk(rng, 16, seat, decode=True) for seat in range(8)]
-    pending = [chunk.seq.num_pending for chunk in chunks]
-    assert 0 < sum(pending) < 8
-    layout = InputLayout.decode(8, MAX_BLOCKS)
-    flat = torch.empty(layout.size, dtype=torch.int32)
-    fill_inputs(layout, chunks, 16, 64, flat.numpy())
+    for chunk in chunks[::2]:
+        chunk.start = max(0, chunk.end - 5)
+    pending = [bool(chunk.seq.num_pending) for chunk in chunks]
+    prompts = [chunk.end - chunk.start > 1 for chunk in chunks]
+    assert {*zip(pending, prompts, strict=True)} == {(a, b) for a in (0, 1) for b in (0, 1)}
+    numbers = decode_first(chunks)
+    parts = [numbers[::2], numbers[1::2]]
+    layout = mixed_layout(chunks, parts)
     last_tokens = torch.arange(100, 108)
-    tensors = StepTensors.of(layout, flat, last_tokens, "scratch")
-    assert tensors.input_ids.tolist() == [
+    batches, rows = micro_batches(layout, filled(layout, chunks, parts), last_tokens, None)
+    ids = torch.cat([batch.inputs.input_ids for batch in batches])
+    assert ids[rows].tolist() == [
         last_tokens[c.seq.seat] if c.seq.num_pending else c.seq.token_ids[-1] for c in chunks
     ]
-    assert isinstance(tensors.metadata, DecodeMetadata)
-    assert tensors.metadata.workspace == "scratch"
-    assert tensors.metadata.context_lens.tolist() == [chunk.end for chunk in chunks]
-    assert tensors.sample_rows is None
+    assert ids.min() >= 0
 
 
-def test_step_tensors_of_prefill():
+def test_micro_batches_of_decode():
+    rng = random.Random(6)
+    chunks = [random_chunk(rng, 16, seat, decode=True) for seat in range(8)]
+    layout = decode_layout(8)
+    (batch,), rows = micro_batches(
+        layout, filled(layout, chunks, [range(8)]), torch.zeros(8), "scratch"
+    )
+    metadata = batch.inputs.metadata
+    assert metadata.prefill is None
+    assert metadata.decode.workspace == "scratch"
+    assert metadata.decode.context_lens.tolist() == [chunk.end for chunk in chunks]
+    assert rows is None
+
+
+def test_micro_batches_of_prompts_and_of_both_kinds():
     rng = random.Random(6)
     chunks = [random_chunk(rng, 16, seat, decode=False) for seat in range(3)]
-    layout = InputLayout.prefill(chunks, MAX_BLOCKS)
-    flat = torch.empty(layout.size, dtype=torch.int32)
-    fill_inputs(layout, chunks, 16, 64, flat.numpy())
-    tensors = StepTensors.of(layout, flat, torch.zeros(8), None)
-    assert isinstance(tensors.metadata, PrefillMetadata)
     sizes = [chunk.end - chunk.start for chunk in chunks]
-    assert tensors.metadata.cu_seqlens_q.diff().tolist() == sizes
-    assert tensors.metadata.max_seqlen_q == max(sizes)
-    assert tensors.positions[0] == chunks[0].start
-    assert len(tensors.sample_rows) == sum(chunk.samples for chunk in chunks)
+    assert min(sizes) > 1
+    layout = mixed_layout(chunks, [[0, 1, 2]])
+    flat = filled(layout, chunks, [range(3)])
+    (batch,), rows = micro_batches(layout, flat, torch.zeros(8), None)
+    metadata = batch.inputs.metadata
+    assert metadata.decode is None
+    assert metadata.prefill.cu_seqlens_q.diff().tolist() == sizes
+    assert metadata.prefill.max_seqlen_q == max(sizes)
+    assert batch.inputs.positions[0] == chunks[0].start
+    assert len(rows) == sum(chunk.samples for chunk in chunks)
+
+    chunks = [random_chunk(rng, 16, 3, decode=True), *chunks]
+    layout = mixed_layout(chunks, [[0, 1, 2, 3]])
+    flat = filled(layout, chunks, [range(4)])
+    (batch,), _ = micro_batches(layout, flat, torch.zeros(8), None)
+    metadata = batch.inputs.metadata
+    assert metadata.decode.context_lens.tolist() == [chunks[0].end]
+    assert metadata.prefill.cu_seqlens_q.diff().tolist() == sizes
+    assert len(metadata.slot_mapping) == 1 + sum(sizes)

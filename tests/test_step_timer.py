@@ -1,15 +1,13 @@
-"""Timing a step: when its readings count, and the inputs it runs on."""
+"""Timing a step: when its readings count, and the sequences it runs on."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 
-from nanovllm.engine.step_inputs import InputLayout
-from nanovllm.engine.step_timer import ALIKE, MOST_READINGS, fill_steady, settled_seconds
+from nanovllm.engine.step_timer import ALIKE, MOST_READINGS, settled_seconds, steady_chunks
 
 # Steps of 1,024 sequences of 519 tokens after a pause, 8B shape on one H200, ms: clocks settle,
 # and at the end dip.
@@ -45,22 +43,15 @@ def test_what_never_settles_is_a_median(seed: int) -> None:
     assert len(list(left)) >= MOST_READINGS
 
 
-@pytest.mark.parametrize("pipelined", [False, True])
 @pytest.mark.parametrize(("context", "blocks"), [(1, 10), (256, 8), (1000, 40), (1000, 3)])
-def test_made_up_inputs_are_a_steady_batch(context: int, blocks: int, pipelined: bool) -> None:
-    layout = InputLayout.decode(6, 5, pipelined)
-    flat = np.full(layout.size, -1, np.int32)
-    fill_steady(layout, context, blocks, 256, 64, flat)
-    views = layout.views(flat)
+def test_made_up_sequences_are_a_steady_batch(context: int, blocks: int) -> None:
+    chunks = list(steady_chunks(6, context, blocks, 256))
+    assert [(chunk.start, chunk.end) for chunk in chunks] == [(context - 1, context)] * 6
+    assert all(chunk.samples for chunk in chunks)
     used = -(-context // 256)
-    tables = views["block_tables"]
-    assert (views["context_lens"] == context).all()
-    assert (tables[:, :used] >= 1).all()
-    assert (tables <= blocks).all()
+    tables = [chunk.seq.block_table for chunk in chunks]
+    assert {len(table) for table in tables} == {used}
+    held = [block for table in tables for block in table]
+    assert 1 <= min(held) <= max(held) <= blocks
     if 6 * used <= blocks:
-        assert len(np.unique(tables[:, :used])) == 6 * used
-    last = context - 1
-    slots = tables[:, last // 256] * 256 + last % 256
-    assert (views["slot_mapping"] == slots).all()
-    assert views["tile_offsets"].tolist() == [i * -(-context // 64) for i in range(7)]
-    assert (flat >= 0).all()
+        assert len(set(held)) == 6 * used

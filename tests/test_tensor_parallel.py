@@ -200,8 +200,8 @@ def generate(engine: LLM) -> None:
     [
         ("process_groups.gloo_group", scripts.KILL, "was killed by SIGKILL"),
         ("model_runner.ModelRunner._load", scripts.KILL, "was killed by SIGKILL"),
-        ("model_runner.ModelRunner.run", scripts.KILL, "was killed by SIGKILL"),
-        ("model_runner.ModelRunner.run", scripts.RAISE, "ended with exit status 1; its own messa"),
+        ("model_runner.PreparedStep", scripts.KILL, "was killed by SIGKILL"),
+        ("model_runner.PreparedStep", scripts.RAISE, "ended with exit status 1; its own messa"),
     ],
     ids=["killed joining", "killed loading", "killed in step", "error in step"],
 )
@@ -275,7 +275,7 @@ def test_interrupted_step_ends_the_engine(model, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine.model_runner, "run", interrupted)
+    monkeypatch.setattr(engine.model_runner.step_runner, "run", interrupted)
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         generate(engine)
@@ -296,6 +296,31 @@ while True:
 """
 
 
+PIPELINED = """
+import sys
+from nanovllm import LLM
+
+prompts = [[5, 6, 7], [8] * 20, [9], [10, 11]]
+options = dict(device="cpu", max_model_len=64, kvcache_block_size=16)
+tokens = []
+for more in ({}, dict(tensor_parallel_size=2, enable_pipeline=True, pipeline_mode="microbatch",
+                      pipeline_strict=True)):
+    with LLM(sys.argv[1], **options, **more) as llm:
+        outputs = llm.generate(prompts, temperature=0, max_tokens=12, use_tqdm=False)
+        tokens.append([output["token_ids"] for output in outputs])
+        steps = llm.model_runner.get_pipeline_statistics()["steps"]
+print(tokens[0] == tokens[1], steps["pipelined"] > 3)
+"""
+
+
+def test_the_plan_of_a_step_reaches_the_other_ranks(model, tmp_path):
+    """They run the same micro-batches, or the collectives of the two would not fit."""
+    script = tmp_path / "pipelined.py"
+    script.write_text(PIPELINED)
+    result = scripts.run(script, model)
+    assert result.stdout.split() == ["True", "True"], result.stderr
+
+
 def test_workers_end_with_rank_0(model, tmp_path):
     script = tmp_path / "endless.py"
     script.write_text(ENDLESS)
@@ -313,12 +338,12 @@ def test_workers_end_with_rank_0(model, tmp_path):
 CRASH = """
 import os, sys
 from nanovllm import LLM
-from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.step_runner import StepRunner
 
 if os.environ["RANK"] == "1":
-    def _prefill(self, *args):
+    def run(self, *args):
         raise ValueError("broken on purpose")
-    ModelRunner._prefill = _prefill
+    StepRunner.run = run
 llm = LLM(sys.argv[1], device="cpu", tensor_parallel_size=2, max_model_len=64)
 print("serving", flush=True)
 llm.generate([[5, 6, 7]], max_tokens=20, use_tqdm=False)

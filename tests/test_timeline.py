@@ -13,20 +13,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
-from nanovllm.engine.pipeline_statistics import KEPT_STEPS, PipelineStatistics, time_of_both
-from nanovllm.engine.stage_executor import InlineExecutor
-from nanovllm.engine.stage_marks import CpuMarks, Span
-from nanovllm.utils.timeline import ROWS, save_timeline, trace_events
+from nanovllm.engine.pipeline_statistics import KEPT_STEPS, PipelineStatistics, overlap
+from nanovllm.engine.plan import Work
+from nanovllm.engine.stage_times import Span, StageTimer
+from nanovllm.models.stage import Stage
+from nanovllm.utils.timeline import save_timeline, trace_events
 from tests.checkpoints import Shape
 from tests.decode_cases import DecodeCase
 
 LAST_MS = 40
 
+LANES = ("attention", "ffn", "qkv")
+
+
+def span(lane: str, start: float, end: float, micro_batch: int = 0, layer: int = 0) -> Span:
+    return Span(lane, micro_batch, ((lane, layer),), start, end)
+
+
 # Spans on whole milliseconds, so that what runs at each half tells all.
 spans = st.lists(
     st.builds(
-        lambda stage, start, length: Span(stage, 0, 0, start, start + length),
-        st.sampled_from(ROWS),
+        lambda lane, start, length: span(lane, start, start + length),
+        st.sampled_from(LANES),
         st.integers(0, 30),
         st.integers(0, 10),
     ),
@@ -35,22 +43,21 @@ spans = st.lists(
 
 
 @given(spans)
-def test_time_of_both_is_what_a_look_at_every_moment_finds(spans):
-    def running(stage: str, moment: float) -> bool:
-        return any(s.stage == stage and s.start_ms < moment < s.end_ms for s in spans)
+def test_overlap_is_what_a_look_at_every_moment_finds(spans):
+    def running(moment: float) -> set[str]:
+        return {s.lane for s in spans if s.start_ms < moment < s.end_ms}
 
     moments = [tick + 0.5 for tick in range(LAST_MS)]
-    expected = sum(running("attention", moment) and running("ffn", moment) for moment in moments)
-    assert time_of_both(spans) == expected
+    assert overlap(spans) == sum(len(running(moment)) > 1 for moment in moments)
 
 
 @given(spans)
-def test_time_of_both_does_not_depend_on_the_order_of_the_spans(spans):
-    assert time_of_both(spans[::-1]) == time_of_both(spans)
+def test_overlap_does_not_depend_on_the_order_of_the_spans(spans):
+    assert overlap(spans[::-1]) == overlap(spans)
 
 
 def two_overlapping_stages() -> list[Span]:
-    return [Span("attention", 0, 0, 0.0, 3.0), Span("ffn", 0, 1, 1.0, 5.0)]
+    return [span("attention", 0.0, 3.0), span("ffn", 1.0, 5.0, 1)]
 
 
 def test_statistics_are_means_over_the_profiled_steps():
@@ -67,6 +74,14 @@ def test_statistics_are_means_over_the_profiled_steps():
     assert stats["steps"] == {"pipelined": 2, "sequential": 1}
     assert stats["tokens"] == {"pipelined": 8, "sequential": 1}
     assert (stats["total_tokens"], stats["profiled_steps"]) == (9, 2)
+
+
+def test_whatever_is_not_attention_counts_as_ffn():
+    statistics = PipelineStatistics(lane_sms={"attention": 36, "ffn": 80, "qkv": 16})
+    statistics.add_times([span("ffn", 0, 3), span("attention", 0, 5), span("qkv", 1, 2)], 5.0)
+    stats = statistics.as_dict()
+    assert (stats["avg_attention_ms"], stats["avg_ffn_ms"]) == (5.0, 4.0)
+    assert (stats["attention_sms"], stats["ffn_sms"]) == (36, 96)
 
 
 def test_without_profiling_there_are_no_times():
@@ -93,25 +108,27 @@ def test_changing_the_returned_statistics_does_not_change_the_counts():
 def test_only_the_last_steps_are_kept():
     statistics = PipelineStatistics()
     for step in range(KEPT_STEPS + 5):
-        statistics.add_times([Span("ffn", step, 0, 0.0, 1.0)], 1.0)
-    layers = [step[0].layer for step in statistics.recent]
+        statistics.add_times([span("ffn", 0.0, 1.0, layer=step)], 1.0)
+    layers = [step[0].stages[0][1] for step in statistics.recent]
     assert layers == list(range(5, KEPT_STEPS + 5))
     assert statistics.profiled_steps == KEPT_STEPS + 5
 
 
-def test_the_marks_of_the_cpu_are_times_from_the_beginning_of_the_step():
-    marks = CpuMarks()
+def test_times_are_from_the_beginning_of_the_step():
+    timer = StageTimer(torch.device("cpu"))
+    stages = tuple(Stage(name, 3, lambda batch: None) for name in ("mlp", "qkv"))
     for _ in range(2):  # a step forgets the one before
-        marks.begin_step()
+        timer.begin_step()
         time.sleep(0.01)
-        with marks.around("ffn", 3, 1):
-            time.sleep(0.02)
-        marks.end_step()
-    (span,), total_ms = marks.read()
-    assert (span.stage, span.layer, span.micro_batch) == ("ffn", 3, 1)
-    assert span.start_ms >= 10
-    assert span.end_ms - span.start_ms >= 20
-    assert span.end_ms <= total_ms
+        begin = timer.mark()
+        time.sleep(0.02)
+        timer.add(Work("ffn", 1, stages), begin)
+        timer.end_step()
+    (only,), total_ms = timer.read()
+    assert (only.lane, only.micro_batch, only.stages) == ("ffn", 1, (("mlp", 3), ("qkv", 3)))
+    assert only.start_ms >= 10
+    assert only.end_ms - only.start_ms >= 20
+    assert only.end_ms <= total_ms
 
 
 LAYERS = 3
@@ -121,7 +138,7 @@ LAYERS = 3
 def steps() -> list[list[Span]]:
     """The stages of four real steps of two micro-batches."""
     case = DecodeCase(Shape(layers=LAYERS), 4)
-    scheduler = PipelineScheduler(case.model, InlineExecutor())
+    scheduler = PipelineScheduler(case.model)
     for _ in range(4):
         inputs = case.step()
         scheduler.decode_token(inputs.input_ids, inputs.positions, inputs.metadata)
@@ -132,26 +149,29 @@ def steps() -> list[list[Span]]:
 def check_trace(events: list[dict], layers: int, micro_batches: int) -> int:
     """Checks that a Chrome trace shows every stage of every step; returns how many steps."""
     names = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
-    assert sorted(names.values()) == ["attention", "ffn"]
+    assert list(names.values()) == ["attention", "ffn"]
     boxes = [event for event in events if event["ph"] == "X"]
     assert len(boxes) + len(names) == len(events)
-    for row, stage in names.items():
+    for row, lane in names.items():
         inside = sorted((b for b in boxes if b["tid"] == row), key=lambda box: box["ts"])
-        assert {box["cat"] for box in inside} == {stage}
+        assert {box["cat"] for box in inside} == {lane}
         for box, following in pairwise(inside):
             assert box["dur"] >= 0
             assert box["ts"] + box["dur"] <= following["ts"] + 1e-3, "boxes of a row overlap"
     drawn = Counter(
-        (b["args"]["step"], b["cat"], b["args"]["layer"], b["args"]["micro_batch"])
+        (b["args"]["step"], stage, b["args"]["micro_batch"])
         for b in boxes
-        if b["args"]["layer"] >= 0
+        for stage in b["args"]["stages"]
     )
     num_steps = 1 + max(box["args"]["step"] for box in boxes)
+    # Whatever the model does before attention of layer 0 may be one stage or several.
+    expected = {f"{kind}{layer}" for kind in ("qkv", "attention", "mlp") for layer in range(layers)}
+    stages = {stage for _, stage, _ in drawn}
+    assert stages >= expected
     assert drawn == Counter(
-        (step, stage, layer, micro_batch)
+        (step, stage, micro_batch)
         for step in range(num_steps)
-        for stage in ROWS
-        for layer in range(layers)
+        for stage in stages
         for micro_batch in range(micro_batches)
     )
     return num_steps
@@ -163,9 +183,16 @@ def test_a_trace_has_a_box_for_every_stage_layer_and_micro_batch(steps, tmp_path
     assert check_trace(json.loads(path.read_text())["traceEvents"], LAYERS, 2) == len(steps)
 
 
-def test_boxes_are_named_by_micro_batch_and_layer(steps):
-    names = {e["name"] for e in trace_events(steps) if e["ph"] == "X"}
-    assert names == {"A in", "B in", "A0", "B0", "A1", "B1", "A2", "B2"}
+def test_boxes_are_named_by_micro_batch_and_stages(steps):
+    names = [e["name"] for e in trace_events(steps) if e["ph"] == "X"]
+    assert {name[0] for name in names} == {"A", "B"}
+    assert {"A attention0", "B attention2", "A mlp0 qkv1", "B mlp2"} <= set(names)
+
+
+def test_lanes_have_a_row_each_whatever_their_number():
+    events = trace_events([[span("qkv", 0, 1), span("ffn", 1, 2), span("attention", 1, 4)]])
+    rows = [event["args"]["name"] for event in events if event["ph"] == "M"]
+    assert rows == ["attention", "qkv", "ffn"]
 
 
 def test_boxes_have_the_times_of_their_stages_in_microseconds(steps):
@@ -207,7 +234,7 @@ def test_without_profiled_steps_there_is_nothing_to_draw(tmp_path):
 
 def test_stages_of_one_sequence_have_one_micro_batch():
     case = DecodeCase(Shape(layers=2), 1)
-    scheduler = PipelineScheduler(case.model, InlineExecutor())
+    scheduler = PipelineScheduler(case.model)
     with torch.inference_mode():
         inputs = case.step()
         scheduler.decode_token(inputs.input_ids, inputs.positions, inputs.metadata)

@@ -78,7 +78,7 @@ def test_only_the_padding_block_is_written():
         runner = engine.model_runner
         logits = runner._prefill_padding([5, 1, 40])
         assert logits.shape == (3, runner.model_config.vocab_size)
-        assert runner.decode.run_padding(3, runner.device).shape == logits.shape
+        assert runner.step_runner.run_padding(3).shape == logits.shape
         for layer in runner.model.model.layers:
             for cache in (layer.self_attn.k_cache, layer.self_attn.v_cache):
                 assert cache[PADDING_BLOCK].any()

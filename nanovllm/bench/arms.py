@@ -22,9 +22,13 @@ import torch
 from nanovllm.bench import BenchError
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.planned_decode import Decode, PlannedDecode, Split, split_for
+from nanovllm.engine.pipeline import MIN_DENSE_SMS
+from nanovllm.engine.plan import LANES3
+from nanovllm.engine.planned_decode import AutoPlan, Split, split_for
+from nanovllm.engine.step_runner import StepRunner
 
 SEQUENTIAL, GREEN, AUTO, FALLBACK = "sequential", "green", "auto", "fallback"
+QKV_LANE = LANES3.mode
 # The FFN's part of all SMs where nothing is said.
 FFN_SHARE = 0.72
 
@@ -56,12 +60,12 @@ class Arm:
     Attributes:
         spec: as asked for.
         runner: the engine's.
-        decode: runs the steps.
+        step_runner: runs the steps.
     """
 
     spec: ArmSpec
     runner: ModelRunner
-    decode: Decode
+    step_runner: StepRunner
 
     @property
     def mode(self) -> str:
@@ -83,24 +87,24 @@ class Arm:
         return {name: record["steps"] for name, record in plans.items()}
 
     def _planner(self) -> dict[str, Any]:
-        planner = self.decode.pipeline.statistics.as_dict().get("planner")
+        planner = self.step_runner.statistics.as_dict().get("planner")
         return planner if isinstance(planner, dict) else {}
 
     def activate(self) -> None:
         """Makes the engine's next decode steps run this way; none may be under way."""
         if self.runner.device.type == "cuda":
             torch.cuda.synchronize(self.runner.device)
-        self.runner.decode = self.decode
+        self.runner.step_runner = self.step_runner
 
     def fallback_reason(self, batch: int) -> str | None:
         """Why steps of `batch` sequences do not run as asked for; None if they do."""
         if self.mode in (SEQUENTIAL, FALLBACK):
             return None
-        pipeline = self.decode.pipeline
-        if pipeline.statistics.fallback_reason is not None:
-            return pipeline.statistics.fallback_reason
-        if self.mode != AUTO and not pipeline.pipelines(batch):
-            return f"a batch of {batch} cannot be cut in two"
+        if self.step_runner.statistics.fallback_reason is not None:
+            return self.step_runner.statistics.fallback_reason
+        fewest = self.step_runner.schedulers[-1].plan.micro_batches
+        if self.mode != AUTO and batch < fewest:
+            return f"a batch of {batch} is too small for {fewest} micro-batches"
         return None
 
 
@@ -151,31 +155,35 @@ def open_arms(engine: LLMEngine, specs: Sequence[ArmSpec]) -> Iterator[list[Arm]
         specs: one for each arm.
     """
     runner = engine.model_runner
-    own = runner.decode
+    own = runner.step_runner
     arms: list[Arm] = []
     try:
         for spec in specs:
-            decode = own if spec.mode == SEQUENTIAL else make_decode(runner, spec)
-            arms.append(Arm(spec, runner, decode))
-            if isinstance(decode, PlannedDecode):
-                decode.calibrate(show_progress=True)
+            steps = own if spec.mode == SEQUENTIAL else make_step_runner(runner, spec)
+            arms.append(Arm(spec, runner, steps))
+            if isinstance(steps.chooser, AutoPlan):
+                steps.chooser.calibrate(steps, show_progress=True)
         yield arms
     finally:
         if runner.device.type == "cuda":
             torch.cuda.synchronize(runner.device)
-        runner.decode = own
+        runner.step_runner = own
         for arm in arms:
-            if arm.decode is not own:
-                arm.decode.close()
+            if arm.step_runner is not own:
+                arm.step_runner.close()
 
 
-def make_decode(runner: ModelRunner, spec: ArmSpec) -> Decode:
+def make_step_runner(runner: ModelRunner, spec: ArmSpec) -> StepRunner:
     """The pipeline that `spec` asks for, or what the engine falls back to."""
     config = dataclasses.replace(runner.config, enable_pipeline=True)
     if spec.mode == FALLBACK:
         config.pipeline_attention_sm_count = runner.device_sms + 1
-        return runner.make_decode(config)
+        return runner.make_step_runner(config)
+    if spec.mode == QKV_LANE:
+        attention, ffn = spec.split or (1, MIN_DENSE_SMS + 1)
+        sms = attention, ffn - MIN_DENSE_SMS, MIN_DENSE_SMS
+        return runner.make_step_runner(config, LANES3.with_sms(sms))
     config.pipeline_mode = spec.mode
     if spec.split is not None:
         config.pipeline_attention_sm_count, config.pipeline_ffn_sm_count = spec.split
-    return runner.make_decode(config)
+    return runner.make_step_runner(config)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.bench import BenchError
-from nanovllm.bench.arms import FALLBACK, GREEN, Split
+from nanovllm.bench.arms import FALLBACK, GREEN, QKV_LANE, Split
 from nanovllm.bench.engines import TINY
 from nanovllm.bench.nano import REQUESTS
 from nanovllm.bench.power import command_for
@@ -145,9 +145,9 @@ def add_decode_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--modes",
         nargs="+",
-        choices=[*MODES, FALLBACK],
-        help="default: all but fallback, in a map also microbatch, and growing sequential, green "
-        "and auto; sequential is always one",
+        choices=[*MODES, QKV_LANE, FALLBACK],
+        help="default: all but lanes3 and fallback, in a map also microbatch, and growing "
+        "sequential, green and auto; sequential is always one",
     )
     add(
         "--splits",

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from nanovllm.bench.arms import Arm
 from nanovllm.bench.workload import DecodeWorkload, run_turn
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.stage_marks import Span
+from nanovllm.engine.stage_times import Span
 
 WARM_UP_TURNS = 2
 FEWEST_ROUNDS = 4
@@ -116,7 +116,7 @@ def profile_steps(engine: LLMEngine, arm: Arm, workload: DecodeWorkload) -> list
     """The stages of the last decode steps of a turn, timed; the arm is slower meanwhile."""
     prompts = workload.draw_prompts(engine.model_runner.model_config.vocab_size)
     arm.activate()
-    configs = (engine.config, arm.decode.config)
+    configs = (engine.config, arm.step_runner.config)
     for config in configs:
         config.pipeline_enable_profiling = True
     try:
@@ -124,4 +124,4 @@ def profile_steps(engine: LLMEngine, arm: Arm, workload: DecodeWorkload) -> list
     finally:
         for config in configs:
             config.pipeline_enable_profiling = False
-    return list(arm.decode.pipeline.statistics.recent)
+    return list(arm.step_runner.statistics.recent)

@@ -27,7 +27,7 @@ import torch
 
 from nanovllm.engine.model_runner import LaunchedStep, ModelRunner
 from nanovllm.engine.scheduler import Step
-from nanovllm.engine.step_inputs import InputLayout
+from nanovllm.engine.step_runner import PreparedStep
 
 
 class Mark(Protocol):
@@ -134,14 +134,13 @@ class StepMeter:
 
     def __enter__(self) -> StepMeter:
         # Looked up before the names of the instance hide those of the class.
-        vars(self._runner).update(
-            run=self._wrap_run(self._runner.run), launch=self._wrap_launch(self._runner.launch)
-        )
+        self._steps_of = self._runner.step_runner
+        vars(self._steps_of)["run"] = self._wrap_run(self._steps_of.run)
+        vars(self._runner)["launch"] = self._wrap_launch(self._runner.launch)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        for name in ("run", "launch"):
-            del vars(self._runner)[name]
+        del vars(self._steps_of)["run"], vars(self._runner)["launch"]
 
     def totals(self) -> StepTotals:
         """Sums over all steps so far; waits for the last one."""
@@ -150,12 +149,14 @@ class StepMeter:
         return StepTotals.of(self._steps, on_gpu=self.on_gpu)
 
     def _wrap_run(self, run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def marked(layout: InputLayout, *args: Any) -> torch.Tensor:
+        def marked(step: PreparedStep, *args: Any) -> torch.Tensor:
+            if args:  # a capture
+                return run(step, *args)
             self._begin = self._mark()
             start = time.perf_counter()
-            logits = run(layout, *args)
+            logits = run(step)
             seconds = time.perf_counter() - start
-            graph = self._captured and layout.is_decode
+            graph = self._captured and step.layout.is_decode
             ran_dry = graph and bool(self._steps) and self._steps[-1].end.query()
             self._launch_seconds = seconds if ran_dry else 0.0
             return logits

@@ -61,7 +61,7 @@ def describe_engine(started: StartedEngine) -> dict[str, Any]:
 
 def describe_arm(arm: Arm) -> dict[str, Any]:
     """What an arm was to be, and the SMs that it was granted."""
-    statistics = arm.decode.pipeline.statistics
+    statistics = arm.step_runner.statistics
     return {
         "label": arm.label,
         "mode": arm.mode,
@@ -160,7 +160,7 @@ def arm_record(
     """One arm; `times` is None if it fell back, and then so is everything measured."""
     record = {
         "mode": arm.mode,
-        **pipeline_record(arm.decode.pipeline.statistics),
+        **pipeline_record(arm.step_runner.statistics),
         "fell_back": times is None,
         "fallback_reason": arm.fallback_reason(batch),
     }
@@ -201,7 +201,7 @@ def pipeline_record(statistics: PipelineStatistics) -> dict[str, Any]:
 
 def nano_record(runner: ModelRunner, result: NanoResult) -> dict[str, Any]:
     """The JSON fields of a run of nano-vllm's benchmark."""
-    statistics = runner.decode.pipeline.statistics
+    statistics = runner.step_runner.statistics
     fields = dataclasses.asdict(result)
     totals = fields.pop("steps")
     return {

@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 from nanovllm import kernels
 from nanovllm.engine.cost_table import CostTable, Curve, Sample, gain_bound, next_sample
-from nanovllm.engine.decode_runner import DecodeRunner
-from nanovllm.engine.planner import Plan
+from nanovllm.engine.plan import Plan
 from nanovllm.utils.disk_cache import DiskCache
 
 logger = logging.getLogger(__name__)
@@ -39,8 +38,8 @@ SAMPLES = 5
 # looked at in between. The default counts of `Config` leave most of a large GPU idle.
 HOPELESS = 1.5
 
-# Seconds of a step of `batch` sequences with so many context tokens together.
-StepTimer = Callable[[DecodeRunner, int, int], float]
+# Seconds of a step, by the number of its plan, its sequences, and their context tokens together.
+StepTimer = Callable[[int, int, int], float]
 
 
 def pipelined_sizes(largest: int) -> list[int]:
@@ -106,13 +105,11 @@ class Calibration:
         """The most context tokens that `batch` sequences can have."""
         return min(self.capacity, batch * self.max_len)
 
-    def run(
-        self, ways: Mapping[Plan, DecodeRunner], *, show_progress: bool
-    ) -> dict[Plan, list[int]]:
+    def run(self, plans: Sequence[Plan], *, show_progress: bool) -> dict[Plan, list[int]]:
         """Fills the table, from disk or by measuring.
 
         Args:
-            ways: decode runners by plan; the first is sequential.
+            plans: those of the engine; the first is sequential.
             show_progress: whether to show a progress bar.
 
         Returns:
@@ -120,21 +117,20 @@ class Calibration:
         """
         if not pipelined_sizes(self.largest):
             return {}
-        key = self.key | {"plans": [plan.name for plan in ways]}
+        key = self.key | {"plans": [plan.name for plan in plans]}
         self.table = CostTable.load(self.cache, key)
-        sequential = next(iter(ways))
-        if not self._is_filled([plan.name for plan in ways]):
+        sequential = plans[0]
+        if not self._is_filled([plan.name for plan in plans]):
             if self.table.plans:
                 logger.warning("Cost table on disk is ignored: it is not one of these batch sizes")
             self.table = CostTable()
             with tqdm(desc="Calibrating plans", unit="step", disable=not show_progress) as bar:
-                self._measure(ways, bar)
+                self._measure(plans, bar)
             self.table.save(self.cache, key)
         worthwhile = self._worthwhile(sequential)
         return {
             plan: [size for size in worthwhile if self.table.curve(plan.name, size) is not None]
-            for plan in ways
-            if plan is not sequential
+            for plan in plans[1:]
         }
 
     def _is_filled(self, plans: Sequence[str]) -> bool:
@@ -156,29 +152,30 @@ class Calibration:
             size <= tokens <= longest and tokens % size == 0 for tokens in curve.tokens
         )
 
-    def _measure(self, ways: Mapping[Plan, DecodeRunner], bar: Any) -> None:
-        sequential, *pipelines = ways
+    def _measure(self, plans: Sequence[Plan], bar: Any) -> None:
+        sequential, *pipelines = plans
+        numbers = {plan: number for number, plan in enumerate(plans)}
         sizes = measured_sizes(self.largest)
         for size in with_halves(sizes):
-            self._measure_curve(sequential, ways[sequential], size, bar)
+            self._measure_curve(sequential, 0, size, bar)
         worthwhile = self._worthwhile(sequential)
         for size in sizes:
             if size not in worthwhile:
                 continue
             beside = self.table.curve(sequential.name, size)
             for plan in pipelines:
-                self._measure_curve(plan, ways[plan], size, bar, beside)
+                self._measure_curve(plan, numbers[plan], size, bar, beside)
             pipelines = self._near_best(pipelines, size)
 
     def _measure_curve(
-        self, plan: Plan, way: DecodeRunner, size: int, bar: Any, beside: Curve | None = None
+        self, plan: Plan, number: int, size: int, bar: Any, beside: Curve | None = None
     ) -> None:
         """Adds the plan's curve to the table, unless it is hopeless beside that other curve."""
         bar.set_postfix_str(f"{plan.name}, batch {size}")
         samples: list[Sample] = []
         longest = self.longest_tokens(size)
         while (tokens := next_sample(samples, size, longest, most=SAMPLES)) is not None:
-            samples.append((tokens, self.timer(way, size, tokens)))
+            samples.append((tokens, self.timer(number, size, tokens)))
             bar.update()
             if len(samples) == 2 and beside is not None and is_hopeless(samples, beside):
                 return

@@ -31,8 +31,8 @@ from nanovllm.engine.ranks import Ranks
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence as EngineSequence
 from nanovllm.layers.parallel import ParallelGroup
-from nanovllm.models.qwen3 import rank_heads
 from nanovllm.models.qwen3_config import Qwen3Config
+from nanovllm.models.rank_heads import rank_heads
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.hub import resolve_model
 from nanovllm.utils.locks import exclusive

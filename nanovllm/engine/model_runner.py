@@ -8,31 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from nanovllm.config import Config
 from nanovllm.engine import kv_cache
 from nanovllm.engine.calibration import Calibration, calibration_key
 from nanovllm.engine.cuda_graphs import GraphMemory, batch_sizes
-from nanovllm.engine.decode_runner import DecodeRunner, DecodeStep
-from nanovllm.engine.pipeline import Pipeline, build_pipeline, sequential_pipeline
+from nanovllm.engine.pipeline import build_pipelines
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
-from nanovllm.engine.pipeline_statistics import PipelineStatistics
-from nanovllm.engine.planned_decode import Decode, make_planned_decode, splits_to_try
+from nanovllm.engine.plan import SEQUENTIAL, Plan
+from nanovllm.engine.planned_decode import AutoPlan, plans_to_try
 from nanovllm.engine.ranks import Ranks
-from nanovllm.engine.scheduler import Chunk, Step
-from nanovllm.engine.step_inputs import InputLayout, StepTensors, fill_inputs
+from nanovllm.engine.scheduler import Step
+from nanovllm.engine.step_inputs import StepInputs, made_up_chunk
+from nanovllm.engine.step_runner import PreparedStep, StepRunner
 from nanovllm.engine.step_timer import DeviceTimer
 from nanovllm.engine.warm_up import warm_up
-from nanovllm.layers.attention import make_backend
+from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.sampler import SamplingBatch, sample
 from nanovllm.layers.slots import Slot
-from nanovllm.models.qwen3 import Qwen3ForCausalLM, rank_heads
+from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.models.qwen3_config import Qwen3Config
+from nanovllm.models.rank_heads import rank_heads
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.loader import (
     StoredTensor,
@@ -51,13 +50,13 @@ class LaunchedStep:
     """A step that has been issued; `tokens` [S] are on the host once `done` has happened."""
 
     step: Step
-    decode: DecodeStep | None
+    prepared: PreparedStep
     tokens: torch.Tensor
     done: torch.cuda.Event | None
 
 
 class ModelRunner:
-    """Owns model, KV cache and decode paths of one rank; a context manager that closes them."""
+    """Owns model, KV cache and step runner of one rank; a context manager that closes them."""
 
     @torch.inference_mode()
     def __init__(self, config: Config, model_dir: Path, device: torch.device, ranks: Ranks) -> None:
@@ -76,7 +75,8 @@ class ModelRunner:
         self.backend = make_backend(config.attention_backend, heads, device, self.block_size)
         self.max_model_len = min(config.max_model_len, self.model_config.usable_length)
         self.model = self._load(model_dir, stored, dtype)
-        self.max_blocks = -(-self.max_model_len // self.block_size)
+        max_blocks = -(-self.max_model_len // self.block_size)
+        self.inputs = StepInputs(self.block_size, max_blocks, self.backend)
         self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
         layers = self.model_config.num_hidden_layers
 
@@ -85,6 +85,8 @@ class ModelRunner:
             self.model.bind_kv_cache(cache)
 
         bind_cache(0)  # for the measurement: the padding block alone
+        self.graph_memory: GraphMemory | None = None
+        self.step_runner = self.make_step_runner(config, SEQUENTIAL)
         block_bytes = (
             2 * layers * heads.num_kv_heads * self.block_size * heads.head_dim * dtype.itemsize
         )
@@ -95,15 +97,15 @@ class ModelRunner:
         )
         bind_cache(self.num_blocks)
         self.graph_memory = self._make_graph_memory(dtype)
-        self.decode: Decode = self.make_decode(config)
-        self.statistics = self.decode.pipeline.statistics
+        self.step_runner = self.make_step_runner(config)
+        self.statistics = self.step_runner.statistics
         self.closed = False
         try:
             if device.type == "cuda":
                 self._warm_up(dtype)
-            self.decode.capture(show_progress=ranks.is_first)
+            self.step_runner.chooser.capture(self.step_runner, show_progress=ranks.is_first)
         except BaseException:
-            self.decode.close()
+            self.step_runner.close()
             raise
 
     def __enter__(self) -> ModelRunner:
@@ -118,11 +120,11 @@ class ModelRunner:
             return
         if not self.ranks.parted:
             self.synchronize()  # a step launched ahead may still run
-        self.decode.close()
+        self.step_runner.close()
         self.ranks.close()
         self.closed = True  # only now, so that a close that was interrupted can be repeated
         # The device's memory goes with the last references to it.
-        del self.model, self.decode, self.graph_memory
+        del self.model, self.step_runner, self.graph_memory
         if self.device.type == "cuda":
             # cuBLAS keeps a workspace for every stream it has seen, also for those now closed.
             torch._C._cuda_clearCublasWorkspaces()
@@ -136,7 +138,7 @@ class ModelRunner:
     @property
     def pipeline_scheduler(self) -> PipelineScheduler:
         """Issues the stages of decode steps: as a pipeline, or in sequence where there is none."""
-        return self.decode.pipeline.scheduler or self.decode.pipeline.sequential
+        return self.step_runner.schedulers[min(1, len(self.step_runner.schedulers) - 1)]
 
     def get_pipeline_statistics(self) -> dict[str, object]:
         """What `print_pipeline_statistics` prints; see `PipelineStatistics.as_dict`."""
@@ -159,53 +161,27 @@ class ModelRunner:
         """Issues `step` on all ranks, without waiting for it."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # it is each thread's own
-        decode: DecodeStep | None = None
-        if step.is_decode:
-            decode = self.decode.prepare(np.array([chunk.end for chunk in step.chunks]))
-            layout, rows = decode.layout, decode.rows
-        else:
-            layout, rows = InputLayout.prefill(step.chunks, self.max_blocks), None
-        flat = torch.empty(layout.size, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        self._fill(layout, step.chunks, flat.numpy(), rows)
-        self.ranks.send_step(layout, flat.numpy())
-        logits = self.run(layout, flat, decode)
-        return LaunchedStep(step, decode, *self._sample(step, logits))
+        with torch.inference_mode():
+            prepared = self.step_runner.prepare(step)
+            self.ranks.send_step(prepared.layout, prepared.flat.numpy())
+            logits = self.step_runner.run(prepared)
+            return LaunchedStep(step, prepared, *self._sample(step, logits))
 
     def collect(self, launched: LaunchedStep) -> list[int]:
         """Waits for a step; returns the drawn tokens, one per sampling chunk."""
         if launched.done is not None:
             self.ranks.wait(launched.done)
-        if launched.decode is not None:
-            self.decode.finish(launched.decode, len(launched.step.chunks))
+        if launched.step.is_decode:
+            self.step_runner.finish(launched.prepared, len(launched.step.chunks))
         return launched.tokens.tolist()
 
+    @torch.inference_mode()
     def serve(self) -> None:
         """Runs the steps that rank 0 sends, until it stops."""
         while (received := self.ranks.receive_step()) is not None:
             layout, flat = received
-            self.run(layout, torch.from_numpy(flat))
+            self.step_runner.run(PreparedStep(layout, torch.from_numpy(flat)))
 
-    @torch.inference_mode()
-    def run(
-        self, layout: InputLayout, flat: torch.Tensor, decode: DecodeStep | None = None
-    ) -> torch.Tensor:
-        """Runs the model on the host's inputs; returns logits [num_samples, vocab_size].
-
-        Args:
-            layout: of `flat`.
-            flat: int32 [layout.size], on the host.
-            decode: on rank 0, how a decode step runs.
-        """
-        if layout.is_decode:
-            return self.decode.run(decode or DecodeStep(layout, None), flat, self.device)
-        return self._prefill(layout, flat.to(self.device, non_blocking=True))
-
-    def _prefill(self, layout: InputLayout, flat: torch.Tensor) -> torch.Tensor:
-        inputs = StepTensors.of(layout, flat, self.last_tokens, None)
-        hidden = self.model(inputs.input_ids, inputs.positions, inputs.metadata)
-        return self.model.compute_logits(hidden[inputs.sample_rows])
-
-    @torch.inference_mode()
     def _sample(
         self, step: Step, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
@@ -275,47 +251,28 @@ class ModelRunner:
             load_weights(slots, model_dir, show_progress=ranks.is_first, between=ranks.check)
         return model
 
-    def make_decode(self, config: Config) -> Decode:
-        """A way to run decode steps on this model, as `config` says; the caller closes it."""
-        statistics = PipelineStatistics()
-        way = self._make_way(config, self._build_pipeline(config, statistics))
-        is_auto = config.enable_pipeline and config.pipeline_mode == "auto"
-        if not is_auto or way.pipeline.scheduler is None:
-            return way
-        return make_planned_decode(
-            config,
-            way,
-            self._make_way(config, sequential_pipeline(self.model, statistics)),
-            lambda split: self._make_way(config, self._build_pipeline(split, statistics)),
-            self._calibration(config),
-            splits_to_try(self.device_sms),
-        )
+    def make_step_runner(self, config: Config, plan: Plan | None = None) -> StepRunner:
+        """Runs steps of this model as `config` says, or decode by `plan`; the caller closes it."""
+        is_auto = plan is None and config.enable_pipeline and config.pipeline_mode == "auto"
+        built = build_pipelines(
+            config, self.model, self.backend, self.device, self.device_sms, plan,
+            plans_to_try(self.device_sms) if is_auto else (),
+        )  # fmt: skip
+        runner = StepRunner(config, built, self.last_tokens, self.graph_memory, self.inputs)
+        if is_auto and len(built.schedulers) > 1:
+            try:
+                runner.chooser = AutoPlan(runner, self._calibration(config, runner))
+            except BaseException:
+                runner.close()
+                raise
+        return runner
 
-    def _build_pipeline(self, config: Config, statistics: PipelineStatistics) -> Pipeline:
-        return build_pipeline(
-            config, self.model, self.backend, self.device, self.device_sms, statistics
-        )
-
-    def _make_way(self, config: Config, pipeline: Pipeline) -> DecodeRunner:
-        return DecodeRunner(
-            config,
-            self.model,
-            pipeline,
-            self.last_tokens,
-            self.backend.make_workspace(self.device, self.device_sms),
-            self.graph_memory,
-            self._fill_padding,
-            self.max_blocks,
-        )
-
-    def _calibration(self, config: Config) -> Calibration:
-        layers = [layer.self_attn for layer in self.model.model.layers]
-        caches = [cache for layer in layers for cache in (layer.k_cache, layer.v_cache)]
-        token_bytes = sum(cache[0, :, 0].nbytes for cache in caches)
+    def _calibration(self, config: Config, runner: StepRunner) -> Calibration:
+        cache = self.model.kv_cache
+        token_bytes = cache[:, :, 0, :, 0].nbytes
         weight_bytes = sum(weight.nbytes for weight in self.model.parameters())
-        tile_size = self.backend.tile_size
         return Calibration(
-            DeviceTimer(self.device, caches, self.num_blocks, self.block_size, tile_size),
+            DeviceTimer(runner, list(cache), self.num_blocks, self.block_size),
             config.max_num_seqs,
             self.capacity,
             self.max_model_len,
@@ -323,7 +280,7 @@ class ModelRunner:
             calibration_key(
                 self.model_config,
                 self.device,
-                dtype=str(caches[0].dtype),
+                dtype=str(cache.dtype),
                 block_size=self.block_size,
                 backend=type(self.backend).__name__,
             ),
@@ -333,16 +290,10 @@ class ModelRunner:
         if self.device.type != "cuda" or self.config.enforce_eager:
             return None
         sizes = batch_sizes(self.config.max_num_seqs)
+        # With a row in each micro-batch inputs take more room than under any plan.
+        layout = self.inputs.decode_layout(0, sizes[-1], micro_batches=sizes[-1])
         vocab_size = self.model_config.vocab_size
-        return GraphMemory(sizes, self.max_blocks, vocab_size, dtype, self.device)
-
-    def _fill(
-        self, layout: InputLayout, chunks: list[Chunk], flat: np.ndarray, rows: np.ndarray | None
-    ) -> None:
-        fill_inputs(layout, chunks, self.block_size, self.backend.tile_size, flat, rows)
-
-    def _fill_padding(self, layout: InputLayout, flat: np.ndarray) -> None:
-        self._fill(layout, [], flat, None)
+        return GraphMemory(sizes, layout.size, vocab_size, dtype, self.device)
 
     def _run_largest_step(self) -> None:
         """A prefill and a decode step as large as the options allow, all in the padding block."""
@@ -359,13 +310,8 @@ class ModelRunner:
 
     def _prefill_padding(self, sizes: list[int]) -> torch.Tensor:
         """Prefills sequences of these lengths in the padding block; returns their logits."""
-        count = len(sizes)
-        layout = InputLayout(False, sum(sizes), count, count, self.max_blocks, max(sizes))
-        host = np.zeros(layout.size, np.int32)
-        views = layout.views(host)
-        np.cumsum(sizes, out=views["cu_seqlens_q"][1:])
-        views["context_lens"][:] = sizes
-        return self._prefill(layout, torch.from_numpy(host).to(self.device))
+        chunks = [made_up_chunk(0, size) for size in sizes]
+        return self.step_runner.run(self.step_runner.prepare_prompts(chunks))
 
     def _warm_up(self, dtype: torch.dtype) -> None:
         config, device, vocab_size = self.config, self.device, self.model_config.vocab_size
@@ -375,8 +321,8 @@ class ModelRunner:
             self._draw(logits, SamplingBatch.of(params, zeros, zeros, zeros, vocab_size, device))
 
         decode: Callable[[int], object] | None = None
-        if config.enforce_eager and isinstance(self.decode, DecodeRunner):
-            decode = partial(self.decode.run_padding, device=device)
+        if config.enforce_eager:
+            decode = self.step_runner.run_padding
         warm_up(
             self._prefill_padding,
             self.model.linear_row_counts() + self.backend.prefill_lengths(dtype),

@@ -1,38 +1,43 @@
-"""Sets the pipeline up as configured, or says why it cannot be.
+"""Sets up the plans that a configuration asks for, or says why they cannot be.
 
-    mode         micro-batches  streams                       needs
-    sequential   1              the current one               nothing
-    microbatch   2              the current one               nothing
-    streams      2              two plain ones                CUDA
-    green        2              two, on disjoint SMs          CUDA, green contexts
+    mode         micro-batches  lanes                               needs
+    sequential   1              all on the current stream           nothing
+    microbatch   2              all on the current stream           nothing
+    streams      2              a stream each                       CUDA
+    green        2              a stream each, on SMs of its own    CUDA, green contexts
+    auto         green on several splits of the SMs and sequential, chosen anew for every step
 
-Mode "auto" chooses among several of these at every step: see planned_decode.py.
-
-If what is asked for cannot be had, the engine falls back to its ordinary decode path, at no cost.
+If what is asked for cannot be had, the engine runs sequential decode, at no cost.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 
 import torch
 
-from green_ctx import close_after_error
 from nanovllm.config import Config
-from nanovllm.engine.green_manager import GreenContextManager
+from nanovllm.engine import plan as plans
+from nanovllm.engine.green_manager import Partitions
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
-from nanovllm.engine.pipeline_statistics import PipelineStatistics
-from nanovllm.engine.stage_executor import InlineExecutor, StageExecutor, StreamExecutor
+from nanovllm.engine.pipeline_statistics import PipelineStatistics, format_sms
+from nanovllm.engine.plan import ATTENTION, SEQUENTIAL, Plan
 from nanovllm.layers.attention import AttentionBackend
-from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.models.stage import Model
 
 logger = logging.getLogger(__name__)
 
-
 # On fewer SMs some cuBLAS kernels fail: there is no room for their clusters of thread blocks.
-MIN_FFN_SMS = 16
+MIN_DENSE_SMS = 16
+MODES = {
+    "microbatch": plans.MICROBATCH,
+    "streams": plans.STREAMS,
+    "green": plans.GREEN,
+    "auto": plans.GREEN,
+}
 
 
 class PipelineUnavailable(RuntimeError):
@@ -40,124 +45,134 @@ class PipelineUnavailable(RuntimeError):
 
 
 @dataclass
-class Pipeline:
-    """A pipeline ready to run, or the reason why there is none.
+class Pipelines:
+    """Plans that are ready to run.
 
     Attributes:
-        scheduler: issues pipelined steps; None after a fallback and in mode "sequential".
-        sequential: issues sequential steps in the same two stages, for profiling.
-        statistics: of both.
-        workspace: attention's scratch memory on the SMs of its partition.
-        manager: owner of the partitions, in mode "green".
+        schedulers: one for each plan; the first is sequential, and alone after a fallback.
+        statistics: says what there is, or why not.
+        partitions: to be closed in the end, once no graph uses them.
     """
 
-    scheduler: PipelineScheduler | None
-    sequential: PipelineScheduler
+    schedulers: list[PipelineScheduler]
     statistics: PipelineStatistics
-    workspace: Any = None
-    manager: GreenContextManager | None = None
-
-    def pipelines(self, num_seqs: int) -> bool:
-        """Whether a decode step of that many sequences runs as a pipeline."""
-        return self.scheduler is not None and num_seqs >= 2
-
-    def close(self) -> None:
-        """Destroys the partitions, once no graph uses them; may be called twice."""
-        if self.manager is not None:
-            self.manager.close()
+    partitions: ExitStack = field(default_factory=ExitStack)
 
 
-def sequential_pipeline(model: Qwen3ForCausalLM, statistics: PipelineStatistics) -> Pipeline:
-    """No pipeline, and no reason needed."""
-    scheduler = PipelineScheduler(model, InlineExecutor(), statistics, micro_batches=1)
-    return Pipeline(None, scheduler, statistics)
+def wanted_plan(config: Config) -> Plan:
+    """The plan that a configuration names; of mode "auto" the one on the configured SMs."""
+    if not config.enable_pipeline or config.pipeline_mode == "sequential":
+        return SEQUENTIAL
+    plan = MODES[config.pipeline_mode]
+    if plan is not plans.GREEN:
+        return plan
+    return plan.with_sms([config.pipeline_attention_sm_count, config.pipeline_ffn_sm_count])
 
 
-def build_pipeline(
+def build_pipelines(
     config: Config,
-    model: Qwen3ForCausalLM,
+    model: Model,
     backend: AttentionBackend,
     device: torch.device,
     device_sms: int,
-    statistics: PipelineStatistics | None = None,
-) -> Pipeline:
-    """Builds what `config` asks for; logs why and falls back if it cannot be had.
+    plan: Plan | None = None,
+    more: Iterable[Plan] = (),
+) -> Pipelines:
+    """Builds sequential decode and what `config` asks for; logs why and falls back if it must.
 
     Args:
-        config: the mode ("auto" means green here), its SMs, and whether to fall back.
+        config: the mode, its SMs, and whether to fall back.
         model: its KV cache bound.
         backend: of attention.
         device: where.
         device_sms: SMs of the device.
-        statistics: shared with other pipelines; default: new ones.
+        plan: default: what `config` names.
+        more: plans to have beside it; those that the device does not make are left out.
 
     Raises:
         PipelineUnavailable, GreenContextError, RuntimeError, ValueError: instead, with
             `pipeline_strict`.
     """
-    statistics = statistics or PipelineStatistics()
-    none = sequential_pipeline(model, statistics)
-    if not config.enable_pipeline or config.pipeline_mode == "sequential":
-        return none
-    mode = "green" if config.pipeline_mode == "auto" else config.pipeline_mode
-    pipeline = Pipeline(None, none.sequential, statistics)
-    try:
-        executor = _make_executor(pipeline, config, mode, device, device_sms)
-        pipeline.scheduler = PipelineScheduler(model, executor, statistics)
-        attention_sms = device_sms
-        if manager := pipeline.manager:
-            attention_sms = manager.attention_sms
-        pipeline.workspace = backend.make_workspace(device, attention_sms)
-        statistics.mode = mode
-        if manager:
-            statistics.attention_sms, statistics.ffn_sms = attention_sms, manager.ffn_sms
-            statistics.device_sms = device_sms
-            logger.info(
-                "[ModelRunner] Pipeline: attention on %d SMs, FFN on %d of %d",
-                attention_sms,
-                manager.ffn_sms,
-                device_sms,
+    plan = plan or wanted_plan(config)
+    statistics = PipelineStatistics(mode=plan.mode)
+    built = Pipelines([], statistics)
+
+    def add(plan: Plan) -> None:
+        with ExitStack() as undo:
+            granted, streams = _make_lanes(config, plan, device, device_sms, undo)
+            if granted in [scheduler.plan for scheduler in built.schedulers]:
+                return  # another request was rounded to the same
+            sms = granted.lane_of(ATTENTION).sms or device_sms
+            workspace = backend.make_workspace(device, sms)
+            built.schedulers.append(
+                PipelineScheduler(model, granted, streams, workspace, statistics, device_sms)
             )
-        return pipeline
-    except BaseException as error:
-        close_after_error(pipeline)
+            built.partitions.enter_context(undo.pop_all())
+
+    try:
+        add(SEQUENTIAL)
+        if plan is SEQUENTIAL:
+            return built
+        try:
+            add(plan)
         # Of the pipeline's own errors, the driver's and torch's, all are RuntimeErrors.
-        if config.pipeline_strict or not isinstance(error, (RuntimeError, ValueError)):
-            raise
-        logger.warning("[ModelRunner] Failed to initialize pipeline: %s", error)
-        logger.warning("[ModelRunner] Falling back to sequential execution")
-        statistics.fallback_reason = str(error)
-        return none
+        except (RuntimeError, ValueError) as error:
+            if config.pipeline_strict:
+                raise
+            logger.warning("[ModelRunner] Failed to initialize pipeline: %s", error)
+            logger.warning("[ModelRunner] Falling back to sequential execution")
+            statistics.mode, statistics.fallback_reason = SEQUENTIAL.mode, str(error)
+            return built
+        _describe(built.schedulers[-1].plan, device_sms, statistics)
+        for other in more:
+            try:
+                add(other)
+            except (RuntimeError, ValueError) as error:
+                logger.info("[ModelRunner] No plan %s: %s", other.name, error)
+        return built
+    except BaseException:
+        built.partitions.close()
+        raise
 
 
-def _make_executor(
-    pipeline: Pipeline, config: Config, mode: str, device: torch.device, device_sms: int
-) -> StageExecutor:
-    """Makes what issues the stages; partitions for it belong to `pipeline` at once."""
+def _describe(plan: Plan, device_sms: int, statistics: PipelineStatistics) -> None:
+    """Says in the log and the statistics which SMs were granted."""
+    sms = {lane.name: lane.sms for lane in plan.lanes if lane.sms is not None}
+    if sms:
+        statistics.lane_sms, statistics.device_sms = sms, device_sms
+        words = format_sms(sms, " on ").replace(",", " SMs,", 1)
+        logger.info("[ModelRunner] Pipeline: %s of %d", words, device_sms)
+
+
+def _make_lanes(
+    config: Config, plan: Plan, device: torch.device, device_sms: int, undo: ExitStack
+) -> tuple[Plan, Sequence[torch.cuda.Stream]]:
+    """The plan with the SMs that were granted, and the streams of its lanes."""
+    if not plan.streams:
+        return plan, ()
     if config.tensor_parallel_size > 1:
         raise PipelineUnavailable(
-            f"tensor_parallel_size={config.tensor_parallel_size}: the pipeline runs on one GPU"
+            f"tensor_parallel_size={config.tensor_parallel_size}: lanes with streams of their own "
+            "run on one GPU"
         )
-    if mode == "microbatch":
-        return InlineExecutor()
+    mode = config.pipeline_mode if plan.mode in MODES else plan.mode
     if device.type != "cuda":
-        raise PipelineUnavailable(
-            f"pipeline_mode={config.pipeline_mode!r} needs a CUDA GPU, not {device}"
-        )
-    if config.pipeline_mode == "auto" and config.enforce_eager:
+        raise PipelineUnavailable(f"pipeline_mode={mode!r} needs a CUDA GPU, not {device}")
+    if mode == "auto" and config.enforce_eager:
         raise PipelineUnavailable(
             "pipeline_mode='auto' chooses between CUDA graphs, and with enforce_eager=True there "
             "are none; 'green' and 'streams' run without"
         )
-    if mode == "streams":
-        return StreamExecutor(torch.cuda.Stream(device), torch.cuda.Stream(device))
-    pipeline.manager = manager = GreenContextManager(
-        device, config.pipeline_attention_sm_count, config.pipeline_ffn_sm_count
-    )
-    if manager.ffn_sms < MIN_FFN_SMS:
-        raise PipelineUnavailable(
-            f"pipeline_ffn_sm_count={config.pipeline_ffn_sm_count}: {manager.ffn_sms} SMs were "
-            f"granted, and cuBLAS needs at least {MIN_FFN_SMS}"
-        )
-    streams = manager.get_attention_stream(), manager.get_ffn_stream()
-    return StreamExecutor(*streams, manager.ffn_sms, device_sms)
+    if plan.lanes[0].sms is None:
+        return plan, [torch.cuda.Stream(device) for _ in plan.lanes]
+    names = [f"pipeline_{lane.name}_sm_count" for lane in plan.lanes]
+    wanted = [lane.sms or 1 for lane in plan.lanes]
+    partitions = undo.enter_context(Partitions(device, wanted, names))
+    granted, streams = plan.with_sms(partitions.sms), partitions.streams
+    for name, count, lane in zip(names, wanted, granted.lanes, strict=True):
+        if lane is not granted.lane_of(ATTENTION) and (lane.sms or 0) < MIN_DENSE_SMS:
+            raise PipelineUnavailable(
+                f"{name}={count}: {lane.sms} SMs were granted, and cuBLAS needs at least "
+                f"{MIN_DENSE_SMS}"
+            )
+    return granted, streams

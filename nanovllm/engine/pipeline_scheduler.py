@@ -1,248 +1,192 @@
-"""The attention/FFN pipeline: attention of one micro-batch beside the FFN of the other.
+"""The pipeline: while one micro-batch is in attention, another is in the FFN.
 
     lane        time ->
-    attention   A0  B0  A1  B1  A2  B2 ...        A, B: micro-batches; 0, 1, 2: layers
-    ffn             A0  B0  A1  B1  A2  ...
+    attention       A0  B0  A1  B1  A2  B2 ...    A, B: micro-batches; 0, 1, 2: layers
+    ffn         A,B     A0  B0  A1  B1  A2 ...    A,B: what comes before attention of layer 0
 
-A decode batch is cut into two micro-batches, and layer by layer each stage of the one runs while
-the other stage serves the other. Dependencies, each an event, are only these: a stage waits for
-the stage before it of the same micro-batch; the first waits for the inputs; the logits wait for
-the last. With one micro-batch the same order is sequential execution.
+A step is a list of micro-batches, a layer a list of stages, and each stage has a lane, as a plan
+says (engine/plan.py). The order of issue is a list made of both; `PipelineScheduler.issue` walks
+through it. With one micro-batch that is sequential execution.
 
 Memory crosses lanes without copies. A tensor is freed when its successor replaces it in the
-`MicroBatch`, and the lane that made it replaces it only after waiting for the lane that read it.
+`MicroBatch`. That is the work of the stage that made it, one layer on: on the same lane, and after
+all stages between, for each of them has waited for the one before. So whoever gets the freed memory
+on that lane, comes after every reader.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 
+from nanovllm.engine.lane import Lane
 from nanovllm.engine.pipeline_statistics import PipelineStatistics
-from nanovllm.engine.stage_executor import Lane, StageExecutor, Work
-from nanovllm.engine.stage_marks import StageMarks, make_marks
-from nanovllm.engine.step_inputs import StepTensors
-from nanovllm.layers.attention import DecodeMetadata
-from nanovllm.models.qwen3 import Qwen3ForCausalLM
-
-# Layer number of the work before the first layer, in timelines.
-BEFORE_LAYERS = -1
-
-
-@dataclass
-class MicroBatch:
-    """A part of the batch on its way through the layers.
-
-    `hidden` is what the FFN stage made and attention reads (under the dense cut, queries),
-    `attended` what attention made and the FFN reads.
-    """
-
-    index: int
-    inputs: StepTensors
-    hidden: torch.Tensor | None = None
-    attended: torch.Tensor | None = None
-    residual: torch.Tensor | None = None
-
-
-class Cut(ABC):
-    """Where a layer is cut into its two stages."""
-
-    #: The lane that the step begins on.
-    first: Lane
-
-    def __init__(self, model: Qwen3ForCausalLM) -> None:
-        self.model = model
-
-    @abstractmethod
-    def begin(self, batch: MicroBatch) -> None:
-        """What comes before layer 0, on lane `first`."""
-
-    @abstractmethod
-    def attention(self, layer: int, batch: MicroBatch) -> None:
-        """Attention stage of `layer`."""
-
-    @abstractmethod
-    def ffn(self, layer: int, batch: MicroBatch) -> None:
-        """FFN stage of `layer`."""
-
-
-class DenseCut(Cut):
-    """Attention is only what reads the KV cache; everything dense is on the other side."""
-
-    first = Lane.FFN
-
-    def begin(self, batch: MicroBatch) -> None:
-        inputs = batch.inputs
-        batch.hidden, batch.residual = self.model.model.begin(
-            inputs.input_ids, inputs.positions, inputs.metadata
-        )
-
-    def attention(self, layer: int, batch: MicroBatch) -> None:
-        inputs = batch.inputs
-        batch.attended = self.model.model.attend(
-            layer, _made(batch.hidden), inputs.positions, inputs.metadata
-        )
-
-    def ffn(self, layer: int, batch: MicroBatch) -> None:
-        inputs = batch.inputs
-        batch.hidden, batch.residual = self.model.model.dense(
-            layer,
-            _made(batch.attended),
-            _made(batch.residual),
-            inputs.positions,
-            inputs.metadata,
-        )
-
-
-class SeedCut(Cut):
-    """Attention with its norm and projections, then the FFN with its norm.
-
-    The cut of the original specification, slower than the dense one, which the engine uses.
-    """
-
-    first = Lane.ATTENTION
-
-    def begin(self, batch: MicroBatch) -> None:
-        batch.hidden = batch.inputs.input_ids
-
-    def attention(self, layer: int, batch: MicroBatch) -> None:
-        inputs = batch.inputs
-        batch.attended, batch.residual = self.model.forward_attention(
-            _made(batch.hidden), inputs.positions, layer, inputs.metadata
-        )
-
-    def ffn(self, layer: int, batch: MicroBatch) -> None:
-        batch.hidden = self.model.forward_ffn(_made(batch.attended), _made(batch.residual), layer)
-
-
-CUTS: dict[str, type[Cut]] = {"dense": DenseCut, "seed": SeedCut}
+from nanovllm.engine.plan import MAIN, MICROBATCH, Plan, Work, make_order
+from nanovllm.engine.stage_times import StageTimer
+from nanovllm.layers.attention import (
+    AttentionBackend,
+    AttentionMetadata,
+    DecodeMetadata,
+    PrefillMetadata,
+)
+from nanovllm.models.stage import MicroBatch, Model, StepTensors
+from nanovllm.models.throwaway_cache import throwaway_cache
 
 
 class PipelineScheduler:
-    """Issues decode steps of `model` as a pipeline.
+    """Issues steps of `model` as a plan says.
 
     Args:
-        model: the model, its KV cache bound.
-        executor: where the stages run.
-        statistics: where times of profiled steps and counts go.
-        cut: where the stages are cut: "dense" (the faster) or "seed".
-        micro_batches: 2; or 1, for sequential execution in the same two stages.
+        model: its KV cache is bound.
+        plan: the plan.
+        streams: of the plan's lanes, in order; none, where it has no streams.
+        workspace: scratch memory of attention on its lane.
+        statistics: of steps run by `decode_token`.
+        device_sms: SMs of the device.
     """
 
     def __init__(
         self,
-        model: Qwen3ForCausalLM,
-        executor: StageExecutor,
+        model: Model,
+        plan: Plan = MICROBATCH,
+        streams: Sequence[torch.cuda.Stream] = (),
+        workspace: Any = None,
         statistics: PipelineStatistics | None = None,
-        cut: str = "dense",
-        micro_batches: int = 2,
+        device_sms: int = 0,
     ) -> None:
-        if micro_batches not in (1, 2):
-            raise ValueError(f"micro_batches={micro_batches!r} is not allowed: it must be 1 or 2")
-        if cut not in CUTS:
-            raise ValueError(f"cut={cut!r} is not allowed: it must be one of {', '.join(CUTS)}")
         self.model = model
-        self.executor = executor
-        self.statistics = statistics or PipelineStatistics()
-        self.cut = CUTS[cut](model)
-        self.micro_batches = micro_batches
+        self.plan = plan
+        self.workspace = workspace
+        self.statistics = statistics or PipelineStatistics(mode=plan.mode)
+        own: Sequence[Any] = streams or [None] * len(plan.lanes)
+        self.lanes = {
+            lane.name: Lane(lane.name, stream, lane.sms, device_sms)
+            for lane, stream in zip(plan.lanes, own, strict=True)
+        }
+        self.orders: dict[int, list[Work]] = {}  # by number of micro-batches
+
+    def issue(self, batches: Sequence[MicroBatch], timer: StageTimer | None = None) -> None:
+        """Issues all layers of all micro-batches between the current stream and itself."""
+        main = Lane(MAIN, torch.cuda.current_stream() if self.plan.streams else None)
+        lanes = {MAIN: main, **self.lanes}
+        events = [main.record()] * len(batches)  # behind the last work of each
+        for work in self.order(len(batches)):
+            lane, batch = lanes[work.lane], batches[work.micro_batch]
+            if work.waits:
+                lane.wait(events[batch.index])
+            with lane.use():
+                begin = timer and timer.mark()
+                for stage in work.stages:
+                    stage.run(batch)
+                if timer and work.stages:
+                    timer.add(work, begin)
+            if work.records:
+                events[batch.index] = lane.record()
+
+    def order(self, micro_batches: int) -> list[Work]:
+        """The order of a step of so many micro-batches."""
+        if micro_batches not in self.orders:
+            stages = self.model.stages()
+            self.orders[micro_batches] = make_order(stages, self.plan, micro_batches)
+        return self.orders[micro_batches]
 
     @torch.inference_mode()
     def decode_token(
         self,
         input_ids: torch.Tensor,
         positions: torch.Tensor,
-        metadata: DecodeMetadata | None = None,
-        cut_at: int | None = None,
+        metadata: AttentionMetadata | None = None,
     ) -> torch.Tensor:
-        """Runs one decode step eagerly, and times its stages.
+        """Runs one step eagerly, and times its stages.
 
         Args:
-            input_ids: integer [N], one token per sequence.
-            positions: integer [N].
-            metadata: where the tokens stand in the KV cache. None: no cache; the tokens are whole
-                sequences, each from a position 0 to the next.
-            cut_at: sequences of the first micro-batch; default: half of them, rounded up.
+            input_ids: integer [T], in decode one token per sequence.
+            positions: integer [T].
+            metadata: where the tokens stand in the KV cache, all of sequences that decode, or all
+                of prompts. None: no cache; the tokens are whole sequences, each from a position 0
+                to the next.
 
         Returns:
-            Logits [N, vocab_size].
+            Logits [T, vocab_size].
 
         Raises:
-            ValueError: inputs that do not fit each other, or a cut that leaves a part empty.
+            ValueError: inputs that do not fit each other.
         """
+        if metadata is None:
+            with throwaway_cache(self.model, positions) as metadata:
+                return self.decode_token(input_ids, positions, metadata)
         inputs = StepTensors(input_ids, positions, metadata)
-        inputs.check()
-        parts = self._split(inputs, cut_at)
-        marks = make_marks(input_ids.device)
-        marks.begin_step()
-        logits = self.model.compute_logits(self._run_parts(parts, marks))
-        marks.end_step()
+        parts = split(inputs, self.plan.micro_batches, self.model.backend)
+        batches = [MicroBatch(index, part) for index, part in enumerate(parts)]
+        timer = StageTimer(input_ids.device)
+        timer.begin_step()
+        self.issue(batches, timer)
+        logits = self.model.compute_logits(hidden_states(batches))
+        timer.end_step()
         if input_ids.is_cuda:
             torch.cuda.current_stream().synchronize()
-        self.statistics.count_step(len(input_ids), pipelined=len(parts) > 1)
-        self.statistics.add_times(*marks.read())
+        self.statistics.count_step(len(input_ids), pipelined=len(batches) > 1)
+        self.statistics.add_times(*timer.read())
         return logits
-
-    def run(
-        self, inputs: StepTensors, cut_at: int | None = None, marks: StageMarks | None = None
-    ) -> torch.Tensor:
-        """Issues a step between the current stream and itself, by way of the lanes.
-
-        Args:
-            inputs: of N sequences.
-            cut_at: sequences of the first micro-batch; default: half of them, rounded up.
-            marks: for the times of the stages.
-
-        Returns:
-            Hidden states [N, hidden_size] after the final norm.
-        """
-        return self._run_parts(self._split(inputs, cut_at), marks)
-
-    def _split(self, inputs: StepTensors, cut_at: int | None) -> list[StepTensors]:
-        return inputs.split(cut_at) if self.micro_batches > 1 else [inputs]
-
-    def _run_parts(self, parts: list[StepTensors], marks: StageMarks | None) -> torch.Tensor:
-        batches = [MicroBatch(i, part) for i, part in enumerate(parts)]
-        self.issue(batches, marks)
-        hidden = [_made(batch.hidden) for batch in batches]
-        return torch.cat(hidden) if len(hidden) > 1 else hidden[0]
-
-    def issue(self, batches: list[MicroBatch], marks: StageMarks | None) -> None:
-        """Issues all layers of all micro-batches; the main lane then waits for their ends."""
-        cut, executor = self.cut, self.executor
-
-        def stage(lane: Lane, layer: int, batch: MicroBatch) -> None:
-            function = cut.attention if lane is Lane.ATTENTION else cut.ffn
-            made_on, event = reached[batch.index]
-            if made_on is not lane:  # a lane works in order, so it never waits for itself
-                executor.wait(lane, event)
-            executor.run(Work(lane, layer, batch.index), lambda: function(layer, batch), marks)
-            reached[batch.index] = lane, executor.record(lane)
-
-        # The lane of the last stage of each micro-batch, and the event behind it.
-        reached: dict[int, tuple[Lane, Any]] = {}
-        executor.wait(cut.first, executor.record(Lane.MAIN))
-        for batch in batches:
-            work = Work(cut.first, BEFORE_LAYERS, batch.index)
-            executor.run(work, partial(cut.begin, batch), marks)
-            reached[batch.index] = cut.first, executor.record(cut.first)
-        for layer in range(self.model.num_layers):
-            for lane in (Lane.ATTENTION, Lane.FFN):
-                for batch in batches:
-                    stage(lane, layer, batch)
-        # The FFN lane's last work is the last of all.
-        executor.wait(Lane.MAIN, reached[batches[-1].index][1])
 
     def get_statistics(self) -> dict[str, object]:
         """Counts and mean times so far; see `PipelineStatistics.as_dict`."""
         return self.statistics.as_dict()
 
 
-def _made(tensor: torch.Tensor | None) -> torch.Tensor:
-    """The tensor, which the stage before has made."""
-    assert tensor is not None
-    return tensor
+def hidden_states(batches: Sequence[MicroBatch]) -> torch.Tensor:
+    """[T, hidden_size] of all micro-batches, once all stages have been issued."""
+    parts = [batch.x for batch in batches if batch.x is not None]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def split(inputs: StepTensors, parts: int, backend: AttentionBackend) -> list[StepTensors]:
+    """Micro-batches of a step of rows of one kind, all in one if there are too few sequences.
+
+    Raises:
+        ValueError: inputs that do not fit each other.
+    """
+    metadata, slots = inputs.metadata, inputs.metadata.slot_mapping
+    rows: Any = metadata.decode or metadata.prefill
+    if rows is None or (metadata.decode and metadata.prefill):
+        raise ValueError("metadata must have decode or prefill, and not both")
+    count = len(rows.context_lens)
+    starts = list(range(count + 1)) if metadata.prefill is None else rows.cu_seqlens_q.tolist()
+    check(inputs, starts[-1])
+    if count < parts:
+        return [inputs]
+    batches = []
+    for first, last in pairwise(count * i // parts for i in range(parts + 1)):
+        tokens = slice(starts[first], starts[last])
+        tables, lens = rows.block_tables[first:last], rows.context_lens[first:last]
+        if metadata.prefill is None:
+            plan = torch.from_numpy(backend.plan(lens.cpu().numpy())).to(lens.device)
+            decode = DecodeMetadata(tables, lens, plan, rows.workspace)
+            places = AttentionMetadata(slots[tokens], decode)
+        else:
+            firsts = rows.cu_seqlens_q[first : last + 1] - starts[first]
+            prefill = PrefillMetadata(tables, lens, firsts, rows.max_seqlen_q)
+            places = AttentionMetadata(slots[tokens], prefill=prefill)
+        batches.append(StepTensors(inputs.input_ids[tokens], inputs.positions[tokens], places))
+    return batches
+
+
+def check(inputs: StepTensors, tokens: int) -> None:
+    """Raises ValueError unless these are inputs of so many tokens that fit each other."""
+    metadata = inputs.metadata
+    rows: Any = metadata.decode or metadata.prefill
+    fields = {
+        "input_ids": (inputs.input_ids, tokens),
+        "positions": (inputs.positions, tokens),
+        "metadata.slot_mapping": (metadata.slot_mapping, tokens),
+        "metadata.block_tables": (rows.block_tables[:, 0], len(rows.context_lens)),
+    }
+    for name, (tensor, length) in fields.items():
+        if tuple(tensor.shape) != (length,) or not length:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; for {tokens} tokens it must be "
+                f"{(length,)}, and there must be at least one token"
+            )

@@ -1,15 +1,16 @@
-"""What the pipeline did: tokens and steps by path, and, when profiled, the time of each stage."""
+"""What the pipeline did: tokens and steps by path, and, when profiled, the time of each lane."""
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
+from typing import Any
 
-from nanovllm.engine.planner import Planner
-from nanovllm.engine.stage_marks import Span
+from nanovllm.engine.stage_times import Span
 
-# Steps whose stages are kept for a timeline.
+# Steps whose works are kept for a timeline.
 KEPT_STEPS = 32
+ATTENTION_LANE = "attention"
 
 
 @dataclass
@@ -17,32 +18,41 @@ class PipelineStatistics:
     """Counts and times of the decode steps of one engine.
 
     Attributes:
-        mode: how steps are issued, one of `Config.pipeline_mode`'s values; "auto" with a planner.
-        attention_sms, ffn_sms, device_sms: SMs granted to the stages, and the device's; None
-            without partitions, and with several.
-        planner: chooses how each step is issued, in mode "auto".
+        mode: how steps are issued, one of `Config.pipeline_mode`'s values.
+        lane_sms: SMs granted to each lane, by name; empty without partitions, and with several.
+        device_sms: of the device; None where `lane_sms` is empty.
         fallback_reason: why there is no pipeline although one was asked for.
+        planner: chooses how each step is issued, in mode "auto"; has `as_dict` and `lines`.
         steps, tokens: of pipelined and of sequential decode steps.
-        profiled_steps: steps whose stages were timed.
-        attention_ms, ffn_ms, total_ms, both_ms: sums over the profiled steps: each stage, the
-            whole step, and the time in which both stages ran.
-        recent: the stages of the last profiled steps.
+        profiled_steps: steps whose works were timed.
+        lane_ms, total_ms, overlap_ms: sums over the profiled steps: the works of each lane, the
+            whole step, and the time in which more than one lane worked.
+        recent: the works of the last profiled steps.
     """
 
     mode: str = "sequential"
-    attention_sms: int | None = None
-    ffn_sms: int | None = None
+    lane_sms: dict[str, int] = field(default_factory=dict)
     device_sms: int | None = None
-    planner: Planner | None = None
     fallback_reason: str | None = None
+    planner: Any = None
     steps: dict[str, int] = field(default_factory=lambda: {"pipelined": 0, "sequential": 0})
     tokens: dict[str, int] = field(default_factory=lambda: {"pipelined": 0, "sequential": 0})
     profiled_steps: int = 0
-    attention_ms: float = 0.0
-    ffn_ms: float = 0.0
+    lane_ms: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     total_ms: float = 0.0
-    both_ms: float = 0.0
+    overlap_ms: float = 0.0
     recent: deque[list[Span]] = field(default_factory=lambda: deque(maxlen=KEPT_STEPS))
+
+    @property
+    def attention_sms(self) -> int | None:
+        """SMs of the attention lane; None without partitions."""
+        return self.lane_sms.get(ATTENTION_LANE)
+
+    @property
+    def ffn_sms(self) -> int | None:
+        """SMs of all other lanes together; None without partitions."""
+        others = [sms for lane, sms in self.lane_sms.items() if lane != ATTENTION_LANE]
+        return sum(others) if others else None
 
     def count_step(self, num_tokens: int, *, pipelined: bool) -> None:
         """Counts a decode step of `num_tokens` sequences."""
@@ -51,57 +61,61 @@ class PipelineStatistics:
         self.tokens[path] += num_tokens
 
     def add_times(self, spans: list[Span], total_ms: float) -> None:
-        """Takes the stages of a profiled step that took `total_ms`."""
+        """Takes the works of a profiled step that took `total_ms`."""
         self.profiled_steps += 1
         self.total_ms += total_ms
-        self.attention_ms += sum(s.end_ms - s.start_ms for s in spans if s.stage == "attention")
-        self.ffn_ms += sum(s.end_ms - s.start_ms for s in spans if s.stage == "ffn")
-        self.both_ms += time_of_both(spans)
+        for span in spans:
+            self.lane_ms[span.lane] += span.end_ms - span.start_ms
+        self.overlap_ms += overlap(spans)
         self.recent.append(spans)
+
+    def times(self) -> dict[str, float | None]:
+        """Mean ms a profiled step of attention, of all else and of the step; None without any."""
+        attention = self.lane_ms[ATTENTION_LANE]
+        sums = {
+            "attention": attention,
+            "FFN": sum(self.lane_ms.values()) - attention,
+            "total": self.total_ms,
+        }
+        steps = self.profiled_steps
+        return {name: ms / steps if steps else None for name, ms in sums.items()}
 
     def as_dict(self) -> dict[str, object]:
         """Everything as plain values; times are means per profiled step, None if there is none."""
-
-        def mean(total: float) -> float | None:
-            return total / self.profiled_steps if self.profiled_steps else None
-
+        times = self.times()
         return {
             "total_tokens": sum(self.tokens.values()),
-            "avg_attention_ms": mean(self.attention_ms),
-            "avg_ffn_ms": mean(self.ffn_ms),
-            "avg_total_ms": mean(self.total_ms),
+            "avg_attention_ms": times["attention"],
+            "avg_ffn_ms": times["FFN"],
+            "avg_total_ms": times["total"],
             "mode": self.mode,
             "attention_sms": self.attention_sms,
             "ffn_sms": self.ffn_sms,
             "device_sms": self.device_sms,
+            "lane_sms": dict(self.lane_sms),
             "steps": dict(self.steps),
             "tokens": dict(self.tokens),
             "profiled_steps": self.profiled_steps,
-            "overlap_share": self.both_ms / self.total_ms if self.total_ms else None,
+            "overlap_share": self.overlap_ms / self.total_ms if self.total_ms else None,
             "planner": None if self.planner is None else self.planner.as_dict(),
             "fallback_reason": self.fallback_reason,
         }
 
     def format(self) -> str:
         """The block that `print_pipeline_statistics` prints."""
-        times = {
-            "attention": self.attention_ms,
-            "FFN": self.ffn_ms,
-            "total": self.total_ms,
-        }
         lines = ["[Pipeline Statistics]", f"  Total tokens processed: {sum(self.tokens.values())}"]
-        for name, total in times.items():
-            mean = (
-                f"{total / self.profiled_steps:.2f} ms" if self.profiled_steps else "not profiled"
+        for name, mean in self.times().items():
+            lines.append(
+                f"  Avg {name} time: {'not profiled' if mean is None else f'{mean:.2f} ms'}"
             )
-            lines.append(f"  Avg {name} time: {mean}")
         lines.append(f"  Mode: {self.mode}{self._format_sms()}")
         for path, steps in self.steps.items():
             lines.append(
                 f"  {path.capitalize()} decode: {self.tokens[path]} tokens in {steps} steps"
             )
         if self.total_ms:
-            lines.append(f"  Both stages running: {self.both_ms / self.total_ms:.0%} of the time")
+            share = self.overlap_ms / self.total_ms
+            lines.append(f"  Several lanes at work: {share:.0%} of the time")
         if self.planner is not None:
             lines += [f"  {line}" for line in self.planner.lines()]
         if self.fallback_reason is not None:
@@ -109,20 +123,24 @@ class PipelineStatistics:
         return "\n".join(lines)
 
     def _format_sms(self) -> str:
-        if self.attention_sms is None:
-            return ""
-        return f" (attention {self.attention_sms}, FFN {self.ffn_sms} of {self.device_sms} SMs)"
+        return f" ({format_sms(self.lane_sms)} of {self.device_sms} SMs)" if self.lane_sms else ""
 
 
-def time_of_both(spans: list[Span]) -> float:
-    """Time in ms in which an attention stage and an FFN stage ran, by a sweep over their ends."""
-    ends = [(span.start_ms, 1, span.stage) for span in spans]
-    ends += [(span.end_ms, -1, span.stage) for span in spans]
-    active = {"attention": 0, "ffn": 0}
+def format_sms(lane_sms: dict[str, int], link: str = " ") -> str:
+    """Such as "attention 36, FFN 96"."""
+    names = {"ffn": "FFN", "qkv": "QKV"}
+    return ", ".join(f"{names.get(lane, lane)}{link}{sms}" for lane, sms in lane_sms.items())
+
+
+def overlap(spans: list[Span]) -> float:
+    """Time in ms in which more than one lane worked, by a sweep over the ends of their works."""
+    ends = [(span.start_ms, 1, span.lane) for span in spans]
+    ends += [(span.end_ms, -1, span.lane) for span in spans]
+    active: Counter[str] = Counter()
     total = previous = 0.0
-    for moment, change, stage in sorted(ends):
-        if all(active.values()):
+    for moment, change, lane in sorted(ends):
+        if sum(count > 0 for count in active.values()) > 1:
             total += moment - previous
-        active[stage] += change
+        active[lane] += change
         previous = moment
     return total

@@ -1,6 +1,6 @@
 """Chooses, before every decode step, which captured way of running it is the fastest.
 
-    planner = Planner(table, {Plan("sequential"): [1, 2, 4, 8, 16], Plan("green", 36, 96): [8, 16]})
+    planner = Planner(table, {SEQUENTIAL: [1, 2, 4, 8, 16], GREEN.with_sms((36, 96)): [8, 16]})
     choice = planner.choose(num_seqs=13, tokens=13 * 500)  # .plan, .batch, .seconds
     planner.observe(choice, seconds_measured)
 
@@ -30,39 +30,18 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from statistics import median
 from typing import NamedTuple
 
 import numpy as np
 
 from nanovllm.engine.cost_table import CostTable
+from nanovllm.engine.plan import Plan
 
 # Doublings of the batch and of its context tokens together at which hysteresis ends, and those
 # that are worth telling the corrections.
 JUMP = 1.0
 MOVE = 0.25
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A way of running a decode step.
-
-    Attributes:
-        mode: one of `Config.pipeline_mode`'s values but "auto".
-        attention_sms, ffn_sms: granted to the stages; None without partitions.
-    """
-
-    mode: str
-    attention_sms: int | None = None
-    ffn_sms: int | None = None
-
-    @cached_property
-    def name(self) -> str:
-        """What tells it from other plans, such as "green 36+96"."""
-        if self.attention_sms is None:
-            return self.mode
-        return f"{self.mode} {self.attention_sms}+{self.ffn_sms}"
 
 
 class Choice(NamedTuple):

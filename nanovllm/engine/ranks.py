@@ -1,7 +1,7 @@
 """The ranks of a tensor-parallel run: how they meet, talk, and notice each other's death.
 
 Rank 0 holds scheduler and sampler; the others run whatever step it sends. A step travels as two
-integer tensors by broadcast, so nothing is ever unpickled.
+integer tensors by broadcast, sizes and contents, so nothing is ever unpickled.
 
 - In a plain script rank 0 starts the others itself (`Ranks.spawn`), and they meet at a store on a
   free port of the loopback interface.
@@ -33,7 +33,7 @@ from torch.distributed.rendezvous import rendezvous
 from nanovllm.config import Config
 from nanovllm.engine import process_groups
 from nanovllm.engine.processes import POLL_SECONDS, RankDiedError, Workers, WorkerTask
-from nanovllm.engine.step_inputs import InputLayout
+from nanovllm.engine.step_inputs import StepLayout
 from nanovllm.layers.parallel import ParallelGroup
 
 __all__ = ["RankDiedError", "Ranks"]
@@ -43,7 +43,8 @@ JOIN_SECONDS = 300.0
 DEATH_SECONDS = 2.0
 END_SECONDS = 10.0
 
-HEADER_SIZE = 1 + len(dataclasses.fields(InputLayout))
+# Integers of a step's layout, and of its inputs; no layout: there will be no more steps.
+HEADER_SIZE = 2
 # Engines of a torchrun job share its store; all ranks make them in the same order.
 _engine_ids = itertools.count()
 
@@ -126,25 +127,26 @@ class Ranks:
     def is_first(self) -> bool:
         return self.group.rank == 0
 
-    def send_step(self, layout: InputLayout, flat: np.ndarray) -> None:
-        """Gives the other ranks a step to run.
+    def send_step(self, layout: StepLayout, flat: np.ndarray) -> None:
+        """Gives the other ranks a step to run; its plan goes as a number.
 
         Raises:
             RankDiedError: one of them has died.
         """
         if self.group.size > 1:
             self.workers.check()
-            self._broadcast(torch.tensor([1, *dataclasses.astuple(layout)], dtype=torch.int64))
-            self._broadcast(torch.from_numpy(flat))
+            integers = np.array(layout.to_integers(), np.int32)
+            self._broadcast(torch.tensor([len(integers), len(flat)], dtype=torch.int64))
+            self._broadcast(torch.from_numpy(np.concatenate([integers, flat])))
 
-    def receive_step(self) -> tuple[InputLayout, np.ndarray] | None:
+    def receive_step(self) -> tuple[StepLayout, np.ndarray] | None:
         """Waits for the next step; None when there will be no more."""
         header = self._broadcast(torch.empty(HEADER_SIZE, dtype=torch.int64))
-        more, is_decode, *sizes = header.tolist()
-        if not more:
+        width, size = header.tolist()
+        if not width:
             return None
-        layout = InputLayout(bool(is_decode), *sizes)
-        return layout, self._broadcast(torch.empty(layout.size, dtype=torch.int32)).numpy()
+        body = self._broadcast(torch.empty(width + size, dtype=torch.int32)).numpy()
+        return StepLayout.from_integers(body[:width].tolist()), body[width:]
 
     def minimum(self, value: int) -> int:
         """The smallest `value` of all ranks."""

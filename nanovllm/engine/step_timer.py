@@ -7,14 +7,16 @@ steps once in 0.9 s. So a step is timed until it takes the same several times in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
 import numpy as np
 import torch
 
-from nanovllm.engine.decode_runner import DecodeRunner, DecodeStep
-from nanovllm.engine.step_inputs import InputLayout
+from nanovllm.engine.scheduler import Chunk
+from nanovllm.engine.step_inputs import made_up_chunk
+from nanovllm.engine.step_runner import Choice, StepRunner
 
 # A reading is the mean of as many steps as take so long, and at least one.
 READING_SECONDS = 0.02
@@ -44,42 +46,37 @@ class DeviceTimer:
     NOTE: the first call overwrites the whole KV cache with random numbers.
 
     Args:
-        device: where.
+        runner: runs them.
         kv_caches: all tensors of the KV cache.
-        num_blocks, block_size, tile_size: see `fill_steady`.
+        num_blocks, block_size: see `steady_chunks`.
     """
 
     def __init__(
         self,
-        device: torch.device,
+        runner: StepRunner,
         kv_caches: Sequence[torch.Tensor],
         num_blocks: int,
         block_size: int,
-        tile_size: int,
     ) -> None:
-        self.device = device
+        self.runner = weakref.proxy(runner)  # which holds this timer, by its calibration
         self.unfilled = list(kv_caches)
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.tile_size = tile_size
 
     @torch.inference_mode()
-    def __call__(self, way: DecodeRunner, batch: int, tokens: int) -> float:
+    def __call__(self, plan: int, batch: int, tokens: int) -> float:
         """Seconds of a step of `batch` sequences that have `tokens` tokens together."""
         while self.unfilled:  # zeros would take less power, hence less time
             self.unfilled.pop().normal_()
-        layout = way.layout(batch)
-        flat = torch.empty(layout.size, dtype=torch.int32, pin_memory=True)
-        fill_steady(
-            layout, tokens // batch, self.num_blocks, self.block_size, self.tile_size, flat.numpy()
-        )
-        step = DecodeStep(layout, None)
+        chunks = list(steady_chunks(batch, tokens // batch, self.num_blocks, self.block_size))
+        lengths = np.full(batch, tokens // batch)
+        step = self.runner.prepare_decode(Choice(plan, batch), chunks, lengths)
 
         def read(count: int) -> float:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             for _ in range(count):
-                way.run(step, flat, self.device)
+                self.runner.run(step)
             end.record()
             end.synchronize()
             return begin.elapsed_time(end) * 1e-3 / count
@@ -89,37 +86,19 @@ class DeviceTimer:
         return settled_seconds(lambda: read(count))
 
 
-def fill_steady(
-    layout: InputLayout,
-    context: int,
-    num_blocks: int,
-    block_size: int,
-    tile_size: int,
-    flat: np.ndarray,
-) -> None:
-    """Inputs of a decode step in which every sequence has `context` tokens.
+def steady_chunks(count: int, context: int, num_blocks: int, block_size: int) -> Iterator[Chunk]:
+    """A decode step of `count` sequences that have `context` tokens each.
 
     Their blocks are scattered over the cache, and shared only if there are not enough of them.
 
     Args:
-        layout: of `flat`.
-        context: tokens of each sequence, at least 1.
+        count: sequences.
+        context: tokens of each, at least 1.
         num_blocks: KV blocks; block 0 is padding.
         block_size: tokens of a block.
-        tile_size: the attention back end's.
-        flat: int32 [layout.size], overwritten.
     """
-    views = layout.views(flat)
-    count, needed = layout.num_seqs, -(-context // block_size)
+    needed = -(-context // block_size)
     rng = np.random.default_rng(0)
     blocks = 1 + np.resize(rng.permutation(num_blocks), count * needed).reshape(count, needed)
-    views["block_tables"].fill(0)
-    views["block_tables"][:, :needed] = blocks
-    last = context - 1
-    views["input_ids"].fill(0)
-    views["positions"].fill(last)
-    views["slot_mapping"][:] = blocks[:, last // block_size] * block_size + last % block_size
-    views["context_lens"].fill(context)
-    views["tile_offsets"][:] = np.arange(count + 1) * -(-context // tile_size)
-    if "sample_rows" in views:
-        views["sample_rows"][:] = np.arange(count)
+    for table in blocks.tolist():
+        yield made_up_chunk(context - 1, context, table)

@@ -26,8 +26,6 @@ __all__ = [
     "linear_norm_rope_store",
     "linear_row_counts",
     "linear_silu_mul",
-    "qk_norm_rope",
-    "qk_norm_rope_store",
     "resolve_tokens",
     "rms_norm",
     "sample",
@@ -105,54 +103,10 @@ def linear_norm_rope_store(
     """See ``reference.linear_norm_rope_store``: returns q, writes k and v to their slots."""
     if x.values.is_cuda and not _few_rows(x.values):
         paired_gemm = _module("paired_gemm", x.values)
-        if paired_gemm.supports_heads(x.values, weight, bias, inputs):
-            return paired_gemm.linear_norm_rope_store(x.divided(), weight, inputs)
-    return qk_norm_rope_store(_linear(x, weight, bias), *inputs)
-
-
-def qk_norm_rope(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    eps: float,
-    cos_sin: Tensor,
-    positions: Tensor,
-    num_q_heads: int,
-    num_kv_heads: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``reference.qk_norm_rope``: returns q, k and v without touching a cache."""
-    return _module("rope", qkv).qk_norm_rope(
-        qkv, q_weight, k_weight, eps, cos_sin, positions, num_q_heads, num_kv_heads
-    )
-
-
-def qk_norm_rope_store(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    eps: float,
-    cos_sin: Tensor,
-    positions: Tensor,
-    slot_mapping: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    num_q_heads: int,
-    num_kv_heads: int,
-) -> Tensor:
-    """See ``reference.qk_norm_rope_store``: returns q, writes k and v to their cache slots."""
-    return _module("rope", qkv).qk_norm_rope_store(
-        qkv,
-        q_weight,
-        k_weight,
-        eps,
-        cos_sin,
-        positions,
-        slot_mapping,
-        k_cache,
-        v_cache,
-        num_q_heads,
-        num_kv_heads,
-    )
+        if paired_gemm.supports_heads(x.values, weight, inputs):
+            return paired_gemm.linear_norm_rope_store(x.divided(), weight, bias, inputs)
+    qkv = _linear(x, weight, bias)
+    return _module("rope", qkv).qk_norm_rope_store(qkv, *inputs)
 
 
 def resolve_tokens(input_ids: Tensor, last_tokens: Tensor) -> Tensor:

@@ -33,10 +33,13 @@ class Normed(NamedTuple):
 
 
 class HeadInputs(NamedTuple):
-    """The arguments of ``qk_norm_rope_store`` after its projection, in their order."""
+    """The arguments of ``qk_norm_rope_store`` after its projection, in their order.
 
-    q_weight: Tensor
-    k_weight: Tensor
+    ``q_weight`` and ``k_weight`` are None where a model does not normalise its heads.
+    """
+
+    q_weight: Tensor | None
+    k_weight: Tensor | None
     eps: float
     cos_sin: Tensor
     positions: Tensor

@@ -151,11 +151,13 @@ class DecodeWorkspace:
 def tile_offsets(context_lens: np.ndarray) -> np.ndarray:
     """Number of KV tiles before each sequence: ``[N]`` ints -> ``[N + 1]`` int32 (on the host).
 
+    A length of 0 gives a row no tiles, so that the kernel skips it: padding, after all others.
+
     Raises:
-        ValueError: for a context length under 1 (padded rows have length 1).
+        ValueError: for a negative length.
     """
-    if context_lens.min(initial=1) < 1:
-        raise ValueError(f"context_lens has {context_lens.min()}; every length must be at least 1")
+    if context_lens.min(initial=0) < 0:
+        raise ValueError(f"context_lens has {context_lens.min()}; every length must be at least 0")
     offsets = np.zeros(len(context_lens) + 1, dtype=np.int32)
     np.cumsum((context_lens + (TILE - 1)) // TILE, out=offsets[1:])
     return offsets
@@ -170,6 +172,7 @@ def paged_decode_attention(
     scale: float,
     tile_offsets: Tensor,
     workspace: DecodeWorkspace,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attention of one new token per sequence; see ``reference.paged_decode_attention``.
 
@@ -184,6 +187,7 @@ def paged_decode_attention(
         tile_offsets: ``[N + 1]`` int32, ``tile_offsets(context_lens)`` on the device. The last
             sequences may have no tiles: they are padding, and their output is left undefined.
         workspace: made for these head counts; used by one launch at a time.
+        out: for the result, contiguous; default: a new tensor.
 
     Returns:
         ``[N, Hq, D]`` in q's dtype.
@@ -191,7 +195,7 @@ def paged_decode_attention(
     num_seqs, num_q_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     q = q.contiguous()
-    out = torch.empty_like(q)
+    out = torch.empty_like(q) if out is None else out
     if num_seqs == 0:
         return out
     group = num_q_heads // num_kv_heads

@@ -28,6 +28,7 @@ def paged_prefill_attention(
     context_lens: Tensor,
     max_seqlen_q: int,
     scale: float,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Causal attention over cached keys; see ``reference.paged_prefill_attention``.
 
@@ -38,6 +39,7 @@ def paged_prefill_attention(
         cu_seqlens_q: ``[N + 1]`` int32.
         context_lens: ``[N]`` int32.
         max_seqlen_q: most query rows of a sequence; sets the grid.
+        out: for the result, contiguous; default: a new tensor.
 
     Returns:
         ``[T, Hq, D]`` in q's dtype; rows that belong to no sequence are undefined.
@@ -46,7 +48,7 @@ def paged_prefill_attention(
     _, num_kv_heads, block_size, _ = k_cache.shape
     num_seqs = context_lens.shape[0]
     q = q.contiguous()
-    out = torch.empty_like(q)
+    out = torch.empty_like(q) if out is None else out
     if num_seqs == 0 or max_seqlen_q == 0:
         return out
     tile_q, tile_k, num_warps, num_stages = _tiling(head_dim, q.element_size(), max_seqlen_q)
@@ -90,20 +92,6 @@ def _tiling(head_dim: int, itemsize: int, max_seqlen_q: int) -> tuple[int, int, 
 def lengths_of_tilings(head_dim: int, itemsize: int) -> list[int]:
     """A ``max_seqlen_q`` for every tiling there is, each of which is compiled on its own."""
     return list({_tiling(head_dim, itemsize, length): length for length in _TILES_Q}.values())
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
-    """Causal attention without a cache; see ``reference.causal_attention``.
-
-    ``k, v [T, Hkv, D]`` are a cache whose blocks hold one token each. For calls outside the
-    engine's steps: it synchronises with the device and reads keys by gathering.
-    """
-    lengths = cu_seqlens.diff()
-    longest = int(lengths.max())
-    position = torch.arange(longest, dtype=torch.int32, device=q.device)
-    tables = cu_seqlens[:-1, None] + position
-    keys, values = (x.contiguous().unsqueeze(2) for x in (k, v))
-    return paged_prefill_attention(q, keys, values, tables, cu_seqlens, lengths, longest, scale)
 
 
 # The alignment of tables and lengths varies with the batch, as they are views into one buffer.

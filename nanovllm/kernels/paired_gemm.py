@@ -1,7 +1,7 @@
 """Linear layers for tens to hundreds of tokens whose outputs are wanted in pairs.
 
 Gate and up: ``silu(gate) * up`` pairs feature i with feature I + i. Query and key heads: the
-rotation pairs element i of a head with i + D/2, and the norm needs the whole head. In both cases a
+rotation pairs element i of a head with i + D/2, and a norm needs the whole head. In both cases a
 program multiplies the same tokens with two tiles of the weight and finishes the pair in registers,
 so the product never goes to memory and the kernel after it is not launched.
 
@@ -33,10 +33,10 @@ def supports_silu_mul(x: Tensor, weight: Tensor) -> bool:
     return x.shape[0] <= _MAX_ROWS_SILU and tiling.is_faster_for(weight, *_MULTIPLES)
 
 
-def supports_heads(x: Tensor, weight: Tensor, bias: Tensor | None, inputs: HeadInputs) -> bool:
+def supports_heads(x: Tensor, weight: Tensor, inputs: HeadInputs) -> bool:
     """Whether ``linear_norm_rope_store`` takes these and is fast for them."""
-    fits_head = bias is None and inputs.q_weight.shape[0] == _PAIR
-    return fits_head and x.shape[0] <= _MAX_ROWS_HEADS and tiling.is_faster_for(weight, *_MULTIPLES)
+    fits = inputs.cos_sin.shape[1] == _PAIR and x.shape[0] <= _MAX_ROWS_HEADS
+    return fits and tiling.is_faster_for(weight, *_MULTIPLES)
 
 
 def row_counts(weight: Tensor) -> list[int]:
@@ -71,12 +71,15 @@ def linear_silu_mul(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def linear_norm_rope_store(x: Tensor, weight: Tensor, inputs: HeadInputs) -> Tensor:
+def linear_norm_rope_store(
+    x: Tensor, weight: Tensor, bias: Tensor | None, inputs: HeadInputs
+) -> Tensor:
     """QKV layer, then ``qk_norm_rope_store``; see ``reference.linear_norm_rope_store``.
 
     Args:
         x: ``[T, K]``.
         weight: ``[(Hq + 2 Hkv) * 128, K]``.
+        bias: ``[(Hq + 2 Hkv) * 128]`` or None.
         inputs: of heads of 128 elements; their caches are written in place.
 
     Returns:
@@ -86,7 +89,7 @@ def linear_norm_rope_store(x: Tensor, weight: Tensor, inputs: HeadInputs) -> Ten
         ValueError: for another head_dim, or an inner dimension that is no multiple of 128.
     """
     tiling.check(weight, *_MULTIPLES)
-    head_dim = inputs.q_weight.shape[0]
+    head_dim = inputs.cos_sin.shape[1]
     if head_dim != _PAIR:
         raise ValueError(f"head_dim is {head_dim}; it must be {_PAIR}")
     rows, q_heads, kv_heads = x.shape[0], inputs.num_q_heads, inputs.num_kv_heads
@@ -95,6 +98,7 @@ def linear_norm_rope_store(x: Tensor, weight: Tensor, inputs: HeadInputs) -> Ten
         grid, tile = _tiles(x, q_heads + 2 * kv_heads)
         _norm_rope_store_kernel[grid](
             *tiling.operands(x, weight, tile),
+            bias,
             q,
             inputs.q_weight,
             inputs.k_weight,
@@ -173,6 +177,7 @@ def _silu_mul_kernel(
 def _norm_rope_store_kernel(
     x,
     weight,
+    bias,
     q,
     q_weight,
     k_weight,
@@ -203,13 +208,17 @@ def _norm_rope_store_kernel(
     exists = token < tokens
     column = tl.arange(0, FEATURES)[:, None]
     wanted = tl.broadcast_to(exists[None, :], [FEATURES, TOKENS])
+    if bias is not None:
+        x1 += tl.load(bias + row + column).to(tl.float32)
+        x2 += tl.load(bias + row + FEATURES + column).to(tl.float32)
     if head < Q_HEADS + KV_HEADS:
-        norm_weight = q_weight
-        if head >= Q_HEADS:
-            norm_weight = k_weight
-        inverse = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=0) / (2 * FEATURES) + eps)[None, :]
-        x1 = x1 * inverse * tl.load(norm_weight + column).to(tl.float32)
-        x2 = x2 * inverse * tl.load(norm_weight + FEATURES + column).to(tl.float32)
+        if q_weight is not None:
+            norm_weight = q_weight
+            if head >= Q_HEADS:
+                norm_weight = k_weight
+            inverse = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=0) / (2 * FEATURES) + eps)[None, :]
+            x1 = x1 * inverse * tl.load(norm_weight + column).to(tl.float32)
+            x2 = x2 * inverse * tl.load(norm_weight + FEATURES + column).to(tl.float32)
         position = tl.load(positions + token, mask=exists, other=0)[None, :]
         angle = cos_sin + position * (2 * FEATURES) + column
         cos = tl.load(angle, mask=wanted, other=0.0)

@@ -11,8 +11,6 @@ Shapes: T tokens, N sequences, Hq query heads, Hkv key/value heads, D head_dim. 
 ``block_id * block_size + offset``.
 """
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
@@ -96,19 +94,20 @@ def linear_norm_rope_store(
 
 def qk_norm_rope(
     qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
     eps: float,
     cos_sin: Tensor,
     positions: Tensor,
     num_q_heads: int,
     num_kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split a QKV projection; normalise and rotate q and k head by head.
+    """Split a QKV projection; normalise (if there are weights) and rotate q and k head by head.
 
     Args:
         qkv: ``[T, (Hq + 2 Hkv) * D]``.
-        q_weight, k_weight: ``[D]``, RMS norm weights shared by all heads of their kind.
+        q_weight, k_weight: ``[D]``, RMS norm weights shared by all heads of their kind; None:
+            these heads are rotated as they are.
         cos_sin: ``[max_pos, D]`` float32, D/2 cosines and then D/2 sines of every position.
         positions: ``[T]`` int64.
 
@@ -122,8 +121,9 @@ def qk_norm_rope(
     q, k, v = heads.split([num_q_heads, num_kv_heads, num_kv_heads], dim=1)
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
 
-    def norm_rope(x: Tensor, weight: Tensor) -> Tensor:
-        x1, x2 = _rms_norm32(x, weight, eps).chunk(2, dim=-1)
+    def norm_rope(x: Tensor, weight: Tensor | None) -> Tensor:
+        x32 = x.float() if weight is None else _rms_norm32(x, weight, eps)
+        x1, x2 = x32.chunk(2, dim=-1)
         return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
 
     return norm_rope(q, q_weight), norm_rope(k, k_weight), v.contiguous()
@@ -139,8 +139,8 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
 
 def qk_norm_rope_store(
     qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
     eps: float,
     cos_sin: Tensor,
     positions: Tensor,
@@ -218,25 +218,6 @@ def paged_prefill_attention(
         k = _cached(k_cache, block_tables[n], length)
         v = _cached(v_cache, block_tables[n], length)
         out[rows] = _attend(q[rows], k, v, scale)
-    return out
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
-    """Causal attention without a cache.
-
-    Args:
-        q: ``[T, Hq, D]``.
-        k, v: ``[T, Hkv, D]``.
-        cu_seqlens: ``[N + 1]`` int32, where each sequence begins and, last, where all end.
-
-    Returns:
-        ``[T, Hq, D]`` in q's dtype.
-    """
-    out = torch.zeros_like(q)
-    starts = cu_seqlens.tolist()
-    for begin, end in pairwise(starts):
-        keys, values = k[begin:end].transpose(0, 1), v[begin:end].transpose(0, 1)
-        out[begin:end] = _attend(q[begin:end], keys, values, scale)
     return out
 
 

@@ -1,6 +1,7 @@
 """Everything between the QKV projection and attention, in one kernel.
 
-RMS norm of each head of q and k, rotary embedding, and the copy of k and v to their cache slots.
+RMS norm of each head of q and k where a model has one, rotary embedding, and the copy of k and v to
+their cache slots.
 One program takes a few heads of one token. Query, key and value heads run through the same
 arithmetic, with values selected per head at the end, so a program may hold heads of all three
 kinds. A head is read as two halves, because the rotation pairs element i with i + D/2.
@@ -20,8 +21,8 @@ _HEADS_PER_PROGRAM = 8
 
 def qk_norm_rope_store(
     qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
     eps: float,
     cos_sin: Tensor,
     positions: Tensor,
@@ -35,13 +36,14 @@ def qk_norm_rope_store(
 
     Args:
         qkv: ``[T, (Hq + 2 Hkv) * D]``; rows may be strided, a row may not.
+        q_weight, k_weight: ``[D]``, or both None: no norm.
         cos_sin: ``[max_pos, D]`` float32, contiguous.
         k_cache, v_cache: ``[num_blocks, Hkv, block_size, D]``, contiguous, written in place.
 
     Returns:
         ``q [T, Hq, D]`` in qkv's dtype.
     """
-    num_tokens, head_dim = qkv.shape[0], q_weight.shape[0]
+    num_tokens, head_dim = qkv.shape[0], cos_sin.shape[1]
     q = torch.empty(num_tokens, num_q_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     if num_tokens == 0:
         return q
@@ -68,28 +70,6 @@ def qk_norm_rope_store(
         **launch_options(),
     )
     return q
-
-
-def qk_norm_rope(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    eps: float,
-    cos_sin: Tensor,
-    positions: Tensor,
-    num_q_heads: int,
-    num_kv_heads: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same without a cache; see ``reference.qk_norm_rope``. Returns q, k, v."""
-    num_tokens, head_dim = qkv.shape[0], q_weight.shape[0]
-    # [T, Hkv, D] is a cache whose blocks hold one token each, token t in slot t.
-    k = torch.empty(num_tokens, num_kv_heads, 1, head_dim, dtype=qkv.dtype, device=qkv.device)
-    v = torch.empty_like(k)
-    slots = torch.arange(num_tokens, device=qkv.device)
-    q = qk_norm_rope_store(
-        qkv, q_weight, k_weight, eps, cos_sin, positions, slots, k, v, num_q_heads, num_kv_heads
-    )
-    return q, k.squeeze(2), v.squeeze(2)
 
 
 # The alignment of positions and slots, read one by one, varies with the batch.
@@ -120,10 +100,11 @@ def _norm_rope_store_kernel(
     is_k = (head >= Q_HEADS) & (head < Q_HEADS + KV_HEADS)
     is_v = (head >= Q_HEADS + KV_HEADS) & (head < Q_HEADS + 2 * KV_HEADS)
     column = tl.arange(0, HALF)[None, :]
-    weight1 = tl.where(is_q[:, None], tl.load(q_weight + column), tl.load(k_weight + column))
-    weight2 = tl.where(
-        is_q[:, None], tl.load(q_weight + HALF + column), tl.load(k_weight + HALF + column)
-    )
+    if q_weight is not None:
+        weight1 = tl.where(is_q[:, None], tl.load(q_weight + column), tl.load(k_weight + column))
+        weight2 = tl.where(
+            is_q[:, None], tl.load(q_weight + HALF + column), tl.load(k_weight + HALF + column)
+        )
 
     source = qkv + token * qkv_stride + head[:, None] * (2 * HALF) + column
     exists = (is_q | is_k | is_v)[:, None]
@@ -136,9 +117,10 @@ def _norm_rope_store_kernel(
     position = tl.load(positions + token)
     cos = tl.load(cos_sin + position * (2 * HALF) + column)
     sin = tl.load(cos_sin + position * (2 * HALF) + HALF + column)
-    inverse = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=1) / (2 * HALF) + eps)[:, None]
-    x1 = x1 * inverse * weight1.to(tl.float32)
-    x2 = x2 * inverse * weight2.to(tl.float32)
+    if q_weight is not None:
+        inverse = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=1) / (2 * HALF) + eps)[:, None]
+        x1 = x1 * inverse * weight1.to(tl.float32)
+        x2 = x2 * inverse * weight2.to(tl.float32)
     y1 = (x1 * cos - x2 * sin).to(raw1.dtype)
     y2 = (x2 * cos + x1 * sin).to(raw1.dtype)
 

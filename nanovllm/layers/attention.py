@@ -1,8 +1,9 @@
 """The attention interface: what a step tells attention, and what a back end must do with it.
 
-    attention_torch.py    the readable reference, on any device
-    attention_triton.py   our kernels, the default on CUDA
-    attention_flash.py    the flash-attn package, if it is installed and asked for
+    attention_torch.py      the readable reference, on any device
+    attention_triton.py     our kernels, the default on CUDA
+    attention_flash.py      the flash-attn package, if it is installed and asked for
+    attention_backends.py   picks one of them by name
 
 The KV cache of a layer is a pair of [num_blocks, num_kv_heads, block_size, head_dim]: the tokens
 of one head in one block are contiguous. Block 0 is padding: it belongs to no sequence.
@@ -14,7 +15,9 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -32,75 +35,57 @@ class HeadShape:
 
 
 @dataclass(frozen=True)
-class AttentionMetadata:
-    """Where the tokens of one step stand: T new tokens of N sequences; all integers are int32.
+class DecodeMetadata:
+    """D sequences with one new token each.
 
     Attributes:
-        slot_mapping: [T] cache slot of each new token, block * block_size + offset.
-        block_tables: [N, max_blocks] cache blocks of each sequence, in order.
-        context_lens: [N] tokens of each sequence that are cached once this step has stored its own.
-    """
-
-    slot_mapping: torch.Tensor
-    block_tables: torch.Tensor
-    context_lens: torch.Tensor
-
-
-@dataclass(frozen=True)
-class DecodeMetadata(AttentionMetadata):
-    """A step in which each sequence has one new token, T = N.
-
-    Attributes:
-        tile_offsets: [N + 1] running count of KV tiles, ceil(context / tile_size) a sequence.
+        block_tables: int32 [D, max_blocks], cache blocks of each sequence, in order.
+        context_lens: int32 [D], tokens of each sequence, the new one included.
+        plan: int32 [plan_size(D)], what the back end's `plan` made of the context lengths.
         workspace: scratch memory of the back end (`make_workspace`).
     """
 
-    tile_offsets: torch.Tensor
+    block_tables: Tensor
+    context_lens: Tensor
+    plan: Tensor
     workspace: Any
-
-    def split(self, cut_at: int) -> tuple[DecodeMetadata, DecodeMetadata]:
-        """Cuts the step after its first `cut_at` sequences."""
-        offsets = self.tile_offsets
-        first = DecodeMetadata(
-            self.slot_mapping[:cut_at],
-            self.block_tables[:cut_at],
-            self.context_lens[:cut_at],
-            offsets[: cut_at + 1],
-            self.workspace,
-        )
-        second = DecodeMetadata(
-            self.slot_mapping[cut_at:],
-            self.block_tables[cut_at:],
-            self.context_lens[cut_at:],
-            offsets[cut_at:] - offsets[cut_at],
-            self.workspace,
-        )
-        return first, second
 
 
 @dataclass(frozen=True)
-class PrefillMetadata(AttentionMetadata):
-    """A step in which sequences have any number of new tokens, the last ones of their context.
+class PrefillMetadata:
+    """P sequences with any number of new tokens, the last ones of their context.
 
     Attributes:
-        cu_seqlens_q: [N + 1] first new token of each sequence.
+        block_tables: int32 [P, max_blocks], cache blocks of each sequence, in order.
+        context_lens: int32 [P], tokens of each sequence, the new ones included.
+        cu_seqlens_q: int32 [P + 1], first new token of each sequence, counted from the first
+            prompt token of the micro-batch.
         max_seqlen_q: most new tokens of a sequence.
     """
 
-    cu_seqlens_q: torch.Tensor
+    block_tables: Tensor
+    context_lens: Tensor
+    cu_seqlens_q: Tensor
     max_seqlen_q: int
 
 
-Metadata = DecodeMetadata | PrefillMetadata
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """Where the T tokens of a micro-batch stand: the D that decode first, then those of prompts.
+
+    Attributes:
+        slot_mapping: int32 [T], cache slot of each token, block * block_size + offset.
+        decode: of the first D tokens; None: there are none.
+        prefill: of all others; None: there are none.
+    """
+
+    slot_mapping: Tensor
+    decode: DecodeMetadata | None = None
+    prefill: PrefillMetadata | None = None
 
 
 class AttentionBackend(ABC):
-    """Causal attention over a paged KV cache, for the heads of one rank.
-
-    `tile_size` is the number of tokens that `DecodeMetadata.tile_offsets` counts as one tile.
-    """
-
-    tile_size = 64
+    """Causal attention over a paged KV cache, for the heads of one rank."""
 
     def __init__(self, heads: HeadShape) -> None:
         self.heads = heads
@@ -109,56 +94,56 @@ class AttentionBackend(ABC):
         """Scratch memory for decode on `num_sms` SMs; one per stream that decodes."""
         return None
 
+    def plan_size(self, num_seqs: int) -> int:
+        """Integers of a plan for that many sequences."""
+        return 0
+
+    def plan(self, context_lens: np.ndarray) -> np.ndarray:
+        """Plans decode attention on the host.
+
+        Args:
+            context_lens: int [D], tokens of each sequence; 0 for padding, which comes last and
+                whose output may be left undefined.
+
+        Returns:
+            int32 [plan_size(D)], for `DecodeMetadata.plan` on the device.
+        """
+        return np.empty(0, np.int32)
+
     def prefill_lengths(self, dtype: torch.dtype) -> list[int]:
         """Lengths of sequences in prefill for each of which other kernels run."""
         return [1]
 
+    def attend(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata
+    ) -> Tensor:
+        """Attention of all rows of a micro-batch, whose keys and values are in the cache.
+
+        Args:
+            q: [T, heads, head_dim].
+            k_cache, v_cache: of the layer.
+            metadata: of the T tokens.
+
+        Returns:
+            [T, heads, head_dim].
+        """
+        out = torch.empty_like(q)
+        decode, prefill = metadata.decode, metadata.prefill
+        rows = 0 if decode is None else len(decode.context_lens)
+        if decode is not None:
+            self.decode(q[:rows], k_cache, v_cache, decode, out[:rows])
+        if prefill is not None:
+            self.prefill(q[rows:], k_cache, v_cache, prefill, out[rows:])
+        return out
+
     @abstractmethod
     def decode(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        metadata: DecodeMetadata,
-    ) -> torch.Tensor:
-        """One new token per sequence: q [N, heads, head_dim] to an output of the same shape."""
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: DecodeMetadata, out: Tensor
+    ) -> None:
+        """One new token per sequence: writes `out` for q, both [D, heads, head_dim]."""
 
     @abstractmethod
     def prefill(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        metadata: PrefillMetadata,
-    ) -> torch.Tensor:
-        """Several new tokens per sequence: q [T, heads, head_dim] to an output of that shape."""
-
-
-def make_backend(
-    name: str, heads: HeadShape, device: torch.device, block_size: int
-) -> AttentionBackend:
-    """Builds back end `name`; "auto" is "triton" on CUDA and "torch" elsewhere.
-
-    Raises:
-        ValueError: the back end cannot run on this device, or with this block size.
-        ImportError: its package is not installed.
-    """
-    if name == "auto":
-        name = "triton" if device.type == "cuda" else "torch"
-    if name != "torch" and device.type != "cuda":
-        raise ValueError(
-            f"attention_backend={name!r} is not allowed on device {device}: it needs CUDA; "
-            "use 'auto' or 'torch'"
-        )
-    # Imported only when chosen: each needs packages that the others do without.
-    if name == "triton":
-        from nanovllm.layers.attention_triton import TritonBackend
-
-        return TritonBackend(heads)
-    if name == "flash_attn":
-        from nanovllm.layers.attention_flash import FlashAttnBackend
-
-        return FlashAttnBackend(heads, block_size)
-    from nanovllm.layers.attention_torch import TorchBackend
-
-    return TorchBackend(heads)
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: PrefillMetadata, out: Tensor
+    ) -> None:
+        """Several new tokens per sequence: writes `out` for q, both [tokens, heads, head_dim]."""

@@ -7,6 +7,7 @@ a transposed view of ours.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, HeadShape, PrefillMetadata
 
@@ -34,13 +35,9 @@ class FlashAttnBackend(AttentionBackend):
         self.flash_attn = flash_attn
 
     def decode(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        metadata: DecodeMetadata,
-    ) -> torch.Tensor:
-        out = self.flash_attn.flash_attn_with_kvcache(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: DecodeMetadata, out: Tensor
+    ) -> None:
+        result = self.flash_attn.flash_attn_with_kvcache(
             q.unsqueeze(1),
             k_cache.transpose(1, 2),
             v_cache.transpose(1, 2),
@@ -49,19 +46,15 @@ class FlashAttnBackend(AttentionBackend):
             softmax_scale=self.heads.scale,
             causal=True,
         )
-        return out.squeeze(1)
+        out[:] = result.squeeze(1)
 
     def prefill(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        metadata: PrefillMetadata,
-    ) -> torch.Tensor:
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: PrefillMetadata, out: Tensor
+    ) -> None:
         lengths = metadata.context_lens
         cu_seqlens_k = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         longest = metadata.block_tables.shape[1] * k_cache.shape[2]
-        return self.flash_attn.flash_attn_varlen_func(
+        out[:] = self.flash_attn.flash_attn_varlen_func(
             q,
             k_cache.transpose(1, 2),
             v_cache.transpose(1, 2),

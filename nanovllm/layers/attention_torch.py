@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from nanovllm.kernels import reference
 from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, PrefillMetadata
@@ -12,35 +12,15 @@ class TorchBackend(AttentionBackend):
     """The reference that the other back ends are tested against."""
 
     def decode(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        metadata: DecodeMetadata,
-    ) -> torch.Tensor:
-        return reference.paged_decode_attention(
-            q,
-            k_cache,
-            v_cache,
-            metadata.block_tables,
-            metadata.context_lens,
-            self.heads.scale,
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: DecodeMetadata, out: Tensor
+    ) -> None:
+        out[:] = reference.paged_decode_attention(
+            q, k_cache, v_cache, metadata.block_tables, metadata.context_lens, self.heads.scale
         )
 
     def prefill(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        metadata: PrefillMetadata,
-    ) -> torch.Tensor:
-        return reference.paged_prefill_attention(
-            q,
-            k_cache,
-            v_cache,
-            metadata.block_tables,
-            metadata.cu_seqlens_q,
-            metadata.context_lens,
-            metadata.max_seqlen_q,
-            self.heads.scale,
-        )
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: PrefillMetadata, out: Tensor
+    ) -> None:
+        m = metadata
+        rows = m.block_tables, m.cu_seqlens_q, m.context_lens, m.max_seqlen_q
+        out[:] = reference.paged_prefill_attention(q, k_cache, v_cache, *rows, self.heads.scale)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.layers.slots import Slot, Slots
@@ -25,7 +25,7 @@ class VocabEmbedding(nn.Module):
         rows = -(-vocab_size // group.size)
         self.weight = nn.Parameter(torch.empty(rows, hidden_size), requires_grad=False)
 
-    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, token_ids: Tensor) -> Tensor:
         """Integer [T] to [T, hidden_size]."""
         if self.group.size == 1:
             return F.embedding(token_ids, self.weight)
@@ -34,7 +34,7 @@ class VocabEmbedding(nn.Module):
         rows = F.embedding(torch.where(held, local, 0), self.weight)
         return self.group.all_reduce(torch.where(held[:, None], rows, 0))
 
-    def logits(self, hidden_states: torch.Tensor, out: torch.Tensor) -> None:
+    def logits(self, hidden_states: Tensor, out: Tensor) -> None:
         """[T, hidden_size] to `out` [T, vocab_size], on every rank."""
         if self.group.size == 1:
             torch.mm(hidden_states, self.weight.t(), out=out)

@@ -7,7 +7,7 @@ a row-parallel one needs a single all-reduce.
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanovllm import kernels
 from nanovllm.layers.layernorm import RMSNorm
@@ -16,7 +16,7 @@ from nanovllm.layers.slots import Slot, Slots
 
 
 class PackedColumnLinear(nn.Module):
-    """Several projections of the same input as one matrix product.
+    """Weights of several projections of the same input, for one matrix product.
 
     Args:
         in_features: width of the input.
@@ -31,11 +31,8 @@ class PackedColumnLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, in_features] to [T, this rank's rows], the parts side by side."""
-        return kernels.linear(x, self.weight, self.bias)
-
     def slots(self, prefix: str) -> Slots:
+        """`prefix`: of the module that this one is in, for checkpoints have the parts apart."""
         row = 0
         for name, shard in self.parts.items():
             rows = slice(row, row + shard.size)
@@ -57,15 +54,13 @@ class RowLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, self.shard.size), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[T, this rank's in_features] to [T, out_features]."""
         # One rank alone adds the bias, so that it enters the sum once.
         bias = self.bias if self.group.rank == 0 else None
         return self.group.all_reduce(kernels.linear(x, self.weight, bias))
 
-    def add_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, norm: RMSNorm
-    ) -> tuple[kernels.Normed, torch.Tensor]:
+    def add_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[kernels.Normed, Tensor]:
         """Returns (norm of s, s) for s = this layer's output + residual [T, out_features].
 
         The residual is used up: s may be written over it.

@@ -1,6 +1,6 @@
 """Decode steps as a timeline: a Chrome/Perfetto trace, or a picture.
 
-One row per stage's stream, one box per stage, layer and micro-batch. A trace opens in
+One row for each lane, one box for each work: neighbouring stages of a micro-batch. A trace opens in
 https://ui.perfetto.dev or chrome://tracing; its format is
 https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
 """
@@ -8,18 +8,19 @@ https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nanovllm.engine.stage_marks import Span
+    from nanovllm.engine.stage_times import Span
 
-ROWS = ("attention", "ffn")
 # Space between two steps; they are measured each from its own beginning.
 GAP_MS = 0.05
 # A picture shows this much of the last step: enough layers to see the pattern, few enough to read.
 DRAWN_LAYERS = 6
-COLORS = {0: "#4c72b0", 1: "#dd8452"}
+COLORS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52")
 
 
 def save_timeline(steps: list[list[Span]], path: str) -> None:
@@ -41,29 +42,32 @@ def save_timeline(steps: list[list[Span]], path: str) -> None:
         Path(path).write_text(json.dumps({"traceEvents": trace_events(steps)}), encoding="utf-8")
 
 
+def lanes_of(spans: Iterable[Span]) -> list[str]:
+    """Names of lanes, attention first, then in the order in which they begin."""
+    return sorted(dict.fromkeys(span.lane for span in spans), key=lambda lane: lane != "attention")
+
+
 def trace_events(steps: list[list[Span]]) -> list[dict[str, object]]:
     """The steps one after the other as events of a Chrome trace; its times are in microseconds."""
+    rows = lanes_of(chain.from_iterable(steps))
     events: list[dict[str, object]] = [
-        {"ph": "M", "name": "thread_name", "pid": 0, "tid": row, "args": {"name": stage}}
-        for row, stage in enumerate(ROWS)
+        {"ph": "M", "name": "thread_name", "pid": 0, "tid": row, "args": {"name": lane}}
+        for row, lane in enumerate(rows)
     ]
     origin_ms = 0.0
     for number, spans in enumerate(steps):
         for span in spans:
+            stages = [f"{stage}{layer}" for stage, layer in span.stages]
             events.append(
                 {
                     "ph": "X",
-                    "name": label(span),
-                    "cat": span.stage,
+                    "name": f"{letter(span)} {' '.join(stages)}",
+                    "cat": span.lane,
                     "pid": 0,
-                    "tid": ROWS.index(span.stage),
+                    "tid": rows.index(span.lane),
                     "ts": (origin_ms + span.start_ms) * 1e3,
                     "dur": (span.end_ms - span.start_ms) * 1e3,
-                    "args": {
-                        "step": number,
-                        "layer": span.layer,
-                        "micro_batch": span.micro_batch,
-                    },
+                    "args": {"step": number, "stages": stages, "micro_batch": span.micro_batch},
                 }
             )
         origin_ms += max(span.end_ms for span in spans) + GAP_MS
@@ -75,10 +79,15 @@ def is_pipelined(spans: list[Span]) -> bool:
     return any(span.micro_batch for span in spans)
 
 
+def letter(span: Span) -> str:
+    """A for micro-batch 0, and so on."""
+    return chr(ord("A") + span.micro_batch)
+
+
 def label(span: Span) -> str:
-    """Micro-batch and layer: "A3"; "A in" is what comes before layer 0."""
-    name = "AB"[span.micro_batch]
-    return f"{name} in" if span.layer < 0 else f"{name}{span.layer}"
+    """Micro-batch and first layer, such as "A3", or "A in" before all layers; then the stages."""
+    names, first = " ".join(stage for stage, _ in span.stages), span.stages[0][1]
+    return f"{letter(span)}{first if first >= 0 else ' in'}\n{names}"
 
 
 def draw(spans: list[Span], path: str) -> None:
@@ -87,23 +96,23 @@ def draw(spans: list[Span], path: str) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("a picture needs matplotlib: pip install matplotlib") from error
-    shown = [span for span in spans if span.layer < DRAWN_LAYERS]
-    figure = Figure(figsize=(13, 2.6), layout="constrained")
+    rows = lanes_of(spans)[::-1]
+    figure = Figure(figsize=(13, 1.2 + 0.7 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
-    for span in shown:
-        row = len(ROWS) - 1 - ROWS.index(span.stage)
-        width = span.end_ms - span.start_ms
-        color = COLORS[span.micro_batch]
+    for span in spans:
+        if span.stages[0][1] >= DRAWN_LAYERS:
+            continue
+        row, width = rows.index(span.lane), span.end_ms - span.start_ms
+        color = COLORS[span.micro_batch % len(COLORS)]
         axes.barh(row, width, left=span.start_ms, height=0.8, color=color, edgecolor="white")
         axes.text(
             span.start_ms + width / 2, row, label(span), ha="center", va="center",
-            fontsize=8, color="white", clip_on=True,
+            fontsize=6, color="white", clip_on=True,
         )  # fmt: skip
-    axes.set_yticks(range(len(ROWS)), [stage if stage != "ffn" else "FFN" for stage in ROWS[::-1]])
+    axes.set_yticks(range(len(rows)), [lane if lane != "ffn" else "FFN" for lane in rows])
     axes.set_xlabel("ms from the beginning of the step")
     axes.set_title(
-        f"One decode step, first {DRAWN_LAYERS} layers: micro-batches A (blue) and B (orange)",
-        fontsize=10,
+        f"One decode step, first {DRAWN_LAYERS} layers: a color for each micro-batch", fontsize=10
     )
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)

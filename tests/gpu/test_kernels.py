@@ -127,11 +127,11 @@ def test_qkv_layer_with_its_heads(tokens):
     del case["qkv"]
     exact = {k: v.float() if torch.is_tensor(v) and v.dtype == BF16 else v for k, v in case.items()}
     heads = HeadInputs(**case)
-    assert paired_gemm.supports_heads(x, weight, None, heads)
+    assert paired_gemm.supports_heads(x, weight, heads)
     expected = reference.linear_norm_rope_store(
         x.float(), weight.float(), None, HeadInputs(**exact)
     )
-    check(paired_gemm.linear_norm_rope_store(x, weight, heads), expected)
+    check(paired_gemm.linear_norm_rope_store(x, weight, None, heads), expected)
     for name in ("k_cache", "v_cache"):
         assert torch.equal(case[name].isnan(), exact[name].isnan())
         check(case[name].nan_to_num(), exact[name].nan_to_num())
@@ -153,12 +153,13 @@ def test_linear_picks_the_kernel_for_few_rows_in_16_bits():
         assert torch.equal(kernels.linear_silu_mul(Normed(y), w), expected)
 
 
+@pytest.mark.parametrize("normed_heads", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("tokens", [1, 8, 9, 256, 257, 512, 513])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_a_layer_is_right_whichever_kernels_it_takes(tokens, head_dim, biased):
+def test_a_layer_is_right_whichever_kernels_it_takes(tokens, head_dim, biased, normed_heads):
     """Residual and norm, then QKV and the heads; the norm's division may pass between them."""
-    case = rope_case(tokens, 4, 2, head_dim, 16, BF16)
+    case = rope_case(tokens, 4, 2, head_dim, 16, BF16, normed_heads)
     exact = {k: v.float() if torch.is_tensor(v) and v.dtype == BF16 else v for k, v in case.items()}
     features = case.pop("qkv").shape[1]
     del exact["qkv"]
@@ -218,12 +219,6 @@ def test_qk_norm_rope_store(hq, hkv):
     for name in ("k_cache", "v_cache"):
         assert torch.equal(case[name].isnan(), exact[name].isnan())
         check(case[name].nan_to_num(), exact[name].nan_to_num())
-    for actual, expected in zip(
-        rope.qk_norm_rope(**without_cache(case)),
-        reference.qk_norm_rope(**without_cache(exact)),
-        strict=True,
-    ):
-        check(actual, expected)
 
 
 @MODELS
@@ -297,10 +292,6 @@ def test_prefill(hq, hkv, block_size):
     context = [5, 1500, 2000, 64, 1]
     case = PagedCase(context, hq, hkv, 128, block_size, rows, dtype=BF16)
     check(case.prefill(paged_prefill), case.dense())
-    k, v = torch.cat(case.keys[1:2]), torch.cat(case.values[1:2])
-    cu_seqlens = torch.tensor([0, 1500], dtype=torch.int32, device="cuda")
-    out = paged_prefill.causal_attention(case.q[1:1501], k, v, cu_seqlens, case.scale)
-    check(out, case.dense()[1:1501])
 
 
 def check_stored(case, k, v):
@@ -336,7 +327,7 @@ def test_caches_beyond_2_31_elements():
         cache[-1, :, -5:] = 0
     projected = inputs.pop("qkv")
     identity = torch.eye(projected.shape[1], dtype=BF16, device="cuda")
-    paired_gemm.linear_norm_rope_store(projected, identity, HeadInputs(**inputs))
+    paired_gemm.linear_norm_rope_store(projected, identity, None, HeadInputs(**inputs))
     check_stored(case, k, v)
 
 

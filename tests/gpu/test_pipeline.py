@@ -11,6 +11,7 @@ import logging
 import operator
 import random
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,17 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 pytest.importorskip("triton", reason="needs Triton")
 
-from green_ctx import GreenContextError, GreenDevice, PartitionInUse
+
+from green_ctx import GreenContextError, GreenDevice
 from nanovllm import LLM
 from nanovllm.bench.shapes import published_config
 from nanovllm.bench.workload import DecodeWorkload, fill_cache, run_turn
 from nanovllm.config import PIPELINE_MODES
 from nanovllm.engine import model_runner
-from nanovllm.engine.decode_runner import DecodeRunner
 from nanovllm.engine.pipeline import PipelineUnavailable
-from nanovllm.engine.pipeline_scheduler import Cut, MicroBatch
-from nanovllm.engine.stage_executor import Lane
+from nanovllm.engine.plan import LANES3, make_order
+from nanovllm.engine.step_runner import StepRunner
+from nanovllm.models.stage import MicroBatch, Stage
 from nanovllm.tiny import PROMPTS
 from nanovllm.utils.timeline import trace_events
 from tests.decode_cases import relative_error
@@ -101,82 +103,96 @@ def cpu_texts() -> list[str]:
 # Where and when the stages run
 
 
-class ReportingCut(Cut):
-    """Has every stage of a step also report the SMs that it runs on."""
+class Reporter:
+    """Has every stage of the pipelined steps of an engine also report the SMs that it runs on.
 
-    def __init__(self, cut: Cut) -> None:
-        super().__init__(cut.model)
-        self.cut, self.first = cut, cut.first
-        shape = (2 * self.model.num_layers, PROGRAMS, 3)
-        self.records = {
-            lane: torch.empty(shape, dtype=torch.int64, device="cuda")
-            for lane in (Lane.ATTENTION, Lane.FFN)
+    From the next step on; graphs that were captured before are gone.
+    """
+
+    def __init__(self, steps: StepRunner) -> None:
+        self.scheduler = steps.schedulers[-1]
+        self.plan = self.scheduler.plan
+        stages = [
+            dataclasses.replace(stage, run=partial(self._run, number, stage))
+            for number, stage in enumerate(self.scheduler.model.stages())
+        ]
+        count = len(stages) * self.plan.micro_batches
+        self.records = torch.empty((count, PROGRAMS, 3), dtype=torch.int64, device="cuda")
+        self.lanes = [
+            self.plan.lane_of(stage.name).name
+            for stage in stages
+            for _ in range(self.plan.micro_batches)
+        ]
+        self.scheduler.orders = {
+            n: make_order(stages, self.plan, n) for n in (1, self.plan.micro_batches)
         }
+        for graph, _ in steps.graphs.values():
+            graph.reset()
+        if steps.memory is not None:
+            steps.memory.release(len(steps.graphs))
+        steps.graphs.clear()
         self.forget()
 
     def forget(self) -> None:
-        for records in self.records.values():
-            records.fill_(-1)
+        self.records.fill_(-1)
         torch.cuda.synchronize()
 
-    def begin(self, batch: MicroBatch) -> None:
-        self.cut.begin(batch)
+    def _run(self, number: int, stage: Stage, batch: MicroBatch) -> None:
+        stage.run(batch)
+        row = self.plan.micro_batches * number + batch.index
+        record_programs[(PROGRAMS,)](self.records[row], SPIN_NS, num_warps=1)
 
-    def attention(self, layer: int, batch: MicroBatch) -> None:
-        self.cut.attention(layer, batch)
-        self._report(Lane.ATTENTION, layer, batch)
+    def check_partitions(self, lane_sms: dict[str, int]) -> None:
+        """Every stage of every micro-batch ran, on its own partition's SMs and all of them.
 
-    def ffn(self, layer: int, batch: MicroBatch) -> None:
-        self.cut.ffn(layer, batch)
-        self._report(Lane.FFN, layer, batch)
-
-    def _report(self, lane: Lane, layer: int, batch: MicroBatch) -> None:
-        records = self.records[lane][2 * layer + batch.index]
-        record_programs[(PROGRAMS,)](records, SPIN_NS, num_warps=1)
-
-
-def check_partitions(cut: ReportingCut, attention_sms: int, ffn_sms: int) -> None:
-    """Every stage of every layer and micro-batch ran, on its own partition's SMs and all of them.
-
-    The grid is many times what a partition holds at a time, and each program takes its time, so
-    the programs of all launches together are seen on every SM that they may run on.
-    """
-    used = {
-        lane: set().union(*(sms_used(launch) for launch in records))
-        for lane, records in cut.records.items()
-    }
-    assert not used[Lane.ATTENTION] & used[Lane.FFN]
-    assert len(used[Lane.ATTENTION]) == attention_sms
-    assert len(used[Lane.FFN]) == ffn_sms
-
-
-def reporting(decode: DecodeRunner) -> ReportingCut:
-    """Makes an engine's pipeline report, from the next step on."""
-    assert decode.pipeline.scheduler is not None
-    cut = decode.pipeline.scheduler.cut = ReportingCut(decode.pipeline.scheduler.cut)
-    for graphs in decode.graphs.values():
-        graphs.close()
-    return cut
+        The grid is many times what a partition holds at a time, and each program takes its time,
+        so the programs of all launches together are seen on every SM that they may run on.
+        """
+        used: dict[str, set[int]] = {lane: set() for lane in lane_sms}
+        for lane, launch in zip(self.lanes, self.records, strict=True):
+            used[lane] |= sms_used(launch)
+        assert {lane: len(sms) for lane, sms in used.items()} == lane_sms
+        assert len(set().union(*used.values())) == sum(lane_sms.values())
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["replayed graph", "eager"])
 @pytest.mark.parametrize("counts", SPLITS)
 def test_stages_run_on_disjoint_sms_of_the_granted_counts(counts, eager, cpu_texts):
     with pipelined_engine(enforce_eager=eager, **SPLITS[counts]) as engine:
-        cut = reporting(engine.model_runner.decode)
-        granted = [statistics(engine)[name] for name in ("attention_sms", "ffn_sms")]
-        assert all(map(operator.ge, granted, SPLITS[counts].values()))
-        assert sum(granted) <= NUM_SMS
+        steps = engine.model_runner.step_runner
+        reporter = Reporter(steps)
+        granted = statistics(engine)["lane_sms"]
+        assert all(map(operator.ge, granted.values(), SPLITS[counts].values()))
+        assert sum(granted.values()) <= NUM_SMS
         assert texts(engine, 4) == cpu_texts[:4]
-        check_partitions(cut, *granted)
+        reporter.check_partitions(granted)
         # Once more: now all graphs have been captured, so that these are replays.
-        captured = [len(graphs.captured) for graphs in engine.model_runner.decode.graphs.values()]
-        assert len(captured) == (0 if eager else 1)
-        cut.forget()
+        captured = set(steps.graphs)
+        assert bool(captured) == (not eager)
+        reporter.forget()
         assert texts(engine, 4) == cpu_texts[:4]
-        check_partitions(cut, *granted)
-        after = [len(graphs.captured) for graphs in engine.model_runner.decode.graphs.values()]
-        assert after == captured
+        reporter.check_partitions(granted)
+        assert set(steps.graphs) == captured
+
+
+def test_three_lanes_run_on_three_partitions(cpu_texts):
+    """The benchmark's plan with QKV on a lane of its own, and three micro-batches."""
+    with pipelined_engine(mode="sequential") as engine:
+        runner = engine.model_runner
+        own = runner.step_runner
+        plan = LANES3.with_sms((NUM_SMS - FFN_SMS, FFN_SMS - 16, 16))
+        runner.step_runner = runner.make_step_runner(engine.config, plan)
+        try:
+            reporter = Reporter(runner.step_runner)
+            for _ in range(2):
+                reporter.forget()
+                assert texts(engine, 6) == cpu_texts[:6]
+                reporter.check_partitions(runner.step_runner.statistics.lane_sms)
+            assert runner.step_runner.statistics.steps["pipelined"] > 0
+        finally:
+            torch.cuda.synchronize()
+            runner.step_runner.close()
+            runner.step_runner = own
 
 
 def write_config(directory: Path, shape: str, layers: int) -> Path:
@@ -231,10 +247,10 @@ def test_pipelined_bfloat16_logits_are_near_the_sequential_ones(
         enable_prefix_caching=False,
     ) as engine:
         runner = engine.model_runner
-        own = runner.decode
+        own = runner.step_runner
         expected = {n: forced_logits(monkeypatch, engine, p, steps) for n, p in given.items()}
         for mode in ("microbatch", "streams", "green"):
-            runner.decode = runner.make_decode(
+            runner.step_runner = runner.make_step_runner(
                 dataclasses.replace(
                     engine.config,
                     enable_pipeline=True,
@@ -249,12 +265,12 @@ def test_pipelined_bfloat16_logits_are_near_the_sequential_ones(
                     for step in range(1, steps):
                         error = relative_error(logits[step], expected[count][step])
                         assert error < 2e-2, (mode, count, step)
-                tokens = runner.decode.pipeline.statistics.tokens
+                tokens = runner.step_runner.statistics.tokens
                 assert tokens == {"pipelined": sum(given) * (steps - 1), "sequential": 0}
             finally:
                 torch.cuda.synchronize()
-                runner.decode.close()
-                runner.decode = own
+                runner.step_runner.close()
+                runner.step_runner = own
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
@@ -288,17 +304,6 @@ def test_green_batches_of_any_size_write_the_text_of_the_cpu(green, count, cpu_t
         assert statistics(green)["steps"]["pipelined"] > before
 
 
-def test_partitions_stay_open_while_graphs_need_them(cpu_texts):
-    with pipelined_engine() as engine:
-        manager = engine.model_runner.decode.pipeline.manager
-        assert manager is not None
-        with pytest.raises(PartitionInUse, match="CUDA graphs"):
-            manager.close()
-        assert not manager.closed
-        assert texts(engine, 4) == cpu_texts[:4]
-    assert manager.closed
-
-
 @torch.inference_mode()
 def test_decode_token_runs_eagerly_beside_the_graphs(green, cpu_texts):
     scheduler, model = green.model_runner.pipeline_scheduler, green.model_runner.model
@@ -307,8 +312,8 @@ def test_decode_token_runs_eagerly_beside_the_graphs(green, cpu_texts):
     positions = torch.cat([torch.arange(length, device="cuda") for length in lengths])
     expected = model.compute_logits(model(tokens, positions))
     before = scheduler.get_statistics()
-    for cut_at in (None, 1, 3):
-        logits = scheduler.decode_token(tokens, positions, cut_at=cut_at)
+    for _ in range(3):
+        logits = scheduler.decode_token(tokens, positions)
         assert relative_error(logits, expected) < 1e-4
     with pytest.raises(ValueError, match=r"^positions has shape"):
         scheduler.decode_token(input_ids=tokens, positions=positions[1:])
@@ -362,13 +367,13 @@ def test_an_engine_that_falls_back_decodes_from_graphs_as_ever(caplog, cpu_texts
     counts = split(10_000, 16)
     with pipelined_engine(pipeline_strict=False, **counts) as engine:
         assert texts(engine) == cpu_texts[:8]
-        stats, (graphs,) = statistics(engine), engine.model_runner.decode.graphs.values()
-        layouts = list(graphs.captured)
+        stats = statistics(engine)
+        layouts = [layout for layout, _ in engine.model_runner.step_runner.graphs]
     reason = stats["fallback_reason"]
     assert reason.startswith("pipeline_attention_sm_count=10000 and pipeline_ffn_sm_count=16 are")
     assert reason.endswith(f"and the device has {NUM_SMS}")
     ours = [message for message in caplog.messages if message.startswith("[")]
     assert ours == [FAILED + reason, FELL_BACK]
     assert stats["steps"]["pipelined"] == 0 < stats["steps"]["sequential"]
-    assert [layout.num_seqs for layout in layouts] == [8, 4, 2, 1]
-    assert not any(layout.pipelined for layout in layouts)
+    assert [layout.num_samples for layout in layouts] == [8, 4, 2, 1]
+    assert {layout.plan for layout in layouts} == {0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 from statistics import median
@@ -16,8 +17,10 @@ if not torch.cuda.is_available():
 
 from nanovllm import LLM
 from nanovllm.bench.shapes import shape_directory
-from nanovllm.engine.planned_decode import SEQUENTIAL, PlannedDecode
-from nanovllm.engine.planner import Choice, Plan, Planner
+from nanovllm.engine.plan import SEQUENTIAL, Plan
+from nanovllm.engine.planned_decode import AutoPlan
+from nanovllm.engine.planner import Choice, Planner
+from nanovllm.engine.step_runner import Choice as StepChoice
 from tests.gpu.test_pipeline import texts
 
 CALIBRATION_SECONDS = 20
@@ -38,10 +41,10 @@ def auto_engine(**options: Any) -> LLM:
     return LLM(device="cuda", enable_pipeline=True, pipeline_strict=True, **options)
 
 
-def planned(engine: LLM) -> PlannedDecode:
-    decode = engine.model_runner.decode
-    assert isinstance(decode, PlannedDecode)
-    return decode
+def auto_plan(engine: LLM) -> AutoPlan:
+    chooser = engine.model_runner.step_runner.chooser
+    assert isinstance(chooser, AutoPlan)
+    return chooser
 
 
 def test_every_plan_writes_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,23 +53,14 @@ def test_every_plan_writes_the_same_text(monkeypatch: pytest.MonkeyPatch) -> Non
     with LLM(device="cuda", **options) as engine:
         expected = texts(engine, 100)
     with auto_engine(**options) as engine:
-        decode = planned(engine)
-        sizes = decode.calibration.run(decode.ways, show_progress=False)
-        for plan, way in decode.ways.items():
-            decode.planner.add_size(plan, 128)
-            way.capture(show_progress=False, sizes=[128])
-            decode.calibration.table.add(plan.name, 128, [(128, 1.0)])
-        turn = iter(range(10**9))
-        choose = decode.planner.choose
-
-        def next_plan(num_seqs: int, tokens: int) -> Any:
-            plan = decode.planner.plans[next(turn) % len(decode.planner.plans)]
-            return choose(num_seqs, tokens)._replace(plan=plan, batch=128)
-
-        monkeypatch.setattr(decode.planner, "choose", next_plan)
+        runner, plans = engine.model_runner.step_runner, auto_plan(engine).plans
+        every = [StepChoice(number, 128) for number in range(len(plans))]
+        runner.capture(every, show_progress=False)
+        turn = itertools.cycle(every)
+        monkeypatch.setattr(runner.chooser, "choose", lambda num_seqs, tokens: next(turn))
         assert texts(engine, 100) == expected
         assert min(engine.model_runner.statistics.steps.values()) > 0
-        assert len(sizes) == len(decode.ways) - 1
+        assert len(plans) > 2
 
 
 def test_calibration_is_short_and_kept(cache: Path) -> None:
@@ -75,20 +69,20 @@ def test_calibration_is_short_and_kept(cache: Path) -> None:
 
         def start() -> tuple[float, Any]:
             with auto_engine(model=directory, **options) as engine:
-                decode = planned(engine)
+                decode = auto_plan(engine)
                 begin = time.perf_counter()
-                decode.calibrate(show_progress=False)
+                decode.calibrate(engine.model_runner.step_runner, show_progress=False)
                 return time.perf_counter() - begin, decode.calibration.table.to_json()
 
         start()  # compiles kernels
         for path in cache.rglob("plans*.json"):
             path.unlink()
         with auto_engine(model=directory, **options) as engine:
-            decode = planned(engine)
+            decode = auto_plan(engine)
             for path in cache.rglob("plans*.json"):
                 path.unlink()
             begin = time.perf_counter()
-            decode.calibrate(show_progress=False)
+            decode.calibrate(engine.model_runner.step_runner, show_progress=False)
             assert time.perf_counter() - begin < CALIBRATION_SECONDS
             measured = decode.calibration.table.to_json()
         del decode, engine  # they hold the device's memory
@@ -104,7 +98,7 @@ def test_two_calibrations_choose_equally_fast_plans(cache: Path) -> None:
 
         def calibrate_and_choose() -> list[Choice]:
             with auto_engine(model=directory, **options) as engine:
-                return choices(planned(engine))
+                return choices(auto_plan(engine))
 
         first = calibrate_and_choose()
         kept = list(cache.rglob("plans*.json"))
@@ -113,7 +107,7 @@ def test_two_calibrations_choose_equally_fast_plans(cache: Path) -> None:
             path.unlink()
         apart = {}
         with auto_engine(model=directory, **options) as engine:
-            decode = planned(engine)
+            decode = auto_plan(engine)
             for point, *pair in zip(POINTS, first, choices(decode), strict=True):
                 print(f"{point}:", *(f"{c.plan.name} {1e3 * c.seconds:.3f} ms" for c in pair))
                 one, other = (choice.plan for choice in pair)
@@ -126,22 +120,23 @@ def test_two_calibrations_choose_equally_fast_plans(cache: Path) -> None:
     assert all(abs(difference) < PLAN_TOLERANCE for difference in apart.values()), apart
 
 
-def choices(decode: PlannedDecode) -> list[Choice]:
+def choices(decode: AutoPlan) -> list[Choice]:
     """At each of the points, what a new planner takes by the calibration on disk."""
-    sizes = decode.calibration.run(decode.ways, show_progress=False)
-    ladders = {SEQUENTIAL: decode.sequential.graph_sizes, **sizes}
+    sizes = decode.calibration.run(decode.plans, show_progress=False)
+    ladders = {SEQUENTIAL: decode.sizes, **sizes}
     table = decode.calibration.table
     return [Planner(table, ladders).choose(batch, batch * context) for batch, context in POINTS]
 
 
 def measure_in_turn(
-    decode: PlannedDecode, plans: list[Plan], batch: int, context: int
+    decode: AutoPlan, plans: list[Plan], batch: int, context: int
 ) -> dict[Plan, float]:
     """Median seconds of a step by plan, from turns back and forth on random keys and values."""
     times: dict[Plan, list[float]] = {plan: [] for plan in plans}
     for number in range(PLAN_ROUNDS):
         for plan in plans[:: -1 if number % 2 else 1]:
-            times[plan].append(decode.calibration.timer(decode.ways[plan], batch, batch * context))
+            number = decode.plans.index(plan)
+            times[plan].append(decode.calibration.timer(number, batch, batch * context))
     return {plan: median(seconds) for plan, seconds in times.items()}
 
 

@@ -150,21 +150,22 @@ except RankDiedError as error:
 
 @EAGER
 @pytest.mark.parametrize(
-    ("place", "seconds"),
+    ("place", "call", "seconds"),
     [
-        ("model_runner.ModelRunner._load", 60),  # these two with the time the worker takes to start
-        ("model_runner.ModelRunner._run_largest_step", 60),
-        ("model_runner.ModelRunner.run", 15),
-        ("decode_runner.DecodeRunner.run", 15),
+        # These two with the time that the worker takes to start.
+        ("model_runner.ModelRunner._load", 1, 60),
+        ("model_runner.ModelRunner._run_largest_step", 1, 60),
+        ("model_runner.PreparedStep", 1, 15),  # where a worker has received a step
+        ("model_runner.PreparedStep", 2, 15),
     ],
     ids=["loading", "measuring memory", "prefill", "decode"],
 )
-def test_killed_worker_ends_rank_0_within_seconds(tmp_path, place, seconds, eager):
+def test_killed_worker_ends_rank_0_within_seconds(tmp_path, place, call, seconds, eager):
     """Also where rank 0 has an NCCL kernel running that waits for the worker."""
     SHAPES[0].write(tmp_path / "model")
     script = tmp_path / "death.py"
     script.write_text(DEATH)
-    interpreter = scripts.broken_interpreter(tmp_path, place, scripts.KILL)
+    interpreter = scripts.broken_interpreter(tmp_path, place, scripts.KILL, call)
     mode = "eager" if eager else "graphs"
     # Memory is measured only where the measuring rank dies, as others may use the device, too.
     blocks = -1 if place.endswith("_run_largest_step") else 64

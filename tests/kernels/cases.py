@@ -35,15 +35,16 @@ def close(actual, expected, dtype=torch.float32):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def rope_case(num_tokens, hq, hkv, dim, block_size, dtype=torch.float32):
+def rope_case(num_tokens, hq, hkv, dim, block_size, dtype=torch.float32, normed=True):
+    """Arguments of ``qk_norm_rope_store``; ``normed``: whether the heads have norms."""
     angles = torch.outer(torch.arange(50), 10000.0 ** -(torch.arange(0, dim, 2) / dim))
     cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1).to(DEVICE)
     shape = (num_tokens // block_size + 3, hkv, block_size, dim)
     caches = [torch.full(shape, float("nan"), dtype=dtype, device=DEVICE) for _ in "kv"]
     return {
         "qkv": randn(num_tokens, (hq + 2 * hkv) * dim, dtype=dtype) * 2,
-        "q_weight": randn(dim, dtype=dtype),
-        "k_weight": randn(dim, dtype=dtype),
+        "q_weight": randn(dim, dtype=dtype) if normed else None,
+        "k_weight": randn(dim, dtype=dtype) if normed else None,
         "eps": EPS,
         "cos_sin": cos_sin,
         "positions": torch.randint(0, 50, (num_tokens,), device=DEVICE),
@@ -57,6 +58,18 @@ def rope_case(num_tokens, hq, hkv, dim, block_size, dtype=torch.float32):
 
 def without_cache(case):
     return {k: v for k, v in case.items() if k not in ("slot_mapping", "k_cache", "v_cache")}
+
+
+def with_caches_of_its_own(case):
+    """The same arguments, but what is stored goes elsewhere."""
+    return case | {name: case[name].clone() for name in ("k_cache", "v_cache")}
+
+
+def check_caches(case, expected, dtype=torch.float32):
+    """The caches hold the same, and NaN where nothing was stored."""
+    for name in ("k_cache", "v_cache"):
+        assert torch.equal(case[name].isnan(), expected[name].isnan())
+        close(case[name].nan_to_num(), expected[name].nan_to_num(), dtype)
 
 
 def sampling_case(rows, vocab, dtype=torch.float32):

@@ -81,16 +81,21 @@ class PagedCase:
             )
         return torch.cat(out).to(self.q.dtype)
 
-    def decode(self, num_sms, tuning=None, **changes):
+    def decode(self, num_sms, tuning=None, out=None, **changes):
         tuning = replace(tuning or paged_decode.PLAIN, **changes)
         heads, kv_heads, dim = self.q.shape[1], self.k_cache.shape[1], self.q.shape[2]
         workspace = paged_decode.DecodeWorkspace(num_sms, heads, kv_heads, dim, DEVICE, tuning)
         offsets = paged_decode.tile_offsets(np.array(self.context_lens))
         return paged_decode.paged_decode_attention(
-            *self.cache(), self.lens, self.scale, torch.from_numpy(offsets).to(DEVICE), workspace
+            *self.cache(),
+            self.lens,
+            self.scale,
+            torch.from_numpy(offsets).to(DEVICE),
+            workspace,
+            out,
         )
 
-    def prefill(self, module):
+    def prefill(self, module, *out):
         return module.paged_prefill_attention(
-            *self.cache(), self.cu_seqlens, self.lens, max(self.query_lens), self.scale
+            *self.cache(), self.cu_seqlens, self.lens, max(self.query_lens), self.scale, *out
         )

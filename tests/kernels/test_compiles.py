@@ -54,23 +54,23 @@ def decode(tuning, group):
     compile(paged_decode._decode_kernel, constants, compiler, k_cache=cache, v_cache=cache)
 
 
-def paired(kind, tokens, block):
-    if kind == "silu":
-        kernel, more = paired_gemm._silu_mul_kernel, dict(INTER=3072)
-    else:
-        kernel = paired_gemm._norm_rope_store_kernel
-        more = dict(Q_HEADS=16, KV_HEADS=8, BLOCK_SIZE=256)
-    tiled(kernel, more | dict(INNER=1024), tokens, block)
+def silu_pairs(tokens, block):
+    tiled(paired_gemm._silu_mul_kernel, dict(INTER=3072, INNER=1024), tokens, block)
 
 
-def tiled(kernel, constants, tokens, block):
+def head_pairs(tokens, block, *without):
+    constants = dict(Q_HEADS=16, KV_HEADS=8, BLOCK_SIZE=256, INNER=1024)
+    tiled(paired_gemm._norm_rope_store_kernel, constants, tokens, block, without)
+
+
+def tiled(kernel, constants, tokens, block, without=()):
     tile = tiling.Tiling(int(tokens), int(block))
     options = tiling.options(tile) | constants
     constants = {name: value for name, value in options.items() if name.isupper()}
     compiler = {name: value for name, value in options.items() if not name.isupper()}
     del constants["OVERLAP"]  # of this machine
     x, weight = tiles(*tile), tiles(tiling.FEATURES, tile.block)
-    compile(kernel, constants, compiler, x=x, weight=weight)
+    compile(kernel, constants, compiler, without, x=x, weight=weight)
 
 
 def split(tokens, block):
@@ -88,9 +88,10 @@ def silu():
     compile(activation._silu_mul_kernel, dict(INTER=3072, BLOCK=1024), dict(num_warps=4))
 
 
-def heads():
+def heads(*without):
     constants = dict(Q_HEADS=16, KV_HEADS=8, BLOCK_SIZE=256, HALF=64, HEADS=8)
-    compile(rope._norm_rope_store_kernel, constants, dict(num_warps=2), qkv_stride="i32")
+    options = dict(num_warps=2)
+    compile(rope._norm_rope_store_kernel, constants, options, without, qkv_stride="i32")
 
 
 def small(side, tokens):
@@ -115,13 +116,15 @@ globals()[sys.argv[1]](*sys.argv[2:])
         ("decode", ["PLAIN", "2"], "cp.async.cg"),
         ("decode", ["TMA", "4"], "cp.async.bulk.tensor"),
         ("decode", ["KEYS_FIRST", "5"], "cp.async.bulk.tensor"),
-        ("paired", ["silu", "16", "128"], "wgmma"),
-        ("paired", ["heads", "64", "64"], "wgmma"),
+        ("silu_pairs", ["16", "128"], "wgmma"),
+        ("head_pairs", ["64", "64", "bias"], "wgmma"),
+        ("head_pairs", ["64", "64", "q_weight", "k_weight"], "wgmma"),
         ("split", ["32", "128"], "wgmma"),
         ("norms", ["4"], "rsqrt"),
         ("norms", ["1"], "rsqrt"),
         ("silu", [], "ex2"),
         ("heads", [], "rsqrt"),
+        ("heads", ["q_weight", "k_weight"], "st.global"),
         ("small", ["before", "1"], "mma.sync"),
         ("small", ["after", "8"], "mma.sync"),
     ],

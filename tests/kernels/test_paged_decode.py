@@ -52,6 +52,15 @@ def test_decode_joins_more_partials_than_one_chunk_holds(poison):
 
 
 @TUNING
+def test_decode_into_rows_of_a_larger_result(poison, tuning):
+    case = PagedCase(RAGGED, 4, 2, 64, 64)
+    out = torch.full((9, *case.q.shape[1:]), 7.0, device=DEVICE)
+    assert case.decode(3, tuning, out[:5]).data_ptr() == out.data_ptr()
+    close(out[:5], case.dense())
+    assert (out[5:] == 7).all()
+
+
+@TUNING
 @pytest.mark.parametrize("dtype", HALF)
 def test_decode_in_16_bits(poison, dtype, tuning):
     case = PagedCase(RAGGED, 4, 2, 64, 256, dtype=dtype)
@@ -123,8 +132,9 @@ def test_tile_offsets():
     offsets = paged_decode.tile_offsets(np.array([1, 64, 65, 200], dtype=np.int32))
     assert offsets.dtype == np.int32
     assert offsets.tolist() == [0, 1, 2, 4, 8]
-    with pytest.raises(ValueError, match="context_lens has 0"):
-        paged_decode.tile_offsets(np.array([5, 0]))
+    assert paged_decode.tile_offsets(np.array([65, 0, 0])).tolist() == [0, 2, 2, 2]
+    with pytest.raises(ValueError, match="context_lens has -1"):
+        paged_decode.tile_offsets(np.array([5, -1]))
 
 
 def test_workspace_rejects_what_it_cannot_serve():

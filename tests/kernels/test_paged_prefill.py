@@ -1,4 +1,4 @@
-"""Prefill attention, over the paged cache and over plain keys and values."""
+"""Prefill attention over the paged cache."""
 
 from __future__ import annotations
 
@@ -46,8 +46,10 @@ def test_lengths_of_tilings_meet_every_tiling(dim, itemsize):
     assert set(met) == {paged_prefill._tiling(dim, itemsize, length) for length in range(1, 300)}
 
 
-def test_causal_attention(poison):
-    case = PagedCase([1, 70, 16], 6, 2, 32, 16, [1, 70, 16])
-    k, v = torch.cat(case.keys), torch.cat(case.values)
-    out = paged_prefill.causal_attention(case.q, k, v, case.cu_seqlens, case.scale)
-    close(out, case.dense())
+def test_prefill_into_rows_of_a_larger_result(poison):
+    case = PagedCase([70, 33], 4, 2, 32, 16, [70, 3])
+    out = torch.full((80, *case.q.shape[1:]), 7.0, device=case.q.device)
+    assert case.prefill(paged_prefill, out[5:78]).data_ptr() == out[5:].data_ptr()
+    close(out[5:78], case.dense())
+    assert (out[:5] == 7).all()
+    assert (out[78:] == 7).all()

@@ -7,7 +7,14 @@ import torch
 
 from nanovllm.kernels import paired_gemm, reference, small_gemm, tiling
 from nanovllm.kernels.normed import HeadInputs
-from tests.kernels.cases import HALF, close, randn, rope_case
+from tests.kernels.cases import (
+    HALF,
+    check_caches,
+    close,
+    randn,
+    rope_case,
+    with_caches_of_its_own,
+)
 
 ROWS = pytest.mark.parametrize("rows", [0, 3, 16, 50, 130])
 
@@ -32,17 +39,18 @@ def test_linear_silu_mul(poison, num_sms, rows, inner, inter, dtype):
 @pytest.mark.parametrize("dtype", HALF)
 @ROWS
 @pytest.mark.parametrize(("hq", "hkv"), [(2, 1), (4, 2)])
-def test_linear_norm_rope_store(poison, num_sms, rows, hq, hkv, dtype):
-    case = rope_case(rows, hq, hkv, 128, 16, dtype)
-    weight = randn(case.pop("qkv").shape[1], 256, dtype=dtype) / 16
+@pytest.mark.parametrize("normed", [True, False], ids=["norms", "no norms"])
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
+def test_linear_norm_rope_store(poison, num_sms, rows, hq, hkv, dtype, normed, biased):
+    case = rope_case(rows, hq, hkv, 128, 16, dtype, normed)
+    features = case.pop("qkv").shape[1]
+    weight = randn(features, 256, dtype=dtype) / 16
+    bias = randn(features, dtype=dtype) if biased else None
     x = randn(rows, 256, dtype=dtype)
-    expected = {**case, "k_cache": case["k_cache"].clone(), "v_cache": case["v_cache"].clone()}
-    q = paired_gemm.linear_norm_rope_store(x, weight, HeadInputs(**case))
-    close(q, reference.linear_norm_rope_store(x, weight, None, HeadInputs(**expected)), dtype)
-    for name in ("k_cache", "v_cache"):
-        # NaN where nothing was stored, in both.
-        assert torch.equal(case[name].isnan(), expected[name].isnan())
-        close(case[name].nan_to_num(), expected[name].nan_to_num(), dtype)
+    expected = with_caches_of_its_own(case)
+    q = paired_gemm.linear_norm_rope_store(x, weight, bias, HeadInputs(**case))
+    close(q, reference.linear_norm_rope_store(x, weight, bias, HeadInputs(**expected)), dtype)
+    check_caches(case, expected, dtype)
 
 
 def test_rows_need_not_be_contiguous(poison):
@@ -60,7 +68,7 @@ def test_it_says_what_it_cannot_do():
     case = rope_case(9, 4, 2, 64, 16, torch.float16)
     weight = randn(case.pop("qkv").shape[1], 128).half()
     with pytest.raises(ValueError, match="head_dim is 64; it must be 128"):
-        paired_gemm.linear_norm_rope_store(x, weight, HeadInputs(**case))
+        paired_gemm.linear_norm_rope_store(x, weight, None, HeadInputs(**case))
 
 
 def test_what_it_is_fast_for():
@@ -68,17 +76,16 @@ def test_what_it_is_fast_for():
     large = torch.empty(24576, 4096, dtype=torch.bfloat16, device="meta")
     case = rope_case(100, 2, 1, 128, 16, torch.bfloat16)
     del case["qkv"]
-    heads, short = HeadInputs(**case), HeadInputs(**{**case, "q_weight": case["q_weight"][:64]})
+    heads, short = HeadInputs(**case), HeadInputs(**{**case, "cos_sin": case["cos_sin"][:, :64]})
     assert paired_gemm.supports_silu_mul(x, small)
-    assert paired_gemm.supports_heads(x, small, None, heads)
+    assert paired_gemm.supports_heads(x, small, heads)
     assert not paired_gemm.supports_silu_mul(x, small.float())
     assert not paired_gemm.supports_silu_mul(x, small[:500])
     assert not paired_gemm.supports_silu_mul(x, small[:, :200])
     assert not paired_gemm.supports_silu_mul(x, large)
     assert not paired_gemm.supports_silu_mul(x.repeat(3, 1), small)
-    assert not paired_gemm.supports_heads(x, small, small[:, 0], heads)
-    assert not paired_gemm.supports_heads(x, small, None, short)
-    assert not paired_gemm.supports_heads(x.repeat(6, 1), small, None, heads)
+    assert not paired_gemm.supports_heads(x, small, short)
+    assert not paired_gemm.supports_heads(x.repeat(6, 1), small, heads)
     assert paired_gemm.row_counts(large) == []
 
 

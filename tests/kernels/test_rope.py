@@ -7,18 +7,30 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels import reference, rope
-from tests.kernels.cases import DEVICE, EPS, close, randn, rope_case, without_cache
+from tests.kernels.cases import (
+    DEVICE,
+    EPS,
+    check_caches,
+    close,
+    randn,
+    rope_case,
+    with_caches_of_its_own,
+    without_cache,
+)
+
+NORMED = pytest.mark.parametrize("normed", [True, False], ids=["norms", "no norms"])
 
 
-def test_rope_reference_is_transformers():
-    case = rope_case(6, 4, 2, 32, 16)
+@NORMED
+def test_rope_reference_is_transformers(normed):
+    case = rope_case(6, 4, 2, 32, 16, normed=normed)
     q, k, v = reference.qk_norm_rope(**without_cache(case))
     halves = case["cos_sin"][case["positions"]].chunk(2, dim=1)
     cos, sin = (torch.cat([x, x], dim=1)[:, None] for x in halves)
     raw = case["qkv"].view(6, 8, 32)
 
     def expected(x, weight):
-        x = F.rms_norm(x, (32,), weight, EPS)
+        x = F.rms_norm(x, (32,), weight, EPS) if normed else x
         rotated = torch.cat([-x[..., 16:], x[..., :16]], dim=-1)
         return x * cos + rotated * sin
 
@@ -37,32 +49,25 @@ def test_store_kv_reference_places_every_token():
             assert torch.equal(cache[slot // 4, :, slot % 4], new[t])
 
 
+@NORMED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("hq", "hkv", "dim", "block_size"),
     [(16, 8, 128, 256), (4, 4, 64, 16), (10, 2, 64, 48), (3, 1, 32, 64), (8, 1, 256, 16)],
 )
-def test_qk_norm_rope_store(poison, hq, hkv, dim, block_size, dtype):
-    case = rope_case(9, hq, hkv, dim, block_size, dtype)
-    expected = {**case, "k_cache": case["k_cache"].clone(), "v_cache": case["v_cache"].clone()}
+def test_qk_norm_rope_store(poison, hq, hkv, dim, block_size, dtype, normed):
+    case = rope_case(9, hq, hkv, dim, block_size, dtype, normed)
+    expected = with_caches_of_its_own(case)
     q = rope.qk_norm_rope_store(**case)
     close(q, reference.qk_norm_rope_store(**expected), dtype)
-    for name in ("k_cache", "v_cache"):
-        # NaN where nothing was stored, in both.
-        assert torch.equal(case[name].isnan(), expected[name].isnan())
-        close(case[name].nan_to_num(), expected[name].nan_to_num(), dtype)
-    for actual, wanted in zip(
-        rope.qk_norm_rope(**without_cache(case)),
-        reference.qk_norm_rope(**without_cache(case)),
-        strict=True,
-    ):
-        close(actual, wanted, dtype)
+    check_caches(case, expected, dtype)
 
 
 def test_rope_reads_strided_rows(poison):
     case = rope_case(4, 4, 2, 64, 16)
-    expected = rope.qk_norm_rope(**without_cache(case))
+    expected = with_caches_of_its_own(case)
     wide = torch.cat([case["qkv"], case["qkv"]], dim=1)
     case["qkv"] = wide[:, : case["qkv"].shape[1]]
-    for actual, wanted in zip(rope.qk_norm_rope(**without_cache(case)), expected, strict=True):
-        assert torch.equal(actual, wanted)
+    q = rope.qk_norm_rope_store(**case)
+    assert torch.equal(q, rope.qk_norm_rope_store(**expected))
+    check_caches(case, expected)

@@ -1,0 +1,57 @@
+"""A lane: a stream that the works of a plan are issued on, perhaps on SMs of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from nanovllm.kernels.library_sms import limited_to
+
+
+class Lane:
+    """Issues in order; lanes are ordered among each other by events alone.
+
+    NOTE: what is allocated on a lane belongs to its stream. torch's allocator hands freed memory
+    to the next allocation on the same stream at once, so a tensor that another lane reads must be
+    held until its own lane has waited for that reader. `PipelineScheduler` says how it does that.
+
+    Args:
+        name: in timelines and statistics.
+        stream: None: work goes to the caller's stream, or is done at once as on the CPU, so there
+            is nothing to wait for.
+        sms: of its partition, which matrix products are planned for; None: those of the device.
+        device_sms: of the device.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        stream: torch.cuda.Stream | None = None,
+        sms: int | None = None,
+        device_sms: int = 0,
+    ) -> None:
+        self.name = name
+        self.stream = stream
+        self.sms = device_sms if sms is None else sms
+        self.device_sms = device_sms
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """What is issued inside goes to this lane."""
+        if self.stream is None:
+            yield
+            return
+        with torch.cuda.stream(self.stream), limited_to(self.sms, self.device_sms):
+            yield
+
+    def record(self) -> Any:
+        """An event that is complete when everything issued on the lane so far is."""
+        return None if self.stream is None else self.stream.record_event()
+
+    def wait(self, event: Any) -> None:
+        """Lets what is issued on the lane from now on wait for `event`."""
+        if self.stream is not None:
+            self.stream.wait_event(event)

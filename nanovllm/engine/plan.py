@@ -1,0 +1,189 @@
+"""Plans and orders: how a step is issued, as data.
+
+A plan says how many micro-batches a step has and which lane runs which stages; its order is a list
+of `Work`, a walk through all stages of all micro-batches. Lanes work in order, so the order decides
+what overlaps. Both depend on nothing but the model and the plan, so every rank makes the same ones,
+and a step names its plan by its number in the list of plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from nanovllm.models.stage import Stage
+
+# The stage that reads the KV cache. Its scratch memory is made for the SMs of its lane.
+ATTENTION = "attention"
+# Everything before and after a step: the stream of the caller.
+MAIN = "main"
+
+
+@dataclass(frozen=True)
+class PlannedLane:
+    """A lane of a plan.
+
+    Attributes:
+        name: in timelines and statistics.
+        stages: names of the stages it runs; none: those that no other lane names.
+        sms: of its partition; None: it has none.
+    """
+
+    name: str
+    stages: tuple[str, ...] = ()
+    sms: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a step is issued.
+
+    Attributes:
+        mode: a value of `Config.pipeline_mode`, or one of the benchmarks' own.
+        micro_batches: of a step; one with fewer sequences is issued by another plan.
+        lanes: at most one of them names no stages.
+        streams: whether each lane has a stream; else all work is issued on the caller's.
+        times: seconds or any other measure of each stage, by name: the order is then made by list
+            scheduling. Without times it is stage by stage.
+    """
+
+    mode: str
+    micro_batches: int
+    lanes: tuple[PlannedLane, ...]
+    streams: bool = False
+    times: tuple[tuple[str, float], ...] = ()
+
+    @cached_property
+    def name(self) -> str:
+        """What tells it from other plans, such as "green 36+96"."""
+        sms = [str(lane.sms) for lane in self.lanes if lane.sms is not None]
+        return f"{self.mode} {'+'.join(sms)}" if sms else self.mode
+
+    def lane_of(self, stage: str) -> PlannedLane:
+        """The lane that runs the stages of that name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for lane in self.lanes:
+            if stage in lane.stages:
+                return lane
+        for lane in self.lanes:
+            if not lane.stages:
+                return lane
+        raise ValueError(f"stage={stage!r} has no lane in plan {self.name!r}")
+
+    def with_sms(self, sms: Sequence[int]) -> Plan:
+        """The same on partitions of these sizes."""
+        lanes = zip(self.lanes, sms, strict=True)
+        return replace(self, lanes=tuple(replace(lane, sms=count) for lane, count in lanes))
+
+
+TWO_LANES = (PlannedLane("attention", (ATTENTION,)), PlannedLane("ffn"))
+SEQUENTIAL = Plan("sequential", 1, TWO_LANES)
+MICROBATCH = Plan("microbatch", 2, TWO_LANES)
+STREAMS = Plan("streams", 2, TWO_LANES, streams=True)
+GREEN = Plan("green", 2, TWO_LANES, streams=True)
+# Of the benchmark alone: QKV leaves the dense lane, so three micro-batches are under way.
+LANES3 = Plan("lanes3", 3, (*TWO_LANES, PlannedLane("qkv", ("qkv",))), streams=True)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Neighbouring stages of one micro-batch on one lane.
+
+    Attributes:
+        lane: its name.
+        micro_batch: its index.
+        stages: in order; none on the main lane, which only waits.
+        waits: whether the lane first waits for the event behind the micro-batch's last work.
+        records: whether somebody waits for the end of this work.
+    """
+
+    lane: str
+    micro_batch: int
+    stages: tuple[Stage, ...] = ()
+    waits: bool = False
+    records: bool = False
+
+
+def make_order(stages: Iterable[Stage], plan: Plan, micro_batches: int) -> list[Work]:
+    """The works of a step of so many micro-batches, in the order of their issue."""
+    chain = merge(stages, plan)
+    if plan.times:
+        seconds = dict(plan.times)
+        times = [sum(seconds[stage.name] for stage in group) for _, group in chain]
+        turns = list_schedule([lane for lane, _ in chain], times, micro_batches)
+    else:
+        turns = [(batch, i) for i in range(len(chain)) for batch in range(micro_batches)]
+    return with_events([Work(chain[i][0], batch, chain[i][1]) for batch, i in turns])
+
+
+def merge(stages: Iterable[Stage], plan: Plan) -> list[tuple[str, tuple[Stage, ...]]]:
+    """The stages a micro-batch runs through, neighbours on one lane together, and their lanes."""
+    chain: list[tuple[str, tuple[Stage, ...]]] = []
+    for stage in stages:
+        lane = plan.lane_of(stage.name).name
+        before = chain.pop()[1] if chain and chain[-1][0] == lane else ()
+        chain.append((lane, (*before, stage)))
+    return chain
+
+
+def list_schedule(
+    lanes: Sequence[str], times: Sequence[float], micro_batches: int
+) -> list[tuple[int, int]]:
+    """Always issues what can begin first; of several, the micro-batch that is behind.
+
+    Args:
+        lanes, times: of each link of the chain that every micro-batch runs through.
+        micro_batches: how many.
+
+    Returns:
+        (micro-batch, link), in the order of issue.
+    """
+    free = dict.fromkeys(lanes, 0.0)
+    ready, links = [0.0] * micro_batches, [0] * micro_batches
+    turns = []
+    for _ in range(len(lanes) * micro_batches):
+        begin, link, batch = min(
+            (max(ready[batch], free[lanes[link]]), link, batch)
+            for batch, link in enumerate(links)
+            if link < len(lanes)
+        )
+        free[lanes[link]] = ready[batch] = begin + times[link]
+        links[batch] += 1
+        turns.append((batch, link))
+    return turns
+
+
+def with_events(works: Iterable[Work]) -> list[Work]:
+    """Adds the waits that `works` need and no others, those of the main lane at the end among them.
+
+    A work needs what its micro-batch's last work made, the first one the inputs, which come from
+    the main lane; at the end that lane needs every micro-batch. Works of one lane need no event,
+    and neither does what an earlier wait implies: a lane that has waited for an event knows all
+    that the other lane knew when it recorded it.
+
+    Args:
+        works: each micro-batch's in order, without waits.
+    """
+    order: list[Work] = []
+    known: dict[str, Mapping[str, int]] = {MAIN: {MAIN: 0}}  # by lane, the last work known of each
+    # Behind each micro-batch's last work: its number in the order, its lane, what that lane knew.
+    last: dict[int, tuple[int, str, Mapping[str, int]]] = {}
+    works = list(works)
+    ends = [Work(MAIN, batch) for batch in dict.fromkeys(work.micro_batch for work in works[::-1])]
+    for work in [*works, *ends]:
+        number, lane, facts = last.get(work.micro_batch, (0, MAIN, known[MAIN]))
+        knows = known.get(work.lane, {})
+        waits = knows.get(lane, -1) < facts[lane]
+        if waits:
+            knows = {k: max(knows.get(k, -1), facts.get(k, -1)) for k in {*knows, *facts}}
+            if work.micro_batch in last:
+                order[number] = replace(order[number], records=True)
+        known[work.lane] = {**knows, work.lane: len(order) + 1}
+        last[work.micro_batch] = len(order), work.lane, known[work.lane]
+        if work.stages or waits:
+            order.append(replace(work, waits=waits))
+    return order

@@ -1,0 +1,255 @@
+"""Runs steps of one rank: from CUDA graphs or eagerly, timed or not, by whatever plan they name.
+
+    launched step:  prepare (layout and inputs, on the host)  ->  run (logits)  ->  finish (counts)
+
+All plans of the engine stand ready in a list, which is the same on every rank. Plan 0 is sequential
+and runs what no other does: prompts, and decode steps with too few sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from nanovllm.config import Config
+from nanovllm.engine.cuda_graphs import GraphMemory
+from nanovllm.engine.pipeline import Pipelines
+from nanovllm.engine.pipeline_scheduler import PipelineScheduler, hidden_states
+from nanovllm.engine.scheduler import Chunk, Step
+from nanovllm.engine.stage_times import StageTimer
+from nanovllm.engine.step_inputs import (
+    StepInputs,
+    StepLayout,
+    balance,
+    decode_first,
+    micro_batches,
+)
+
+
+class Choice(NamedTuple):
+    """How a decode step runs.
+
+    Attributes:
+        plan: number of its plan.
+        size: its rows, padding included.
+        prediction: what the step's time is told to, with it; None: nobody wants to know.
+    """
+
+    plan: int
+    size: int
+    prediction: Any = None
+
+
+class FixedPlan:
+    """Chooses the last plan for all steps that have enough sequences, sequential for the rest."""
+
+    def __init__(self, schedulers: Sequence[PipelineScheduler], memory: GraphMemory | None) -> None:
+        self.last, self.fewest = len(schedulers) - 1, schedulers[-1].plan.micro_batches
+        self.memory = memory
+
+    def choose(self, num_seqs: int, tokens: int) -> Choice:
+        """For a decode step of so many sequences with so many tokens together."""
+        size = num_seqs if self.memory is None else self.memory.size_for(num_seqs)
+        return Choice(self.last if size >= self.fewest else 0, size)
+
+    def observe(self, prediction: Any, seconds: float) -> None:
+        """Takes the time of a step, with the `prediction` of its choice."""
+
+    def capture(self, runner: StepRunner, *, show_progress: bool) -> None:
+        """Captures the graphs that will be needed."""
+        sizes = [] if self.memory is None else self.memory.sizes
+        runner.capture([self.choose(size, 0) for size in sizes], show_progress=show_progress)
+
+
+@dataclass(frozen=True)
+class PreparedStep:
+    """A step that is ready to run.
+
+    Attributes:
+        layout: of `flat`.
+        flat: its inputs, int32 [layout.size].
+        choice: how it was chosen, where it was.
+        events: recorded before and after it on the device, if somebody wants to know its time.
+    """
+
+    layout: StepLayout
+    flat: torch.Tensor
+    choice: Choice | None = None
+    events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+
+
+class StepRunner:
+    """Runs the steps of a `ModelRunner`.
+
+    Args:
+        config: pipeline_enable_profiling is looked up at every step.
+        pipelines: its partitions are closed with the runner, after the graphs.
+        last_tokens: the last token of each seat, on the device.
+        memory: for CUDA graphs; None: run eagerly.
+        inputs: lays steps out and fills them.
+
+    Attributes:
+        chooser: chooses the plan of each decode step.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        pipelines: Pipelines,
+        last_tokens: torch.Tensor,
+        memory: GraphMemory | None,
+        inputs: StepInputs,
+    ) -> None:
+        self.config = config
+        self.schedulers, self.statistics = pipelines.schedulers, pipelines.statistics
+        self.partitions = pipelines.partitions
+        self.chooser = FixedPlan(self.schedulers, memory)
+        self.last_tokens, self.device = last_tokens, last_tokens.device
+        self.memory = memory
+        self.inputs = inputs
+        self.layouts: dict[tuple[int, int], StepLayout] = {}  # of decode, by plan and size
+        # By layout, and by whether they are timed.
+        self.graphs: dict[tuple[StepLayout, bool], tuple[Any, StageTimer | None]] = {}
+        self.timer: StageTimer | None = None  # of the last step
+
+    def prepare(self, step: Step) -> PreparedStep:
+        """Chooses how a step will run, and fills its inputs."""
+        if not step.is_decode:
+            return self.prepare_prompts(step.chunks)
+        lengths = np.array([chunk.end for chunk in step.chunks])
+        choice = self.chooser.choose(len(lengths), int(lengths.sum()))
+        return self.prepare_decode(choice, step.chunks, lengths)
+
+    def prepare_decode(
+        self, choice: Choice, chunks: Sequence[Chunk], lengths: np.ndarray
+    ) -> PreparedStep:
+        """A step of chunks of one token, which all are sampled, with padding."""
+        layout = self.layout(choice)
+        parts = balance(lengths, layout)
+        events = None
+        if choice.prediction is not None:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            events = begin, end
+        return PreparedStep(layout, self._fill(layout, chunks, parts), choice, events)
+
+    def prepare_prompts(self, chunks: Sequence[Chunk]) -> PreparedStep:
+        """A step of any chunks, as one micro-batch."""
+        part = decode_first(chunks)
+        layout = self.inputs.mixed_layout(0, [[chunks[i] for i in part]])
+        return PreparedStep(layout, self._fill(layout, chunks, [part]))
+
+    def layout(self, choice: Choice) -> StepLayout:
+        """Of a decode step."""
+        plan, size, _ = choice
+        if (plan, size) not in self.layouts:
+            batches = self.schedulers[plan].plan.micro_batches
+            self.layouts[plan, size] = self.inputs.decode_layout(plan, size, batches)
+        return self.layouts[plan, size]
+
+    def run(
+        self,
+        step: PreparedStep,
+        logits: torch.Tensor | None = None,
+        timer: StageTimer | None = None,
+    ) -> torch.Tensor:
+        """Issues a step, or replays its graph; returns its logits [num_samples, vocab_size].
+
+        Args:
+            step: its inputs are on the host, or on the device while it is captured.
+            logits: where a capture wants them, which issues the step itself.
+            timer: of a capture.
+        """
+        layout = step.layout
+        if logits is None:
+            profiled = self.config.pipeline_enable_profiling and layout.is_decode
+            if self.memory is not None and layout.is_decode:
+                return self._replay(step, profiled)
+            timer = self.timer = StageTimer(self.device) if profiled else None
+        if timer:
+            timer.begin_step()
+        scheduler = self.schedulers[layout.plan]
+        inputs = step.flat.to(self.device, non_blocking=True)
+        batches, rows = micro_batches(layout, inputs, self.last_tokens, scheduler.workspace)
+        scheduler.issue(batches, timer)
+        hidden = hidden_states(batches)
+        logits = scheduler.model.compute_logits(hidden if rows is None else hidden[rows], logits)
+        if timer:
+            timer.end_step()
+        return logits
+
+    def run_padding(self, size: int) -> torch.Tensor:
+        """Runs a decode step of `size` rows, all of them padding."""
+        choice = self.chooser.choose(size, size)
+        return self.run(self.prepare_decode(choice, [], np.empty(0, np.int64)))
+
+    def finish(self, step: PreparedStep, num_seqs: int) -> None:
+        """Counts a decode step, which must be complete, and hands on how long it took."""
+        pipelined = len(step.layout.micro_batches) > 1
+        self.statistics.count_step(num_seqs, pipelined=pipelined)
+        if self.timer is not None:
+            self.statistics.add_times(*self.timer.read())
+        elif step.events is not None and step.choice is not None:
+            begin, end = step.events
+            self.chooser.observe(step.choice.prediction, begin.elapsed_time(end) * 1e-3)
+
+    def capture(self, choices: Iterable[Choice], *, show_progress: bool) -> None:
+        """Captures steps now, rather than when they are first needed."""
+        # The largest first: the others then fit into the pool's memory.
+        largest_first = sorted(choices, key=lambda choice: -choice.size)
+        if largest_first:
+            bar = tqdm(largest_first, desc="Capturing CUDA graphs", disable=not show_progress)
+            for choice in bar:
+                key = self.layout(choice), self.config.pipeline_enable_profiling
+                if key not in self.graphs:
+                    self._capture(*key)
+            # The steps that were run before their captures leave memory in sizes of their own.
+            torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """Frees the graphs, then the partitions that they ran on; may be called twice."""
+        for graph, _ in self.graphs.values():
+            graph.reset()
+        if self.memory is not None:
+            self.memory.release(len(self.graphs))
+        self.graphs = {}
+        self.partitions.close()
+
+    def _replay(self, step: PreparedStep, profiled: bool) -> torch.Tensor:
+        assert self.memory is not None
+        key = step.layout, profiled
+        graph, self.timer = self.graphs.get(key) or self._capture(*key)
+        if step.events is not None:
+            step.events[0].record()
+        self.memory.inputs[: step.layout.size].copy_(step.flat, non_blocking=True)
+        graph.replay()
+        if step.events is not None:
+            step.events[1].record()
+        return self.memory.logits[: step.layout.num_samples]
+
+    @torch.inference_mode()
+    def _capture(self, layout: StepLayout, profiled: bool) -> tuple[Any, StageTimer | None]:
+        """Makes the graph of a step, and its timer if it is timed."""
+        assert self.memory is not None
+        padding = self._fill(layout, [], [[] for _ in layout.micro_batches])
+        inputs = self.memory.inputs[: layout.size]
+        inputs.copy_(padding)
+        step, logits = PreparedStep(layout, inputs), self.memory.logits[: layout.num_samples]
+        self.run(step, logits)  # outside: compiles kernels, makes handles
+        timer = StageTimer(self.device, in_graph=True) if profiled else None
+        graph = torch.cuda.CUDAGraph()
+        with self.memory.capturing(graph):
+            self.run(step, logits, timer)
+        self.graphs[layout, profiled] = graph, timer
+        return graph, timer
+
+    def _fill(
+        self, layout: StepLayout, chunks: Sequence[Chunk], parts: Sequence[Any]
+    ) -> torch.Tensor:
+        flat = torch.empty(layout.size, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        self.inputs.fill(layout, chunks, parts, flat.numpy())
+        return flat

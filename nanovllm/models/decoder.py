@@ -1,0 +1,274 @@
+"""A decoder with grouped-query attention, rotary positions and a gated MLP, as stages.
+
+    mlp -1      embedding; norm of layer 0
+    qkv         QKV projection, norm of the heads, rotation; keys and values go to the KV cache
+    attention   attention over the KV cache, and nothing else
+    mlp         output projection + residual + norm; gate, up, SiLU; down + residual + next norm
+
+Each line of a stage is one fused kernel where there is one for its sizes. The stages are cut where
+nothing can be fused, so that the norm of a layer ends the MLP of the layer before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from nanovllm import kernels
+from nanovllm.layers.attention import AttentionBackend, AttentionMetadata, HeadShape
+from nanovllm.layers.embedding import VocabEmbedding
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import PackedColumnLinear, RowLinear
+from nanovllm.layers.parallel import ParallelGroup, Shard
+from nanovllm.layers.slots import Slots
+from nanovllm.models.qwen3_config import Qwen3Config
+from nanovllm.models.stage import BEFORE_LAYERS, MicroBatch, Stage, StepTensors
+from nanovllm.models.throwaway_cache import throwaway_cache
+
+
+@dataclass(frozen=True)
+class DecoderKind:
+    """In what the architectures differ.
+
+    Attributes:
+        qk_norm: RMS norm of every query and key head.
+        qkv_bias: bias of the QKV projection.
+        o_bias: bias of the output projection.
+    """
+
+    qk_norm: bool
+    qkv_bias: bool
+    o_bias: bool
+
+
+class Attention(nn.Module):
+    """Projections around attention, and the KV cache of a layer."""
+
+    # Bound by the engine once it has allocated the cache; see layers/attention.py for the layout.
+    k_cache: Tensor
+    v_cache: Tensor
+
+    def __init__(
+        self, config: Qwen3Config, kind: DecoderKind, heads: HeadShape, group: ParallelGroup
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.eps = config.rms_norm_eps
+        kv = Shard.kv_heads(config.num_key_value_heads, config.head_dim, group)
+        q_width = config.num_attention_heads * config.head_dim
+        parts = {"q_proj": Shard.even(q_width, group), "k_proj": kv, "v_proj": kv}
+        self.qkv_proj = PackedColumnLinear(config.hidden_size, parts, kind.qkv_bias)
+        self.o_proj = RowLinear(q_width, config.hidden_size, group, kind.o_bias)
+        self.q_norm = RMSNorm(config.head_dim, self.eps) if kind.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, self.eps) if kind.qk_norm else None
+
+    def project(
+        self, x: kernels.Normed, positions: Tensor, slots: Tensor, cos_sin: Tensor
+    ) -> Tensor:
+        """QKV projection, norm of the heads, rotation; keys and values go to their cache slots.
+
+        Args:
+            x: [T, hidden_size].
+            positions, slots: integer [T].
+            cos_sin: float32 [max_position, head_dim].
+
+        Returns:
+            Queries [T, q heads, head_dim].
+        """
+        inputs = kernels.HeadInputs(
+            None if self.q_norm is None else self.q_norm.weight,
+            None if self.k_norm is None else self.k_norm.weight,
+            self.eps,
+            cos_sin,
+            positions,
+            slots,
+            self.k_cache,
+            self.v_cache,
+            self.heads.num_q_heads,
+            self.heads.num_kv_heads,
+        )
+        return kernels.linear_norm_rope_store(x, self.qkv_proj.weight, self.qkv_proj.bias, inputs)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: Qwen3Config, group: ParallelGroup) -> None:
+        super().__init__()
+        shard = Shard.even(config.intermediate_size, group)
+        parts = {"gate_proj": shard, "up_proj": shard}
+        self.gate_up_proj = PackedColumnLinear(config.hidden_size, parts)
+        self.down_proj = RowLinear(config.intermediate_size, config.hidden_size, group)
+
+    def gated(self, x: kernels.Normed) -> Tensor:
+        """[T, hidden_size] to what the down projection takes, [T, this rank's width]."""
+        return kernels.linear_silu_mul(x, self.gate_up_proj.weight)
+
+
+class DecoderLayer(nn.Module):
+    """The weights of one layer."""
+
+    def __init__(
+        self, config: Qwen3Config, kind: DecoderKind, heads: HeadShape, group: ParallelGroup
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, kind, heads, group)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config, group)
+
+
+class Decoder(nn.Module):
+    """The weights between token ids and normed hidden states."""
+
+    layers: list[DecoderLayer]
+
+    def __init__(
+        self, config: Qwen3Config, kind: DecoderKind, heads: HeadShape, group: ParallelGroup
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = VocabEmbedding(config.vocab_size, config.hidden_size, group)
+        self.layers = nn.ModuleList(  # type: ignore[assignment]
+            DecoderLayer(config, kind, heads, group) for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.register_buffer("cos_sin", torch.empty(0), persistent=False)
+        self.cos_sin: Tensor
+
+
+class DecoderForCausalLM(nn.Module):
+    """A decoder with its output head, on one rank of `group`; see `models.stage.Model`.
+
+    The modules have the names that checkpoints give their weights.
+    """
+
+    def __init__(
+        self,
+        config: Qwen3Config,
+        kind: DecoderKind,
+        backend: AttentionBackend,
+        group: ParallelGroup,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.backend = backend
+        self.model = Decoder(config, kind, backend.heads, group)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else VocabEmbedding(config.vocab_size, config.hidden_size, group)
+        )
+        self.bind_kv_cache(torch.empty(config.num_hidden_layers, 2, 0))
+
+    def stages(self) -> list[Stage]:
+        """All stages in the order of execution; `x` of the last is the hidden states."""
+        stages = [Stage("mlp", BEFORE_LAYERS, self._embed)]
+        for layer in range(len(self.model.layers)):
+            stages.append(Stage("qkv", layer, partial(self._project, layer)))
+            stages.append(Stage("attention", layer, partial(self._attend, layer)))
+            stages.append(Stage("mlp", layer, partial(self._feed_forward, layer)))
+        return stages
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata | None = None
+    ) -> Tensor:
+        """Runs all stages.
+
+        Args:
+            input_ids, positions: integer [T].
+            metadata: where the tokens stand in the KV cache; None: they are whole sequences, each
+                from a position 0 to the next.
+
+        Returns:
+            Hidden states [T, hidden_size] after the final norm.
+        """
+        if metadata is None:
+            with throwaway_cache(self, positions) as metadata:
+                return self(input_ids, positions, metadata)
+        batch = MicroBatch(0, StepTensors(input_ids, positions, metadata))
+        for stage in self.stages():
+            stage.run(batch)
+        assert batch.x is not None
+        return batch.x
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.model.layers)
+
+    def compute_logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
+        """[T, hidden_size] to logits [T, vocab_size], in `out` if it is given."""
+        if out is None:
+            out = hidden_states.new_empty(len(hidden_states), self.config.vocab_size)
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        head.logits(hidden_states, out)
+        return out
+
+    def bind_kv_cache(self, cache: Tensor) -> None:
+        """Gives each layer its part of [layers, 2, blocks, kv_heads, block_size, head_dim]."""
+        self.kv_cache = cache
+        for layer, (k_cache, v_cache) in zip(self.model.layers, cache, strict=True):
+            layer.self_attn.k_cache, layer.self_attn.v_cache = k_cache, v_cache
+
+    def linear_row_counts(self) -> list[int]:
+        """See `kernels.linear_row_counts`."""
+        attention, mlp = self.model.layers[0].self_attn, self.model.layers[0].mlp
+        return kernels.linear_row_counts(
+            paired=[attention.qkv_proj.weight, mlp.gate_up_proj.weight],
+            split=[attention.o_proj.weight, mlp.down_proj.weight],
+        )
+
+    def slots(self) -> Slots:
+        """Every tensor that a checkpoint must hold, with its destination."""
+        for path, module in self.named_modules():
+            if isinstance(module, PackedColumnLinear):
+                yield from module.slots(path.rpartition(".")[0])
+            elif isinstance(module, (VocabEmbedding, RMSNorm, RowLinear)):
+                yield from module.slots(path)
+
+    # The stages. NOTE: a stage writes no field but those that `MicroBatch` says are its own.
+
+    def _embed(self, batch: MicroBatch) -> None:
+        """Stage "mlp" before the layers: leaves what a layer leaves to the next."""
+        batch.residual = self.model.embed_tokens(batch.inputs.input_ids)
+        batch.x = self.model.layers[0].input_layernorm(batch.residual)
+
+    def _project(self, layer: int, batch: MicroBatch) -> None:
+        """Stage "qkv": from `x` to queries."""
+        assert batch.x is not None
+        block, inputs = self.model.layers[layer], batch.inputs
+        batch.q = block.self_attn.project(
+            kernels.Normed(batch.x, batch.x_squares, block.input_layernorm.eps),
+            inputs.positions,
+            inputs.metadata.slot_mapping,
+            self.model.cos_sin,
+        )
+
+    def _attend(self, layer: int, batch: MicroBatch) -> None:
+        """Stage "attention": all rows, those that decode and those of prompts."""
+        assert batch.q is not None
+        attention = self.model.layers[layer].self_attn
+        batch.attn_out = self.backend.attend(
+            batch.q, attention.k_cache, attention.v_cache, batch.inputs.metadata
+        )
+
+    def _feed_forward(self, layer: int, batch: MicroBatch) -> None:
+        """Stage "mlp": from attention's output to the next layer's `x`, or the hidden states."""
+        assert batch.attn_out is not None
+        assert batch.residual is not None
+        block = self.model.layers[layer]
+        # The residual is used up by each addition: the sum may be written over it.
+        x, residual = block.self_attn.o_proj.add_norm(
+            batch.attn_out.flatten(1), batch.residual, block.post_attention_layernorm
+        )
+        gated, down_proj = block.mlp.gated(x), block.mlp.down_proj
+        if layer == len(self.model.layers) - 1:
+            # A norm whose division is due could not leave the model, so this one is not fused.
+            batch.x, batch.residual = self.model.norm.add(down_proj(gated), residual)
+            batch.x_squares = None
+            return
+        norm = self.model.layers[layer + 1].input_layernorm
+        x, batch.residual = down_proj.add_norm(gated, residual, norm)
+        batch.x, batch.x_squares = x.values, x.squares

@@ -68,10 +68,6 @@ class DecodeRunner:
         self.max_blocks = max_blocks
         self.graphs: dict[bool, DecodeGraphs] = {}  # by whether they are profiled
         self.marks: StageMarks | None = None  # of the last step
-        # Graphs stay bound to the partitions that they were captured on.
-        self.lease = None
-        if memory is not None and pipeline.manager is not None:
-            self.lease = pipeline.manager.hold("CUDA graphs")
 
     @property
     def graph_sizes(self) -> list[int]:
@@ -130,12 +126,10 @@ class DecodeRunner:
             self.pipeline.statistics.add_times(*self.marks.read())
 
     def close(self) -> None:
-        """Frees the graphs, then the partitions that they ran on; may be called twice."""
+        """Frees the graphs, then the partitions that they are bound to; may be called twice."""
         for graphs in self.graphs.values():
             graphs.close()
         self.graphs = {}
-        if self.lease is not None:
-            self.lease.release()
         self.pipeline.close()
 
     def _graphs(self) -> DecodeGraphs:

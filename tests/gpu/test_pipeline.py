@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 pytest.importorskip("triton", reason="needs Triton")
 
-from green_ctx import GreenContextError, GreenDevice, PartitionInUse
+from green_ctx import GreenContextError, GreenDevice
 from nanovllm import LLM
 from nanovllm.bench.shapes import published_config
 from nanovllm.bench.workload import DecodeWorkload, fill_cache, run_turn
@@ -288,15 +288,18 @@ def test_green_batches_of_any_size_write_the_text_of_the_cpu(green, count, cpu_t
         assert statistics(green)["steps"]["pipelined"] > before
 
 
-def test_partitions_stay_open_while_graphs_need_them(cpu_texts):
+def test_graphs_go_before_the_partitions_that_they_are_bound_to(cpu_texts, monkeypatch):
     with pipelined_engine() as engine:
-        manager = engine.model_runner.decode.pipeline.manager
+        decode = engine.model_runner.decode
+        manager = decode.pipeline.manager
         assert manager is not None
-        with pytest.raises(PartitionInUse, match="CUDA graphs"):
-            manager.close()
-        assert not manager.closed
         assert texts(engine, 4) == cpu_texts[:4]
+        close, graphs_left = manager.close, []
+        monkeypatch.setattr(manager, "close", lambda: (graphs_left.extend(decode.graphs), close()))
+        assert decode.graphs
+        assert not manager.closed
     assert manager.closed
+    assert not graphs_left
 
 
 @torch.inference_mode()

@@ -1,19 +1,18 @@
-"""CUDA green contexts: split a GPU's SMs into disjoint partitions with streams of their own.
+"""CUDA green contexts: split a GPU's SMs into disjoint partitions with a stream each.
 
     device = GreenDevice(0)
-    split = device.split([96])                       # an aligned group, and what is left
-    with Partition(device, split.groups[0]) as dense, Partition(device, split.remainder) as rest:
-        with torch.cuda.stream(dense.torch_stream()): ...
+    with GreenContexts(device, device.split([36, 88, 8])) as contexts:
+        streams = [torch.cuda.ExternalStream(handle) for handle in contexts.stream_handles]
 
 The design in a few lines:
 - `Driver` is the only place that calls `cuda.bindings.driver`, and it turns every failure, by
   status or by exception, into a `DriverError`. Nothing is imported or called before the first
   `Driver()` is made.
-- `GreenDevice` asks the driver for SM count, minimum and alignment, and splits. What it reports
-  was granted, not asked for. One driver call makes all parts of a `Split`, so they are disjoint.
-- `Partition` owns one green context and its streams and closes them in the right order: `Undo` has
-  the calls for it, registered before anything is made, so that an interrupt leaks nothing. A
-  `Lease` keeps it open while something, such as a captured CUDA graph, still needs it.
+- `GreenDevice` asks the driver for SM count, minimum and alignment, and splits. One driver call
+  makes all parts of a split, so they are disjoint; `plan_partitions` is the arithmetic of it.
+- `GreenContexts` owns what is made of the parts, and closes it last first. The calls for that are
+  registered before anything is made, so that an interrupt leaks nothing. It reports what was
+  granted, not what was asked for.
 - CUDA 12.4 has the API, all but `cuGreenCtxStreamCreate` (12.5), which has a documented second way.
 
 Run `python green_ctx.py` to see what device 0 grants. The driver's rules are from
@@ -23,22 +22,21 @@ https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__GREEN__CONTEXTS.html
 from __future__ import annotations
 
 import logging
+import operator
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import islice, starmap
 from math import gcd, lcm
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
+    from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
 
 # Constants of cuda.h. As numbers, because the bindings renamed the enums that hold them.
-IGNORE_SM_COSCHEDULING = 1  # CU_DEV_SM_RESOURCE_SPLIT_IGNORE_SM_COSCHEDULING
 DEFAULT_STREAM = 1  # CU_GREEN_CTX_DEFAULT_STREAM
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: the only kind a green context may have
 NOT_FOUND, NOT_SUPPORTED = 500, 801  # how older drivers say that they lack a function
@@ -75,20 +73,20 @@ class DriverError(GreenContextError):
         self.function, self.code, self.name = function, code, name
 
 
-class PartitionInUse(RuntimeError):
-    """A partition cannot be closed while a lease on it is held."""
-
-
 class PartitionClosed(RuntimeError):
     """A partition was used after it had been closed."""
 
 
-def check_integer(name: str, value: object, minimum: int | None = None) -> None:
-    """Raises ValueError unless `value` is an integer, not a bool, and at least `minimum`."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or (minimum is not None and value < minimum):  # type: ignore[operator]
-        allowed = "an integer" if minimum is None else f"an integer of at least {minimum}"
+def check_integer(name: str, value: Any, minimum: int) -> int:
+    """Returns `value` as an int; ValueError unless it is an integer, no bool, from `minimum` up."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < minimum:
+        allowed = f"an integer of at least {minimum}"
         raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}")
+    return number
 
 
 class Driver:
@@ -131,13 +129,13 @@ class Driver:
     def __call__(self, function: str, *args: Any, answer: list[Any] | None = None) -> Any:
         """`driver("cuDeviceGet", 0)` returns the function's one output, or a tuple of several.
 
-        An empty list `answer` gets the status and the outputs, as one tuple.
+        What the function answered, a tuple of status and outputs, becomes the one item of `answer`.
         """
         answer = [] if answer is None else answer
         try:
-            # NOTE: one step of the interpreter calls the function and keeps its answer. An
-            # interrupt comes before or after, and never loses a handle that was made.
-            answer.extend(starmap(getattr(self._bindings, function), [args]))
+            # NOTE: one step of the interpreter calls the function and keeps its answer. A signal
+            # that comes during the call is raised after that step, and no handle is lost.
+            answer[:] = starmap(getattr(self._bindings, function), [args])
             status, *outputs = answer[0]
             code, name = int(status), str(getattr(status, "name", "unknown"))
         except Exception as error:  # whatever the bindings raise, the call has failed
@@ -161,92 +159,6 @@ class Driver:
         return bool(address)
 
 
-class Closable(Protocol):
-    """Something with handles of the driver."""
-
-    def close(self) -> None:
-        """Destroys them; DriverError if a call failed."""
-
-
-def close_after_error(owner: Closable) -> None:
-    """Closes while an exception is on its way, which no failure may hide."""
-    try:
-        owner.close()
-    except DriverError as error:
-        logger.warning("A driver call failed while others were undone: %s", error)
-
-
-@dataclass(frozen=True)
-class UndoCall:
-    """A call of `function` with what the driver answered when something was made.
-
-    The call is due while there is such an answer, and none yet to the call itself.
-    """
-
-    function: str
-    made: list[Any]
-    done: list[Any] = field(default_factory=list)
-
-    def run(self, driver: Driver) -> None:
-        """Makes the call, if it is due; one that fails is due again."""
-        if self.made and self.made[0][0] == 0 and not self.done:
-            try:
-                driver(self.function, *self.made[0][1:], answer=self.done)
-            except DriverError:
-                self.done.clear()
-                raise
-
-
-class Undo:
-    """The driver calls that undo what was made, run last first when it closes."""
-
-    def __init__(self, driver: Driver) -> None:
-        self._driver = driver
-        self._calls: list[UndoCall] = []
-
-    def make(self, function: str, *args: Any, undo: Sequence[str]) -> Any:
-        """Calls `function`; functions `undo`, in that order, will take what it returned."""
-        made: list[Any] = []
-        # Registered before the call, for an interrupt right after it.
-        self._calls += [UndoCall(name, made) for name in reversed(undo)]
-        return self._driver(function, *args, answer=made)
-
-    def run_early(self, function: str) -> None:
-        """Makes the last registered call of `function` now; if it fails, closing tries again."""
-        next(call for call in reversed(self._calls) if call.function == function).run(self._driver)
-
-    def close(self) -> None:
-        """Makes every call, though some fail, and raises the first error. May be called twice."""
-        run_all([self._run, self._run])  # the second goes on where an interrupt ended the first
-
-    def _run(self) -> None:
-        errors: list[BaseException] = []
-        while self._calls:
-            try:
-                self._calls[-1].run(self._driver)
-            except DriverError as error:
-                errors.append(error)
-            self._calls.pop()
-        raise_first(errors)
-
-
-def run_all(actions: Iterable[Callable[[], None]]) -> None:
-    """Runs every action, though some fail, and raises the first error."""
-    errors: list[BaseException] = []
-    for action in actions:
-        try:
-            action()
-        except BaseException as error:
-            errors.append(error)
-    raise_first(errors)
-
-
-def raise_first(errors: Sequence[BaseException]) -> None:
-    """Raises the first of these, but an interrupt before any error; nothing if there is none."""
-    for error in sorted(errors, key=lambda error: isinstance(error, Exception)):
-        raise error
-
-
 @dataclass(frozen=True)
 class Granularity:
     """The sizes of groups a device makes: `minimum` SMs or more, in multiples of `alignment`."""
@@ -259,7 +171,7 @@ class Granularity:
 
         One split makes equal units, of `minimum` SMs or more, and several groups are sums of them.
         """
-        step = self.alignment if groups == 1 else lcm(self.alignment, self.minimum)
+        step = self.alignment if groups <= 1 else lcm(self.alignment, self.minimum)
         return max(self.minimum, -(-count // step) * step)
 
     def units(self, sizes: Sequence[int]) -> Iterator[int]:
@@ -270,35 +182,48 @@ class Granularity:
                 yield largest // parts
 
 
+def plan_partitions(
+    total: int, granularity: Granularity, counts: Sequence[int], names: Sequence[str] = ()
+) -> list[int | None]:
+    """Rounds the SMs wanted for each part up to what a device of `total` SMs can make.
+
+    Each part is an aligned group if all fit. If they do not, or if they fill the device, one part
+    is the whole remainder, which need not be a multiple of the alignment: the first part if
+    possible, else the next that can. A remainder promises no co-scheduled SMs: kernels launched in
+    clusters, as cuBLAS does, may fail on a small one.
+
+    Returns:
+        SMs of each part; None for the remainder.
+
+    Raises:
+        ValueError: no counts, one that is no positive integer, or too many for the device.
+    """
+    if not counts:
+        raise ValueError(f"counts={counts!r} is not allowed: there must be one at least")
+    names = names or [f"counts[{i}]" for i in range(len(counts))]
+    counts = [check_integer(name, n, minimum=1) for name, n in zip(names, counts, strict=True)]
+    aligned = [granularity.round_up(count, len(counts)) for count in counts]
+    # With one group less, for a part that is the remainder.
+    groups = [granularity.round_up(count, len(counts) - 1) for count in counts]
+    needed = [sum(groups) - group + count for group, count in zip(groups, counts, strict=True)]
+    if sum(aligned) <= total and needed[0] != total:
+        return [*aligned]
+    for i, sms in enumerate(needed):
+        if sms <= total:
+            return [*groups[:i], None, *groups[i + 1 :]]
+    fields = " and ".join(f"{name}={count}" for name, count in zip(names, counts, strict=True))
+    raise ValueError(
+        f"{fields} are not allowed: with groups of {granularity.alignment} SMs they need "
+        f"{min(needed)} SMs, and the device has {total}"
+    )
+
+
 @dataclass(frozen=True)
 class SmResource:
     """SMs that a split granted: how many, and the driver's handles for them."""
 
     sm_count: int
     handles: tuple[Any, ...] = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Split:
-    """Disjoint parts of one device, out of one driver call: aligned groups, and what is left.
-
-    A remainder promises no co-scheduled SMs: kernels launched in clusters may fail on a small one.
-    """
-
-    groups: tuple[SmResource, ...]
-    remainder: SmResource | None
-
-
-@dataclass(frozen=True)
-class PartitionOptions:
-    """How many streams a partition gets, and of which priority (lower first, 0: default)."""
-
-    num_streams: int = 1
-    priority: int = 0
-
-    def __post_init__(self) -> None:
-        check_integer("num_streams", self.num_streams, minimum=1)
-        check_integer("priority", self.priority)
 
 
 class GreenDevice:
@@ -310,211 +235,208 @@ class GreenDevice:
     """
 
     def __init__(self, ordinal: int = 0, driver: Driver | None = None) -> None:
-        check_integer("ordinal", ordinal, minimum=0)
-        self.ordinal = ordinal
+        self.ordinal = check_integer("ordinal", ordinal, minimum=0)
         self.driver = driver = Driver() if driver is None else driver
-        self.handle: Any = driver("cuDeviceGet", ordinal)
+        self.handle: Any = driver("cuDeviceGet", self.ordinal)
         self._sms: Any = driver("cuDeviceGetDevResource", self.handle, driver.sm_type)
         self.sm_count = int(self._sms.sm.smCount)
 
-    def granularity(self, *, coscheduled: bool = True) -> Granularity:
-        """Minimum and alignment of groups, from the driver and not from a table.
-
-        `coscheduled=False` is for finer sizes, but then clusters of thread blocks may not fit.
-        """
+    def granularity(self) -> Granularity:
+        """Minimum and alignment of groups, from the driver and not from a table."""
         # Fields of CUDA 13; the structs of older bindings lack them, older drivers leave them 0.
         minimum = int(getattr(self._sms.sm, "minSmPartitionSize", 0))
         alignment = int(getattr(self._sms.sm, "smCoscheduledAlignment", 0))
-        if coscheduled and minimum and alignment:
+        if minimum and alignment:
             return Granularity(minimum, alignment)
         # Else see what the driver grants to somebody who asks for too little.
-        minimum = self._granted(1, coscheduled)
+        minimum = self._granted(1)
         if minimum == 0:
             raise GreenContextUnavailable(f"device {self.ordinal} cannot be split")
-        above = self._granted(minimum + 1, coscheduled) if minimum < self.sm_count else 0
+        above = self._granted(minimum + 1) if minimum < self.sm_count else 0
         return Granularity(minimum, above - minimum if above else minimum)
 
-    def split(self, counts: Sequence[int], *, coscheduled: bool = True) -> Split:
-        """Splits the device into one group for each of `counts`, and the remainder.
+    def split(self, counts: Sequence[int], names: Sequence[str] = ()) -> list[SmResource]:
+        """Splits the device into disjoint parts, one for each of `counts` and in their order.
 
         Args:
-            counts: SMs wanted for each group; each is rounded up to the device's granularity.
-            coscheduled: see `granularity`.
+            counts: SMs wanted for each part; `plan_partitions` says what it gets.
+            names: what errors call the counts; default: counts[0], counts[1], ...
 
         Raises:
-            ValueError: no counts, one that is no positive integer, or too many SMs in all.
+            ValueError: see `plan_partitions`.
             GreenContextUnavailable: the device has the SMs but cannot arrange them like that.
             DriverError: the driver refused for another reason.
         """
-        for count in counts:
-            check_integer("counts", count, minimum=1)
-        granularity = self.granularity(coscheduled=coscheduled)
-        sizes = [granularity.round_up(count, len(counts)) for count in counts]
-        total, where = sum(sizes), f"device {self.ordinal} with {self.sm_count} SMs"
-        if not 0 < total <= self.sm_count:
-            raise ValueError(f"groups of {sizes} SMs, {total} in all, do not fit {where}")
+        granularity = self.granularity()
+        plan = plan_partitions(self.sm_count, granularity, counts, names)
+        groups, rest = self._make_groups([n for n in plan if n is not None], granularity)
+        dealt = iter(groups)
+        return [rest if size is None else next(dealt) for size in plan]
+
+    def _make_groups(
+        self, sizes: Sequence[int], granularity: Granularity
+    ) -> tuple[list[SmResource], SmResource]:
+        """Groups of exactly these sizes, and what is left."""
+        if not sizes:  # the one part is the whole device
+            return [], SmResource(self.sm_count, (self._sms,))
         # NOTE: a group or remainder cannot be split again before a green context was made of it
         # (error 915), but a context may be made of several groups of one split. So unequal groups
         # are put together from equal units, the larger the better, as neighbours stay together.
         for unit in granularity.units(sizes):
-            units, rest = self._split_evenly(total // unit, unit, coscheduled)
-            if [int(group.sm.smCount) for group in units] == [unit] * (total // unit):
+            number = sum(sizes) // unit
+            units, rest = self._split_evenly(number, unit)
+            if [int(group.sm.smCount) for group in units] == [unit] * number:
                 deal = iter(units)
                 groups = [SmResource(n, tuple(islice(deal, n // unit))) for n in sizes]
-                left = SmResource(int(rest.sm.smCount), (rest,)) if total < self.sm_count else None
-                return Split(tuple(groups), left)
-        raise GreenContextUnavailable(f"{where} cannot make groups of {sizes} SMs")
+                return groups, SmResource(int(rest.sm.smCount), (rest,))
+        raise GreenContextUnavailable(f"{self} cannot make groups of {sizes} SMs")
 
-    def _split_evenly(self, groups: int, count: int, coscheduled: bool) -> tuple[list[Any], Any]:
+    def _split_evenly(self, groups: int, count: int) -> tuple[list[Any], Any]:
         """Splits off up to `groups` groups of `count` SMs or more. Returns them and the rest."""
-        function = "cuDevSmResourceSplitByCount"
-        flags = 0 if coscheduled else IGNORE_SM_COSCHEDULING
         try:
-            made, number, rest = self.driver(function, groups, self._sms, flags, count)
+            made, number, rest = self.driver(
+                "cuDevSmResourceSplitByCount", groups, self._sms, 0, count
+            )
         except DriverError as error:
             if error.code != INVALID_RESOURCE_CONFIGURATION:
                 raise
             return [], self._sms
         return list(made)[: int(number)], rest
 
-    def _granted(self, count: int, coscheduled: bool) -> int:
+    def _granted(self, count: int) -> int:
         """SMs the driver grants when asked for one group of `count`; 0 if it makes none."""
-        groups, _ = self._split_evenly(1, count, coscheduled)
+        groups, _ = self._split_evenly(1, count)
         return int(groups[0].sm.smCount) if groups else 0
 
+    def __str__(self) -> str:
+        return f"device {self.ordinal} with {self.sm_count} SMs"
 
-class Partition(AbstractContextManager["Partition"]):
-    """Owner of one green context and the streams on it; the current CUDA context stays as it was.
+
+def close_after_error(owner: Any) -> None:
+    """Calls `owner.close()` while an exception is on its way, which no failure may hide."""
+    try:
+        owner.close()
+    except DriverError as error:
+        logger.warning("A driver call failed while others were undone: %s", error)
+
+
+def succeeded(answer: Sequence[Any]) -> bool:
+    """Whether a driver call was made and its status was success."""
+    return bool(answer) and bool(answer[0][0] == 0)
+
+
+@dataclass(frozen=True)
+class Undo:
+    """A call of `function`, due once the call that answered `made` has succeeded."""
+
+    function: str
+    made: list[Any]
+    answer: list[Any] = field(default_factory=list)
+
+    def run(self, driver: Driver) -> None:
+        """Makes the call if it is due. It is no longer after a success; it is after a failure."""
+        if succeeded(self.made) and not succeeded(self.answer):
+            driver(self.function, *self.made[0][1:], answer=self.answer)
+
+
+class GreenContexts:
+    """Owner of green contexts with a stream each; the current CUDA context stays as it was.
 
     Args:
         device: the device that made the split.
-        resource: a group or the remainder of `device.split(...)`.
-        options: default: one stream of default priority.
+        parts: what `device.split(...)` returned, all or some; each gets a green context.
 
     Attributes:
-        sm_count: SMs it has, as the driver reports them of the finished green context.
-        stream_handles: the driver's handles (CUstream) of its streams.
-        closed: whether streams and context are gone.
+        sms: SMs of each, as the driver reports them of the finished green contexts.
+        stream_handles: the driver's handle (CUstream) of each one's stream.
+        closed: whether streams and contexts are gone.
 
     Raises:
         DriverError: the driver refused; whatever had been made until then is destroyed again.
     """
 
-    def __init__(
-        self, device: GreenDevice, resource: SmResource, options: PartitionOptions | None = None
-    ) -> None:
-        options = PartitionOptions() if options is None else options
-        self.device, driver = device, device.driver
-        self._leases: list[Lease] = []
-        self._undo = undo = Undo(driver)
+    def __init__(self, device: GreenDevice, parts: Sequence[SmResource]) -> None:
+        self.device = device
         self.closed = False
+        self._undo: list[Undo] = []
         try:
-            # NOTE: the driver has no call to free a descriptor; it lives as long as the process.
-            handles = list(resource.handles)
-            descriptor = driver("cuDevResourceGenerateDesc", handles, len(handles))
-            context = undo.make(
-                "cuGreenCtxCreate",
-                descriptor,
-                device.handle,
-                DEFAULT_STREAM,
-                undo=["cuGreenCtxDestroy"],
-            )
-            granted = driver("cuGreenCtxGetDevResource", context, driver.sm_type)
-            self.sm_count = int(granted.sm.smCount)
-            streams = (
-                _create_stream(undo, driver, context, options.priority)
-                for _ in range(options.num_streams)
-            )
-            self.stream_handles = tuple(map(int, streams))
+            made = [self._make_partition(part) for part in parts]
+            self.sms = tuple(sms for sms, _ in made)
+            self.stream_handles = tuple(stream for _, stream in made)
         except BaseException:
-            close_after_error(undo)
+            close_after_error(self)
             raise
 
-    def torch_stream(self, index: int = 0) -> torch.cuda.ExternalStream:
-        """Stream number `index` for torch. It stays this partition's; torch never destroys it."""
-        self.check_open()
-        import torch
-
-        device = torch.device("cuda", self.device.ordinal)
-        return torch.cuda.ExternalStream(self.stream_handles[index], device=device)
-
-    def hold(self, reason: str) -> Lease:
-        """Keeps the partition open until the returned lease is released."""
-        return Lease([self], reason)
-
-    def check_open(self) -> None:
-        """Raises PartitionClosed once the partition is closed."""
-        if self.closed:
-            raise PartitionClosed(f"this partition of {self.sm_count} SMs is closed")
-
-    def check_idle(self) -> None:
-        """Raises PartitionInUse, with the reasons, while leases are held."""
-        if self._leases:
-            held = ", ".join(lease.reason for lease in self._leases)
-            raise PartitionInUse(f"a partition of {self.sm_count} SMs is still held for: {held}")
-
     def close(self) -> None:
-        """Waits for the streams, destroys them, then the green context. May be called twice.
+        """Waits for the streams, destroys them and the green contexts. May be called twice.
+
+        What was captured on the streams, such as CUDA graphs, must be gone before.
 
         Raises:
-            PartitionInUse: a lease is held; nothing was destroyed.
-            DriverError: a call failed; all the others were made all the same.
+            DriverError: the first call that failed; all the others were made all the same.
         """
-        self.check_idle()
         self.closed = True
-        self._undo.close()
+        try:
+            while self._undo:
+                self._undo[-1].run(self.device.driver)
+                self._undo.pop()
+        except BaseException as error:
+            if isinstance(error, DriverError):
+                self._undo.pop()  # what cannot be destroyed is not tried again
+            close_after_error(self)  # goes on with the rest
+            raise
+
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def _make_partition(self, part: SmResource) -> tuple[int, int]:
+        """Makes a green context with a stream; returns its SMs and the stream's handle."""
+        driver, handles = self.device.driver, list(part.handles)
+        # NOTE: the driver has no call to free a descriptor; it lives as long as the process.
+        descriptor = driver("cuDevResourceGenerateDesc", handles, len(handles))
+        create = "cuGreenCtxCreate", descriptor, self.device.handle, DEFAULT_STREAM
+        context = self._make(*create, undo=["cuGreenCtxDestroy"])
+        granted = driver("cuGreenCtxGetDevResource", context, driver.sm_type)
+        return int(granted.sm.smCount), int(self._make_stream(context))
 
-class Lease(AbstractContextManager["Lease"]):
-    """Keeps partitions open until `release()`, which may be called twice, or until `with` ends."""
+    def _make_stream(self, context: Any) -> Any:
+        """Creates a stream on a green context; leaves the thread's current context as it was."""
+        driver, destroy = self.device.driver, ["cuStreamSynchronize", "cuStreamDestroy"]
+        if driver.has("cuGreenCtxStreamCreate"):
+            return self._make("cuGreenCtxStreamCreate", context, NON_BLOCKING, 0, undo=destroy)
+        as_context = driver("cuCtxFromGreenCtx", context)
+        self._make("cuCtxPushCurrent", as_context, undo=["cuCtxPopCurrent"])
+        pop = self._undo[-1]
+        stream = self._make("cuStreamCreateWithPriority", NON_BLOCKING, 0, undo=destroy)
+        # NOTE: after a pop that failed, the thread would go on with a context that is about to be
+        # destroyed. So it stays registered, and closing tries it once more.
+        pop.run(driver)
+        return stream
 
-    def __init__(self, partitions: Sequence[Partition], reason: str) -> None:
-        for partition in partitions:
-            partition.check_open()
-        self.reason = reason
-        self._partitions = list(partitions)
-        for partition in partitions:
-            partition._leases.append(self)
-
-    def release(self) -> None:
-        """Lets go of the partitions."""
-        while self._partitions:
-            self._partitions.pop()._leases.remove(self)
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.release()
-
-
-def _create_stream(undo: Undo, driver: Driver, context: Any, priority: int) -> Any:
-    """Creates a stream on a green context; leaves the thread's current context as it was."""
-    destroy = ["cuStreamSynchronize", "cuStreamDestroy"]
-    if driver.has("cuGreenCtxStreamCreate"):
-        return undo.make("cuGreenCtxStreamCreate", context, NON_BLOCKING, priority, undo=destroy)
-    as_context = driver("cuCtxFromGreenCtx", context)
-    undo.make("cuCtxPushCurrent", as_context, undo=["cuCtxPopCurrent"])
-    stream = undo.make("cuStreamCreateWithPriority", NON_BLOCKING, priority, undo=destroy)
-    # NOTE: after a pop that failed, the thread would go on with a context that is about to be
-    # destroyed. So it is tried again when the partition, which fails then, is undone.
-    undo.run_early("cuCtxPopCurrent")
-    return stream
+    def _make(self, function: str, *args: Any, undo: Sequence[str]) -> Any:
+        """Calls `function`; closing calls the functions `undo` with what it made, in that order."""
+        made: list[Any] = []
+        # Registered before the call, for an interrupt right after it.
+        self._undo += [Undo(name, made) for name in reversed(undo)]
+        return self.device.driver(function, *args, answer=made)
 
 
 def main() -> int:
     """Prints what device 0 grants for a few requests. Returns the exit status."""
     try:
         device = GreenDevice(0)
-        total = device.sm_count
-        print(f"device 0: {total} SMs, driver for CUDA {device.driver.version_text}")
-        for coscheduled in (True, False):
-            sizes = device.granularity(coscheduled=coscheduled)
-            print(f"{coscheduled=}: minimum {sizes.minimum}, alignment {sizes.alignment}")
-            for count in (1, 12, 16, 36, total * 3 // 4):
-                if sizes.round_up(count) <= total:
-                    granted = device.split([count], coscheduled=coscheduled).groups[0].sm_count
-                    print(f"{count:>6} asked {granted:>6} granted {total - granted:>6} left")
+        sizes, total = device.granularity(), device.sm_count
+        print(f"{device}, driver for CUDA {device.driver.version_text}")
+        print(f"groups of {sizes.minimum} SMs or more, in multiples of {sizes.alignment}")
+        for count in (1, 12, 16, 36, total * 3 // 4):
+            if sizes.round_up(count) <= total:
+                (group,) = device.split([count])
+                print(
+                    f"{count:>6} asked {group.sm_count:>6} granted {total - group.sm_count:>6} left"
+                )
     except GreenContextError as error:
         print(f"green contexts are not available: {error}", file=sys.stderr)
         return 1

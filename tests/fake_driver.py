@@ -18,11 +18,8 @@ from typing import Any
 import torch
 
 import green_ctx
-from green_ctx import (
-    Driver,
-    GreenDevice,
-)
-from nanovllm.engine.green_manager import GreenContextManager
+from green_ctx import Driver, GreenDevice
+from nanovllm.engine.green_manager import GreenContextManager, Partitions
 
 ROOT = Path(green_ctx.__file__).resolve().parent
 CUDA0 = torch.device("cuda:0")
@@ -48,7 +45,7 @@ class FakeDriver:
 
     Args:
         sms: SMs of the device; they are numbered from 0.
-        granularity: minimum and alignment of co-scheduled groups; otherwise both are 2.
+        granularity: minimum and alignment of groups.
         fields: whether resources tell minimum and alignment: 13 they do, 12 they have no such
             fields, 0 the fields are there but hold 0.
         unbound: functions that the bindings lack.
@@ -82,7 +79,7 @@ class FakeDriver:
         self.misuse: list[str] = []
         self.calls: list[str] = []
         self.contexts: dict[int, frozenset[int]] = {}  # live green contexts and their SMs
-        self.streams: dict[int, tuple[int, int]] = {}  # live streams: (green context, priority)
+        self.streams: dict[int, int] = {}  # live streams and their green contexts
         self.current: list[int] = [-1]  # stack of current contexts; -1 is the primary one
         self._handles = count(1000)
         self.CUdevResourceType = SimpleNamespace(CU_DEV_RESOURCE_TYPE_SM="SM")
@@ -118,7 +115,7 @@ class FakeDriver:
 
     def sms_of(self, stream: int) -> frozenset[int]:
         """The SMs that kernels on a live stream may run on."""
-        return self.contexts[self.streams[stream][0]]
+        return self.contexts[self.streams[stream]]
 
     def _resource(self, sms: frozenset[int], split: object) -> SimpleNamespace:
         sm = SimpleNamespace(smCount=len(sms))
@@ -151,7 +148,8 @@ class FakeDriver:
             return BAD_CONFIGURATION, None, None, None
         if not 0 < at_least <= len(resource.sms):
             return Result.CUDA_ERROR_INVALID_VALUE, None, None, None
-        minimum, alignment = (2, 2) if flags == 1 else self.granularity
+        assert flags == 0
+        minimum, alignment = self.granularity
         size = max(minimum, -(-at_least // alignment) * alignment)
         made = min(groups, len(resource.sms) // size, self.most_groups(size))
         if made == 0:
@@ -174,7 +172,7 @@ class FakeDriver:
         return OK, context
 
     def _cuGreenCtxDestroy(self, context: int) -> tuple[Any, ...]:
-        assert all(owner != context for owner, _ in self.streams.values()), "streams go first"
+        assert context not in self.streams.values(), "streams go first"
         del self.contexts[context]
         return (OK,)
 
@@ -182,9 +180,9 @@ class FakeDriver:
         return OK, self._resource(self.contexts[context], object())
 
     def _cuGreenCtxStreamCreate(self, context: int, flags: int, priority: int) -> tuple[Any, ...]:
-        assert flags == green_ctx.NON_BLOCKING
+        assert (flags, priority) == (green_ctx.NON_BLOCKING, 0)
         stream = next(self._handles)
-        self.streams[stream] = (context, priority)
+        self.streams[stream] = context
         return OK, stream
 
     def _cuCtxFromGreenCtx(self, context: int) -> tuple[Any, ...]:
@@ -214,8 +212,9 @@ def device_with(fake: FakeDriver) -> GreenDevice:
     return GreenDevice(0, Driver(fake))
 
 
-def manager_with(fake: FakeDriver, attention: int, ffn: int, **options: Any) -> GreenContextManager:
-    return GreenContextManager(CUDA0, attention, ffn, driver=Driver(fake), **options)
+def manager_with(fake: FakeDriver, attention: int, ffn: int) -> GreenContextManager:
+    return GreenContextManager(CUDA0, attention, ffn, driver=Driver(fake))
 
 
-# What there is to split, and what a driver may lack.
+def partitions_with(fake: FakeDriver, *counts: int) -> Partitions:
+    return Partitions(CUDA0, counts, driver=Driver(fake))

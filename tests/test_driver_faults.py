@@ -7,39 +7,36 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import green_ctx
-from green_ctx import (
-    DriverError,
-    GreenContextError,
-    GreenContextUnavailable,
-    Partition,
-    PartitionOptions,
-)
+from green_ctx import Driver, DriverError, GreenContextError, GreenContextUnavailable
 from nanovllm.config import Config
 from nanovllm.engine import green_manager, pipeline
+from nanovllm.engine.green_manager import Partitions
 from nanovllm.engine.pipeline import Pipeline, build_pipeline
-from tests.fake_driver import FakeDriver, Result, device_with, manager_with
+from tests.fake_driver import CUDA0, FakeDriver, Result, manager_with, partitions_with
 from tests.interrupts import InterruptAt
 
 OLD_STREAMS = {"unbound": ("cuGreenCtxStreamCreate",)}
 # What a driver tells and lacks, and what is asked of it.
-SETUPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "new driver": ({}, {}),
-    "granularity asked for": ({"fields": 12}, {}),
-    "older streams": (OLD_STREAMS, {}),
-    "older streams, known to the bindings": ({"unknown": ("cuGreenCtxStreamCreate",)}, {}),
-    "several units": ({}, {"attention": 40, "ffn": 80}),
-    "remainder": ({}, {"attention": 36, "ffn": 96}),
-    "small units": ({"most_groups": lambda size: 1 if size > 16 else 16}, {}),
-    "three streams": ({"fields": 0}, {"num_streams": 3}),
-    "three older streams": (OLD_STREAMS, {"num_streams": 3}),
-    "fine sizes": ({"sms": 108}, {"coscheduled": False}),
+SETUPS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "new driver": ({}, (16, 32)),
+    "granularity asked for": ({"fields": 12}, (16, 32)),
+    "older streams": (OLD_STREAMS, (16, 32)),
+    "older streams, known to the bindings": ({"unknown": ("cuGreenCtxStreamCreate",)}, (16, 32)),
+    "several units": ({}, (40, 80)),
+    "remainder": ({}, (36, 96)),
+    "small units": ({"most_groups": lambda size: 1 if size > 16 else 16}, (16, 32)),
+    "one lane": ({}, (40,)),
+    "whole device": (OLD_STREAMS, (130,)),
+    "three lanes": ({"fields": 0}, (36, 88, 8)),
+    "three lanes, older streams": (OLD_STREAMS, (36, 88, 8)),
+    "four lanes": ({"sms": 108, "granularity": (4, 2)}, (10, 20, 30, 40)),
 }
 EXCEPTIONS: tuple[Callable[[str], Exception], ...] = (
     RuntimeError,
@@ -54,15 +51,15 @@ EXCEPTIONS: tuple[Callable[[str], Exception], ...] = (
 STATUSES = (Result.CUDA_ERROR_OUT_OF_MEMORY, Result.CUDA_ERROR_INVALID_RESOURCE_TYPE, 46, -7)
 
 
-def live(fake: FakeDriver, attention: int = 16, ffn: int = 32, **options: Any) -> None:
-    """A manager from the first driver call to the last, and a second close."""
-    manager = manager_with(fake, attention, ffn, **options)
+def live(fake: FakeDriver, *counts: int) -> None:
+    """Partitions from the first driver call to the last, and a second close."""
+    partitions = partitions_with(fake, *(counts or (16, 32)))
     try:
-        manager.close()
+        partitions.close()
     finally:
         calls = len(fake.calls)
-        manager.close()
-        assert (len(fake.calls), manager.closed) == (calls, True)
+        partitions.close()
+        assert (len(fake.calls), partitions.closed) == (calls, True)
 
 
 def check_nothing_left(fake: FakeDriver) -> None:
@@ -73,9 +70,9 @@ def check_nothing_left(fake: FakeDriver) -> None:
 
 
 def calls_of(setup: str) -> list[str]:
-    drivers, options = SETUPS[setup]
+    drivers, counts = SETUPS[setup]
     fake = FakeDriver(**drivers)
-    live(fake, **options)
+    live(fake, *counts)
     return fake.calls
 
 
@@ -85,14 +82,14 @@ FAULTS = [(setup, number + 1) for setup in SETUPS for number in range(len(calls_
 @pytest.mark.parametrize("by", ["status", "exception"])
 @pytest.mark.parametrize(("setup", "number"), FAULTS)
 def test_any_call_may_fail(setup: str, number: int, by: str) -> None:
-    drivers, options = SETUPS[setup]
+    drivers, counts = SETUPS[setup]
     failure: Any = STATUSES[number % len(STATUSES)]
     if by == "exception":
         failure = EXCEPTIONS[number % len(EXCEPTIONS)]("out of the bindings")
     fake = FakeDriver(**drivers, fail_at=number, failure=failure)
     function = calls_of(setup)[number - 1]
     with pytest.raises(GreenContextError) as caught:
-        live(fake, **options)
+        live(fake, *counts)
     error = caught.value
     if isinstance(error, DriverError):
         expected = (function, 999, type(failure).__name__)
@@ -107,10 +104,10 @@ def test_any_call_may_fail(setup: str, number: int, by: str) -> None:
 
 @pytest.mark.parametrize(("setup", "number"), FAULTS)
 def test_an_interrupt_at_any_call_passes_and_leaves_nothing(setup: str, number: int) -> None:
-    drivers, options = SETUPS[setup]
+    drivers, counts = SETUPS[setup]
     fake = FakeDriver(**drivers, fail_at=number, failure=KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        live(fake, **options)
+        live(fake, *counts)
     # One that interrupts a destruction comes before it or after; it is seen to either way.
     fake.misuse = [text for text in fake.misuse if "Destroy" not in text]
     check_nothing_left(fake)
@@ -149,17 +146,50 @@ def test_an_interrupt_at_any_line_leaves_nothing(
 def test_an_interrupt_at_any_line_of_close_is_made_good_by_the_next(lack: tuple[str, ...]) -> None:
     for line in range(1, 1000):
         fake = FakeDriver(unbound=lack)
-        manager = manager_with(fake, 16, 32, num_streams=2)
+        partitions = partitions_with(fake, 36, 88, 8)
         interrupt = InterruptAt(line, [green_ctx.__file__, green_manager.__file__])
         try:
             with interrupt:
-                manager.close()
+                partitions.close()
         except KeyboardInterrupt:
-            manager.close()
+            partitions.close()
         assert (fake.contexts, fake.streams, fake.current, fake.misuse) == ({}, {}, [-1], [])
         if not interrupt.reached:
             break
     assert 50 < line < 1000
+
+
+class InterruptAtStep(InterruptAt):
+    """Raises before an instruction of the interpreter instead, in calls of the driver.
+
+    Signals that come while the driver works are raised right after it returns, within a line.
+    """
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
+        if frame.f_code is not Driver.__call__.__code__:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return super().__call__(frame, "line" if event == "opcode" else event, arg)
+
+
+@pytest.mark.parametrize("lack", [(), ("cuGreenCtxStreamCreate",)], ids=["new", "older streams"])
+def test_an_interrupt_at_any_step_of_a_driver_call_loses_no_handle(lack: tuple[str, ...]) -> None:
+    for step in range(1, 10000):
+        fake = FakeDriver(unbound=lack)
+        driver = Driver(fake)
+        interrupt = InterruptAtStep(step, [green_ctx.__file__])
+        partitions = None
+        try:
+            with interrupt:
+                partitions = Partitions(CUDA0, (16, 32), driver=driver)
+                partitions.close()
+        except KeyboardInterrupt:
+            if partitions is not None:
+                partitions.close()
+        assert (fake.contexts, fake.streams, fake.current, fake.misuse) == ({}, {}, [-1], [])
+        if not interrupt.reached:
+            break
+    assert 500 < step < 10000
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -222,14 +252,14 @@ def test_close_raises_the_first_error_and_destroys_the_rest() -> None:
     fake = FakeDriver(
         errors={"cuStreamSynchronize": [out_of_memory], "cuGreenCtxDestroy": [invalid, invalid]}
     )
-    device = device_with(fake)
-    group = device.split([40]).groups[0]
-    partition = Partition(device, group, PartitionOptions(num_streams=3))
+    partitions = partitions_with(fake, 36, 88, 8)
     with pytest.raises(DriverError) as caught:
-        partition.close()
+        partitions.close()
     assert (caught.value.function, caught.value.code) == ("cuStreamSynchronize", 2)
-    assert (fake.streams, fake.contexts, len(fake.lost)) == ({}, {}, 1)
-    partition.close()
+    assert (fake.streams, fake.contexts, len(fake.lost)) == ({}, {}, 2)
+    calls = len(fake.calls)
+    partitions.close()
+    assert len(fake.calls) == calls
 
 
 def test_a_failure_while_undoing_does_not_hide_why(caplog: pytest.LogCaptureFixture) -> None:

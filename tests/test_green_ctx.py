@@ -9,33 +9,27 @@ Run: `python -m pytest tests/test_green_ctx.py`
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 import green_ctx
 from green_ctx import (
     Driver,
     DriverError,
     Granularity,
+    GreenContexts,
     GreenContextUnavailable,
-    Partition,
-    PartitionClosed,
-    PartitionInUse,
-    PartitionOptions,
+    plan_partitions,
 )
-from tests.fake_driver import (
-    CUDA0,
-    ROOT,
-    FakeDriver,
-    Result,
-    device_with,
-    manager_with,
-)
+from tests.fake_driver import ROOT, FakeDriver, Result, device_with
 
 
 @pytest.mark.parametrize("fields", [13, 12, 0], ids=["told", "no fields", "fields are 0"])
@@ -44,7 +38,6 @@ def test_granularity_is_told_or_found_out(sizes: tuple[int, int], fields: int) -
     device = device_with(FakeDriver(108, sizes, fields=fields))
     assert device.sm_count == 108
     assert device.granularity() == Granularity(*sizes)
-    assert device.granularity(coscheduled=False) == Granularity(2, 2)
 
 
 def test_granularity_of_a_device_that_makes_one_group_only() -> None:
@@ -112,10 +105,9 @@ def test_main_prints_a_table(
     monkeypatch.setattr(green_ctx, "GreenDevice", lambda ordinal: device_with(FakeDriver()))
     assert green_ctx.main() == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == "device 0: 132 SMs, driver for CUDA 13.0"
-    assert "coscheduled=True: minimum 8, alignment 8" in lines
+    assert lines[0] == "device 0 with 132 SMs, driver for CUDA 13.0"
+    assert "groups of 8 SMs or more, in multiples of 8" in lines
     assert "36 asked 40 granted 92 left" in lines
-    assert "36 asked 36 granted 96 left" in lines
 
 
 def test_main_says_why_not(
@@ -126,36 +118,93 @@ def test_main_says_why_not(
     assert "green contexts are not available: cuda-bindings" in capsys.readouterr().err
 
 
-# Splits.
+# Plans and splits.
+
+EIGHTS = Granularity(minimum=8, alignment=8)
 
 
 @pytest.mark.parametrize(
-    ("counts", "granted", "left", "handles"),
+    ("counts", "plan"),
     [
-        ([96], [96], 36, [1]),
-        ([90], [96], 36, [1]),
-        ([64, 64], [64, 64], 4, [1, 1]),
-        ([16, 16], [16, 16], 100, [1, 1]),
-        ([80, 40], [80, 40], 12, [2, 1]),
-        ([8, 24, 16], [8, 24, 16], 84, [1, 3, 2]),
+        ([36], [40]),
+        ([130], [None]),  # 136 would not fit: all of the device
+        ([36, 96], [None, 96]),
+        ([16, 116], [16, None]),  # 116 rounded up would not fit
+        ([36, 88, 8], [None, 88, 8]),
+        ([24, 64, 8], [24, 64, 8]),
+        ([44, 80, 8], [None, 80, 8]),  # 48 + 80 + 8 would not fit
+        ([48, 60, 24], [48, None, 24]),  # with 64 aligned nothing would
+        ([16, 64, 44, 4], [16, 64, None, 8]),
     ],
 )
-def test_split(counts: list[int], granted: list[int], left: int, handles: list[int]) -> None:
-    split = device_with(FakeDriver()).split(counts)
-    assert [group.sm_count for group in split.groups] == granted
-    assert [len(group.handles) for group in split.groups] == handles
-    assert split.remainder is not None
-    assert split.remainder.sm_count == left
+def test_plan(counts: list[int], plan: list[int | None]) -> None:
+    assert plan_partitions(132, EIGHTS, counts) == plan
 
 
-def test_split_without_remainder() -> None:
-    assert device_with(FakeDriver(128)).split([64, 64]).remainder is None
+def test_plan_gives_the_first_part_the_remainder_when_all_fill_the_device() -> None:
+    assert plan_partitions(128, EIGHTS, [32, 96]) == [None, 96]
+    assert plan_partitions(128, EIGHTS, [24, 96]) == [24, 96]
+    assert plan_partitions(128, EIGHTS, [32, 88, 8]) == [None, 88, 8]
+
+
+def test_plan_on_a_device_whose_minimum_is_above_its_alignment() -> None:
+    # Several groups come from equal units of 4 SMs or more; one group and the remainder do not.
+    sizes = Granularity(minimum=4, alignment=2)
+    assert plan_partitions(108, sizes, [17, 18]) == [20, 20]
+    assert plan_partitions(108, sizes, [18, 90]) == [None, 90]
+    assert plan_partitions(108, sizes, [16, 78, 10]) == [None, 80, 12]
+
+
+@pytest.mark.parametrize("value", [0, -8, True, 16.0, "16", None, [16]])
+def test_plan_refuses_what_is_no_count(value: Any) -> None:
+    text = f"counts[1]={value!r} is not allowed: it must be an integer of at least 1"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        plan_partitions(132, EIGHTS, [16, value])
+
+
+def test_plan_takes_any_integer() -> None:
+    assert plan_partitions(132, EIGHTS, list(np.array([30, 60]))) == [32, 64]
+
+
+@pytest.mark.parametrize(
+    ("counts", "needed"),
+    [([140], 140), ([132, 1], 137), ([60, 65, 8], 137), ([99, 16, 16, 2], 138)],
+)
+def test_plan_refuses_more_than_the_device_has(counts: list[int], needed: int) -> None:
+    names = ["first", "second", "third", "fourth"][: len(counts)]
+    asked = " and ".join(f"{name}={count}" for name, count in zip(names, counts, strict=True))
+    with pytest.raises(ValueError, match=rf"^{asked} .* need {needed} SMs, .* device has 132"):
+        plan_partitions(132, EIGHTS, counts, names)
+
+
+def test_plan_refuses_no_counts() -> None:
+    with pytest.raises(ValueError, match=r"counts=\[\] is not allowed"):
+        plan_partitions(132, EIGHTS, [])
+
+
+@pytest.mark.parametrize(
+    ("counts", "granted", "handles"),
+    [
+        ([96], [96], [1]),
+        ([90], [96], [1]),
+        ([132], [132], [1]),
+        ([64, 64], [64, 64], [1, 1]),
+        ([36, 96], [36, 96], [1, 1]),
+        ([80, 40], [80, 40], [2, 1]),
+        ([8, 24, 16], [8, 24, 16], [1, 3, 2]),
+        ([36, 88, 8], [36, 88, 8], [1, 11, 1]),
+    ],
+)
+def test_split(counts: list[int], granted: list[int], handles: list[int]) -> None:
+    parts = device_with(FakeDriver()).split(counts)
+    assert [part.sm_count for part in parts] == granted
+    assert [len(part.handles) for part in parts] == handles
 
 
 def test_split_takes_smaller_units_where_large_ones_do_not_fit() -> None:
     fake = FakeDriver(most_groups=lambda size: 1 if size > 16 else 16)
-    split = device_with(fake).split([64, 32])
-    assert [len(group.handles) for group in split.groups] == [4, 2]  # units of 16, not of 32
+    parts = device_with(fake).split([64, 32])
+    assert [len(part.handles) for part in parts] == [4, 2]  # units of 16, not of 32
 
 
 def test_split_that_the_device_cannot_arrange() -> None:
@@ -163,64 +212,96 @@ def test_split_that_the_device_cannot_arrange() -> None:
         device_with(FakeDriver(most_groups=lambda size: 1)).split([64, 64])
 
 
-@pytest.mark.parametrize("counts", [[], [0], [-8], [True], [8.0], ["8"], [132, 8]])
-def test_split_refuses(counts: list[Any]) -> None:
-    with pytest.raises(ValueError, match=r"counts=|do not fit device 0 with 132 SMs"):
-        device_with(FakeDriver()).split(counts)
+@example(sms=49, alignment=16, minimum_steps=3, fields=13, counts=[2, 1], scarce=None, lack=())
+@settings(deadline=None, max_examples=300)  # no deadline: shared machines stall now and then
+@given(
+    sms=st.integers(1, 200),
+    alignment=st.sampled_from([1, 2, 4, 8, 16]),
+    minimum_steps=st.integers(1, 3),
+    fields=st.sampled_from([13, 12, 0]),
+    counts=st.lists(st.integers(1, 200) | st.integers(1, 40), min_size=1, max_size=4),
+    scarce=st.sampled_from([None, 1, 16]),
+    lack=st.sampled_from([(), ("cuGreenCtxStreamCreate",)]),
+)
+def test_any_split_is_disjoint_enough_and_aligned_but_for_one_remainder(
+    sms: int,
+    alignment: int,
+    minimum_steps: int,
+    fields: int,
+    counts: list[int],
+    scarce: int | None,
+    lack: tuple[str, ...],
+) -> None:
+    minimum = alignment * minimum_steps
+    fake = FakeDriver(
+        sms,
+        (minimum, alignment),
+        fields=fields,
+        unbound=lack,
+        most_groups=lambda size: 1 if scarce and size > scarce else sys.maxsize,
+    )
+    # SMs that would do if one part is the remainder: several groups are multiples of the minimum.
+    step = alignment if len(counts) == 2 else minimum
+    groups = [max(minimum, -(-count // step) * step) for count in counts]
+    fits = [sum(groups) - groups[i] + counts[i] <= sms for i in range(len(counts))]
+    try:
+        device = device_with(fake)
+        contexts = GreenContexts(device, device.split(counts))
+    except ValueError:
+        assert not any(fits)
+    except GreenContextUnavailable:
+        assert scarce or sms < minimum + alignment  # too small to see, or too small to split
+    else:
+        assert any(fits)
+        parts = [fake.sms_of(stream) for stream in contexts.stream_handles]
+        assert [len(part) for part in parts] == list(contexts.sms)
+        assert all(got >= count for got, count in zip(contexts.sms, counts, strict=True))
+        assert sum(contexts.sms) == len(frozenset().union(*parts)) <= sms
+        unaligned = [i for i, got in enumerate(contexts.sms) if got % alignment or got < minimum]
+        assert len(unaligned) <= 1
+        if unaligned:  # the first for which it fits, and all that the others leave
+            assert sum(contexts.sms) == sms
+            assert unaligned[0] == fits.index(True)
+        contexts.close()
+    assert (fake.contexts, fake.streams, fake.current) == ({}, {}, [-1])
 
 
-# Partitions: what they own, and when it goes.
+# Green contexts: what they own, and when it goes.
 
 
-def test_partition_streams_and_order_of_close() -> None:
-    fake = FakeDriver()
+def contexts_with(fake: FakeDriver, *counts: int) -> GreenContexts:
     device = device_with(fake)
-    options = PartitionOptions(num_streams=3, priority=-1)
-    partition = Partition(device, device.split([40]).groups[0], options)
-    assert partition.sm_count == 40
-    assert len(set(partition.stream_handles)) == 3
-    assert {fake.streams[stream][1] for stream in partition.stream_handles} == {-1}
+    return GreenContexts(device, device.split(counts))
+
+
+def test_order_of_close() -> None:
+    fake = FakeDriver()
+    contexts = contexts_with(fake, 36, 88, 8)
+    assert contexts.sms == (36, 88, 8)
+    assert len(set(contexts.stream_handles)) == 3
     fake.calls.clear()
-    partition.close()
-    assert fake.calls == ["cuStreamSynchronize", "cuStreamDestroy"] * 3 + ["cuGreenCtxDestroy"]
-    partition.close()
-    assert len(fake.calls) == 7
-    assert partition.closed
+    contexts.close()
+    assert fake.calls == 3 * ["cuStreamSynchronize", "cuStreamDestroy", "cuGreenCtxDestroy"]
+    contexts.close()
+    assert len(fake.calls) == 9
+    assert contexts.closed
 
 
-def test_closed_partition_gives_nothing_more() -> None:
-    device = device_with(FakeDriver())
-    with Partition(device, device.split([40]).groups[0]) as partition:
-        pass
-    for use in (partition.torch_stream, lambda: partition.hold("a graph")):
-        with pytest.raises(PartitionClosed):
-            use()
-
-
-def test_held_partition_refuses_to_close() -> None:
+def test_with_closes() -> None:
     fake = FakeDriver()
-    device = device_with(fake)
-    partition = Partition(device, device.split([40]).groups[0])
-    first, second = partition.hold("graph of batch 8"), partition.hold("graph of batch 16")
-    with pytest.raises(PartitionInUse, match="held for: graph of batch 8, graph of batch 16"):
-        partition.close()
-    first.release()
-    first.release()
-    with second, pytest.raises(PartitionInUse, match="held for: graph of batch 16"):
-        partition.close()
-    assert fake.streams
-    partition.close()
-    assert not fake.streams
-    assert not fake.contexts
+    with contexts_with(fake, 40) as contexts:
+        assert not contexts.closed
+        assert len(fake.contexts) == 1
+    assert contexts.closed
+    assert (fake.contexts, fake.streams) == ({}, {})
 
 
 @pytest.mark.parametrize("lack", ["unbound", "unknown"])
 def test_second_way_to_a_stream(lack: str) -> None:
     lacks: dict[str, Any] = {lack: ("cuGreenCtxStreamCreate",)}
     fake = FakeDriver(**lacks)
-    device = device_with(fake)
-    with Partition(device, device.split([40]).groups[0]) as partition:
-        assert fake.sms_of(partition.stream_handles[0]) == frozenset(range(40))
+    with contexts_with(fake, 40) as contexts:
+        assert fake.sms_of(contexts.stream_handles[0]) == frozenset(range(40))
         assert fake.current == [-1]
         assert "cuStreamCreateWithPriority" in fake.calls
 
@@ -230,40 +311,17 @@ def test_second_way_restores_the_context_when_it_fails() -> None:
         unbound=("cuGreenCtxStreamCreate",),
         errors={"cuStreamCreateWithPriority": [Result.CUDA_ERROR_OUT_OF_MEMORY]},
     )
-    device = device_with(fake)
     with pytest.raises(DriverError, match="CUDA_ERROR_OUT_OF_MEMORY"):
-        Partition(device, device.split([40]).groups[0])
+        contexts_with(fake, 40)
     assert fake.current == [-1]
     assert not fake.contexts
 
 
 def test_failing_close_goes_on_to_the_end() -> None:
     fake = FakeDriver(errors={"cuStreamSynchronize": [Result.CUDA_ERROR_INVALID_VALUE]})
-    device = device_with(fake)
-    partition = Partition(device, device.split([40]).groups[0], PartitionOptions(num_streams=2))
+    contexts = contexts_with(fake, 40, 40)
     with pytest.raises(DriverError, match="cuStreamSynchronize"):
-        partition.close()
-    assert partition.closed
+        contexts.close()
+    assert contexts.closed
     assert not fake.streams
     assert not fake.contexts
-
-
-def test_torch_stream_wraps_the_handle(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrapped: list[tuple[int, torch.device]] = []
-    monkeypatch.setattr(
-        torch.cuda, "ExternalStream", lambda handle, device: wrapped.append((handle, device))
-    )
-    with manager_with(FakeDriver(), 16, 16, num_streams=2) as manager:
-        manager.get_attention_stream()
-        manager.get_ffn_stream(1)
-        expected = manager.attention.stream_handles[0], manager.ffn.stream_handles[1]
-    assert wrapped == [(handle, CUDA0) for handle in expected]
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("num_streams", 0), ("num_streams", True), ("num_streams", 1.0), ("priority", "high")],
-)
-def test_partition_options_refuse(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{field}={value!r} is not allowed: it must be an int"):
-        PartitionOptions(**{field: value})

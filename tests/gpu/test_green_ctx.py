@@ -14,14 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from green_ctx import (
-    DEFAULT_STREAM,
-    Driver,
-    GreenContextUnavailable,
-    GreenDevice,
-    PartitionInUse,
-)
-from nanovllm.engine.green_manager import GreenContextManager
+from green_ctx import DEFAULT_STREAM, Driver, GreenContextUnavailable, GreenDevice
+from nanovllm.engine.green_manager import GreenContextManager, Partitions
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
@@ -141,18 +135,37 @@ def manager(device: GreenDevice, request: pytest.FixtureRequest) -> Iterator[Gre
 def test_grants_what_was_asked_for(device: GreenDevice, case: str) -> None:
     counts = counts_for(device, case)
     with GreenContextManager(DEVICE, *counts) as manager:
-        assert (manager.attention_sms, manager.ffn_sms) == counts
-        assert manager.granted.device == torch.cuda.get_device_properties(0).multi_processor_count
+        assert manager.sms == counts
+    assert device.sm_count == torch.cuda.get_device_properties(0).multi_processor_count
 
 
-@pytest.mark.parametrize("coscheduled", [True, False])
-def test_granularity_agrees_with_what_the_driver_grants(
-    device: GreenDevice, coscheduled: bool
-) -> None:
-    sizes = device.granularity(coscheduled=coscheduled)
+def test_granularity_agrees_with_what_the_driver_grants(device: GreenDevice) -> None:
+    sizes = device.granularity()
     for count in (1, sizes.minimum, sizes.minimum + 1, device.sm_count // 2):
-        group = device.split([count], coscheduled=coscheduled).groups[0]
+        (group,) = device.split([count])
         assert group.sm_count == sizes.round_up(count)
+
+
+def lanes_for(device: GreenDevice, lanes: int) -> list[int]:
+    """Requests that fill the device: one large and some small groups, and first the remainder."""
+    sizes = device.granularity()
+    unit = sizes.round_up(1, groups=2)
+    small = [unit] * (lanes - 2)
+    large = [sizes.round_up(device.sm_count // 2, groups=2)] if lanes > 1 else []
+    return [device.sm_count - sum(large + small), *large, *small]
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3, 4])
+def test_kernels_of_every_lane_run_on_sms_of_their_own(device: GreenDevice, lanes: int) -> None:
+    counts = lanes_for(device, lanes)
+    with Partitions(DEVICE, counts) as partitions:
+        assert partitions.sms == tuple(counts)
+        all_records = [new_records() for _ in counts]
+        for stream, records in zip(partitions.streams, all_records, strict=True):
+            launch(stream, records)
+        used = [sms_used(records) for records in all_records]
+    assert [len(sms) for sms in used] == counts
+    assert len(set.union(*used)) == device.sm_count
 
 
 def test_eager_kernels_run_on_disjoint_sms(manager: GreenContextManager) -> None:
@@ -162,16 +175,13 @@ def test_eager_kernels_run_on_disjoint_sms(manager: GreenContextManager) -> None
 def test_captured_kernels_run_on_disjoint_sms(manager: GreenContextManager) -> None:
     run_eagerly(manager)  # compiles and loads the kernel, which a capture may not
     attention, ffn = new_records(), new_records()
-    with manager.hold("a graph under test"):
-        graph = capture(manager, attention, ffn)
-        for _ in range(3):
-            attention.fill_(-1)
-            ffn.fill_(-1)
-            graph.replay()
-            check_partitions(manager, attention, ffn)
-        with pytest.raises(PartitionInUse, match="a graph under test"):
-            manager.close()
-        graph.reset()
+    graph = capture(manager, attention, ffn)
+    for _ in range(3):
+        attention.fill_(-1)
+        ffn.fill_(-1)
+        graph.replay()
+        check_partitions(manager, attention, ffn)
+    graph.reset()
 
 
 def test_captured_sides_run_at_the_same_time(manager: GreenContextManager) -> None:
@@ -183,24 +193,6 @@ def test_captured_sides_run_at_the_same_time(manager: GreenContextManager) -> No
     starts = [int(records[:, 1].min()) for records in (attention, ffn)]
     ends = [int(records[:, 2].max()) for records in (attention, ffn)]
     assert max(starts) < min(ends), "the two sides ran one after the other"
-
-
-def test_finer_partitions_are_disjoint_too(device: GreenDevice) -> None:
-    sizes = device.granularity(coscheduled=False)
-    if sizes.alignment >= device.granularity().alignment:
-        pytest.skip("this device makes no finer partitions without co-scheduling")
-    counts = 18 * sizes.alignment, 22 * sizes.alignment
-    with GreenContextManager(DEVICE, *counts, coscheduled=False) as manager:
-        assert (manager.attention_sms, manager.ffn_sms) == counts
-        check_partitions(manager, *run_eagerly(manager))
-
-
-def test_all_streams_of_a_partition_share_its_sms(device: GreenDevice) -> None:
-    with GreenContextManager(DEVICE, *counts_for(device, "equal"), num_streams=3) as manager:
-        records = [new_records() for _ in range(3)]
-        for index in range(3):
-            launch(manager.get_attention_stream(index), records[index])
-        assert len(set.union(*map(sms_used, records))) <= manager.attention_sms
 
 
 def test_several_managers_are_alive_at_once(device: GreenDevice) -> None:
@@ -253,7 +245,7 @@ def test_create_and_close_cost_no_more_than_the_driver_keeps(device: GreenDevice
     So what a manager costs is measured beside two bare contexts, created and destroyed.
     """
     counts = counts_for(device, "unequal")
-    resource = device.split([counts[1]]).groups[0]
+    (resource,) = device.split([counts[1]])
 
     def bare() -> None:
         for _ in range(2):
@@ -263,7 +255,7 @@ def test_create_and_close_cost_no_more_than_the_driver_keeps(device: GreenDevice
             device.driver("cuGreenCtxDestroy", context)
 
     def manager() -> None:
-        with GreenContextManager(DEVICE, *counts, num_streams=2) as both:
+        with GreenContextManager(DEVICE, *counts) as both:
             both.get_attention_stream().synchronize()
 
     def cost(cycle: Callable[[], None], cycles: int = 100) -> int:

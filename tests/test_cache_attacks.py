@@ -37,10 +37,10 @@ def calibrate(folder: Path | None) -> tuple[Calibration, int]:
         dense, attention = 0.001, 1e-8 * tokens
         return max(dense, attention) if way else dense + attention
 
-    ways: Any = {NamedPlan("sequential"): 0, NamedPlan("green 16+96"): 1}
+    plans: Any = [NamedPlan("sequential"), NamedPlan("green 16+96")]
     cache = DiskCache("plans", folder)
     calibration = Calibration(timer, 128, 500_000, 4096, 0.0, {"device": "fake"}, cache)  # type: ignore[arg-type]
-    calibration.run(ways, show_progress=False)
+    calibration.run(plans, show_progress=False)
     return calibration, len(measured)
 
 

@@ -18,7 +18,8 @@ from green_ctx import Driver, DriverError, GreenContextError, GreenContextUnavai
 from nanovllm.config import Config
 from nanovllm.engine import green_manager, pipeline
 from nanovllm.engine.green_manager import Partitions
-from nanovllm.engine.pipeline import Pipeline, build_pipeline
+from nanovllm.engine.pipeline import Pipelines, build_pipelines
+from nanovllm.engine.plan import SEQUENTIAL
 from tests.fake_driver import CUDA0, FakeDriver, Result, manager_with, partitions_with
 from tests.interrupts import InterruptAt
 
@@ -113,12 +114,12 @@ def test_an_interrupt_at_any_call_passes_and_leaves_nothing(setup: str, number: 
     check_nothing_left(fake)
 
 
-def build(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Pipeline:
+def build(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Pipelines:
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", fake)
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: handle)
     config = Config(enable_pipeline=True, **options)
     backend = SimpleNamespace(make_workspace=lambda device, num_sms: None)
-    return build_pipeline(config, None, backend, torch.device("cuda:0"), 132)  # type: ignore[arg-type]
+    return build_pipelines(config, None, backend, torch.device("cuda:0"), 132)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("lack", [(), ("cuGreenCtxStreamCreate",)], ids=["new", "older streams"])
@@ -136,7 +137,7 @@ def test_an_interrupt_at_any_line_leaves_nothing(
         except KeyboardInterrupt:
             assert (fake.contexts, fake.streams, fake.current, fake.misuse) == ({}, {}, [-1], [])
         else:
-            built.close()
+            built.partitions.close()
             break
     assert 300 < line < 5000
     assert not interrupt.reached  # the last time nothing was interrupted
@@ -209,8 +210,7 @@ def test_the_engine_falls_back_whichever_call_fails(
                 build(fake, monkeypatch, pipeline_strict=True)
         else:
             built = build(fake, monkeypatch)
-            assert built.scheduler is None
-            assert built.manager is None
+            assert [scheduler.plan for scheduler in built.schedulers] == [SEQUENTIAL]
             assert built.statistics.mode == "sequential"
             assert built.statistics.fallback_reason
         check_nothing_left(fake)

@@ -227,7 +227,8 @@ class LLMEngine:
         """
         outputs: dict[int, RequestOutput] = {}
         try:
-            self._advance()
+            self._exclusive(self._step)
+            _give_way()
             self._exclusive(self._claim, outputs)
             return list(outputs.values())
         except BaseException:
@@ -304,19 +305,19 @@ class LLMEngine:
         self._take_out([seq for seq in self.requests.values() if seq.finish_reason is not None])
         self.settled = True
 
-    def _advance(self) -> None:
-        """Runs one step; completions go where their requests say."""
-        self._exclusive(self._step)
-        # NOTE: without this, a thread that steps in a loop keeps all others out.
-        os.sched_yield() if hasattr(os, "sched_yield") else time.sleep(0)
-
     def _step(self) -> None:
+        """Runs one step; completions go where their requests say."""
         self._check_open()
         self._mend()
         try:
-            with self._changing():
+            with self._changing(), self.model_runner.ranks.in_step():
                 self.in_step = True
-                finished = self._run_step()
+                finished: list[EngineSequence] = []
+                current = self.in_flight or self._launch(ahead=False)
+                if current is not None:
+                    self.in_flight = self._launch(ahead=True) if self._may_look_ahead() else None
+                    tokens = self.model_runner.collect(current)
+                    finished = self.scheduler.update(current.step, tokens)
                 aborted, self.aborted = self.aborted, []
                 self._take_out(finished + aborted)
         except BaseException:
@@ -325,16 +326,6 @@ class LLMEngine:
             raise
         finally:
             self.in_step = False
-
-    def _run_step(self) -> list[EngineSequence]:
-        """The requests that ended with this step."""
-        with self.model_runner.ranks.in_step():
-            current = self.in_flight or self._launch(ahead=False)
-            if current is None:
-                return []
-            self.in_flight = self._launch(ahead=True) if self._may_look_ahead() else None
-            tokens = self.model_runner.collect(current)
-        return self.scheduler.update(current.step, tokens)
 
     def _launch(self, *, ahead: bool) -> LaunchedStep | None:
         step = self.scheduler.schedule(ahead=ahead)
@@ -358,7 +349,8 @@ class LLMEngine:
         seen, tokens, start = 0, 0, time.perf_counter()
         with tqdm(total=count, desc="Generating", disable=not use_tqdm) as bar:
             while len(results) < count:
-                self._advance()
+                exclusive(self.lock, self._step)
+                _give_way()
                 if new := list(results.values())[seen:]:
                     seen += len(new)
                     tokens += sum(len(output["token_ids"]) for output in new)
@@ -490,6 +482,11 @@ class LLMEngine:
                 f"this engine belongs to process {self.process_id}, and process {os.getpid()} "
                 "was forked from it: make a new one"
             )
+
+
+def _give_way() -> None:
+    """Lets other threads have the lock, which one that steps in a loop would keep for itself."""
+    os.sched_yield() if hasattr(os, "sched_yield") else time.sleep(0)
 
 
 def _close_in(process_id: int, lock: threading.RLock, runner: ModelRunner) -> None:

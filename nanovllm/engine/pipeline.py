@@ -107,7 +107,7 @@ def build_pipelines(
             built.schedulers.append(
                 PipelineScheduler(model, granted, streams, workspace, statistics, device_sms)
             )
-            built.partitions.enter_context(undo.pop_all())
+            built.partitions.push(undo.pop_all())
 
     try:
         add(SEQUENTIAL)
@@ -167,7 +167,8 @@ def _make_lanes(
         return plan, [torch.cuda.Stream(device) for _ in plan.lanes]
     names = [f"pipeline_{lane.name}_sm_count" for lane in plan.lanes]
     wanted = [lane.sms or 1 for lane in plan.lanes]
-    partitions = undo.enter_context(Partitions(device, wanted, names))
+    # NOTE: `push` registers before it calls anything, so no interrupt comes between.
+    partitions = undo.push(Partitions(device, wanted, names))
     granted, streams = plan.with_sms(partitions.sms), partitions.streams
     for name, count, lane in zip(names, wanted, granted.lanes, strict=True):
         if lane is not granted.lane_of(ATTENTION) and (lane.sms or 0) < MIN_DENSE_SMS:

@@ -157,14 +157,14 @@ def test_an_interrupted_exit_can_be_repeated(directory, monkeypatch):
     engine = LLM(str(directory), **OPTIONS)
     runner = engine.model_runner
     calls = iter(range(10))
-    close = runner.decode.close
+    close = runner.step_runner.close
 
     def interrupted():
         if next(calls) == 0:
             raise KeyboardInterrupt
         close()
 
-    monkeypatch.setattr(runner.decode, "close", interrupted)
+    monkeypatch.setattr(runner.step_runner, "close", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engine.exit()
     assert not runner.closed

@@ -78,10 +78,10 @@ class PipelineScheduler:
             if work.waits:
                 lane.wait(events[batch.index])
             with lane.use():
-                begin = timer and timer.mark()
+                begin = timer.mark() if timer and work.stages else None
                 for stage in work.stages:
                     stage.run(batch)
-                if timer and work.stages:
+                if timer and begin:
                     timer.add(work, begin)
             if work.records:
                 events[batch.index] = lane.record()

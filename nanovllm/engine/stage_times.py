@@ -53,7 +53,10 @@ class StageTimer:
         self.end: Any = None
 
     def mark(self) -> Any:
-        """This moment on the current stream."""
+        """This moment on the current stream.
+
+        NOTE: a graph that records an external event which is gone crashes the process.
+        """
         event: Any = ClockEvent()
         if self.is_cuda:
             # An external event becomes a node of the graph that records it, readable outside.

@@ -192,6 +192,9 @@ BAD_INPUTS = {
     ),
     "metadata must have decode or prefill, and not both": of_both_kinds,
     "positions must count up": lambda inputs: dataclasses.replace(inputs, metadata=None),
+    "positions has shape (3,)": lambda inputs: StepTensors(
+        inputs.input_ids, inputs.positions[1:], None
+    ),
 }
 
 

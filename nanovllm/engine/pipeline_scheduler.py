@@ -116,6 +116,11 @@ class PipelineScheduler:
             ValueError: inputs that do not fit each other.
         """
         if metadata is None:
+            if positions.shape != input_ids.shape:
+                raise ValueError(
+                    f"positions has shape {tuple(positions.shape)}; it must be that of input_ids, "
+                    f"{tuple(input_ids.shape)}"
+                )
             with throwaway_cache(self.model, positions) as metadata:
                 return self.decode_token(input_ids, positions, metadata)
         inputs = StepTensors(input_ids, positions, metadata)

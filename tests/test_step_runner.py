@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +12,12 @@ import pytest
 import torch
 
 from nanovllm import LLM
+from nanovllm.engine import calibration, step_timer
 from nanovllm.engine.cuda_graphs import GraphMemory, batch_sizes
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.plan import MICROBATCH
+from nanovllm.engine.planned_decode import AutoPlan
+from nanovllm.engine.planner import Planner
 from nanovllm.engine.step_runner import PreparedStep, StepRunner
 from nanovllm.tiny import PROMPTS
 
@@ -93,3 +97,54 @@ def test_replayed_steps_of_any_batch_have_the_tokens_of_issued_ones(parts, monke
         assert steps.statistics.steps["pipelined"] == (66 if parts > 1 else 0)
         memory = runner.graph_memory
     assert memory.num_graphs == 0  # what was captured went with the runner
+
+
+class ClockEvent:
+    """As a timing event of CUDA, for work that is done when the call returns."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.seconds = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: ClockEvent) -> float:
+        return (end.seconds - self.seconds) * 1e3
+
+
+def test_auto_measures_chooses_and_keeps_the_tokens(monkeypatch, tmp_path):
+    """Calibration, its timer and the planner at work on real steps, sequential and pipelined."""
+    monkeypatch.setattr(torch.cuda, "Event", ClockEvent)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: str(device))
+    monkeypatch.setattr(calibration, "SIZE_STEP", 4)
+    monkeypatch.setattr(calibration, "LEAST_GAIN", 0.0)  # whatever a pipeline may gain here
+    monkeypatch.setattr(step_timer, "READING_SECONDS", 0.0)
+    monkeypatch.setattr(step_timer, "MOST_READINGS", 3)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with engine("microbatch") as llm:
+        expected = {count: tokens_of(llm, count) for count in (1, 3, 5, 8)}
+        runner = llm.model_runner
+        steps = runner.step_runner
+        assert [scheduler.plan.name for scheduler in steps.schedulers] == [
+            "sequential",
+            "microbatch",
+        ]
+        steps.chooser = auto = AutoPlan(steps, runner._calibration(llm.config, steps))
+        auto.capture(steps, show_progress=False)
+        assert set(auto.calibration.table.plans) == {"sequential", "microbatch"}
+        assert list(tmp_path.rglob("plans-*.json"))
+        sizes = dict(zip(auto.plans, (auto.sizes, [4, 8]), strict=True))
+        for better, pipelined in (("sequential", 0), ("microbatch", 33)):
+            for name in ("sequential", "microbatch"):
+                seconds = 1e-3 if name == better else 1.0
+                for size in (2, 4, 8):
+                    auto.calibration.table.add(name, size, [(size, seconds), (800, seconds)])
+            auto.planner = Planner(auto.calibration.table, sizes)
+            before = dict(steps.statistics.steps)
+            assert {count: tokens_of(llm, count) for count in expected} == expected
+            ran = {path: steps.statistics.steps[path] - before[path] for path in before}
+            assert ran == {"pipelined": pipelined, "sequential": 44 - pipelined}
+        assert auto.planner.records[auto.plans[1]].measured == pipelined

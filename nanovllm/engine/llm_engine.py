@@ -261,13 +261,15 @@ class LLMEngine:
         seq = self.requests.get(request_id)
         if seq is None or seq.finish_reason is not None:
             return False
-        seq.finish("abort")
         if self.in_step:  # which calls us; it takes the request out at its end
+            self.settled = False
+            seq.finish("abort")
             self.aborted.append(seq)
-        else:
-            self._mend()
-            with self._changing():
-                self._take_out([seq])
+            return True
+        self._mend()
+        with self._changing():
+            seq.finish("abort")
+            self._take_out([seq])
         return True
 
     def _exclusive(self, function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:

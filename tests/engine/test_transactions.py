@@ -7,8 +7,9 @@ import random
 import pytest
 
 from nanovllm import LLM
-from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, check_empty, tokens
-from tests.interrupts import Interrupt, Play, Victim, write_model
+from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, check_empty, drain, tokens
+from tests.interrupts import PARAMS, Interrupt, InterruptAt, Play, Victim, write_model
+from tests.interrupts import PROMPTS as PLAY
 
 
 @pytest.fixture(scope="module", params=[Interrupt, RuntimeError], ids=["interrupt", "error"])
@@ -81,6 +82,22 @@ def test_a_token_lost_in_update_is_drawn_again():
                 except KeyboardInterrupt:
                     interrupts += 1
             assert (tokens(outputs), interrupts) == (right, 1)
+
+
+@pytest.mark.parametrize("line", range(1, 60))
+def test_an_abort_that_is_interrupted_holds_up_no_other_request(victim, line):
+    engine, right = victim.engine, victim.right
+    ids = [engine.add_request(PLAY[i], PARAMS[i]) for i in range(3)]
+    engine.step()
+    try:
+        with InterruptAt(line, error=victim.error):
+            engine.abort(ids[0])
+    except victim.error:
+        pass
+    said = {output["request_id"]: output["token_ids"] for output in engine.step()} | drain(engine)
+    assert [said[ids[i]] for i in (1, 2)] == [right[i] for i in (1, 2)]
+    assert said.get(ids[0], right[0]) == right[0]  # it may not have come to it
+    check_empty(engine)
 
 
 # ------------------------------------------------------------------ the detokenizer

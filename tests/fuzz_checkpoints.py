@@ -226,7 +226,11 @@ def try_mutations(worker: Worker, count: int, seed: int) -> Iterator[tuple[str, 
             if what.startswith("config.json") and one.random() < 0.15:
                 request["load_format"] = "dummy"
             result = worker.run(request)
-            found = "code run" if trace.exists() else verdict(result, names_in(base))
+            found = (
+                "code run"
+                if trace.exists()
+                else verdict(result, names_in(base) | names_in(directory))
+            )
             yield found, f"{what}: {result}"
             trace.unlink(missing_ok=True)
             # What still loads may be damaged further.

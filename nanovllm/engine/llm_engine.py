@@ -113,6 +113,7 @@ class LLMEngine:
         self.process_id = os.getpid()
         # Held a step at a time by whatever thread wants something of the engine.
         self.lock = threading.RLock()
+        self.callers: list[object] = []  # what has the lock or waits for it, loops of steps aside
         self.tokenizer_lock = threading.RLock()
         # Closes at garbage collection or interpreter exit at the latest, without keeping us alive.
         self._finalizer = weakref.finalize(self, _close_in, self.process_id, self.lock, runner)
@@ -146,7 +147,7 @@ class LLMEngine:
         Waits for a step that another thread runs. Requests that are left are dropped.
         """
         if os.getpid() == self.process_id:  # in a forked child everything is still the parent's
-            exclusive(self.lock, self._close)
+            self._exclusive(self._close)
 
     def _close(self) -> None:
         self.closed = True
@@ -228,7 +229,7 @@ class LLMEngine:
         outputs: dict[int, RequestOutput] = {}
         try:
             self._exclusive(self._step)
-            _give_way()
+            self._give_way()
             self._exclusive(self._claim, outputs)
             return list(outputs.values())
         except BaseException:
@@ -276,7 +277,11 @@ class LLMEngine:
     def _exclusive(self, function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         """Calls a method while no other thread is in one."""
         self._check_process()  # in a forked child nobody may ever release the lock
-        return exclusive(self.lock, function, *args, **options)
+        self.callers.append(function)
+        try:
+            return exclusive(self.lock, function, *args, **options)
+        finally:
+            self.callers.pop()
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -288,6 +293,11 @@ class LLMEngine:
         settled, self.settled = self.settled, False
         yield
         self.settled = settled
+
+    def _give_way(self) -> None:
+        """Lets others have the lock, which a thread that steps in a loop would keep for itself."""
+        if self.callers:
+            time.sleep(1e-4)
 
     def _mend(self) -> None:
         """After an error or interrupt that broke off a change: back to what is certain.
@@ -352,7 +362,7 @@ class LLMEngine:
         with tqdm(total=count, desc="Generating", disable=not use_tqdm) as bar:
             while len(results) < count:
                 exclusive(self.lock, self._step)
-                _give_way()
+                self._give_way()
                 if new := list(results.values())[seen:]:
                     seen += len(new)
                     tokens += sum(len(output["token_ids"]) for output in new)
@@ -484,11 +494,6 @@ class LLMEngine:
                 f"this engine belongs to process {self.process_id}, and process {os.getpid()} "
                 "was forked from it: make a new one"
             )
-
-
-def _give_way() -> None:
-    """Lets other threads have the lock, which one that steps in a loop would keep for itself."""
-    os.sched_yield() if hasattr(os, "sched_yield") else time.sleep(0)
 
 
 def _close_in(process_id: int, lock: threading.RLock, runner: ModelRunner) -> None:

@@ -1,0 +1,188 @@
+"""All-reduce with residual and RMS norm in one kernel, over memory that peers can read and write.
+
+Every rank holds a partial sum ``[T, H]`` of a row-parallel layer. What the next layer needs is the norm of
+their sum and the residual; an all-reduce that stops at the sum would write and read all rows once more. So
+one kernel reads the partial sums of all ranks, adds them in float32 and in rank order (the bits do not depend on
+timing, nor on the number of programs), adds the residual and normalises.
+
+- *One-shot*: every rank does this for all rows. Each reads ``(N - 1) T H`` elements from its peers, and there is
+  one barrier. Best for few rows.
+- *Two-shot*: rank ``r`` does it for rows ``r, r + N, ...`` and writes the normalised rows to all ranks. Each reads
+  and writes ``(N - 1) / N T H`` elements. **The residual stays where it is made**: a rank's residual is right
+  in its own rows only. That is enough, as only this kernel reads it, and always for the same rows.
+
+Barriers are counters in each rank's memory, one for each (program, rank, beginning or end), which grow by one a
+launch: nothing is reset, so a captured graph can be replayed. A program waits for the same program of
+its peers and for nothing else, so it does not matter which programs run at the same time. A wait is bounded: after
+`max_polls` looks a program notes that in `expired`, goes on, and no later launch waits again.
+
+NOTE: no barrier protects a partial sum from being overwritten while a peer reads it. Alternate between two
+buffers: who writes the first again has passed the beginning of the launch on the second, and so has seen
+that all peers ended the launch on the first.
+NOTE: all launches on one `Peers` have one order, the same on all ranks, and do not overlap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanovllm.kernels.dependent_launch import launch_options, let_next_begin, wait_for_previous
+
+
+
+
+
+@dataclass(frozen=True)
+class Peers:
+    """What one rank knows of the memory of all, its own included.
+
+    Attributes:
+        rank, size: of this rank, and how many there are.
+        counters: int64 ``[size]``, addresses of each rank's int32 ``[2, max_programs, size]``, zero at first.
+        launches: int32 ``[max_programs]`` of this rank alone, zero at first: launches that a program has seen.
+        expired: int32 ``[1]`` of this rank alone: not 0 once a wait took too long.
+        max_programs: the most programs of a launch.
+        max_polls: looks at a counter, about 1 us each, before a wait is given up.
+    """
+
+    rank: int
+    size: int
+    counters: Tensor
+    launches: Tensor
+    expired: Tensor
+    max_programs: int
+    max_polls: int
+
+
+def all_reduce_add_norm(
+    peers: Peers,
+    parts: Tensor,
+    outputs: Tensor,
+    shape: tuple[int, int],
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    programs: int,
+    two_shot: bool,
+) -> None:
+    """Write the norm of the sum of all partial sums and the residual to ``outputs``; update ``residual``.
+
+    Args:
+        peers: the ranks.
+        parts: int64 ``[size]``, addresses of each rank's partial sum ``[T, H]`` in ``residual``'s dtype.
+        outputs: int64 ``[size]``, addresses of each rank's result ``[T, H]``, same dtype. One-shot writes to this
+            rank's alone.
+        shape: ``(T, H)``.
+        residual: ``[T, H]``, updated in place: in all rows (one-shot), or in this rank's rows (two-shot).
+        weight, eps: of the norm.
+        programs: how many to launch, at most ``peers.max_programs``; the same on all ranks.
+        two_shot: see the module; the same on all ranks, and for all launches of a step.
+    """
+    rows, hidden = shape
+    block = triton.next_power_of_2(hidden)
+    _all_reduce_kernel[(programs,)](
+        parts,
+        outputs,
+        residual,
+        weight,
+        peers.counters,
+        peers.launches,
+        peers.expired,
+        rows,
+        eps,
+        peers.max_polls,
+        HIDDEN=hidden,
+        BLOCK=block,
+        RANK=peers.rank,
+        SIZE=peers.size,
+        MAX_PROGRAMS=peers.max_programs,
+        TWO_SHOT=two_shot,
+        num_warps=min(max(block // 256, 1), 16),
+        **launch_options(),
+    )
+
+
+@triton.jit
+def _meet(counters, at, launch, expired, polls, RANK: tl.constexpr, SIZE: tl.constexpr):
+    """Tells the same program of all peers that this one is here, and waits until they are."""
+    tl.debug_barrier()
+    for shift in tl.static_range(1, SIZE):
+        peer = (RANK + shift) % SIZE
+        theirs = tl.load(counters + peer).to(tl.pointer_type(tl.int32))
+        tl.atomic_xchg(theirs + at * SIZE + RANK, launch, sem="release", scope="sys")
+    ours = tl.load(counters + RANK).to(tl.pointer_type(tl.int32))
+    left = tl.where(tl.load(expired) == 0, polls, 0)
+    for shift in tl.static_range(1, SIZE):
+        peer = (RANK + shift) % SIZE
+        place = ours + at * SIZE + peer
+        seen = tl.atomic_add(place, 0, sem="acquire", scope="sys")
+        # The difference, because counters wrap around.
+        while (seen - launch < 0) & (left > 0):
+            seen = tl.atomic_add(place, 0, sem="acquire", scope="sys")
+            left -= 1
+        if seen - launch < 0:
+            tl.store(expired, 1)
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["rows", "polls"])
+def _all_reduce_kernel(
+    parts,
+    outputs,
+    residual,
+    weight,
+    counters,
+    launches,
+    expired,
+    rows,
+    eps,
+    polls,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RANK: tl.constexpr,
+    SIZE: tl.constexpr,
+    MAX_PROGRAMS: tl.constexpr,
+    TWO_SHOT: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    dtype = residual.dtype.element_ty
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < HIDDEN
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    wait_for_previous(OVERLAP)
+    launch = tl.load(launches + program) + 1
+    tl.store(launches + program, launch)
+    _meet(counters, program, launch, expired, polls, RANK, SIZE)
+
+    first = program * SIZE + RANK if TWO_SHOT else program
+    stride = programs * SIZE if TWO_SHOT else programs
+    for row in range(first, rows, stride):
+        at = row * HIDDEN + column
+        total = tl.zeros([BLOCK], tl.float32)
+        for rank in tl.static_range(SIZE):
+            part = tl.load(parts + rank).to(tl.pointer_type(dtype))
+            # NOTE: not cached: a line of a peer's memory in L1 would be of the launch before.
+            total += tl.load(part + at, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+        total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        rounded = total.to(dtype)
+        tl.store(residual + at, rounded, mask=inside)
+        values = rounded.to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(values * values, axis=0) / HIDDEN + eps)
+        normed = (values * inverse * scale).to(dtype)
+        if TWO_SHOT:
+            for shift in tl.static_range(SIZE):
+                peer = (RANK + shift) % SIZE
+                output = tl.load(outputs + peer).to(tl.pointer_type(dtype))
+                tl.store(output + at, normed, mask=inside)
+        else:
+            output = tl.load(outputs + RANK).to(tl.pointer_type(dtype))
+            tl.store(output + at, normed, mask=inside)
+    if TWO_SHOT:
+        _meet(counters, MAX_PROGRAMS + program, launch, expired, polls, RANK, SIZE)
+    let_next_begin(OVERLAP)

@@ -13,7 +13,6 @@ import torch
 
 from green_ctx import Driver, DriverError, GreenContextError
 from nanovllm import LLM, Config
-from nanovllm.engine import pipeline
 from nanovllm.engine.green_manager import GreenContextManager
 from nanovllm.engine.pipeline import Pipelines, PipelineUnavailable, build_pipelines
 from nanovllm.engine.plan import GREEN, LANES3, SEQUENTIAL, Plan
@@ -399,17 +398,10 @@ def test_auto_has_all_plans_that_the_device_makes(fake_gpu):
 def test_partitions_do_not_outlive_a_failure_after_them(strict, fake_gpu, monkeypatch):
     """Whatever goes wrong between the partitions and the finished pipeline."""
 
-    def failing_at(number: int) -> Any:
-        calls = iter(range(1, number + 1))
+    def refuse(handle: int, device: torch.device) -> None:
+        raise DriverError("cuStreamGetCtx", 914, "CUDA_ERROR_INVALID_RESOURCE_TYPE")
 
-        def make(*args: Any) -> Any:
-            if next(calls) == number:
-                raise DriverError("cuStreamGetCtx", 914, "CUDA_ERROR_INVALID_RESOURCE_TYPE")
-            return SimpleNamespace(plan=None)
-
-        return make
-
-    monkeypatch.setattr(pipeline, "PipelineScheduler", failing_at(2))
+    monkeypatch.setattr(torch.cuda, "ExternalStream", refuse)
     if strict:
         with pytest.raises(DriverError, match="914"):
             build(pipeline_strict=True)

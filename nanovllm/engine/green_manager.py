@@ -5,14 +5,9 @@
 
 `GreenContextManager` is the same for two lanes: attention, and everything dense (the FFN).
 
-The design in a few lines:
-- `GreenDevice.split` rounds the counts up to what the device makes. At most one lane gets the
-  remainder, all that the others' groups leave: the first, if it can be. So attention comes first,
-  and dense lanes have aligned groups, for on a small remainder some kernels of cuBLAS fail.
-- All partitions come from one driver split, so they share no SM. An owner keeps no state outside
-  itself: several with different splits may live on one device, to switch between.
-
-Needs a CUDA GPU and driver 12.4 or newer; `python green_ctx.py` says what the device grants.
+Counts are rounded up to what the device makes. At most one lane gets the remainder: attention, if
+it can be, for on a small remainder some kernels of cuBLAS fail. Several owners with different
+splits may live on one device.
 """
 
 from __future__ import annotations
@@ -27,13 +22,16 @@ from green_ctx import (
     GreenContexts,
     GreenContextUnavailable,
     GreenDevice,
-    PartitionClosed,
 )
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+
+
+class PartitionClosed(RuntimeError):
+    """A partition was used after it had been closed."""
 
 
 class Partitions(GreenContexts):

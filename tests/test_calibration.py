@@ -11,7 +11,7 @@ from nanovllm.engine.calibration import (
     hash_sources,
     measured_sizes,
     pipelined_sizes,
-    places_to_measure,
+    tokens_to_measure,
 )
 from nanovllm.engine.plan import SEQUENTIAL, Plan
 from nanovllm.engine.planned_decode import plans_to_try, splits_to_try
@@ -93,7 +93,7 @@ def test_a_silly_split_is_measured_once(tmp_path: Path) -> None:
 def test_a_perfect_overlap_gains_where_attention_and_dense_work_balance() -> None:
     # 10 of dense work, a token of attention takes 0.01: both halves' 12 are met at 1200 tokens.
     def places(longest: int, halves: float = 12.0) -> list[int]:
-        return places_to_measure(8, longest, 10.0, 10.0 + 0.01 * (longest - 8), halves)
+        return tokens_to_measure(8, longest, 10.0, 10.0 + 0.01 * (longest - 8), halves)
 
     assert set(places(200)) == set()  # 12 of sequential decode, which two halves take alone
     assert 240 in places(240)
@@ -102,7 +102,7 @@ def test_a_perfect_overlap_gains_where_attention_and_dense_work_balance() -> Non
     assert min(everywhere) == pytest.approx(400, rel=0.02)
     assert sorted(everywhere)[-2:] == [2400, 10_000]
     assert 400 < everywhere[0] < 2400
-    assert places_to_measure(8, 8, 1.0, 1.0, 1.0) == []
+    assert tokens_to_measure(8, 8, 1.0, 1.0, 1.0) == []
 
 
 @pytest.mark.parametrize("largest", [1, 127, 128, 200, 512, 513, 1024, 3000])

@@ -122,7 +122,7 @@ def test_auto_measures_chooses_and_keeps_the_tokens(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: str(device))
     monkeypatch.setattr(calibration, "SIZE_STEP", 4)
     monkeypatch.setattr(calibration, "LEAST_GAIN", 0.0)  # whatever a pipeline may gain here
-    monkeypatch.setattr(calibration, "HOPELESS", 1e9)
+    monkeypatch.setattr(calibration, "GIVE_UP_RATIO", 1e9)
     monkeypatch.setattr(step_timer, "READING_SECONDS", 0.0)
     monkeypatch.setattr(step_timer, "MOST_READINGS", 3)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

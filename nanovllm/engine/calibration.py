@@ -42,10 +42,10 @@ MANY = 512
 CONTEXTS = 5
 FIRST_SHARE, LAST_SHARE = 1 / 3, 2
 # A plan that takes so many times as long as sequential decode is not measured any further,
-HOPELESS = 1.25
+GIVE_UP_RATIO = 1.25
 # and one that is slower than the fastest by more, at every context, not at smaller sizes, where no
 # more than so many plans are measured.
-NEAR_FASTEST = 1.04
+KEEP_RATIO = 1.04
 MOST_KEPT = 3
 # No time of a file is believed beyond these.
 SHORTEST_STEP, LONGEST_STEP = 1e-7, 3600.0
@@ -127,7 +127,7 @@ class Calibration:
         if not pipelined_sizes(self.largest):
             return [[] for _ in plans]
         key = self.key | {"plans": [plan.name for plan in plans]}
-        if not self._repeat(len(plans), key):
+        if not self._replay(len(plans), key):
             self.cache.write(key, self._measure_all(plans, show_progress=show_progress))
         return [[], *(self._paying_sizes(plan) for plan in range(1, len(plans)))]
 
@@ -142,17 +142,17 @@ class Calibration:
                 bar.update()
                 return log[-1][-1]
 
-            self.table = self._fill(len(plans), measure)
+            self.table = self._build_table(len(plans), measure)
         return log
 
-    def _repeat(self, num_plans: int, key: Mapping[str, Any]) -> bool:
+    def _replay(self, num_plans: int, key: Mapping[str, Any]) -> bool:
         """Fills the table from the log on disk; returns whether there is one that fits."""
         value = self.cache.read(key)
         if value is None:
             return False
         try:
             times = read_log(value)
-            self.table = self._fill(num_plans, lambda *place: times.pop(place))
+            self.table = self._build_table(num_plans, lambda *place: times.pop(place))
             if times:
                 raise ValueError("it has times that nobody needs")
         except (ValueError, LookupError) as error:
@@ -160,7 +160,7 @@ class Calibration:
             return False
         return True
 
-    def _fill(self, num_plans: int, timer: StepTimer) -> CostTable:
+    def _build_table(self, num_plans: int, timer: StepTimer) -> CostTable:
         """A table of what is worth measuring."""
         table, timer = CostTable(), functools.cache(timer)
         plans = list(range(1, num_plans))
@@ -170,30 +170,30 @@ class Calibration:
             longest = self.longest_tokens(size)
             dense, end = timer(SEQUENTIAL, size, size), timer(SEQUENTIAL, size, longest)
             halves = 2 * timer(SEQUENTIAL, size // 2, size // 2)
-            places = places_to_measure(size, longest, dense, end, halves)
-            for tokens in sorted({size, *places, longest}):
+            counts = tokens_to_measure(size, longest, dense, end, halves)
+            for tokens in sorted({size, *counts, longest}):
                 table.add(SEQUENTIAL, size, tokens, timer(SEQUENTIAL, size, tokens))
-            if places:
-                plans = [plan for plan in plans if self._measure(plan, size, places, table, timer)]
-                plans = near_fastest(table, plans, size, places)
+            if counts:
+                plans = [plan for plan in plans if self._measure(plan, size, counts, table, timer)]
+                plans = near_fastest(table, plans, size, counts)
         return table
 
     @staticmethod
     def _measure(
-        plan: int, size: int, places: Sequence[int], table: CostTable, timer: StepTimer
+        plan: int, size: int, counts: Sequence[int], table: CostTable, timer: StepTimer
     ) -> bool:
-        """Measures a pipelined plan at a size; False, and no more, if the first place is bad."""
-        first = timer(plan, size, places[0])
-        if first > HOPELESS * table.seconds(SEQUENTIAL, size, places[0]):
+        """Measures a pipelined plan at a size; False if it is given up after the first time."""
+        first = timer(plan, size, counts[0])
+        if first > GIVE_UP_RATIO * table.seconds(SEQUENTIAL, size, counts[0]):
             return False
-        for tokens in places:
+        for tokens in counts:
             table.add(plan, size, tokens, timer(plan, size, tokens))
         return True
 
     def _paying_sizes(self, plan: int) -> list[int]:
-        """The sizes at which a plan gains enough over sequential decode at some measured place."""
+        """The sizes at which a plan gains enough over sequential decode somewhere."""
         table = self.table
-        places = {tokens for curve in table.curves(plan).values() for tokens, _ in curve}
+        measured = {tokens for curve in table.curves(plan).values() for tokens, _ in curve}
 
         def gains(size: int, tokens: int) -> bool:
             seconds = table.seconds(plan, size, tokens)
@@ -202,11 +202,11 @@ class Calibration:
         return [
             size
             for size in pipelined_sizes(self.largest)
-            if table.covers(plan, size) and any(gains(size, tokens) for tokens in places)
+            if table.covers(plan, size) and any(gains(size, tokens) for tokens in measured)
         ]
 
 
-def places_to_measure(
+def tokens_to_measure(
     size: int, longest: int, dense: float, end: float, halves: float
 ) -> list[int]:
     """Tokens at which pipelines are measured; none where they cannot gain.
@@ -236,14 +236,14 @@ def places_to_measure(
 
 
 def near_fastest(
-    table: CostTable, plans: Sequence[int], size: int, places: Iterable[int]
+    table: CostTable, plans: Sequence[int], size: int, counts: Iterable[int]
 ) -> list[int]:
-    """The plans to measure at smaller sizes: those that are near the fastest at the most places."""
+    """The plans to measure at smaller sizes: those that are near the fastest most often."""
     near: Counter[int] = Counter()
-    for tokens in places:
+    for tokens in counts:
         seconds = {p: table.seconds(p, size, tokens) for p in (SEQUENTIAL, *plans)}
         least = min(seconds.values())
-        near.update(plan for plan in plans if seconds[plan] <= NEAR_FASTEST * least)
+        near.update(plan for plan in plans if seconds[plan] <= KEEP_RATIO * least)
     return [plan for plan, _ in near.most_common(MOST_KEPT)]
 
 

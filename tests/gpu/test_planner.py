@@ -113,7 +113,9 @@ def test_two_calibrations_choose_equally_fast_plans(cache: Path) -> None:
             decode = auto_plan(engine)
             names = [plan.name for plan in decode.plans]
             for point, *pair in zip(POINTS, first, choices(decode), strict=True):
-                print(f"{point}:", *(f"{names[c.plan]} {1e3 * c.seconds:.3f} ms" for c in pair))
+                print(
+                    f"{point}:", *(f"{names[c.plan]} {1e3 * (c.seconds or 0):.3f} ms" for c in pair)
+                )
                 one, other = (choice.plan for choice in pair)
                 if one != other:
                     seconds = measure_in_turn(decode, [one, other], *point)

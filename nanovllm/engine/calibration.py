@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -37,10 +38,10 @@ logger = logging.getLogger(__name__)
 SIZE_STEP = 128
 # Above so many sequences, every second multiple will do.
 MANY = 512
-# A pipeline is measured at so many contexts, from these shares of the one where attention alone
-# takes as long as the dense work of both micro-batches.
-CONTEXTS = 5
+# A pipeline is measured from the first to the last of these shares of the context where attention
+# alone takes as long as the dense work of both micro-batches, at contexts this factor apart.
 FIRST_SHARE, LAST_SHARE = 1 / 3, 2
+SPACING = 1.6
 # A plan that takes so many times as long as sequential decode is not measured any further,
 GIVE_UP_RATIO = 1.25
 # and one that is slower than the fastest by more, at every context, not at smaller sizes, where no
@@ -229,7 +230,8 @@ def tokens_to_measure(
     if dense + attention * min(balance, longest) < LEAST_GAIN * halves:
         return []
     last = min(LAST_SHARE * balance, longest)
-    spread = np.geomspace(min(FIRST_SHARE * balance, last), last, CONTEXTS)
+    first = min(FIRST_SHARE * balance, last)
+    spread = np.geomspace(first, last, 1 + math.ceil(math.log(last / first, SPACING)))
     contexts = sorted({max(1, round(tokens / size)) for tokens in [*spread, longest]})
     contexts.insert(0, contexts.pop(len(contexts) // 2))
     return [context * size for context in contexts]

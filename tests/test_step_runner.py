@@ -137,6 +137,8 @@ def test_auto_measures_chooses_and_keeps_the_tokens(monkeypatch, tmp_path):
         steps.chooser = auto = AutoPlan(steps, runner._calibration(llm.config, steps))
         auto.capture(steps, show_progress=False)
         assert all(auto.calibration.table.curves(plan) for plan in (0, 1))
+        planned: Any = steps.statistics.as_dict()["planner"]
+        assert list(planned["plans"]) == ["sequential", "microbatch"]
         assert list(tmp_path.rglob("plans-*.json"))
         for better, pipelined in ((0, 0), (1, 33)):
             table = CostTable()

@@ -5,7 +5,7 @@ measured from the largest down, and what cannot pay is not measured:
 
 - a size at which even a perfect overlap gains nothing over sequential decode,
 - a plan that is far behind it where dense work and attention balance, such as a silly split,
-- a plan that came nowhere near the fastest at the size before.
+- a plan that came near the fastest nowhere, or less often than others, at the size before.
 
 The times on disk are a log of what was measured. A calibration is repeated from the log, and if
 that lacks a time, or has one too many, it is made anew.

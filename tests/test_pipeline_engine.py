@@ -347,7 +347,7 @@ def test_auto_is_green_where_green_contexts_can_be_had(fake_gpu, caplog):
     stats = built.statistics.as_dict()
     assert (stats["mode"], stats["fallback_reason"]) == ("green", None)
     assert (stats["attention_sms"], stats["ffn_sms"], stats["device_sms"]) == (32, 64, 132)
-    assert caplog.messages == ["[ModelRunner] Pipeline: attention on 32 SMs, FFN on 64 of 132"]
+    assert caplog.messages == ["[ModelRunner] Pipeline: attention 32, FFN 64 of 132 SMs"]
     assert [scheduler.workspace for scheduler in built.schedulers] == ["for 132 SMs", "for 32 SMs"]
     assert "  Mode: green (attention 32, FFN 64 of 132 SMs)" in built.statistics.format()
     assert len(fake_gpu.contexts) == 2

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import torch
 
 from green_ctx import (
     Driver,
@@ -23,9 +24,6 @@ from green_ctx import (
     GreenContextUnavailable,
     GreenDevice,
 )
-
-if TYPE_CHECKING:
-    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +71,6 @@ class Partitions(GreenContexts):
         """The stream of each partition, which torch never destroys; PartitionClosed after close."""
         if self.closed:
             raise PartitionClosed(f"{type(self).__name__} of {self.sms} SMs is closed")
-        import torch
-
         device = torch.device("cuda", self.device.ordinal)
         return tuple(torch.cuda.ExternalStream(s, device=device) for s in self.stream_handles)
 
@@ -104,11 +100,11 @@ class GreenContextManager(Partitions):
         return self.sms[1]
 
     def get_attention_stream(self) -> torch.cuda.ExternalStream:
-        """The stream of the attention partition; PartitionClosed after `close()`."""
+        """The stream of the attention partition."""
         return self.streams[0]
 
     def get_ffn_stream(self) -> torch.cuda.ExternalStream:
-        """The stream of the FFN partition; PartitionClosed after `close()`."""
+        """The stream of the FFN partition."""
         return self.streams[1]
 
 
@@ -116,8 +112,6 @@ def _ordinal(device: torch.device) -> int:
     """Number of a CUDA device; torch's current one if `device` names none."""
     if device.index is not None:
         return device.index
-    import torch
-
     if not torch.cuda.is_available():
         raise GreenContextUnavailable("torch sees no CUDA device")
     return torch.cuda.current_device()

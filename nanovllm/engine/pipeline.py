@@ -140,8 +140,7 @@ def _describe(plan: Plan, device_sms: int, fallback_reason: str | None) -> Pipel
     sms = {lane.name: lane.sms for lane in plan.lanes if lane.sms is not None}
     if not sms:
         return PipelineStatistics(plan.mode, fallback_reason=fallback_reason)
-    words = format_sms(sms, " on ").replace(",", " SMs,", 1)
-    logger.info("[ModelRunner] Pipeline: %s of %d", words, device_sms)
+    logger.info("[ModelRunner] Pipeline: %s of %d SMs", format_sms(sms), device_sms)
     return PipelineStatistics(plan.mode, sms, device_sms)
 
 

@@ -125,10 +125,10 @@ class PipelineStatistics:
         return "\n".join(lines)
 
 
-def format_sms(lane_sms: dict[str, int], link: str = " ") -> str:
+def format_sms(lane_sms: dict[str, int]) -> str:
     """Such as "attention 36, FFN 96"."""
     names = {"ffn": "FFN", "qkv": "QKV"}
-    return ", ".join(f"{names.get(lane, lane)}{link}{sms}" for lane, sms in lane_sms.items())
+    return ", ".join(f"{names.get(lane, lane)} {sms}" for lane, sms in lane_sms.items())
 
 
 def overlap(spans: list[Span]) -> float:

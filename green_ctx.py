@@ -238,7 +238,7 @@ class GreenDevice:
         """Minimum and alignment of groups, by what the driver grants to who asks for too little."""
         minimum = self._granted(1)
         if minimum == 0:
-            raise GreenContextUnavailable(f"device {self.ordinal} cannot be split")
+            raise GreenContextUnavailable(f"{self} cannot be split")
         above = self._granted(minimum + 1) if minimum < self.sm_count else 0
         return Granularity(minimum, above - minimum if above else minimum)
 

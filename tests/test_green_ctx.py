@@ -42,7 +42,7 @@ def test_granularity_is_found_out(sizes: tuple[int, int]) -> None:
 def test_granularity_of_a_device_that_makes_one_group_only() -> None:
     assert device_with(FakeDriver(8)).granularity() == Granularity(8, 8)
     assert device_with(FakeDriver(10)).granularity() == Granularity(8, 8)
-    with pytest.raises(GreenContextUnavailable, match="device 0 cannot be split"):
+    with pytest.raises(GreenContextUnavailable, match="device 0 with 4 SMs cannot be split"):
         device_with(FakeDriver(4)).granularity()
 
 

@@ -239,7 +239,7 @@ DRIVERS = {
     ),
     "a device that cannot be split": (
         lambda: FakeDriver(most_groups=lambda size: 0),
-        "device 0 with 132 SMs cannot make groups of ",
+        "device 0 with 132 SMs cannot be split",
     ),
     "error 914": (
         lambda: failing("cuGreenCtxCreate", INVALID),

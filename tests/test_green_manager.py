@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from green_ctx import DriverError, PartitionClosed
-from nanovllm.engine.green_manager import GreenContextManager
+from green_ctx import DriverError
+from nanovllm.engine.green_manager import GreenContextManager, PartitionClosed
 from tests.fake_driver import CUDA0, OK, FakeDriver, Result, manager_with, partitions_with
 
 

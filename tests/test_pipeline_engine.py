@@ -13,7 +13,6 @@ import torch
 
 from green_ctx import Driver, DriverError, GreenContextError
 from nanovllm import LLM, Config
-from nanovllm.engine import pipeline
 from nanovllm.engine.green_manager import GreenContextManager
 from nanovllm.engine.pipeline import Pipelines, PipelineUnavailable, build_pipelines
 from nanovllm.engine.plan import GREEN, LANES3, SEQUENTIAL, Plan
@@ -240,7 +239,7 @@ DRIVERS = {
     ),
     "a device that cannot be split": (
         lambda: FakeDriver(most_groups=lambda size: 0),
-        "device 0 with 132 SMs cannot make groups of ",
+        "device 0 with 132 SMs cannot be split",
     ),
     "error 914": (
         lambda: failing("cuGreenCtxCreate", INVALID),
@@ -348,7 +347,7 @@ def test_auto_is_green_where_green_contexts_can_be_had(fake_gpu, caplog):
     stats = built.statistics.as_dict()
     assert (stats["mode"], stats["fallback_reason"]) == ("green", None)
     assert (stats["attention_sms"], stats["ffn_sms"], stats["device_sms"]) == (32, 64, 132)
-    assert caplog.messages == ["[ModelRunner] Pipeline: attention on 32 SMs, FFN on 64 of 132"]
+    assert caplog.messages == ["[ModelRunner] Pipeline: attention 32, FFN 64 of 132 SMs"]
     assert [scheduler.workspace for scheduler in built.schedulers] == ["for 132 SMs", "for 32 SMs"]
     assert "  Mode: green (attention 32, FFN 64 of 132 SMs)" in built.statistics.format()
     assert len(fake_gpu.contexts) == 2
@@ -399,17 +398,10 @@ def test_auto_has_all_plans_that_the_device_makes(fake_gpu):
 def test_partitions_do_not_outlive_a_failure_after_them(strict, fake_gpu, monkeypatch):
     """Whatever goes wrong between the partitions and the finished pipeline."""
 
-    def failing_at(number: int) -> Any:
-        calls = iter(range(1, number + 1))
+    def refuse(handle: int, device: torch.device) -> None:
+        raise DriverError("cuStreamGetCtx", 914, "CUDA_ERROR_INVALID_RESOURCE_TYPE")
 
-        def make(*args: Any) -> Any:
-            if next(calls) == number:
-                raise DriverError("cuStreamGetCtx", 914, "CUDA_ERROR_INVALID_RESOURCE_TYPE")
-            return SimpleNamespace(plan=None)
-
-        return make
-
-    monkeypatch.setattr(pipeline, "PipelineScheduler", failing_at(2))
+    monkeypatch.setattr(torch.cuda, "ExternalStream", refuse)
     if strict:
         with pytest.raises(DriverError, match="914"):
             build(pipeline_strict=True)

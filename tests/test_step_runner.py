@@ -13,6 +13,7 @@ import torch
 
 from nanovllm import LLM
 from nanovllm.engine import calibration, step_timer
+from nanovllm.engine.cost_table import CostTable
 from nanovllm.engine.cuda_graphs import GraphMemory, batch_sizes
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.plan import MICROBATCH
@@ -121,6 +122,7 @@ def test_auto_measures_chooses_and_keeps_the_tokens(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: str(device))
     monkeypatch.setattr(calibration, "SIZE_STEP", 4)
     monkeypatch.setattr(calibration, "LEAST_GAIN", 0.0)  # whatever a pipeline may gain here
+    monkeypatch.setattr(calibration, "GIVE_UP_RATIO", 1e9)
     monkeypatch.setattr(step_timer, "READING_SECONDS", 0.0)
     monkeypatch.setattr(step_timer, "MOST_READINGS", 3)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -134,17 +136,18 @@ def test_auto_measures_chooses_and_keeps_the_tokens(monkeypatch, tmp_path):
         ]
         steps.chooser = auto = AutoPlan(steps, runner._calibration(llm.config, steps))
         auto.capture(steps, show_progress=False)
-        assert set(auto.calibration.table.plans) == {"sequential", "microbatch"}
+        assert all(auto.calibration.table.curves(plan) for plan in (0, 1))
+        planned: Any = steps.statistics.as_dict()["planner"]
+        assert list(planned["plans"]) == ["sequential", "microbatch"]
         assert list(tmp_path.rglob("plans-*.json"))
-        sizes = dict(zip(auto.plans, (auto.sizes, [4, 8]), strict=True))
-        for better, pipelined in (("sequential", 0), ("microbatch", 33)):
-            for name in ("sequential", "microbatch"):
-                seconds = 1e-3 if name == better else 1.0
+        for better, pipelined in ((0, 0), (1, 33)):
+            table = CostTable()
+            for plan in (0, 1):
                 for size in (2, 4, 8):
-                    auto.calibration.table.add(name, size, [(size, seconds), (800, seconds)])
-            auto.planner = Planner(auto.calibration.table, sizes)
+                    table.add(plan, size, size, 1e-3 if plan == better else 1.0)
+            auto.planner = Planner(table, auto.plans, [auto.sizes, [4, 8]])
             before = dict(steps.statistics.steps)
             assert {count: tokens_of(llm, count) for count in expected} == expected
             ran = {path: steps.statistics.steps[path] - before[path] for path in before}
             assert ran == {"pipelined": pipelined, "sequential": 44 - pipelined}
-        assert auto.planner.records[auto.plans[1]].measured == pipelined
+        assert auto.planner.records[1].timed == pipelined

@@ -269,14 +269,11 @@ class ModelRunner:
 
     def _calibration(self, config: Config, runner: StepRunner) -> Calibration:
         cache = self.model.kv_cache
-        token_bytes = cache[:, :, 0, :, 0].nbytes
-        weight_bytes = sum(weight.nbytes for weight in self.model.parameters())
         return Calibration(
             DeviceTimer(runner, list(cache), self.num_blocks, self.block_size),
             config.max_num_seqs,
             self.capacity,
             self.max_model_len,
-            weight_bytes / token_bytes,
             calibration_key(
                 self.model_config,
                 self.device,

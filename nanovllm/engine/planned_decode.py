@@ -1,8 +1,8 @@
 """Mode "auto": several plans for a decode step stand ready, and a planner picks one each time.
 
-They are sequential decode and pipelines on several splits of the SMs. Whatever the planner picks
-has its graph already, so that a switch costs nothing. How long a step took on the device, between
-two events, goes back to the planner.
+They are sequential decode, the split of the SMs that is configured, and some more. Whatever the
+planner picks has its graph already, so that a change costs nothing. How long a step took on the
+device, between two events, goes back to the planner.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 from nanovllm.engine.calibration import Calibration
 from nanovllm.engine.cost_table import CostTable
 from nanovllm.engine.plan import GREEN, Plan
-from nanovllm.engine.planner import Choice as Prediction
-from nanovllm.engine.planner import Planner
+from nanovllm.engine.planner import SEQUENTIAL, PlanChoice, Planner
 from nanovllm.engine.step_runner import Choice, FixedPlan, StepRunner
 
 # The FFN gets a group of whole multiples of this many SMs, about these shares of all of them.
@@ -33,35 +32,30 @@ class AutoPlan(FixedPlan):
         self.plans = [scheduler.plan for scheduler in runner.schedulers]
         self.sizes = [] if runner.memory is None else runner.memory.sizes
         self.calibration = calibration
-        self.statistics = runner.statistics
-        # They are of all plans, so they name no single split.
-        self.statistics.mode, self.statistics.lane_sms = "auto", {}
-        self.statistics.device_sms = None
-        self.planner = self.statistics.planner = Planner(CostTable(), {self.plans[0]: self.sizes})
+        self.planner = Planner(CostTable(), self.plans[:1], [self.sizes])
+        runner.statistics.planner = self.planner
 
     def choose(self, num_seqs: int, tokens: int) -> Choice:
         chosen = self.planner.choose(num_seqs, tokens)
-        timed = chosen.seconds is not None
-        return Choice(self.plans.index(chosen.plan), chosen.batch, chosen if timed else None)
+        return Choice(chosen.plan, chosen.size, None if chosen.seconds is None else chosen)
 
-    def observe(self, prediction: Prediction, seconds: float) -> None:
+    def observe(self, prediction: PlanChoice, seconds: float) -> None:
         self.planner.observe(prediction, seconds)
 
     def capture(self, runner: StepRunner, *, show_progress: bool) -> None:
         """Captures sequential decode, then prepares the choice."""
-        runner.capture([Choice(0, size) for size in self.sizes], show_progress=show_progress)
+        sequential = [Choice(SEQUENTIAL, size) for size in self.sizes]
+        runner.capture(sequential, show_progress=show_progress)
         self.calibrate(runner, show_progress=show_progress)
 
     def calibrate(self, runner: StepRunner, *, show_progress: bool) -> None:
-        """Measures the plans, unless that is on disk, and captures those that can be worth it."""
-        worthwhile = self.calibration.run(self.plans, show_progress=show_progress)
-        sizes = {plan: sorted(worthwhile.get(plan, ())) for plan in self.plans}
-        runner.capture(
-            [Choice(self.plans.index(plan), size) for plan in worthwhile for size in sizes[plan]],
-            show_progress=show_progress,
-        )
-        sizes[self.plans[0]] = self.sizes
-        self.planner = self.statistics.planner = Planner(self.calibration.table, sizes)
+        """Measures the plans, unless that is on disk, and captures them where they pay."""
+        sizes = self.calibration.run(self.plans, show_progress=show_progress)
+        choices = [Choice(plan, size) for plan, paying in enumerate(sizes) for size in paying]
+        runner.capture(choices, show_progress=show_progress)
+        sizes[SEQUENTIAL] = self.sizes
+        self.planner = Planner(self.calibration.table, self.plans, sizes)
+        runner.statistics.planner = self.planner
 
 
 def splits_to_try(device_sms: int) -> list[Split]:

@@ -1,8 +1,7 @@
 """How long a decode step takes, apart from all others: on made-up inputs, at settled clocks.
 
-A GPU at its power limit takes 0.2 s to slow down after a pause, and dips now and then. On an H200,
-8B shape, 1,024 sequences: 39 ms for the first step, 41.5 from the fifth on, and up to 50 for some
-steps once in 0.9 s. So a step is timed until it takes the same several times in a row.
+At its power limit a GPU slows down some steps after a pause, and dips now and then. So a step is
+timed until it takes the same several times in a row.
 """
 
 from __future__ import annotations

@@ -352,7 +352,7 @@ def test_quick_start_runs_as_a_pipeline(caplog, capsys):
     engine = names["engine"]
     stats = statistics(engine)
     engine.exit()
-    assert f"[ModelRunner] Pipeline: attention on 16 SMs, FFN on 16 of {NUM_SMS}" in caplog.messages
+    assert f"[ModelRunner] Pipeline: attention 16, FFN 16 of {NUM_SMS} SMs" in caplog.messages
     assert FELL_BACK not in caplog.messages
     printed = capsys.readouterr().out
     assert lines_of(STATISTICS).match(printed)

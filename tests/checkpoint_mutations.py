@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanovllm.models.qwen3_config import FIELDS, ROPE_FIELDS, YARN_FIELDS
+from nanovllm.models.architectures import field_names
 from nanovllm.tiny import CHECKPOINT_DIR
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -33,7 +33,8 @@ EVIL: list[Any] = [
 # What reading a damaged file raises beyond that.
 DAMAGED = (struct.error, SafetensorError, AttributeError)
 KEYS = [
-    *[*FIELDS, *ROPE_FIELDS, *YARN_FIELDS, "type", "architectures", "model_type", "auto_map"],
+    *field_names(),
+    *["type", "architectures", "model_type", "auto_map"],
     *["tokenizer_class", "eos_token", "added_tokens_decoder", "vocab_file", "tokenizer_file"],
     *["fast_tokenizer_files", "gguf_file", "chat_template", "extra_special_tokens", "model"],
     *["weight_map", "metadata", "use_fast", "init_inputs", "backend", "tokenizer_object"],

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from nanovllm import LLM  # noqa: E402
-from nanovllm.models.qwen3_config import FIELDS, ROPE_FIELDS, YARN_FIELDS  # noqa: E402
+from nanovllm.models.architectures import field_names  # noqa: E402
 from tests.checkpoint_mutations import add_tokenizer, mutate  # noqa: E402
 from tests.checkpoint_variants import (  # noqa: E402
     ENGINE,
@@ -259,7 +259,7 @@ def write_canary(directory: Path, trace: Path) -> None:
 def names_in(base: Path) -> set[str]:
     """What an error about a damaged copy may name: files, fields, tensors."""
     files = {path.name for path in base.rglob("*") if path.is_file()}
-    fields = {*FIELDS, *ROPE_FIELDS, *YARN_FIELDS, "architecture", "model_type"}
+    fields = {*field_names(), "architecture", "model_type"}
     return files | fields | {".safetensors", "tensor "}
 
 

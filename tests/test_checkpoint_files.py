@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from nanovllm import LLM
-from nanovllm.models.qwen3_config import UnsupportedModelError
+from nanovllm.models import UnsupportedModelError
 from nanovllm.tiny import CHECKPOINT_DIR
 from nanovllm.utils.hub import resolve_model
 from nanovllm.utils.json_files import naming

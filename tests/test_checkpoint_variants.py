@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM
 from nanovllm.layers.rotary_embedding import cos_sin_table
-from nanovllm.models.qwen3_config import Qwen3Config
+from nanovllm.models import ModelConfig, load_config, parse_config
 from nanovllm.utils.loader import WeightsError
 from tests.checkpoint_variants import ENGINE, engine_tokens, oracle_tokens, write_variant
 from tests.checkpoints import Shape
@@ -55,7 +55,7 @@ def test_an_absent_head_dim_is_that_of_the_class_and_not_hidden_size_by_heads(tm
     SHAPE.write(tmp_path)
     expected = engine_tokens(tmp_path)
     edit_config(tmp_path, head_dim=...)
-    assert Qwen3Config.from_directory(tmp_path).head_dim == 128
+    assert load_config(tmp_path).head_dim == 128
     assert engine_tokens(tmp_path) == oracle_tokens(tmp_path) == expected
     with LLM(str(tmp_path), load_format="dummy", **ENGINE) as llm:
         assert llm.model_runner.model_config.head_dim == 128
@@ -64,11 +64,12 @@ def test_an_absent_head_dim_is_that_of_the_class_and_not_hidden_size_by_heads(tm
 def test_absent_fields_have_the_defaults_of_transformers():
     from transformers import Qwen3Config as Theirs
 
-    theirs, ours = Theirs(), Qwen3Config.from_dict({"model_type": "qwen3"})
-    shared = set(Qwen3Config.__dataclass_fields__) & theirs.to_dict().keys() - {"dtype"}
-    assert len(shared) >= 11
+    theirs, ours = Theirs(), parse_config({"model_type": "qwen3"})
+    shared = set(ModelConfig.__dataclass_fields__) & theirs.to_dict().keys() - {"dtype"}
+    assert len(shared) >= 10
     for name in shared:
         assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.qkv_bias == ours.o_bias == theirs.attention_bias
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
 
 
@@ -81,9 +82,9 @@ def test_rope_scaling_wins_over_rope_parameters(tmp_path):
 
 def test_what_rope_scaling_lacks_is_not_taken_from_rope_parameters():
     both = {"rope_scaling": YARN, "rope_parameters": {"rope_theta": 5e5, "beta_fast": 8}}
-    rope = Qwen3Config.from_dict({"model_type": "qwen3", **both}).rope
+    rope = parse_config({"model_type": "qwen3", **both}).rope
     assert (rope.theta, rope.beta_fast) == (10_000.0, 32.0)
-    rope = Qwen3Config.from_dict({"model_type": "qwen3", **both, "rope_theta": 1e6}).rope
+    rope = parse_config({"model_type": "qwen3", **both, "rope_theta": 1e6}).rope
     assert rope.theta == 1e6
 
 
@@ -121,10 +122,10 @@ def test_the_rope_table_is_as_long_as_the_engine_needs(tmp_path):
 def test_a_sliding_window_matters_only_where_a_layer_has_it(changes, loads):
     fields = {"model_type": "qwen3", "num_hidden_layers": 2, **changes}
     if loads:
-        assert Qwen3Config.from_dict(fields).num_hidden_layers == 2
+        assert parse_config(fields).num_hidden_layers == 2
     else:
         with pytest.raises(ValueError, match="use_sliding_window=True"):
-            Qwen3Config.from_dict(fields)
+            parse_config(fields)
 
 
 # ------------------------------------------------------------------ weights

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
@@ -9,27 +11,24 @@ import transformers
 from nanovllm.layers.attention import AttentionMetadata, DecodeMetadata, PrefillMetadata
 from nanovllm.layers.attention_torch import TorchBackend
 from nanovllm.layers.parallel import ParallelGroup
-from nanovllm.layers.rotary_embedding import cos_sin_table
-from nanovllm.models.decoder import DecoderForCausalLM, DecoderKind
-from nanovllm.models.qwen3_config import Qwen3Config
-from nanovllm.models.rank_heads import rank_heads
+from nanovllm.models import make_model, parse_config
 
 VOCAB, BLOCK, MAX_BLOCKS = 300, 16, 4
 FAMILIES = {
     "llama": (
         transformers.LlamaConfig,
         transformers.LlamaForCausalLM,
-        DecoderKind(qk_norm=False, qkv_bias=False, o_bias=False),
+        dict(qk_norm=False, qkv_bias=False, o_bias=False),
     ),
     "qwen2": (
         transformers.Qwen2Config,
         transformers.Qwen2ForCausalLM,
-        DecoderKind(qk_norm=False, qkv_bias=True, o_bias=False),
+        dict(qk_norm=False, qkv_bias=True, o_bias=False),
     ),
     "qwen3": (
         transformers.Qwen3Config,
         transformers.Qwen3ForCausalLM,
-        DecoderKind(qk_norm=True, qkv_bias=False, o_bias=False),
+        dict(qk_norm=True, qkv_bias=False, o_bias=False),
     ),
 }
 
@@ -38,7 +37,7 @@ class Pair:
     """A transformers model of random weights, ours with the same, and sequences for both."""
 
     def __init__(self, family: str, *, tied: bool, lengths: list[int]) -> None:
-        config_class, model_class, kind = FAMILIES[family]
+        config_class, model_class, flags = FAMILIES[family]
         shape = {
             "vocab_size": VOCAB,
             "hidden_size": 48,
@@ -55,11 +54,10 @@ class Pair:
         for name, weight in self.oracle.named_parameters():
             torch.nn.init.normal_(weight, 1.0 if "norm" in name else 0.0, 0.2)
         fields = transformers.Qwen3Config(**shape).to_dict()
-        config = Qwen3Config.from_dict(fields | {"architectures": ["Qwen3ForCausalLM"]})
+        config = dataclasses.replace(parse_config(fields), **flags)
         group = ParallelGroup()
-        backend = TorchBackend(rank_heads(config, group))
-        self.model = DecoderForCausalLM(config, kind, backend, group).eval()
-        self.model.model.cos_sin = cos_sin_table(config.rope, 16, BLOCK * MAX_BLOCKS)
+        backend = TorchBackend(config.rank_heads(group))
+        self.model = make_model(config, backend, group, torch.device("cpu"), torch.float32)
         weights = self.oracle.state_dict()
         slots = dict(self.model.slots())
         assert weights.keys() - slots.keys() <= ({"lm_head.weight"} if tied else set())

@@ -14,9 +14,7 @@ from nanovllm.layers.attention import AttentionMetadata, DecodeMetadata, Prefill
 from nanovllm.layers.attention_torch import TorchBackend
 from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.layers.rotary_embedding import cos_sin_table
-from nanovllm.models.qwen3 import Qwen3ForCausalLM
-from nanovllm.models.qwen3_config import Qwen3Config, UnsupportedModelError
-from nanovllm.models.rank_heads import rank_heads
+from nanovllm.models import Model, UnsupportedModelError, load_config, make_model, parse_config
 from nanovllm.models.throwaway_cache import sequence_starts, throwaway_cache
 from nanovllm.utils.loader import load_weights
 from tests.checkpoints import VOCAB, Shape
@@ -26,11 +24,11 @@ BLOCK = 16
 SEEDS = range(12)
 
 
-def load(directory) -> Qwen3ForCausalLM:
-    config = Qwen3Config.from_directory(directory)
+def load(directory) -> Model:
+    config = load_config(directory)
     group = ParallelGroup()
-    backend = TorchBackend(rank_heads(config, group))
-    model = Qwen3ForCausalLM.allocate(config, backend, group, CPU, torch.float32)
+    backend = TorchBackend(config.rank_heads(group))
+    model = make_model(config, backend, group, CPU, torch.float32)
     load_weights(dict(model.slots()), directory, show_progress=False)
     return model
 
@@ -213,7 +211,7 @@ def test_the_rope_table_is_that_of_transformers(rope, head_dim):
     theirs = HFConfig(
         head_dim=head_dim, max_position_embeddings=longest, rope_parameters=dict(rope)
     )
-    ours = Qwen3Config.from_dict(
+    ours = parse_config(
         {
             **theirs.to_dict(),
             "architectures": ["Qwen3ForCausalLM"],
@@ -232,7 +230,7 @@ def test_yarn_differs_from_default_rope():
     """Or else the test above would prove little."""
     fields = HFConfig().to_dict() | {"architectures": ["Qwen3ForCausalLM"]}
     tables = [
-        cos_sin_table(Qwen3Config.from_dict(fields | {"rope_parameters": rope}).rope, 64, 64)
+        cos_sin_table(parse_config(fields | {"rope_parameters": rope}).rope, 64, 64)
         for rope in ROPES[:3]
     ]
     assert not torch.allclose(tables[0], tables[1], atol=1e-2)
@@ -251,9 +249,9 @@ def test_yarn_differs_from_default_rope():
 )
 def test_a_model_that_cannot_be_split_evenly_is_refused(tmp_path, size, words):
     Shape(heads=4, kv_heads=2).write(tmp_path)
-    config = Qwen3Config.from_directory(tmp_path)
+    config = load_config(tmp_path)
     with pytest.raises(UnsupportedModelError) as caught:
-        rank_heads(config, ParallelGroup(0, size))
+        config.rank_heads(ParallelGroup(0, size))
     assert str(caught.value) == words
 
 
@@ -262,7 +260,7 @@ def test_kv_heads_that_fit_no_rank_are_refused():
         num_attention_heads=12, num_key_value_heads=3, intermediate_size=64
     ).to_dict() | {"architectures": ["Qwen3ForCausalLM"]}
     with pytest.raises(UnsupportedModelError) as caught:
-        rank_heads(Qwen3Config.from_dict(fields), ParallelGroup(0, 2))
+        parse_config(fields).rank_heads(ParallelGroup(0, 2))
     assert str(caught.value) == (
         "tensor_parallel_size=2 neither divides nor is a multiple of num_key_value_heads=3"
     )

@@ -29,9 +29,7 @@ from nanovllm.engine.warm_up import warm_up
 from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.sampler import SamplingBatch, sample
 from nanovllm.layers.slots import Slot
-from nanovllm.models.qwen3 import Qwen3ForCausalLM
-from nanovllm.models.qwen3_config import Qwen3Config
-from nanovllm.models.rank_heads import rank_heads
+from nanovllm.models import Model, load_config, make_model
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.loader import (
     StoredTensor,
@@ -65,13 +63,13 @@ class ModelRunner:
         self.device_sms = sm_count(device)
         self.ranks = ranks
         self.block_size = config.kvcache_block_size
-        self.model_config = Qwen3Config.from_directory(model_dir)
+        self.model_config = load_config(model_dir)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         stored = {} if config.load_format == "dummy" else find_tensors(model_dir)
         checkpoint_dtype = self.model_config.dtype or first_dtype(stored)
         dtype = resolve_dtype(config.dtype, checkpoint_dtype, device)
-        heads = rank_heads(self.model_config, ranks.group)
+        heads = self.model_config.rank_heads(ranks.group)
         self.backend = make_backend(config.attention_backend, heads, device, self.block_size)
         self.max_model_len = min(config.max_model_len, self.model_config.usable_length)
         self.model = self._load(model_dir, stored, dtype)
@@ -217,9 +215,7 @@ class ModelRunner:
         done.record()
         return host, done
 
-    def _load(
-        self, model_dir: Path, stored: dict[str, StoredTensor], dtype: torch.dtype
-    ) -> Qwen3ForCausalLM:
+    def _load(self, model_dir: Path, stored: dict[str, StoredTensor], dtype: torch.dtype) -> Model:
         """The model with its weights; its sizes are known to be true before it has memory."""
         config, group = self.model_config, self.ranks.group
         is_dummy = self.config.load_format == "dummy"
@@ -234,7 +230,7 @@ class ModelRunner:
             num_bytes = sum(slot.target.numel() for slot in slots.values()) * dtype.itemsize
             check_fits(num_bytes, self.device, weights)
 
-        model = Qwen3ForCausalLM.allocate(
+        model = make_model(
             config,
             self.backend,
             group,

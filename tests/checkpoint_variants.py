@@ -2,9 +2,9 @@
 
     name = write_variant(directory, seed)
 
-Each is a very small model of one of the architectures, with its config, its weights and the files beside them as
-checkpoints on the hub have them. `engine_tokens` and `oracle_tokens` say what comes after PROMPT,
-which is long enough for every variant of rope to show.
+Each is a very small model of one of the architectures, with its config, its weights and the files
+beside them as checkpoints on the hub have them. `engine_tokens` and `oracle_tokens` say what comes
+after PROMPT, which is long enough for every variant of rope to show.
 """
 
 from __future__ import annotations
@@ -114,10 +114,8 @@ def draw_shape(rng: random.Random) -> tuple[Shape, str]:
     )
     if entry.fields["head_dim"][1] is None and heads * head_dim < 300 and rng.random() < 0.5:
         shape = replace(shape, head_dim=None, hidden=heads * head_dim)
-    return (
-        shape,
-        f"{entry.model_type} {heads}x{kv_heads}x{shape.head_dim} tied={shape.tied} bias={shape.bias}",
-    )
+    sizes = f"{heads}x{kv_heads}x{shape.head_dim}"
+    return shape, f"{entry.model_type} {sizes} tied={shape.tied} bias={shape.bias}"
 
 
 def draw_rope(rng: random.Random, types: tuple[str, ...]) -> tuple[Fields, str]:

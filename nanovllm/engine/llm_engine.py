@@ -31,8 +31,7 @@ from nanovllm.engine.ranks import Ranks
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence as EngineSequence
 from nanovllm.layers.parallel import ParallelGroup
-from nanovllm.models.qwen3_config import Qwen3Config
-from nanovllm.models.rank_heads import rank_heads
+from nanovllm.models import load_config
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.hub import resolve_model
 from nanovllm.utils.locks import exclusive
@@ -91,7 +90,7 @@ class LLMEngine:
         directory = resolve_model(self.config.model)
         # Before anything else is read, and before other processes start and all stumble over it.
         tensor_parallel_size = self.config.tensor_parallel_size
-        rank_heads(Qwen3Config.from_directory(directory), ParallelGroup(size=tensor_parallel_size))
+        load_config(directory).rank_heads(ParallelGroup(size=tensor_parallel_size))
         self.tokenizer = load_tokenizer(directory)
         device = resolve_device(self.config.device)
         if dist.is_torchelastic_launched() and tensor_parallel_size > 1:

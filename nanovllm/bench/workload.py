@@ -124,22 +124,10 @@ def run_turn(engine: LLMEngine, workload: DecodeWorkload, prompts: list[list[int
 
 
 def seat(engine: LLMEngine, workload: DecodeWorkload, prompts: list[list[int]]) -> None:
-    """Adds a request a prompt, and tells the scheduler that their prefill is done.
-
-    The first token of each prompt also serves as the one that its prefill would have drawn.
-    """
-    # The first token comes from the prefill that is left out; then `output` steps follow.
-    params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=workload.output + 1)
-    for prompt in prompts:
-        # Only its first token passes the engine's checks, which would take longer than the steps.
-        engine.requests[engine.add_request(prompt[:1], params)].set_prompt(list(prompt))
-    scheduler = engine.scheduler
-    usual = scheduler.max_num_batched_tokens
-    scheduler.max_num_batched_tokens = workload.batch * workload.context
+    """Adds a request a prompt, whose prefill counts as done and drew its first token again."""
+    params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=workload.output)
     try:
-        step = scheduler.schedule()
-    finally:
-        scheduler.max_num_batched_tokens = usual
-    if step is None or len(step.chunks) != workload.batch:
-        raise BenchError(f"batch={workload.batch} cannot run at a time on this engine")
-    scheduler.update(step, [prompt[0] for prompt in prompts])
+        for prompt in prompts:
+            engine.add_computed_request([*prompt, prompt[0]], params)
+    except ValueError as error:
+        raise BenchError(f"batch={workload.batch} cannot run at a time: {error}") from error

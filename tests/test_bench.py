@@ -19,9 +19,15 @@ import bench_pipeline
 from nanovllm import LLM
 from nanovllm.bench import ceilings, decode, engines, gain_map, growing, options, power
 from nanovllm.bench.arms import ArmSpec, arm_specs, choose_split, open_arms, rank_options
-from nanovllm.bench.engines import ModelConfig, fill_cache
+from nanovllm.bench.engines import fill_cache
 from nanovllm.bench.report import sms
-from nanovllm.bench.shapes import SIZES, published_config, shape_directory
+from nanovllm.bench.shapes import (
+    SIZES,
+    load_config,
+    parse_config,
+    published_config,
+    shape_directory,
+)
 from nanovllm.bench.turns import DecodeWorkload, run_turn
 from nanovllm.engine.model_runner import ignore
 from tests.bench_maps import pretend_planner
@@ -223,7 +229,7 @@ class TestPrefill:
     def test_flops_equal_a_count_product_by_product(self, seed: int) -> None:
         rng = random.Random(seed)
         kv_heads = rng.randint(1, 3)
-        config = ModelConfig.from_dict(
+        config = parse_config(
             published_config("0.6B") | {
                 "vocab_size": rng.randint(20, 50), "hidden_size": rng.randint(3, 9),
                 "intermediate_size": rng.randint(3, 9), "num_hidden_layers": rng.randint(1, 3),
@@ -334,17 +340,17 @@ class TestTurns:
 class TestShapes:
     @pytest.mark.parametrize("shape", SIZES)
     def test_have_the_published_size(self, shape: str) -> None:
-        config = ModelConfig.from_dict(published_config(shape))
+        config = parse_config(published_config(shape))
         assert config.num_weights == pytest.approx(PUBLISHED[shape], rel=1e-3)
 
     def test_directories_are_models_without_weights(self) -> None:
         with shape_directory("14B", layers=3) as directory:
-            assert ModelConfig.from_directory(Path(directory)).num_hidden_layers == 3
+            assert load_config(Path(directory)).num_hidden_layers == 3
         assert not Path(directory).exists()
 
     @pytest.mark.parametrize("tied", [True, False])
     def test_the_floor_counts_what_a_step_reads(self, tied: bool) -> None:
-        model, config = torch.nn.Module(), ModelConfig.from_dict(published_config("8B"))
+        model, config = torch.nn.Module(), parse_config(published_config("8B"))
         object.__setattr__(config, "tie_word_embeddings", tied)
         embedding = 151_936 * 4096
         model.weights = torch.nn.Parameter(

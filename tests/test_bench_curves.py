@@ -17,13 +17,12 @@ from green_ctx import Granularity
 from nanovllm.bench import BenchError, curves_work
 from nanovllm.bench.ceilings import layer_matrices, matmul_peak, steady_seconds
 from nanovllm.bench.curves import MIN_DENSE_SMS, MOST_SPLITS, choose_splits, describe
-from nanovllm.bench.engines import ModelConfig
 from nanovllm.bench.report import write_record
-from nanovllm.bench.shapes import published_config
+from nanovllm.bench.shapes import parse_config, published_config
 from nanovllm.kernels import reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SMALL = ModelConfig.from_dict(
+SMALL = parse_config(
     published_config("0.6B")
     | {"hidden_size": 48, "intermediate_size": 80, "head_dim": 32}
     | {"num_attention_heads": 4, "num_key_value_heads": 2}

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nanovllm.bench.engines import ModelConfig
+from nanovllm.bench.shapes import ModelConfig
 from nanovllm.bench.turns import DecodeWorkload
 from nanovllm.engine.model_runner import ModelRunner
 

@@ -23,10 +23,9 @@ from green_ctx import Granularity, GreenContextError, GreenDevice
 from nanovllm.bench import BenchError, DoesNotFit, report
 from nanovllm.bench.arms import Split
 from nanovllm.bench.ceilings import copy_bandwidth, matmul_peak, steady_seconds
-from nanovllm.bench.engines import ModelConfig
 from nanovllm.bench.pictures import draw_curves as draw
 from nanovllm.bench.report import Record
-from nanovllm.bench.shapes import published_config
+from nanovllm.bench.shapes import parse_config, published_config
 from nanovllm.engine.green_manager import GreenContextManager
 from nanovllm.engine.pipeline import MIN_DENSE_SMS
 
@@ -97,7 +96,7 @@ def measure(device: torch.device, splits: Sequence[Split]) -> Iterator[Record]:
 
     start = time.perf_counter()
     total = sum(splits[0])
-    config = ModelConfig.from_dict(published_config(SHAPE))
+    config = parse_config(published_config(SHAPE))
     weights = curves_work.random_weights(config, device)
     streaming = [
         curves_work.attention_work(config, SEQUENCES, CONTEXT, device),

@@ -32,18 +32,21 @@ def run(args: argparse.Namespace) -> Iterator[Record]:
     options["max_model_len"] = max(Config.max_model_len, workload.max_len)
     options |= rank_options(specs, args.tensor_parallel_size)
     with ExitStack() as stack:
-        started = stack.enter_context(start_engine(args, longest=workload.max_len, **options))
-        engine = started.engine
+        engine, about = stack.enter_context(start_engine(args, longest=workload.max_len, **options))
         workload.check_fits(engine)
         fill_cache(engine)
         arms = stack.enter_context(open_arms(engine, specs))
-        record = report.describe_run(started, "decode steps") | {
-            "batch": workload.batch,
-            "context": workload.context,
-            "output": workload.output,
-            "mean_context": workload.mean_context,
-            "floor": None,
-        }
+        record = (
+            report.describe_machine(args.device, "decode steps")
+            | about
+            | {
+                "batch": workload.batch,
+                "context": workload.context,
+                "output": workload.output,
+                "mean_context": workload.mean_context,
+                "floor": None,
+            }
+        )
         if args.device.type == "cuda":
             bandwidth = copy_bandwidth(args.device)
             record["floor"] = decode_floor(engine.model_runner, workload, bandwidth)

@@ -3,42 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nanovllm.bench import BenchError, DoesNotFit
-from nanovllm.bench.shapes import SIZES, shape_directory
+from nanovllm.bench.report import Record
+from nanovllm.bench.shapes import SIZES, load_config, shape_directory
 from nanovllm.config import Config
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.scheduler import ADMISSION_RESERVE
-from nanovllm.models.qwen3_config import Qwen3Config as ModelConfig
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.tiny import CHECKPOINT_DIR
 from nanovllm.utils.hub import resolve_model
-
-__all__ = ["ModelConfig", "StartedEngine", "fill_cache", "kv_blocks", "room", "start_engine"]
-
-
-@dataclass(frozen=True)
-class StartedEngine:
-    """An engine, what its model is called, and the seconds from nothing to ready."""
-
-    engine: LLMEngine
-    name: str
-    startup_seconds: float
 
 
 @contextmanager
 def start_engine(
     args: argparse.Namespace, *, longest: int = 0, shape: str | None = None, **options: Any
-) -> Iterator[StartedEngine]:
-    """An engine as the command line says; closed afterwards.
+) -> Iterator[tuple[LLMEngine, Record]]:
+    """An engine as the command line says, and the record of it; closed afterwards.
 
     Args:
         args: model, shape, layers, device, and what else the engine is told.
@@ -64,23 +53,40 @@ def start_engine(
         }
         start = time.perf_counter()
         try:
-            check_length(directory, longest)
-            engine = LLMEngine(directory, **options)
+            limit = load_config(resolve_model(directory)).usable_length
+            if longest > limit:
+                raise DoesNotFit(f"{longest} tokens are too many: the model's longest has {limit}")
+            engine = stack.enter_context(LLMEngine(directory, **options))
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise DoesNotFit(str(error)) from error
         except (ValueError, FileNotFoundError) as error:
-            raise BenchError(str(error)) from error
+            raise error if isinstance(error, BenchError) else BenchError(str(error)) from error
         seconds = time.perf_counter() - start
-        with engine:
-            yield StartedEngine(engine, name, seconds)
+        yield engine, describe_engine(engine, name) | {"startup_seconds": seconds}
 
 
-def check_length(model: str, longest: int) -> None:
-    limit = ModelConfig.from_directory(resolve_model(model)).usable_length
-    if longest > limit:
-        raise DoesNotFit(
-            f"a sequence of {longest} tokens is not allowed: the model's longest has {limit}"
-        )
+def describe_engine(engine: LLMEngine, name: str) -> Record:
+    """The record of the model and of the engine's options that are not the defaults."""
+    config, runner = engine.config, engine.model_runner
+    weights, ranks = list(runner.model.parameters()), config.tensor_parallel_size
+    fields = {field.name: field.default for field in dataclasses.fields(Config)}
+    return {
+        "model": {
+            "name": name,
+            "layers": runner.model_config.num_hidden_layers,
+            # Of several ranks, each has a part.
+            "parameters": runner.model_config.num_weights
+            if ranks > 1
+            else sum(weight.numel() for weight in weights),
+            "dtype": str(weights[0].dtype).removeprefix("torch."),
+        },
+        "ranks": ranks,
+        "options": {
+            name: getattr(config, name)
+            for name, default in fields.items()
+            if name != "model" and getattr(config, name) != default
+        },
+    }
 
 
 def kv_blocks(sequences: int, tokens: int, block_size: int) -> int:

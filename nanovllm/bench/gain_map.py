@@ -98,19 +98,19 @@ def measure_shape(
     places = [(batch, context) for batch in args.batches[::-1] for context in args.contexts]
     start = time.perf_counter()
     try:
-        with start_engine(args, shape=shape, **options) as started:
-            fill_cache(started.engine)
-            with open_arms(started.engine, specs) as arms:
+        with start_engine(args, shape=shape, **options) as (engine, about):
+            fill_cache(engine)
+            with open_arms(engine, specs) as arms:
                 record = {
                     "name": shape,
-                    **report.describe_engine(started),
-                    "kv_blocks": started.engine.model_runner.num_blocks,
+                    **about,
+                    "kv_blocks": engine.model_runner.num_blocks,
                     "arms": [arm.describe() for arm in arms],
                 }
                 points: list[Record] = []
                 for batch, context in places:
                     bar.set_postfix_str(f"batch {batch}, context {context}")
-                    points.append(measure_point(started.engine, arms, batch, context, args.seconds))
+                    points.append(measure_point(engine, arms, batch, context, args.seconds))
                     bar.update()
                     seconds = time.perf_counter() - start
                     yield record | {"seconds": seconds, "points": list(points)}

@@ -73,20 +73,23 @@ def run(args: argparse.Namespace) -> Iterator[Record]:
     specs = arm_specs(args.modes, args.splits or splits_to_try(device_sms), split)
     options = room(args, args.batch, largest.max_len)
     options |= rank_options(specs, args.tensor_parallel_size)
-    with start_engine(args, longest=largest.max_len, **options) as started:
-        engine = started.engine
+    with start_engine(args, longest=largest.max_len, **options) as (engine, about):
         largest.check_fits(engine)
         fill_cache(engine)
         with open_arms(engine, specs) as arms:
-            base = report.describe_run(started, "growing") | {
-                "batch": args.batch,
-                "context": args.context,
-                "until": args.until,
-                "steps": args.until - args.context,
-                "timed_steps": args.output - 2 * EDGE_STEPS,
-                "estimate": ESTIMATE,
-                "stages": [{"context": work.context, "steps": steps} for steps, work in ranges],
-            }
+            base = (
+                report.describe_machine(args.device, "growing")
+                | about
+                | {
+                    "batch": args.batch,
+                    "context": args.context,
+                    "until": args.until,
+                    "steps": args.until - args.context,
+                    "timed_steps": args.output - 2 * EDGE_STEPS,
+                    "estimate": ESTIMATE,
+                    "stages": [{"context": work.context, "steps": steps} for steps, work in ranges],
+                }
+            )
             for passages in run_passages(engine, timed_arms(arms, args.batch), ranges, args.rounds):
                 yield base | describe_arms(ranges, arms, passages)
 

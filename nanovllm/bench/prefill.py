@@ -30,10 +30,10 @@ def run(args: argparse.Namespace) -> Iterator[Record]:
     options = room(args, args.requests, args.tokens + 1)
     options["max_num_batched_tokens"] = args.requests * args.tokens
     options["enforce_eager"] = True  # graphs are for decode, which nothing reaches
-    with start_engine(args, longest=args.tokens + 1, **options) as started:
-        runner = started.engine.model_runner
-        seconds = time_steps(started.engine, args.requests, args.tokens)
-        record = report.describe_run(started, "prefill")
+    with start_engine(args, longest=args.tokens + 1, **options) as (engine, about):
+        runner = engine.model_runner
+        seconds = time_steps(engine, args.requests, args.tokens)
+        record = report.describe_machine(args.device, "prefill") | about
         peak = matmul_peak(runner.device, next(iter(runner.model.parameters())).dtype)
         peak *= record["ranks"]
         flops = prefill_flops(runner.model_config, [args.tokens] * args.requests)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import platform
 import shutil
@@ -16,18 +15,10 @@ from typing import Any
 import torch
 
 from nanovllm.bench import BenchError
-from nanovllm.bench.engines import StartedEngine
-from nanovllm.config import Config
 from nanovllm.engine.model_runner import sm_count
 
 Record = dict[str, Any]
 PACKAGES = ("torch", "triton", "transformers", "cuda-bindings")
-
-
-def describe_run(started: StartedEngine, benchmark: str) -> Record:
-    """What was measured, where, when, and with what."""
-    device = started.engine.model_runner.device
-    return describe_machine(device, benchmark) | describe_engine(started)
 
 
 def describe_machine(device: torch.device, benchmark: str) -> Record:
@@ -47,30 +38,6 @@ def describe_machine(device: torch.device, benchmark: str) -> Record:
             "cuda": torch.version.cuda,
             "driver": driver_version(),
         },
-    }
-
-
-def describe_engine(started: StartedEngine) -> Record:
-    """The model, the engine's options that are not the defaults, and how long it took to start."""
-    engine, runner = started.engine, started.engine.model_runner
-    weights = list(runner.model.parameters())
-    ranks = engine.config.tensor_parallel_size
-    return {
-        "model": {
-            "name": started.name,
-            "layers": runner.model_config.num_hidden_layers,
-            "parameters": sum(w.numel() for w in weights)
-            if ranks == 1
-            else runner.model_config.num_weights,
-            "dtype": str(weights[0].dtype).removeprefix("torch."),
-        },
-        "ranks": ranks,
-        "options": {
-            field.name: getattr(engine.config, field.name)
-            for field in dataclasses.fields(Config)
-            if field.name != "model" and getattr(engine.config, field.name) != field.default
-        },
-        "startup_seconds": started.startup_seconds,
     }
 
 

@@ -33,11 +33,11 @@ def run(args: argparse.Namespace) -> Iterator[Record]:
         options["max_num_seqs"] = args.max_num_seqs or MAX_NUM_SEQS.get(name, 1024)
     split = choose_split(sm_count(args.device), args.attention_sms, args.ffn_sms)
     options |= pipeline_options(args.mode, split)
-    with start_engine(args, **options) as started:
-        vocab_size = started.engine.model_runner.model_config.vocab_size
+    with start_engine(args, **options) as (engine, about):
+        vocab_size = engine.model_runner.model_config.vocab_size
         requests = draw_requests(name, vocab_size, count)
-        record = report.describe_run(started, args.workload) | {"request_set": name}
-        yield record | run_requests(started.engine, requests)
+        record = report.describe_machine(args.device, args.workload) | about
+        yield record | {"request_set": name} | run_requests(engine, requests)
 
 
 def run_requests(engine: LLMEngine, requests: Requests) -> Record:

@@ -22,8 +22,8 @@ is printed all the same.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from nanovllm.bench import (
     BenchError,
@@ -36,6 +36,7 @@ from nanovllm.bench import (
     throughput,
 )
 from nanovllm.bench.options import parse
+from nanovllm.utils.command_line import in_one_line
 
 WORKLOADS = {
     "decode": decode,
@@ -48,29 +49,23 @@ WORKLOADS = {
 }
 # Their JSON objects are too long for a terminal.
 LONG = ("map", "curves")
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(__doc__, argv)
     workload = WORKLOADS[args.workload]
     record = None
-    try:
-        for record in workload.run(args):
-            report.write_record(record, args.json)
-    except BenchError as error:
-        print(f"bench_pipeline.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from error
-    except KeyboardInterrupt:
-        print("\nInterrupted", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
-    finally:
-        if record is not None:
-            print(workload.describe(record))
-            if args.plot is not None:
-                workload.draw(record, args.plot)
-            if args.json is None or args.workload not in LONG:
-                print(json.dumps(record))
+    with in_one_line(Path(__file__).name, BenchError):
+        try:
+            for record in workload.run(args):
+                report.write_record(record, args.json)
+        finally:
+            if record is not None:
+                print(workload.describe(record))
+                if args.plot is not None:
+                    workload.draw(record, args.plot)
+                if args.json is None or args.workload not in LONG:
+                    print(json.dumps(record))
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ class TestRequests:
 def step(
     is_decode: bool, drawn: list[int], chunks: list[tuple[int, int, int]], at: float = 0.0
 ) -> LoggedStep:
-    return LoggedStep(is_decode, None, None, np.array(drawn, np.int64), chunks, tokens_at=at)
+    return LoggedStep(is_decode, drawn=np.array(drawn, np.int64), chunks=chunks, tokens_at=at)
 
 
 class TestTotals:

@@ -15,6 +15,7 @@ the ranks' plans have to be the same.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -23,9 +24,9 @@ from typing import Any
 from nanovllm.bench import BenchError
 from nanovllm.engine import plan as plans
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.model_runner import ModelRunner, sm_count
 from nanovllm.engine.pipeline import MIN_DENSE_SMS
-from nanovllm.engine.planned_decode import AutoPlan, Split, split_for
+from nanovllm.engine.planned_decode import AutoPlan, Split, split_for, splits_to_try
 from nanovllm.engine.step_runner import FixedPlan, StepRunner
 
 SEQUENTIAL, GREEN, AUTO, FALLBACK = "sequential", "green", "auto", "fallback"
@@ -127,6 +128,20 @@ def choose_split(device_sms: int, attention: int | None, ffn: int | None) -> Spl
             "other"
         )
     return attention, ffn
+
+
+def specs_of(args: argparse.Namespace) -> list[ArmSpec]:
+    """The arms that the command line asks for; several splits only where it has --splits.
+
+    Raises:
+        BenchError: there are no such splits, or the ranks cannot have those plans.
+    """
+    device_sms = sm_count(args.device)
+    other = choose_split(device_sms, args.attention_sms, args.ffn_sms)
+    splits = [] if args.workload == "decode" else args.splits or splits_to_try(device_sms)
+    specs = arm_specs(args.modes, splits, other)
+    rank_options(specs, args.tensor_parallel_size)
+    return specs
 
 
 def arm_specs(modes: Sequence[str], splits: Sequence[Split], other: Split | None) -> list[ArmSpec]:

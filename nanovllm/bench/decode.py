@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from nanovllm.bench import report
-from nanovllm.bench.arms import SEQUENTIAL, Arm, arm_specs, choose_split, open_arms, rank_options
+from nanovllm.bench.arms import SEQUENTIAL, Arm, open_arms, rank_options, specs_of
 from nanovllm.bench.ceilings import copy_bandwidth, decode_floor
 from nanovllm.bench.engines import fill_cache, room, start_engine
 from nanovllm.bench.power import PowerLog
@@ -16,7 +16,6 @@ from nanovllm.bench.report import Record
 from nanovllm.bench.turns import DecodeWorkload, Times, measure, run_turn, timed_arms
 from nanovllm.config import Config
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.model_runner import sm_count
 from nanovllm.engine.stage_times import Span
 from nanovllm.utils.timeline import save_timeline
 
@@ -26,8 +25,7 @@ MEASURED = ("steps", "step_ms", "tokens_per_second", "ratio", "bandwidth", "floo
 def run(args: argparse.Namespace) -> Iterator[Record]:
     """Compares the modes; yields the record after each block of rounds."""
     workload = DecodeWorkload(args.batch, args.context, args.output)
-    split = choose_split(sm_count(args.device), args.attention_sms, args.ffn_sms)
-    specs = arm_specs(args.modes, [], split)
+    specs = specs_of(args)
     options = room(args, args.batch, workload.max_len)
     options["max_model_len"] = max(Config.max_model_len, workload.max_len)
     options |= rank_options(specs, args.tensor_parallel_size)

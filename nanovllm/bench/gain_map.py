@@ -27,10 +27,9 @@ from nanovllm.bench.arms import (
     SEQUENTIAL,
     Arm,
     ArmSpec,
-    arm_specs,
-    choose_split,
     open_arms,
     rank_options,
+    specs_of,
 )
 from nanovllm.bench.engines import fill_cache, room, start_engine
 from nanovllm.bench.gains import describe, judge, summarize
@@ -47,8 +46,6 @@ from nanovllm.bench.turns import (
     timed_arms,
 )
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.model_runner import sm_count
-from nanovllm.engine.planned_decode import splits_to_try
 
 __all__ = ["describe", "draw", "run"]
 
@@ -66,10 +63,7 @@ def run(args: argparse.Namespace) -> Iterator[Record]:
     if args.stored is not None:
         yield read_map(args.stored)
         return
-    device_sms = sm_count(args.device)
-    split = choose_split(device_sms, args.attention_sms, args.ffn_sms)
-    specs = arm_specs(args.modes, args.splits or splits_to_try(device_sms), split)
-    rank_options(specs, args.tensor_parallel_size)  # raises, if it does
+    specs = specs_of(args)
     start = time.perf_counter()
     record = report.describe_machine(args.device, "map") | {"seconds_per_arm": args.seconds}
     shapes: list[Record] = []

@@ -17,14 +17,12 @@ from statistics import median
 from tqdm import tqdm
 
 from nanovllm.bench import BenchError, report
-from nanovllm.bench.arms import AUTO, Arm, arm_specs, choose_split, open_arms, rank_options
+from nanovllm.bench.arms import AUTO, Arm, open_arms, rank_options, specs_of
 from nanovllm.bench.engines import fill_cache, room, start_engine
 from nanovllm.bench.gains import short_label
 from nanovllm.bench.report import Record
 from nanovllm.bench.turns import EDGE_STEPS, DecodeWorkload, in_order, run_turn, timed_arms
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.model_runner import sm_count
-from nanovllm.engine.planned_decode import splits_to_try
 
 # Auto keeps its promise if it takes at most this much longer than the best other arm.
 TOLERANCE = 0.01
@@ -68,9 +66,7 @@ def run(args: argparse.Namespace) -> Iterator[Record]:
     """Measures all arms; yields the record after each round."""
     ranges = context_ranges(args.batch, args.context, args.until, args.stages, args.output)
     largest = ranges[-1][1]
-    device_sms = sm_count(args.device)
-    split = choose_split(device_sms, args.attention_sms, args.ffn_sms)
-    specs = arm_specs(args.modes, args.splits or splits_to_try(device_sms), split)
+    specs = specs_of(args)
     options = room(args, args.batch, largest.max_len)
     options |= rank_options(specs, args.tensor_parallel_size)
     with start_engine(args, longest=largest.max_len, **options) as (engine, about):

@@ -9,10 +9,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from nanovllm.bench import BenchError
 from nanovllm.bench.arms import FALLBACK, GREEN, LANES3, SEQUENTIAL, Split
@@ -21,6 +20,7 @@ from nanovllm.bench.requests import REQUEST_SETS
 from nanovllm.bench.shapes import SIZES
 from nanovllm.config import PIPELINE_MODES, Config
 from nanovllm.engine.llm_engine import resolve_device
+from nanovllm.utils.command_line import Parser
 
 MODES = (SEQUENTIAL, "microbatch", "streams", GREEN, "auto")
 # The embedded model's name among the shapes; its weights are no random ones.
@@ -73,14 +73,6 @@ EVERYWHERE = {"workload", "device", "json"}
 GROWING_LAYERS = 14
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
-        raise SystemExit(2)
-
-
 def parse(description: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options, completed: what a workload does not have is None. `device` is resolved.
 
@@ -97,12 +89,7 @@ def parse(description: str | None, argv: Sequence[str] | None = None) -> argpars
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """The bare command line; only options that are given are in what it parses."""
-    parser = Parser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
+    parser = Parser(description, argument_default=argparse.SUPPRESS)
 
     def group(title: str) -> Callable[..., None]:
         added = parser.add_argument_group(title)

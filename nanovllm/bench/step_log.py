@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -44,10 +44,10 @@ class LoggedStep:
     """
 
     is_decode: bool
-    begin: Any
-    end: Any
-    drawn: np.ndarray
-    chunks: list[tuple[int, int, int]]
+    begin: Any = None
+    end: Any = None
+    drawn: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    chunks: list[tuple[int, int, int]] = field(default_factory=list)
     launch_seconds: float = 0.0
     tokens_at: float = 0.0
 
@@ -81,27 +81,27 @@ class StepLog:
 
     def __call__(self, moment: str, step: Step) -> None:
         """See `ModelRunner.watch`."""
-        if moment == "begin":
-            self.steps.append(self._new(step))
-            self.steps[-1].begin.record()
+        if moment == "tokens":
+            self.steps[self.collected].tokens_at = time.perf_counter()
+            self.collected += 1
+        elif moment == "begin":
+            self.steps.append(LoggedStep(step.is_decode, self._event()))
             self.began = time.perf_counter()
         elif moment == "issued":
             is_graph = self.has_graphs and step.is_decode
             if is_graph and len(self.steps) > 1 and self.steps[-2].end.query():
                 self.steps[-1].launch_seconds = time.perf_counter() - self.began
-        elif moment == "end":
-            self.steps[-1].end.record()
-        else:
-            self.steps[self.collected].tokens_at = time.perf_counter()
-            self.collected += 1
+        else:  # the device has work now, so the host has time
+            logged = self.steps[-1]
+            logged.end = self._event()
+            logged.drawn = np.array([c.seq.request_id for c in step.chunks if c.samples], np.int64)
+            if not step.is_decode:
+                logged.chunks = [(c.seq.request_id, c.start, c.end) for c in step.chunks]
 
-    def _new(self, step: Step) -> LoggedStep:
-        begin, end = (
-            torch.cuda.Event(enable_timing=True) if self.on_gpu else ClockEvent() for _ in range(2)
-        )
-        drawn = np.array([c.seq.request_id for c in step.chunks if c.samples], np.int64)
-        chunks = [] if step.is_decode else [(c.seq.request_id, c.start, c.end) for c in step.chunks]
-        return LoggedStep(step.is_decode, begin, end, drawn, chunks)
+    def _event(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True) if self.on_gpu else ClockEvent()
+        event.record()
+        return event
 
     def totals(self) -> dict[str, Any]:
         """Sums over all steps so far; waits for the last one.

@@ -1,4 +1,4 @@
-"""What a map says: how much each arm gains over sequential decode, where, and in which regions.
+"""What a map says: how much each arm gains over sequential decode, and where.
 
 A gain is speed: sequential step time over the arm's, so above 1 is faster. These functions know
 nothing of engines; they read and write the plain values that a map's JSON file holds.
@@ -16,8 +16,8 @@ from nanovllm.bench.report import Record
 # "auto" keeps its promise where it is no slower than sequential, and near the best of all arms.
 LEAST_AUTO_GAIN = 0.99
 AUTO_TOLERANCE = 0.02
-# A region is worth naming from this gain on.
-REGION_GAIN = 1.05
+# Points are worth naming from this gain on.
+LEAST_GAIN = 1.05
 
 
 def judge(step_ms: Mapping[str, float]) -> Record:
@@ -50,7 +50,7 @@ def judge(step_ms: Mapping[str, float]) -> Record:
 
 
 def summarize(shapes: list[Record]) -> Record:
-    """Counts, extremes and regions of all shapes of a map; None for what was not measured."""
+    """Counts, extremes and gains of all shapes of a map; None for what was not measured."""
     points = [{"shape": shape["name"], **point} for shape in shapes for point in shape["points"]]
     measured = [point for point in points if point["reason"] is None]
     with_auto = [point for point in measured if point["auto_gain"] is not None]
@@ -72,40 +72,12 @@ def summarize(shapes: list[Record]) -> Record:
             if not point["auto_holds"]
         ],
         "best": place(best, "best_gain", "best"),
-        "regions": [region for shape in shapes for region in regions(shape)],
+        "gaining": [
+            place(point, "best_gain", "best")
+            for point in sorted(with_best, key=lambda point: -point["best_gain"])
+            if point["best_gain"] >= LEAST_GAIN
+        ],
     }
-
-
-def regions(shape: Record) -> list[Record]:
-    """Connected points of a shape whose best gain is at least `REGION_GAIN`, the largest first.
-
-    Connected are neighbours in the list of batches or in that of contexts.
-    """
-    batches, contexts = axes(shape)
-    gains = {
-        (batches.index(point["batch"]), contexts.index(point["context"])): point["best_gain"]
-        for point in shape["points"]
-        if (point["best_gain"] or 0) >= REGION_GAIN
-    }
-    unseen, found = set(gains), []
-    while unseen:
-        border, region = [unseen.pop()], []
-        while border:
-            row, column = cell = border.pop()
-            region.append(cell)
-            near = {(row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)}
-            border += near & unseen
-            unseen -= near
-        found.append(sorted(region))
-    return [
-        {
-            "shape": shape["name"],
-            "cells": [[batches[row], contexts[column]] for row, column in region],
-            "least_gain": min(gains[cell] for cell in region),
-            "most_gain": max(gains[cell] for cell in region),
-        }
-        for region in sorted(found, key=lambda region: (-len(region), region))
-    ]
 
 
 def axes(shape: Record) -> tuple[list[int], list[int]]:
@@ -171,7 +143,7 @@ def short_label(label: str) -> str:
 
 
 def describe_summary(record: Record) -> list[str]:
-    """Number of points, the extremes, and the regions that gain."""
+    """Number of points, the extremes, and the points that gain."""
     summary = record["summary"]
     lines = [
         f"{summary['points']} points in {record['sweep_seconds']:.0f} s, "
@@ -192,17 +164,11 @@ def describe_summary(record: Record) -> list[str]:
             "best"
             for fail in summary["auto_fails"]
         ]
-    for region in summary["regions"]:
-        batches, contexts = zip(*region["cells"], strict=True)
-        count = len(region["cells"])
-        lines.append(
-            f"gain {REGION_GAIN} or more: {region['shape']}, batch {min(batches)} to "
-            f"{max(batches)}, context {min(contexts)} to {max(contexts)}: {count} "
-            f"point{'s' * (count > 1)}, {region['least_gain']:.3f} to {region['most_gain']:.3f}"
-        )
-    if not summary["regions"]:
-        lines.append(f"no point gains {REGION_GAIN} or more")
-    return lines
+    gaining = [
+        f"  {point['best_gain']:.3f} at {where(point)}, by {point['best']}"
+        for point in summary["gaining"]
+    ]
+    return [*lines, f"points that gain {LEAST_GAIN} or more: {len(gaining)}", *gaining]
 
 
 def where(place: Mapping[str, Any]) -> str:

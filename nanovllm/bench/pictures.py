@@ -12,7 +12,7 @@ from nanovllm.bench.report import Record
 DPI = 150
 # Inches. A cell of the map holds a number, and below it the name of an arm.
 CELL_WIDTH, CELL_HEIGHT, PANEL_MARGIN = 0.47, 0.38, 0.5
-COLUMNS = 3
+COLUMNS, NARROWEST = 3, 7.5
 # Gains this far from 1 have the full colour; below this brightness of a cell, text is white.
 FULL_COLOR, DARK = 0.25, 0.55
 PANELS = {"best_gain": "best fixed split", "auto_gain": "auto"}
@@ -39,7 +39,7 @@ def draw_map(record: Record, path: Path) -> None:
     rows, cells = zip(*(map(len, axes(shape)) for shape in shapes), strict=True)
     width = columns * (max(cells) * CELL_WIDTH + PANEL_MARGIN) + 1
     height = len(fields) * lines * (max(rows) * CELL_HEIGHT + PANEL_MARGIN) + 1
-    figure = Figure(figsize=(max(width, 6.5), height), layout="constrained")
+    figure = Figure(figsize=(max(width, NARROWEST), height), layout="constrained")
     panels = figure.subplots(len(fields) * lines, columns, squeeze=False)
     colors = ScalarMappable(Normalize(1 - FULL_COLOR, 1 + FULL_COLOR), "RdBu")
     for panel in panels.flat:
@@ -53,10 +53,12 @@ def draw_map(record: Record, path: Path) -> None:
         for row in panels[i * lines : (i + 1) * lines]:
             row[0].set_ylabel("sequences", fontsize=9)
     figure.supxlabel(LEGEND, fontsize=9)
-    bar = figure.colorbar(colors, ax=panels, extend="both", shrink=0.5, aspect=30, pad=0.01)
+    shrink = min(1.0, 4 / height)
+    bar = figure.colorbar(colors, ax=panels, extend="both", shrink=shrink, aspect=20, pad=0.01)
     bar.ax.tick_params(labelsize=8)
     names = " ".join(shape["name"] for shape in shapes)
-    figure.suptitle(heading(record, f"Pipelined decode, speed over sequential: {names}"))
+    what = f"Pipelined decode, speed over sequential: {names}"
+    figure.suptitle(heading(record, what), fontsize=10.5)
     figure.savefig(path, dpi=DPI)
 
 

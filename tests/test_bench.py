@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +33,7 @@ from nanovllm.bench.turns import DecodeWorkload, run_turn
 from nanovllm.engine.model_runner import ignore
 from tests.bench_maps import pretend_planner
 
+ROOT = Path(bench_pipeline.__file__).parent
 QUICK = ["--batch", "3", "--context", "9", "--output", "8", "--seconds", "0.02"]
 GROW = ["--workload", "growing", "--batch", "3", "--context", "10", "--until", "60",
         "--stages", "2", "--output", "6"]  # fmt: skip
@@ -448,6 +450,13 @@ class TestRefusals:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         assert "matplotlib" in refuse(capsys, "--map", "--plot", "map.png")
 
+    def test_prefixes_that_were_never_computed_are_not_handed_on(self) -> None:
+        with (
+            LLM(device="cpu", num_kvcache_blocks=4) as engine,
+            pytest.raises(ValueError, match="enable_prefix_caching"),
+        ):
+            engine.add_computed_request([1, 2, 3])
+
     def test_every_option_has_a_help(self) -> None:
         for action in options.make_parser(None)._actions:
             assert action.help, action.option_strings
@@ -461,6 +470,21 @@ class TestRefusals:
         for argv, layers in ((["--shape", "0.6B"], None), (["--layers", "28"], 28)):
             args = options.parse(None, ["--workload", "growing", *argv])
             assert (args.shape, args.layers) == ("0.6B", layers)
+
+
+def test_commands_of_the_documents_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "resolve_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(options, "check_power", lambda device: None)
+    monkeypatch.chdir(ROOT)
+    text = "\n".join(path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")))
+    commands = re.findall(r"^    python bench_pipeline.py (.*)$", text, re.MULTILINE)
+    commands += re.findall(
+        r"^python bench_pipeline.py (.*?)(?:  .*)?$", bench_pipeline.__doc__ or "", re.M
+    )
+    assert len(commands) > 8
+    for command in commands:
+        if command.strip().startswith("-"):
+            assert options.parse(None, command.split()).workload in bench_pipeline.WORKLOADS
 
 
 def test_what_is_measured_at_an_interrupt_is_printed(

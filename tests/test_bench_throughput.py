@@ -15,7 +15,7 @@ import pytest
 import bench_pipeline
 from nanovllm import LLM
 from nanovllm.bench import requests, throughput
-from nanovllm.bench.requests import REQUEST_SETS, draw_requests
+from nanovllm.bench.requests import draw_requests
 from nanovllm.bench.step_log import (
     LoggedStep,
     StepLog,
@@ -199,20 +199,3 @@ class TestOnTheCpu:
         assert "99th percentile" in text
         _, record = self.run(capsys, *argv, "--max-num-seqs", "1")
         assert record["options"]["max_num_seqs"] == 1
-
-    def test_every_set_has_a_name_in_the_help(self, capsys: pytest.CaptureFixture[str]) -> None:
-        with pytest.raises(SystemExit):
-            bench_pipeline.main(["--help"])
-        text = capsys.readouterr().out
-        assert all(name in text for name in REQUEST_SETS)
-
-
-def test_percentiles_are_of_all_requests_together() -> None:
-    """As in the record: of tokens, not of requests."""
-    steps = [step(True, [0], [], at=float(t)) for t in range(5)]
-    steps += [step(True, [1], [], at=t) for t in (10.0, 14.0)]
-    found = inter_token_ms(steps)
-    assert found == {
-        "median": 1000.0,
-        "p99": pytest.approx(np.percentile([1, 1, 1, 1, 4], 99) * 1e3),
-    }

@@ -57,14 +57,11 @@ class ArmSpec:
 class Arm:
     """One way to run decode steps: a step runner of the engine, and who chooses its plans."""
 
-    spec: ArmSpec
+    label: str
+    mode: str
     runner: ModelRunner
     step_runner: StepRunner
     chooser: FixedPlan
-
-    @property
-    def label(self) -> str:
-        return self.spec.label
 
     @property
     def plan(self) -> str | None:
@@ -87,22 +84,22 @@ class Arm:
 
     def fallback_reason(self, batch: int | None = None) -> str | None:
         """Why steps of `batch` sequences, or all, do not run as asked for; None if they do."""
-        if self.spec.mode in (SEQUENTIAL, FALLBACK):
+        if self.mode in (SEQUENTIAL, FALLBACK):
             return None
         if self.step_runner.statistics.fallback_reason is not None:
             return self.step_runner.statistics.fallback_reason
         fewest = self.step_runner.schedulers[-1].plan.micro_batches
-        if self.spec.mode != AUTO and batch is not None and batch < fewest:
+        if self.mode != AUTO and batch is not None and batch < fewest:
             return f"a batch of {batch} is too small for {fewest} micro-batches"
         return None
 
     def describe(self, batch: int | None = None) -> dict[str, Any]:
         """The record of the arm: what it was to be, and the SMs that it was granted."""
         statistics = self.step_runner.statistics
-        sequential = self.spec.mode == SEQUENTIAL
+        sequential = self.mode == SEQUENTIAL
         return {
             "label": self.label,
-            "mode": self.spec.mode,
+            "mode": self.mode,
             "lane_sms": {} if sequential else dict(statistics.lane_sms),
             "attention_sms": None if sequential else statistics.attention_sms,
             "ffn_sms": None if sequential else statistics.ffn_sms,
@@ -200,16 +197,15 @@ def open_arms(engine: LLMEngine, specs: Sequence[ArmSpec]) -> Iterator[list[Arm]
         try:
             arms: list[Arm] = []
             for spec in specs:
+                steps, chooses = own, chooser
                 if spec.mode == SEQUENTIAL:
-                    sequential = FixedPlan(own.schedulers[:1], own.memory)
-                    arms.append(Arm(spec, runner, own, sequential))
-                elif engine.config.tensor_parallel_size > 1:
-                    arms.append(Arm(spec, runner, own, chooser))
-                else:
+                    chooses = FixedPlan(own.schedulers[:1], own.memory)
+                elif engine.config.tensor_parallel_size == 1:
                     steps = made.enter_context(closing(make_step_runner(runner, spec)))
-                    if isinstance(steps.chooser, AutoPlan):
-                        steps.chooser.calibrate(steps, show_progress=True)
-                    arms.append(Arm(spec, runner, steps, steps.chooser))
+                    chooses = steps.chooser
+                    if isinstance(chooses, AutoPlan):
+                        chooses.calibrate(steps, show_progress=True)
+                arms.append(Arm(spec.label, spec.mode, runner, steps, chooses))
             yield arms
         finally:
             runner.use(own, chooser)

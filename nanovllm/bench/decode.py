@@ -67,7 +67,7 @@ def describe_arm(
     statistics, own = arm.step_runner.statistics, times.get(arm.label)
     described: Record = {
         **arm.describe(record["batch"]),
-        "runs_as": SEQUENTIAL if arm.spec.mode == SEQUENTIAL else statistics.mode,
+        "runs_as": SEQUENTIAL if arm.mode == SEQUENTIAL else statistics.mode,
         "steps_by_path": dict(statistics.steps),
         "fell_back": own is None,
         **dict.fromkeys(MEASURED),

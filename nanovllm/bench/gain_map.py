@@ -129,7 +129,7 @@ def measure_point(
     timed = timed_arms(arms, batch)
     first = run_turns(engine, timed, DecodeWorkload(batch, context, FIRST_OUTPUT), 1)
     output, rounds = plan_turns(min(median(times) for _, times in first), seconds, len(timed))
-    auto = next((arm for arm in timed if arm.spec.mode == AUTO), None)
+    auto = next((arm for arm in timed if arm.mode == AUTO), None)
     before = Counter(auto.plan_steps if auto else {})
     turns = run_turns(engine, timed, DecodeWorkload(batch, context, output), rounds)
     (times,) = gather(turns, rounds * len(timed))

@@ -47,13 +47,13 @@ def run_requests(engine: LLMEngine, requests: Requests) -> Record:
         SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=output) for output in outputs
     ]
     engine.generate([WARM_UP], temperature=0.6, ignore_eos=True, use_tqdm=False)
-    preemptions = engine.scheduler.num_preemptions
+    statistics = engine.model_runner.step_runner.statistics
+    preemptions, steps = engine.scheduler.num_preemptions, dict(statistics.steps)
     with StepLog(engine.model_runner) as log:
         start = time.perf_counter()
         completions = engine.generate(prompts, params)
         seconds = time.perf_counter() - start
     output_tokens = sum(len(completion["token_ids"]) for completion in completions)
-    statistics = engine.model_runner.step_runner.statistics
     return {
         "requests": len(prompts),
         "prompt_tokens": sum(map(len, prompts)),
@@ -64,7 +64,7 @@ def run_requests(engine: LLMEngine, requests: Requests) -> Record:
         "preemptions": engine.scheduler.num_preemptions - preemptions,
         "runs_as": statistics.mode,
         "lane_sms": dict(statistics.lane_sms),
-        "steps_by_path": dict(statistics.steps),
+        "steps_by_path": {path: n - steps[path] for path, n in statistics.steps.items()},
         "fallback_reason": statistics.fallback_reason,
     }
 

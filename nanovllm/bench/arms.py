@@ -108,11 +108,7 @@ class Arm:
 
 
 def choose_split(device_sms: int, attention: int | None, ffn: int | None) -> Split | None:
-    """SMs to ask for; where nothing is given, what fills the device. None: there are no SMs.
-
-    Raises:
-        BenchError: one stage takes all SMs.
-    """
+    """SMs to ask for; where nothing is given, what fills the device. None: there are no SMs."""
     if not device_sms:
         return None
     if ffn is None:
@@ -128,11 +124,7 @@ def choose_split(device_sms: int, attention: int | None, ffn: int | None) -> Spl
 
 
 def specs_of(args: argparse.Namespace) -> list[ArmSpec]:
-    """The arms that the command line asks for; several splits only where it has --splits.
-
-    Raises:
-        BenchError: there are no such splits, or the ranks cannot have those plans.
-    """
+    """The arms that the command line asks for; several splits only where it has --splits."""
     device_sms = sm_count(args.device)
     other = choose_split(device_sms, args.attention_sms, args.ffn_sms)
     splits = [] if args.workload == "decode" else args.splits or splits_to_try(device_sms)
@@ -142,13 +134,7 @@ def specs_of(args: argparse.Namespace) -> list[ArmSpec]:
 
 
 def arm_specs(modes: Sequence[str], splits: Sequence[Split], other: Split | None) -> list[ArmSpec]:
-    """One arm a mode, but green with each of `splits`; sequential is always the first.
-
-    Args:
-        modes: see `ArmSpec`.
-        splits: of the green arms; none: there is one green arm like the others.
-        other: split of all other arms.
-    """
+    """One arm a mode, but green with each of `splits`, if any; sequential is always the first."""
     specs: list[ArmSpec] = []
     for mode in dict.fromkeys((SEQUENTIAL, *modes)):
         if mode == GREEN and splits:
@@ -167,11 +153,7 @@ def pipeline_options(mode: str, split: Split | None) -> dict[str, Any]:
 
 
 def rank_options(specs: Sequence[ArmSpec], ranks: int) -> dict[str, Any]:
-    """Fields of `Config` that give several ranks the plans of all arms; none for one rank.
-
-    Raises:
-        BenchError: they cannot have those plans.
-    """
+    """Fields of `Config` that give several ranks the plans of all arms; none for one rank."""
     others = [spec for spec in specs if spec.mode != SEQUENTIAL]
     if ranks == 1 or not others:
         return {}
@@ -185,12 +167,7 @@ def rank_options(specs: Sequence[ArmSpec], ranks: int) -> dict[str, Any]:
 
 @contextmanager
 def open_arms(engine: LLMEngine, specs: Sequence[ArmSpec]) -> Iterator[list[Arm]]:
-    """The arms, and afterwards the engine as it was.
-
-    Args:
-        engine: without a pipeline or, if it has several ranks, with `rank_options`.
-        specs: one for each arm.
-    """
+    """The arms, and afterwards the engine as it was: without a pipeline, or with `rank_options`."""
     runner = engine.model_runner
     own, chooser = runner.step_runner, runner.step_runner.chooser
     with ExitStack() as made:

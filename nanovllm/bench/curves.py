@@ -46,12 +46,7 @@ LAUNCHES = 4
 
 
 def run(args: argparse.Namespace) -> Iterator[Record]:
-    """Measures all curves and yields their record after each split, or reads it from a file.
-
-    Raises:
-        DoesNotFit: there is not enough memory.
-        BenchError: there is no CUDA device, no green contexts or no Triton.
-    """
+    """Measures all curves and yields their record after each split, or reads it from a file."""
     if args.stored is not None:
         yield report.read_record(args.stored[0], "curves")
         return
@@ -76,11 +71,7 @@ def device_sizes(device: torch.device) -> tuple[int, Granularity]:
 
 
 def choose_splits(total: int, granularity: Granularity) -> list[Split]:
-    """SMs of attention and of the dense side, all of the device, evenly spread.
-
-    Raises:
-        BenchError: there is no such split.
-    """
+    """SMs of attention and of the dense side, all of the device, evenly spread."""
     smallest = granularity.round_up(MIN_DENSE_SMS)
     largest = total - granularity.minimum
     sizes = range(smallest, largest + 1, granularity.alignment)

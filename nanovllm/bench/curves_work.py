@@ -98,13 +98,7 @@ def _read_kernel(source, sums, num_tiles, TILE: tl.constexpr):
 
 
 def dense_work(tokens: int, weights: Sequence[torch.Tensor], device_sms: int) -> Work:
-    """The dense products of several layers, as a pipeline's FFN lane issues them; its flops count.
-
-    Args:
-        tokens: rows of every product.
-        weights: [outputs, inputs] each; different works may share them.
-        device_sms: SMs of the whole device.
-    """
+    """Products of [tokens, inputs] and all `weights`, as a pipeline's FFN lane issues them."""
     widths = {weight.shape[1] for weight in weights}
     inputs = {width: weights[0].new_empty(tokens, width).normal_() for width in widths}
 

@@ -149,11 +149,6 @@ def plan_turns(step_seconds: float, seconds: float, num_arms: int) -> tuple[int,
     """Steps of a turn, and rounds, for `seconds` of measured steps of the fastest arm.
 
     Its turn lasts `TURN_SECONDS`, if that is neither too few nor too many steps.
-
-    Args:
-        step_seconds: of the fastest arm.
-        seconds: that it is to be measured.
-        num_arms: that take turns.
     """
     length = min(TURN_SECONDS, seconds / FEWEST_ROUNDS)
     steps = min(max(math.ceil(length / step_seconds), FEWEST_STEPS), MOST_STEPS)
@@ -169,11 +164,7 @@ def unmeasured_point(batch: int, context: int, reason: str) -> Record:
 def read_map(paths: Sequence[Path]) -> Record:
     """One map of several files: all their shapes by size, and of a point in two files the last.
 
-    Each shape keeps the date and the seconds an arm of the file that it comes from.
-
-    Raises:
-        BenchError: a file is not a map, or they come from different machines.
-    """
+    Each shape keeps the date and the seconds an arm of the file that it comes from."""
     records = [report.read_record(path, "map") for path in paths]
     shapes: dict[str, Record] = {}
     for path, record in zip(paths, records, strict=True):

@@ -38,11 +38,7 @@ def context_ranges(
         batch: sequences.
         context, until: their tokens at the beginning and at the end, a step a token.
         stages: how many ranges.
-        output: steps to run of each; the first and the last `EDGE_STEPS` do not count.
-
-    Raises:
-        BenchError: there are no such ranges.
-    """
+        output: steps to run of each; the first and the last `EDGE_STEPS` do not count."""
     if until <= context:
         raise BenchError(f"until={until} must be above context={context}")
     bounds = [round(context * (until / context) ** (i / stages)) for i in range(stages + 1)]

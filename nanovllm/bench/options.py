@@ -179,11 +179,7 @@ def split(text: str) -> Split:
 
 
 def complete(args: argparse.Namespace) -> None:
-    """Checks the options that are given, resolves the device and fills in all others.
-
-    Raises:
-        ValueError: options do not fit together, or there is no such device.
-    """
+    """Checks the options that are given, resolves the device and fills in all others."""
     given = set(vars(args))
     args.workload = vars(args).get("workload", "decode")
     own = WORKLOADS[args.workload]

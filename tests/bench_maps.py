@@ -5,8 +5,11 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import pytest
+
 import bench_pipeline
-from nanovllm.bench import sweep
+from nanovllm.bench import gain_map
+from nanovllm.bench.arms import Arm
 from nanovllm.bench.gains import judge, summarize
 
 LABELS = ("sequential", "streams", "green 36+96", "auto")
@@ -15,6 +18,17 @@ LABELS = ("sequential", "streams", "green 36+96", "auto")
 def run_map(*argv: object) -> None:
     """bench_pipeline.py --map."""
     bench_pipeline.main(["--map", *map(str, argv)])
+
+
+def pretend_planner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives auto, which falls back to sequential decode on a CPU, a plan that it says to use."""
+
+    def planner(self: Arm) -> dict[str, Any]:
+        steps = self.step_runner.statistics.steps["sequential"]
+        return {"plan": "green 36+96", "plans": {"green 36+96": {"steps": steps}}}
+
+    monkeypatch.setattr(Arm, "_planner", planner)
+    monkeypatch.setattr(Arm, "fallback_reason", lambda self, batch=None: None)
 
 
 def make_point(batch: int, context: int, **step_ms: float) -> dict[str, Any]:
@@ -39,6 +53,7 @@ def make_shape(name: str, points: list[dict[str, Any]]) -> dict[str, Any]:
             {
                 "label": label,
                 "mode": label.split()[0],
+                "lane_sms": {"attention": 36, "ffn": 96} if "+" in label else {},
                 "attention_sms": 36 if "+" in label else None,
                 "ffn_sms": 96 if "+" in label else None,
                 "fallback_reason": None,
@@ -73,5 +88,5 @@ def random_shape(name: str, batches: list[int], contexts: list[int]) -> dict[str
                 times["green_36P96"] = random.uniform(1.5, 3)
             points.append(make_point(batch, context, **times))
     last = points.pop()
-    points.append(sweep.unmeasured_point(last["batch"], last["context"], "it is too large"))
+    points.append(gain_map.unmeasured_point(last["batch"], last["context"], "it is too large"))
     return make_shape(name, points)

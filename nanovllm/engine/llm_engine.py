@@ -216,6 +216,34 @@ class LLMEngine:
         (request,) = self._exclusive(self._queue, [token_ids], [params], None)
         return request
 
+    def add_computed_request(
+        self, token_ids: list[int], sampling_params: SamplingParams | None = None, **sampling: Any
+    ) -> int:
+        """Adds a request that decodes at once: all its tokens but the last count as computed.
+
+        For benchmarks: it owns KV blocks like any other, but what they hold is left as it is.
+
+        NOTE: neither the token ids nor the length are checked.
+
+        Raises:
+            ValueError: there is no room for it beside the others, or the engine caches prefixes and
+                so would hand on what was never computed.
+        """
+        if self.config.enable_prefix_caching:
+            raise ValueError("enable_prefix_caching=True is not allowed with computed requests")
+        (params,) = _params_per_prompt(sampling_params, 1, sampling)
+        return self._exclusive(self._add_computed, token_ids, params)
+
+    def _add_computed(self, token_ids: list[int], params: SamplingParams) -> int:
+        with self._changing():
+            seq = self._make_sequence(token_ids, params, None)
+            has_room = self.scheduler.add_computed(seq)
+            if has_room:
+                self.requests[seq.request_id] = seq
+        if not has_room:
+            raise ValueError(f"a computed request of {len(token_ids)} tokens has no room")
+        return seq.request_id
+
     def step(self) -> list[RequestOutput]:
         """Runs one step of the batch; returns the requests that finished with it.
 
@@ -389,9 +417,20 @@ class LLMEngine:
         params: SamplingParams,
         results: dict[int, RequestOutput] | None,
     ) -> int:
+        seq = self._make_sequence(token_ids, params, results)
+        self.requests[seq.request_id] = seq
+        self.scheduler.add(seq)
+        return seq.request_id
+
+    def _make_sequence(
+        self,
+        token_ids: list[int],
+        params: SamplingParams,
+        results: dict[int, RequestOutput] | None,
+    ) -> EngineSequence:
         request_id = self.next_request_id
         self.next_request_id += 1
-        seq = EngineSequence(
+        return EngineSequence(
             request_id=request_id,
             token_ids=token_ids,
             params=params,
@@ -402,9 +441,6 @@ class LLMEngine:
             seed=random.getrandbits(63) if params.seed is None else params.seed,
             results=results,
         )
-        self.requests[request_id] = seq
-        self.scheduler.add(seq)
-        return request_id
 
     def _take_out(self, ended: list[EngineSequence]) -> None:
         """Hands over the completions of requests, then forgets them; may be repeated."""

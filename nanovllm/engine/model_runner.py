@@ -23,7 +23,7 @@ from nanovllm.engine.planned_decode import AutoPlan, plans_to_try
 from nanovllm.engine.ranks import Ranks
 from nanovllm.engine.scheduler import Step
 from nanovllm.engine.step_inputs import StepInputs, made_up_chunk
-from nanovllm.engine.step_runner import PreparedStep, StepRunner
+from nanovllm.engine.step_runner import FixedPlan, PreparedStep, StepRunner
 from nanovllm.engine.step_timer import DeviceTimer
 from nanovllm.engine.warm_up import warm_up
 from nanovllm.layers.attention_backends import make_backend
@@ -43,8 +43,17 @@ class LaunchedStep:
     done: torch.cuda.Event | None
 
 
+def ignore(moment: str, step: Step) -> None:
+    """Watches nothing; see `ModelRunner.watch`."""
+
+
 class ModelRunner:
-    """Owns model, KV cache and step runner of one rank; a context manager that closes them."""
+    """Owns model, KV cache and step runner of one rank; a context manager that closes them.
+
+    Attributes:
+        watch: called on rank 0 at four moments of every step: "begin" before its work is issued,
+            "issued" after the model's, "end" after all of it, "tokens" once these are on the host.
+    """
 
     @torch.inference_mode()
     def __init__(self, config: Config, model_dir: Path, device: torch.device, ranks: Ranks) -> None:
@@ -89,6 +98,7 @@ class ModelRunner:
         bind_cache(self.num_blocks)
         self.graph_memory = self._make_graph_memory(dtype)
         self.step_runner = self.make_step_runner(config)
+        self.watch: Callable[[str, Step], None] = ignore
         self.statistics = self.step_runner.statistics
         self.closed = False
         try:
@@ -148,6 +158,16 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def use(self, step_runner: StepRunner, chooser: FixedPlan | None = None) -> None:
+        """Runs the next steps by a runner of `make_step_runner` and a chooser of its plans.
+
+        Waits for the steps before; none may be launched but not collected.
+        """
+        self.synchronize()
+        self.step_runner = step_runner
+        if chooser is not None:
+            step_runner.chooser = chooser
+
     def launch(self, step: Step) -> LaunchedStep:
         """Issues `step` on all ranks, without waiting for it."""
         if self.device.type == "cuda":
@@ -155,13 +175,18 @@ class ModelRunner:
         with torch.inference_mode():
             prepared = self.step_runner.prepare(step)
             self.ranks.send_step(prepared.layout, prepared.flat.numpy())
+            self.watch("begin", step)
             logits = self.step_runner.run(prepared)
-            return LaunchedStep(step, prepared, *self._sample(step, logits))
+            self.watch("issued", step)
+            launched = LaunchedStep(step, prepared, *self._sample(step, logits))
+            self.watch("end", step)
+            return launched
 
     def collect(self, launched: LaunchedStep) -> list[int]:
         """Waits for a step; returns the drawn tokens, one per sampling chunk."""
         if launched.done is not None:
             self.ranks.wait(launched.done)
+        self.watch("tokens", launched.step)
         if launched.step.is_decode:
             self.step_runner.finish(launched.prepared, len(launched.step.chunks))
         return launched.tokens.tolist()

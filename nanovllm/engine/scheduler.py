@@ -70,6 +70,18 @@ class Scheduler:
         """Queues a sequence whose prompt fits in all blocks together."""
         self.waiting.append(seq)
 
+    def add_computed(self, seq: Sequence) -> bool:
+        """Lets a sequence run ahead of all that wait, all its tokens but the last as computed.
+
+        Returns False, and takes nothing, if there is no room for it.
+        """
+        self.waiting.appendleft(seq)
+        if not self._admit_next():
+            self.waiting.popleft()
+            return False
+        seq.num_computed = seq.num_scheduled = len(seq.token_ids) - 1
+        return True
+
     def restart(self, seqs: Iterable[Sequence]) -> None:
         """Begins anew with these sequences, in order of arrival, from the prefix cache at best.
 

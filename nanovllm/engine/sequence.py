@@ -60,12 +60,7 @@ class Sequence:
     finish_reason: str | None = None
 
     def __post_init__(self) -> None:
-        self.set_prompt(self.token_ids)
-
-    def set_prompt(self, token_ids: list[int]) -> None:
-        """Makes this its prompt; to be called before any of it is scheduled."""
-        self.token_ids = token_ids
-        self.prompt_len = len(token_ids)
+        self.prompt_len = len(self.token_ids)
         end_len = min(self.prompt_len + self.params.max_tokens, self.max_len)
         self.end_len = max(end_len, self.prompt_len + 1)
 

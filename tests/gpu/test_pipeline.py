@@ -25,8 +25,9 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from green_ctx import GreenContextError, GreenDevice
 from nanovllm import LLM
+from nanovllm.bench.engines import fill_cache
 from nanovllm.bench.shapes import published_config
-from nanovllm.bench.workload import DecodeWorkload, fill_cache, run_turn
+from nanovllm.bench.turns import DecodeWorkload, run_turn
 from nanovllm.config import PIPELINE_MODES
 from nanovllm.engine import model_runner
 from nanovllm.engine.pipeline import PipelineUnavailable
@@ -216,7 +217,7 @@ def test_stages_of_a_replayed_graph_run_at_the_same_time(tmp_path, monkeypatch):
         **SPLITS["the whole device"],
     ) as engine:
         fill_cache(engine)
-        run_turn(engine, workload, workload.draw_prompts(4096))
+        run_turn(engine, workload)
         stats = statistics(engine)
         steps = list(engine.model_runner.statistics.recent)
     assert stats["steps"] == {"pipelined": 16, "sequential": 0}

@@ -1,6 +1,6 @@
 """A small grammar of short stories: everything the embedded model will ever know.
 
-    python -m nanovllm.tiny.stories        # print a few stories
+    python -m tools.train_tiny.stories        # print a few stories
 
 A story is an *opening* ("Once upon a time, there was a small rabbit. One day, she") followed by a
 *plot* ("lost a red ball near the garden. She looked ..."). Both are templates in one notation:
@@ -25,7 +25,7 @@ Tom is second or third for the little fox.
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -345,26 +345,6 @@ def story(rng: random.Random) -> str:
     manner = HEROES.index(hero)
     template = " ".join((begin, *PLOTS[plot], ENDING))
     return expand(rng, template, bind(rng, hero, manner), manner)
-
-
-def templates() -> Iterator[str]:
-    """Every piece of text in the grammar, unexpanded."""
-    yield from (opening.template for opening in OPENINGS)
-    yield from (sentence for plot in PLOTS.values() for sentence in plot)
-    yield from (ENDING, *CREATURES, *BEASTS, *MISSING, *FOODS)
-    for hero in HEROES:
-        yield from (hero.intro, hero.name, hero.pronoun, *PRONOUNS[hero.pronoun])
-        yield from (*hero.friends, *hero.places, *hero.things, *hero.crafts)
-
-
-def words(text: str) -> list[str]:
-    """The words of a text, in lower case and without punctuation."""
-    return re.findall(r"[a-z]+", text.lower())
-
-
-def vocabulary() -> frozenset[str]:
-    """Every word a story can hold, in lower case."""
-    return frozenset(word for text in templates() for word in words(re.sub(r"{\w+}", " ", text)))
 
 
 def main() -> None:

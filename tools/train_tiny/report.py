@@ -1,6 +1,6 @@
 """What a tiny checkpoint says, and how sure it is of it.
 
-    python -m nanovllm.tiny.report [DIR]
+    python -m tools.train_tiny.report [DIR]
 
 Completes the standard prompts greedily with transformers, one token at a time, and measures the
 *margin* at every step: the best logit minus the second best. Where the margin is wide, rounding
@@ -56,7 +56,6 @@ class Report:
     completions: tuple[Completion, ...]
     same_in_bfloat16: int
     parameters: int
-    sizes: dict[str, int]
 
     @property
     def margin(self) -> float:
@@ -69,28 +68,23 @@ class Report:
             f"margin {c.margin:.2f}\n    {c.prompt}{c.text}"
             for c in self.completions
         ]
-        lines += [f"{size:>9,} bytes  {name}" for name, size in self.sizes.items()]
-        lines += [
-            f"{sum(self.sizes.values()):>9,} bytes in all, {self.parameters:,} parameters",
-            f"smallest margin {self.margin:.3f}; "
-            f"{self.same_in_bfloat16} of {len(self.completions)} texts the same in bfloat16",
-        ]
+        count = len(self.completions)
+        lines.append(
+            f"{self.parameters:,} parameters; smallest margin {self.margin:.3f}; "
+            f"{self.same_in_bfloat16} of {count} texts the same in bfloat16"
+        )
         return "\n".join(lines)
 
 
 def report(directory: Path) -> Report:
-    """Load the checkpoint (bfloat16 weights) in `directory` and run the standard prompts."""
+    """Loads the checkpoint (bfloat16 weights) in `directory` and runs the standard prompts."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = Qwen3ForCausalLM.from_pretrained(directory).float().eval()
     exact = tuple(complete(model, tokenizer, prompt) for prompt in PROMPTS)
     model.to(torch.bfloat16)  # loses nothing: the weights are bfloat16 values already
     rounded = (complete(model, tokenizer, prompt) for prompt in PROMPTS)
-    return Report(
-        completions=exact,
-        same_in_bfloat16=sum(a.text == b.text for a, b in zip(exact, rounded, strict=True)),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        sizes={path.name: path.stat().st_size for path in sorted(directory.iterdir())},
-    )
+    same = sum(a.text == b.text for a, b in zip(exact, rounded, strict=True))
+    return Report(exact, same, sum(parameter.numel() for parameter in model.parameters()))
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Train the embedded model: from nothing but `stories.py` to a checkpoint directory.
 
-    python -m nanovllm.tiny.train [--out DIR] [--steps N] [--seed S]
+    python -m tools.train_tiny.train [--out DIR] [--steps N] [--seed S]
 
 Trains a tokenizer and then a small Qwen3 on stories made up as they are needed, so there is no
 data set, and prints a report (`report.py`). It needs torch, transformers and tqdm, runs on a CPU,
@@ -30,9 +30,9 @@ from tqdm import trange
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from nanovllm.tiny import CHECKPOINT_DIR
-from nanovllm.tiny.report import Report, report
-from nanovllm.tiny.stories import story
-from nanovllm.tiny.tokenizer import EOS_TOKEN, save_tokenizer, train_tokenizer
+from tools.train_tiny.report import Report, report
+from tools.train_tiny.stories import story
+from tools.train_tiny.tokenizer import EOS_TOKEN, save_tokenizer, train_tokenizer
 
 IGNORE = -100  # the label that transformers leaves out of the loss
 
@@ -210,11 +210,11 @@ CARD = """# The embedded model
 
 A very small Qwen3 ({parameters:,} parameters) that tells short stories, so that the engine has
 something to run without a download. It is not good for anything else: it knows only the grammar
-in `nanovllm/tiny/stories.py`, and was trained from scratch on nothing but stories made by it.
+in `tools/train_tiny/stories.py`, and was trained from scratch on nothing but stories made by it.
 
 | | |
 |---|---|
-| Made by | `python -m nanovllm.tiny.train --steps {steps} --seed {seed}` |
+| Made by | `python -m tools.train_tiny.train --steps {steps} --seed {seed}` |
 | Size | {size:,} bytes of weights in bfloat16 |
 | Final loss | {loss:.4f} nats a token (the grammar is random, so it cannot reach zero) |
 | Greedy margin | {margin:.2f} logits at the closest choice in the {prompts} standard prompts |
@@ -230,7 +230,7 @@ def write_card(directory: Path, recipe: Recipe, loss: float, result: Report) -> 
         parameters=result.parameters,
         steps=recipe.steps,
         seed=recipe.seed,
-        size=result.sizes["model.safetensors"],
+        size=(directory / "model.safetensors").stat().st_size,
         loss=loss,
         margin=result.margin,
         prompts=len(result.completions),

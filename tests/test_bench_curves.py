@@ -132,21 +132,6 @@ class TestWork:
 
 
 class TestRecord:
-    def test_every_point_has_a_row(self) -> None:
-        record = make_record()
-        lines = describe(record).splitlines()
-        rows = [line.split() for line in lines if line[:1].isdigit()]
-        count = len(record["bandwidth"])
-        assert len(rows) == 2 * count
-        for row, point in zip(rows[:count], record["bandwidth"], strict=True):
-            sms, attention = point["sms"], point["attention"]
-            shown = [f"{attention / 1e12:.2f}", f"{attention / 1e9 / sms:.1f}"]
-            assert row[:3] == [str(sms), *shown]
-            assert row[-1] == f"{attention / 4.26e12:.0%}"
-        for row, point in zip(rows[count:], record["gemm"], strict=True):
-            rates = [f"{point[name] / 1e12:.0f}" for name in ("256", "512", "1024")]
-            assert row == [str(point["sms"]), *rates, f"{point['1024'] / 782e12:.0%}"]
-
     def test_a_stored_record_is_printed_and_drawn(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

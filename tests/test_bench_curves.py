@@ -6,6 +6,7 @@ import json
 import random
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from matplotlib.image import imread
 
 import bench_pipeline
 from green_ctx import Granularity
-from nanovllm.bench import BenchError, curves_work
+from nanovllm.bench import BenchError, curves, curves_work
 from nanovllm.bench.ceilings import layer_matrices, matmul_peak, steady_seconds
 from nanovllm.bench.curves import MIN_DENSE_SMS, MOST_SPLITS, choose_splits, describe
 from nanovllm.bench.report import write_record
@@ -129,6 +130,56 @@ class TestWork:
         cpu = torch.device("cpu")
         assert 1e7 < matmul_peak(cpu, torch.float32) < 1e15
         assert 0 < steady_seconds(lambda: None, cpu, 1e-4) < 1
+
+
+class Manager:
+    """Partitions of a device of 40 SMs, whose granted SMs are not those asked for."""
+
+    def __init__(self, device: torch.device, attention: int, ffn: int) -> None:
+        self.attention_sms, self.ffn_sms = attention - 1, ffn + 1
+
+    def __enter__(self) -> Manager:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.attention_sms = self.ffn_sms = 0
+
+    def get_attention_stream(self) -> str:
+        return f"attention {self.attention_sms}"
+
+    def get_ffn_stream(self) -> str:
+        return f"ffn {self.ffn_sms}"
+
+
+def test_every_stage_runs_on_its_own_partition(monkeypatch: pytest.MonkeyPatch) -> None:
+    def captured(prepared: str, stream: str) -> Any:
+        assert stream in ("whole", prepared)
+        return nullcontext(SimpleNamespace(replay=None))
+
+    def work(name: str, stage: str) -> curves_work.Work:
+        prepare: Any = f"{stage} {{}}".format
+        return curves_work.Work(name, 7, prepare)
+
+    for name, replacement in {
+        "GreenContextManager": Manager,
+        "captured": captured,
+        "steady_seconds": lambda *args: curves.LAUNCHES,
+        "copy_bandwidth": lambda device: 4e12,
+        "matmul_peak": lambda device, dtype: 7e14,
+    }.items():
+        monkeypatch.setattr(curves, name, replacement)
+    monkeypatch.setattr(curves_work, "random_weights", lambda *args: [])
+    monkeypatch.setattr(curves_work, "attention_work", lambda *args: work("attention", "attention"))
+    monkeypatch.setattr(curves_work, "read_work", lambda *args: work("read", "attention"))
+    monkeypatch.setattr(curves_work, "dense_work", lambda tokens, *args: work(str(tokens), "ffn"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "whole")
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+    *_, split, whole = curves.measure(torch.device("cpu"), [(24, 16), (8, 32)])
+    assert [point["sms"] for point in split["bandwidth"]] == [7, 23]
+    assert [point["sms"] for point in whole["bandwidth"]] == [7, 23, 40]
+    assert [point["sms"] for point in whole["gemm"]] == [17, 33, 40]
+    assert all(point["read"] == point["attention"] == 7 for point in whole["bandwidth"])
+    assert describe(whole)
 
 
 class TestRecord:

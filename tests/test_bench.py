@@ -314,8 +314,8 @@ class TestTurns:
 
         def watch(moment: str, step: Any) -> None:
             if moment == "begin":
-                blocks = {block for c in step.chunks for block in c.seq.block_table}
-                seen.append((step.is_decode, step.num_tokens, step.chunks[0].end, len(blocks)))
+                used = workload.blocks(256) - len(engine.scheduler.blocks.free)
+                seen.append((step.is_decode, step.num_tokens, step.chunks[0].end, used))
 
         with LLM(
             device="cpu", num_kvcache_blocks=workload.blocks(256), enable_prefix_caching=False

@@ -54,8 +54,6 @@ def make_shape(name: str, points: list[dict[str, Any]]) -> dict[str, Any]:
                 "label": label,
                 "mode": label.split()[0],
                 "lane_sms": {"attention": 36, "ffn": 96} if "+" in label else {},
-                "attention_sms": 36 if "+" in label else None,
-                "ffn_sms": 96 if "+" in label else None,
                 "fallback_reason": None,
             }
             for label in LABELS

@@ -87,7 +87,7 @@ class TestDecode:
             assert arm["tokens_per_second"] == pytest.approx(3 / ms["median"] * 1e3)
             reference = arms["sequential"]["step_ms"]["median"]
             assert arm["ratio"] == pytest.approx(reference / ms["median"])
-            assert (arm["runs_as"], arm["fell_back"]) == (mode, False)
+            assert (arm["runs_as"], arm["fallback_reason"]) == (mode, None)
             assert any(line.split()[:2] == [mode, "all"] for line in lines)
         assert arms["sequential"]["steps_by_path"]["pipelined"] == 0
         assert arms["microbatch"]["steps_by_path"]["sequential"] == 0
@@ -128,7 +128,7 @@ class TestDecode:
     def test_columns_of_floor_and_power(self) -> None:
         arm = {
             "mode": "green", "label": "green", "lane_sms": {"attention": 36, "ffn": 96},
-            "fell_back": False, "fallback_reason": None, "tokens_per_second": 1000.0, "ratio": 1.1,
+            "fallback_reason": None, "tokens_per_second": 1000.0, "ratio": 1.1,
             "step_ms": {"median": 1.25, "q1": 1.2, "q3": 1.3}, "bandwidth": 3.2e12,
             "floor_share": 0.8,
             "power": {"watts": 683.2, "sm_mhz": 1485.4, "samples": 9, "joules_per_step": 0.854},
@@ -314,8 +314,8 @@ class TestTurns:
 
         def watch(moment: str, step: Any) -> None:
             if moment == "begin":
-                blocks = {block for c in step.chunks for block in c.seq.block_table}
-                seen.append((step.is_decode, step.num_tokens, step.chunks[0].end, len(blocks)))
+                used = workload.blocks(256) - len(engine.scheduler.blocks.free)
+                seen.append((step.is_decode, step.num_tokens, step.chunks[0].end, used))
 
         with LLM(
             device="cpu", num_kvcache_blocks=workload.blocks(256), enable_prefix_caching=False

@@ -6,6 +6,7 @@ import json
 import random
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from matplotlib.image import imread
 
 import bench_pipeline
 from green_ctx import Granularity
-from nanovllm.bench import BenchError, curves_work
+from nanovllm.bench import BenchError, curves, curves_work
 from nanovllm.bench.ceilings import layer_matrices, matmul_peak, steady_seconds
 from nanovllm.bench.curves import MIN_DENSE_SMS, MOST_SPLITS, choose_splits, describe
 from nanovllm.bench.report import write_record
@@ -131,22 +132,57 @@ class TestWork:
         assert 0 < steady_seconds(lambda: None, cpu, 1e-4) < 1
 
 
-class TestRecord:
-    def test_every_point_has_a_row(self) -> None:
-        record = make_record()
-        lines = describe(record).splitlines()
-        rows = [line.split() for line in lines if line[:1].isdigit()]
-        count = len(record["bandwidth"])
-        assert len(rows) == 2 * count
-        for row, point in zip(rows[:count], record["bandwidth"], strict=True):
-            sms, attention = point["sms"], point["attention"]
-            shown = [f"{attention / 1e12:.2f}", f"{attention / 1e9 / sms:.1f}"]
-            assert row[:3] == [str(sms), *shown]
-            assert row[-1] == f"{attention / 4.26e12:.0%}"
-        for row, point in zip(rows[count:], record["gemm"], strict=True):
-            rates = [f"{point[name] / 1e12:.0f}" for name in ("256", "512", "1024")]
-            assert row == [str(point["sms"]), *rates, f"{point['1024'] / 782e12:.0%}"]
+class Manager:
+    """Partitions of a device of 40 SMs, whose granted SMs are not those asked for."""
 
+    def __init__(self, device: torch.device, attention: int, ffn: int) -> None:
+        self.attention_sms, self.ffn_sms = attention - 1, ffn + 1
+
+    def __enter__(self) -> Manager:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.attention_sms = self.ffn_sms = 0
+
+    def get_attention_stream(self) -> str:
+        return f"attention {self.attention_sms}"
+
+    def get_ffn_stream(self) -> str:
+        return f"ffn {self.ffn_sms}"
+
+
+def test_every_stage_runs_on_its_own_partition(monkeypatch: pytest.MonkeyPatch) -> None:
+    def captured(prepared: str, stream: str) -> Any:
+        assert stream in ("whole", prepared)
+        return nullcontext(SimpleNamespace(replay=None))
+
+    def work(name: str, stage: str) -> curves_work.Work:
+        prepare: Any = f"{stage} {{}}".format
+        return curves_work.Work(name, 7, prepare)
+
+    for name, replacement in {
+        "GreenContextManager": Manager,
+        "captured": captured,
+        "steady_seconds": lambda *args: curves.LAUNCHES,
+        "copy_bandwidth": lambda device: 4e12,
+        "matmul_peak": lambda device, dtype: 7e14,
+    }.items():
+        monkeypatch.setattr(curves, name, replacement)
+    monkeypatch.setattr(curves_work, "random_weights", lambda *args: [])
+    monkeypatch.setattr(curves_work, "attention_work", lambda *args: work("attention", "attention"))
+    monkeypatch.setattr(curves_work, "read_work", lambda *args: work("read", "attention"))
+    monkeypatch.setattr(curves_work, "dense_work", lambda tokens, *args: work(str(tokens), "ffn"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "whole")
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+    *_, split, whole = curves.measure(torch.device("cpu"), [(24, 16), (8, 32)])
+    assert [point["sms"] for point in split["bandwidth"]] == [7, 23]
+    assert [point["sms"] for point in whole["bandwidth"]] == [7, 23, 40]
+    assert [point["sms"] for point in whole["gemm"]] == [17, 33, 40]
+    assert all(point["read"] == point["attention"] == 7 for point in whole["bandwidth"])
+    assert describe(whole)
+
+
+class TestRecord:
     def test_a_stored_record_is_printed_and_drawn(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

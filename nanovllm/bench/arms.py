@@ -95,14 +95,11 @@ class Arm:
 
     def describe(self, batch: int | None = None) -> dict[str, Any]:
         """The record of the arm: what it was to be, and the SMs that it was granted."""
-        statistics = self.step_runner.statistics
-        sequential = self.mode == SEQUENTIAL
+        granted = {} if self.mode == SEQUENTIAL else self.step_runner.statistics.lane_sms
         return {
             "label": self.label,
             "mode": self.mode,
-            "lane_sms": {} if sequential else dict(statistics.lane_sms),
-            "attention_sms": None if sequential else statistics.attention_sms,
-            "ffn_sms": None if sequential else statistics.ffn_sms,
+            "lane_sms": dict(granted),
             "fallback_reason": self.fallback_reason(batch),
         }
 

@@ -82,7 +82,7 @@ def choose_splits(total: int, granularity: Granularity) -> list[Split]:
 
 
 def measure(device: torch.device, splits: Sequence[Split]) -> Iterator[Record]:
-    """The record so far, first of the whole device, then after each split."""
+    """The record so far, after each split and then after the whole device."""
     from nanovllm.bench import curves_work
 
     start = time.perf_counter()
@@ -100,8 +100,7 @@ def measure(device: torch.device, splits: Sequence[Split]) -> Iterator[Record]:
         "context": CONTEXT,
         "seconds_per_point": SECONDS,
         "dense_library": curves_work.dense_library(),
-        "copy_bandwidth": copy_bandwidth(device),
-        "matmul_peak": matmul_peak(device, torch.bfloat16),
+        **ceilings(device),
     }
     bandwidth: list[Record] = []
     gemm: list[Record] = []
@@ -112,12 +111,7 @@ def measure(device: torch.device, splits: Sequence[Split]) -> Iterator[Record]:
         return record | in_order | {"curves_seconds": time.perf_counter() - start}
 
     with tqdm(desc="Curves", total=len(splits) + 1, unit="split") as bar:
-        stream = torch.cuda.Stream(device)
-        bandwidth.append(measure_point(streaming, device, stream, total))
-        gemm.append(measure_point(dense, device, stream, total))
-        yield so_far()
         for split in splits:
-            bar.update()
             bar.set_postfix_str(f"{split[0]}+{split[1]} SMs")
             with GreenContextManager(device, *split) as manager:
                 attention, ffn = manager.get_attention_stream(), manager.get_ffn_stream()
@@ -126,7 +120,21 @@ def measure(device: torch.device, splits: Sequence[Split]) -> Iterator[Record]:
                 gemm.append(measure_point(dense, device, ffn, manager.ffn_sms))
             # cuBLAS keeps a workspace for every stream it has seen, also for those now closed.
             torch._C._cuda_clearCublasWorkspaces()
+            bar.update()
             yield so_far()
+        stream = torch.cuda.Stream(device)
+        bandwidth.append(measure_point(streaming, device, stream, total))
+        gemm.append(measure_point(dense, device, stream, total))
+        bar.update()
+    record |= ceilings(device)  # again, as warm as it was for the points
+    yield so_far()
+
+
+def ceilings(device: torch.device) -> Record:
+    return {
+        "copy_bandwidth": copy_bandwidth(device),
+        "matmul_peak": matmul_peak(device, torch.bfloat16),
+    }
 
 
 def measure_point(

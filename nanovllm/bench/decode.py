@@ -63,13 +63,12 @@ def run(args: argparse.Namespace) -> Iterator[Record]:
 def describe_arm(
     arm: Arm, record: Record, times: dict[str, Times], power: dict[str, Record] | None = None
 ) -> Record:
-    """The record of an arm; if it fell back, all that would be measured is None."""
+    """The record of an arm; if it falls back, all that would be measured is None."""
     statistics, own = arm.step_runner.statistics, times.get(arm.label)
     described: Record = {
         **arm.describe(record["batch"]),
         "runs_as": SEQUENTIAL if arm.mode == SEQUENTIAL else statistics.mode,
         "steps_by_path": dict(statistics.steps),
-        "fell_back": own is None,
         **dict.fromkeys(MEASURED),
     }
     if own is None:
@@ -115,7 +114,7 @@ def describe(record: Record) -> str:
             f"{floor['kv_bytes'] / 1e9:.2f} GB of KV at {floor['copy_bandwidth'] / 1e12:.2f} TB/s "
             "(copy)"
         )
-    rows = [columns(arm) for arm in record["arms"] if not arm["fell_back"]]
+    rows = [columns(arm) for arm in record["arms"] if arm["step_ms"]]
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[row.get(name, "-") for name in names] for row in rows]
     lines += report.fallbacks(record["arms"])

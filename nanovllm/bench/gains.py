@@ -103,9 +103,7 @@ def describe_shape(record: Record, shape: Record) -> list[str]:
     granted = [
         f"{arm['label']} was granted {report.sms(arm)} SMs"
         for arm in shape["arms"]
-        if "+" in arm["label"]
-        and arm["attention_sms"] is not None
-        and short_label(arm["label"]) != report.sms(arm)
+        if "+" in arm["label"] and report.sms(arm) not in ("all", short_label(arm["label"]))
     ]
     head = ["batch", "context", "seq. ms", *map(short_label, labels), "auto's plan", "best"]
     rows = [head, *(point_cells(point, labels) for point in points)]

@@ -70,7 +70,7 @@ def title(record: Record) -> str:
 
 def sms(arm: Record) -> str:
     """SMs that were granted to each lane; records of before there were lanes know two."""
-    lanes = arm.get("lane_sms") or {0: arm["attention_sms"], 1: arm["ffn_sms"]}
+    lanes = arm.get("lane_sms") or {lane: arm.get(f"{lane}_sms") for lane in ("attention", "ffn")}
     return "+".join(map(str, lanes.values())) if all(lanes.values()) else "all"
 
 

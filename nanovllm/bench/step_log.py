@@ -94,7 +94,8 @@ class StepLog:
         else:  # the device has work now, so the host has time
             logged = self.steps[-1]
             logged.end = self._event()
-            logged.drawn = np.array([c.seq.request_id for c in step.chunks if c.samples], np.int64)
+            drawn = [c.seq.request_id for c in step.chunks if c.samples]
+            logged.drawn = np.array(drawn, np.int64)
             if not step.is_decode:
                 logged.chunks = [(c.seq.request_id, c.start, c.end) for c in step.chunks]
 

@@ -6,7 +6,8 @@
     mlp         output projection + residual + norm; gate, up, SiLU; down + residual + next norm
 
 Each line of a stage is one fused kernel where there is one for its sizes. The stages are cut where
-nothing can be fused, so that the norm of a layer ends the MLP of the layer before.
+nothing can be fused, so that the norm of a layer ends the MLP of the layer before. Which norms and
+biases a layer has is in its config, out of the table in architectures.py.
 """
 
 from __future__ import annotations
@@ -247,7 +248,7 @@ class DecoderForCausalLM(nn.Module):
         """Gives the weights memory, not yet filled, on `device`, and rope a table.
 
         Args:
-            device: of both; "meta" is no memory.
+            device: of both.
             max_length: positions that the model will see.
 
         Raises:
@@ -329,5 +330,6 @@ def make_model(
     """
     with torch.device("meta"):
         model = DecoderForCausalLM(config, backend, group).to(dtype)
-    model.allocate(device, config.usable_length if max_length is None else max_length)
+    if device.type != "meta":
+        model.allocate(device, config.usable_length if max_length is None else max_length)
     return model.eval()

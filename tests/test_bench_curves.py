@@ -19,8 +19,9 @@ from nanovllm.bench import BenchError, curves, curves_work
 from nanovllm.bench.ceilings import layer_matrices, matmul_peak, steady_seconds
 from nanovllm.bench.curves import MIN_DENSE_SMS, MOST_SPLITS, choose_splits, describe
 from nanovllm.bench.report import write_record
-from nanovllm.bench.shapes import parse_config, published_config
+from nanovllm.bench.shapes import published_config
 from nanovllm.kernels import reference
+from nanovllm.models import parse_config
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = parse_config(

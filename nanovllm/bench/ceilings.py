@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from nanovllm.bench.shapes import ModelConfig
 from nanovllm.bench.turns import DecodeWorkload
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.models import ModelConfig
 
 # The first calls of all may compile kernels.
 FIRST_CALLS, FEWEST_CALLS, MOST_CALLS = 3, 6, 5000

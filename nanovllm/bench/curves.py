@@ -25,9 +25,10 @@ from nanovllm.bench.arms import Split
 from nanovllm.bench.ceilings import copy_bandwidth, matmul_peak, steady_seconds
 from nanovllm.bench.pictures import draw_curves as draw
 from nanovllm.bench.report import Record
-from nanovllm.bench.shapes import parse_config, published_config
+from nanovllm.bench.shapes import published_config
 from nanovllm.engine.green_manager import GreenContextManager
 from nanovllm.engine.pipeline import MIN_DENSE_SMS
+from nanovllm.models import parse_config
 
 if TYPE_CHECKING:
     from nanovllm.bench.curves_work import Work

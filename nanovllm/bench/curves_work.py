@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 
 from nanovllm.bench.ceilings import layer_matrices, layer_weights
-from nanovllm.bench.shapes import ModelConfig
 from nanovllm.kernels.library_sms import can_limit_sms, limited_to
 from nanovllm.kernels.paged_decode import DecodeWorkspace, paged_decode_attention, tile_offsets
+from nanovllm.models import ModelConfig
 
 BLOCK_SIZE = 256
 READ_BYTES = 1 << 29

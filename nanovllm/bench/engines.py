@@ -14,10 +14,11 @@ import torch
 
 from nanovllm.bench import BenchError, DoesNotFit
 from nanovllm.bench.report import Record
-from nanovllm.bench.shapes import SIZES, load_config, shape_directory
+from nanovllm.bench.shapes import SIZES, shape_directory
 from nanovllm.config import Config
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.scheduler import ADMISSION_RESERVE
+from nanovllm.models import load_config
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.tiny import CHECKPOINT_DIR
 from nanovllm.utils.hub import resolve_model

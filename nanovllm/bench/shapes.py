@@ -13,10 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from nanovllm.models.qwen3_config import Qwen3Config as ModelConfig
-
-parse_config, load_config = ModelConfig.from_dict, ModelConfig.from_directory
-
 COMMON: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
     "attention_bias": False,

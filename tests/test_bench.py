@@ -24,13 +24,12 @@ from nanovllm.bench.engines import fill_cache
 from nanovllm.bench.report import sms
 from nanovllm.bench.shapes import (
     SIZES,
-    load_config,
-    parse_config,
     published_config,
     shape_directory,
 )
 from nanovllm.bench.turns import DecodeWorkload, run_turn
 from nanovllm.engine.model_runner import ignore
+from nanovllm.models import load_config, parse_config
 from tests.bench_maps import pretend_planner
 
 ROOT = Path(bench_pipeline.__file__).parent

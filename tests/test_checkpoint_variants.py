@@ -8,13 +8,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from nanovllm import LLM
 from nanovllm.layers.rotary_embedding import cos_sin_table
 from nanovllm.models import ModelConfig, load_config, parse_config
 from nanovllm.utils.loader import WeightsError
 from tests.checkpoint_variants import ENGINE, engine_tokens, oracle_tokens, write_variant
-from tests.checkpoints import Shape
+from tests.checkpoints import TABLE, Shape
 from tests.fuzz_checkpoints import Worker, tally, try_mutations
 
 SHAPE = Shape(layers=1, heads=2, kv_heads=1, head_dim=128, hidden=32, intermediate=64, seed=4)
@@ -61,15 +62,15 @@ def test_an_absent_head_dim_is_that_of_the_class_and_not_hidden_size_by_heads(tm
         assert llm.model_runner.model_config.head_dim == 128
 
 
-def test_absent_fields_have_the_defaults_of_transformers():
-    from transformers import Qwen3Config as Theirs
-
-    theirs, ours = Theirs(), parse_config({"model_type": "qwen3"})
+@pytest.mark.parametrize("model_type", TABLE)
+def test_absent_fields_have_the_defaults_of_transformers(model_type):
+    theirs, ours = AutoConfig.for_model(model_type), parse_config({"model_type": model_type})
     shared = set(ModelConfig.__dataclass_fields__) & theirs.to_dict().keys() - {"dtype"}
-    assert len(shared) >= 10
+    assert len(shared) >= 9
     for name in shared:
         assert getattr(ours, name) == getattr(theirs, name), name
-    assert ours.qkv_bias == ours.o_bias == theirs.attention_bias
+    eos = [] if theirs.eos_token_id is None else [theirs.eos_token_id]
+    assert list(ours.eos_token_ids) == eos
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
 
 

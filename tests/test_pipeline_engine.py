@@ -23,7 +23,7 @@ from nanovllm.engine.step_inputs import decode_first
 from nanovllm.engine.step_runner import FixedPlan, PreparedStep
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.tiny import CHECKPOINT_DIR, PROMPTS
-from tests.checkpoints import VOCAB, Shape, greedy, prompts
+from tests.checkpoints import VOCAB, Shape
 from tests.decode_cases import relative_error
 from tests.fake_driver import FakeDriver, Result
 
@@ -33,58 +33,17 @@ FELL_BACK = "[ModelRunner] Falling back to sequential execution"
 NO_GREEN = "[GreenContextManager] Failed to initialize Green Context: "
 
 
-def pipelined_engine(directory, **options: Any) -> LLM:
-    options = {"kvcache_block_size": 16, "max_model_len": 128} | options
-    return LLM(
-        str(directory),
-        device="cpu",
-        enable_pipeline=True,
-        pipeline_mode="microbatch",
-        pipeline_strict=True,
-        **options,
-    )
-
-
 def tokens_of(outputs) -> list[list[int]]:
     return [output["token_ids"] for output in outputs]
 
 
-# The same tokens
-
-# Plain, scarce KV blocks with preemption, long prompts in chunks, few seats, no prefix cache.
-SETTINGS = [
-    {},
-    {"num_kvcache_blocks": 8},
-    {"num_kvcache_blocks": 7, "max_num_batched_tokens": 13},
-    {"max_num_seqs": 3},
-    {"enable_prefix_caching": False, "num_kvcache_blocks": 9},
-]
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_pipelined_tokens_equal_those_of_transformers(tmp_path, seed):
-    """Prompts share beginnings, and their limits differ, so requests finish in mid-batch."""
-    model = Shape.random(seed).write(tmp_path)
-    rng = random.Random(seed)
-    given = prompts(seed, count=rng.randint(2, 9))
-    limits = [rng.randint(1, MAX_TOKENS) for _ in given]
-    expected = [greedy(model, *pair) for pair in zip(given, limits, strict=True)]
-    for options in rng.sample(SETTINGS, 2):
-        with pipelined_engine(tmp_path, **options) as llm:
-            ids = [
-                llm.add_request(prompt, temperature=0, max_tokens=limit)
-                for prompt, limit in zip(given, limits, strict=True)
-            ]
-            done = {}
-            while not llm.is_finished():
-                done |= {output["request_id"]: output["token_ids"] for output in llm.step()}
-            assert [done[i] for i in ids] == expected, options
-            assert len(llm.scheduler.blocks.free) == llm.scheduler.blocks.num_blocks
+# What is pipelined
 
 
 def test_steps_of_two_sequences_or_more_are_pipelined(tmp_path):
     Shape().write(tmp_path)
-    with pipelined_engine(tmp_path) as llm:
+    options = {"enable_pipeline": True, "pipeline_mode": "microbatch", "pipeline_strict": True}
+    with LLM(str(tmp_path), device="cpu", kvcache_block_size=16, **options) as llm:
         for max_tokens in (8, 4):
             llm.add_request([5, 6, 7], temperature=0, max_tokens=max_tokens, ignore_eos=True)
         while not llm.is_finished():
@@ -95,53 +54,6 @@ def test_steps_of_two_sequences_or_more_are_pipelined(tmp_path):
     assert stats["steps"] == {"pipelined": 3, "sequential": 4}
     assert stats["mode"] == "microbatch"
     assert stats["fallback_reason"] is None
-
-
-def test_scarce_blocks_do_preempt(tmp_path):
-    """The settings above would prove little if blocks never ran out."""
-    model = Shape(seed=3).write(tmp_path)
-    given = prompts(5, count=6, longest=40)
-    with pipelined_engine(tmp_path, num_kvcache_blocks=8) as llm:
-        outputs = llm.generate(
-            given, temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, use_tqdm=False
-        )
-        assert llm.scheduler.num_preemptions > 0
-        assert llm.model_runner.get_pipeline_statistics()["steps"]["pipelined"] > 0
-    for prompt, tokens in zip(given, tokens_of(outputs), strict=True):
-        expected = greedy(model, prompt, MAX_TOKENS)
-        assert tokens[: len(expected)] == expected
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_aborts_in_mid_run_leave_the_others_as_they_are(tmp_path, seed):
-    model = Shape(seed=seed).write(tmp_path)
-    rng = random.Random(seed)
-    given = prompts(seed, count=7, longest=40)
-    with pipelined_engine(tmp_path, num_kvcache_blocks=10) as llm:
-        ids = [llm.add_request(p, temperature=0, max_tokens=MAX_TOKENS) for p in given]
-        doomed = {ids[2]: rng.randint(1, 6), ids[5]: rng.randint(2, 12)}  # by step
-        done, step = {}, 0
-        while not llm.is_finished():
-            for request_id, when in doomed.items():
-                if when == step:
-                    llm.abort(request_id)
-            done |= {output["request_id"]: output["token_ids"] for output in llm.step()}
-            step += 1
-        assert len(llm.scheduler.blocks.free) == llm.scheduler.blocks.num_blocks
-    assert done.keys() >= set(ids) - doomed.keys()
-    for request_id, tokens in done.items():
-        assert tokens == greedy(model, given[request_id], MAX_TOKENS)
-
-
-def test_sampled_tokens_are_the_sequential_ones(tmp_path):
-    Shape(seed=6).write(tmp_path)
-    given = prompts(6, count=5)
-    sampled = []
-    for options in ({}, {"enable_pipeline": True, "pipeline_mode": "microbatch"}):
-        with LLM(str(tmp_path), device="cpu", kvcache_block_size=16, **options) as llm:
-            outputs = llm.generate(given, temperature=0.8, seed=3, max_tokens=16, use_tqdm=False)
-            sampled.append(tokens_of(outputs))
-    assert sampled[0] == sampled[1]
 
 
 # Where there is no pipeline

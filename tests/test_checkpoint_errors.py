@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM
-from nanovllm.models import UnsupportedModelError, parse_config
+from nanovllm.models import UnsupportedModelError
 from nanovllm.utils import hub
 from nanovllm.utils.hub import resolve_model
 from nanovllm.utils.loader import INDEX, WeightsError
@@ -251,57 +251,9 @@ def test_an_untied_checkpoint_needs_its_output_head(copy):
 # ------------------------------------------------------------------ config.json
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"architectures": ["LlamaForCausalLM"]}, ["LlamaForCausalLM", "one of Qwen3ForCausalLM"]),
-        ({"architectures": "Qwen3Model"}, ["architecture 'Qwen3Model'"]),
-        ({"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}, ["qwen3_moe"]),
-        ({"model_type": "qwen2"}, ["model_type='qwen2'"]),
-        ({"model_type": ...}, ["model_type=None"]),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, ["rope_type='llama3'"]),
-        ({"rope_parameters": ..., "rope_scaling": {"type": "linear"}}, ["rope_type='linear'"]),
-        ({"rope_parameters": ..., "rope_scaling": "yarn"}, ["rope_scaling='yarn'"]),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": "x"}}, ["factor='x'"]),
-        ({"rope_parameters": {"rope_theta": -1}}, ["rope_theta=-1"]),
-        (
-            {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
-            ["rope_parameters={'full_attention'", "flat"],
-        ),
-        (
-            {
-                "use_sliding_window": True,
-                "sliding_window": 16,
-                "max_window_layers": 1,
-                "layer_types": ...,
-            },
-            ["use_sliding_window=True", "must be False", "max_window_layers=1"],
-        ),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types"]),
-        ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "must be 'silu'"]),
-        ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config=", "awq"]),
-        ({"num_key_value_heads": 3}, ["num_attention_heads=2", "num_key_value_heads=3"]),
-        ({"num_attention_heads": 0}, ["num_attention_heads=0", "positive integer"]),
-        ({"num_hidden_layers": True}, ["num_hidden_layers=True", "positive integer"]),
-        ({"vocab_size": None}, ["vocab_size=None", "positive integer"]),
-        ({"hidden_size": 32.0}, ["hidden_size=32.0", "positive integer"]),
-        ({"intermediate_size": "64"}, ["intermediate_size='64'", "positive integer"]),
-        ({"max_position_embeddings": -5}, ["max_position_embeddings=-5", "positive integer"]),
-        ({"head_dim": 63}, ["head_dim=63", "even"]),
-        ({"rms_norm_eps": "small"}, ["rms_norm_eps='small'"]),
-        ({"rms_norm_eps": None}, ["rms_norm_eps=None"]),
-        ({"dtype": "float64"}, ["dtype='float64'", "bfloat16"]),
-        ({"dtype": ..., "torch_dtype": "int8"}, ["dtype='int8'"]),
-        ({"eos_token_id": "1"}, ["eos_token_id='1'"]),
-        ({"eos_token_id": [1, None]}, ["eos_token_id=[1, None]"]),
-    ],
-    ids=str,
-)
-def test_a_model_that_is_not_supported_is_refused_by_name(copy, changes, words):
-    edit_config(copy, **changes)
-    message = error_of(UnsupportedModelError, copy)
-    for word in words:
-        assert word in message
+def test_a_model_that_is_not_supported_is_refused_by_name(copy):
+    edit_config(copy, hidden_act="gelu")
+    assert "hidden_act='gelu'" in error_of(UnsupportedModelError, copy)
 
 
 @pytest.mark.parametrize("text", ["", "{", "nonsense", '{"model_type": "qwen3",}', "\xff\xfe"])
@@ -371,65 +323,6 @@ def test_code_in_a_checkpoint_never_runs(copy, tmp_path, file, model_type):
     if model_type != "qwen3":
         assert "UnsupportedModelError" in done.stderr
         assert model_type in done.stderr
-
-
-# ------------------------------------------------------------------ spellings of config.json
-
-
-def base_fields() -> dict:
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "vocab_size": 512,
-        "hidden_size": 48,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "max_position_embeddings": 256,
-        "rms_norm_eps": 1e-6,
-        "eos_token_id": 1,
-    }
-
-
-YARN = {"factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 16.0}
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        (
-            {"rope_theta": 1e6, "rope_scaling": None, "torch_dtype": "bfloat16"},
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "dtype": "bfloat16"},
-        ),
-        (
-            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "yarn", **YARN}},
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, **YARN}},
-        ),
-        (
-            {"rope_theta": 5e5, "rope_scaling": {"type": "yarn", **YARN}},
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, **YARN}},
-        ),
-        (
-            {"torch_dtype": "float16", "rope_theta": 10000},
-            {"dtype": "float16", "rope_parameters": {"rope_theta": 1e4}},
-        ),
-    ],
-    ids=["default", "yarn", "yarn of old", "no rope_type"],
-)
-def test_old_and_new_spellings_mean_the_same(old, new):
-    first = parse_config({**base_fields(), **old})
-    assert first == parse_config({**base_fields(), **new})
-    different = {**new, "rope_parameters": {**new["rope_parameters"], "rope_theta": 123.0}}
-    assert first != parse_config({**base_fields(), **different})
-
-
-def test_eos_ids_of_both_files_are_joined():
-    config = parse_config({**base_fields(), "eos_token_id": [3, 4]}, [4, 5])
-    assert config.eos_token_ids == (3, 4, 5)
-    assert parse_config(base_fields(), 7).eos_token_ids == (1, 7)
-    assert parse_config({**base_fields(), "eos_token_id": None}).eos_token_ids == ()
 
 
 # ------------------------------------------------------------------ the hub

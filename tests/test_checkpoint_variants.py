@@ -8,14 +8,13 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
 
 from nanovllm import LLM
 from nanovllm.layers.rotary_embedding import cos_sin_table
-from nanovllm.models import ModelConfig, load_config, parse_config
+from nanovllm.models import load_config
 from nanovllm.utils.loader import WeightsError
 from tests.checkpoint_variants import ENGINE, engine_tokens, oracle_tokens, write_variant
-from tests.checkpoints import TABLE, Shape
+from tests.checkpoints import Shape
 from tests.fuzz_checkpoints import Worker, tally, try_mutations
 
 SHAPE = Shape(layers=1, heads=2, kv_heads=1, head_dim=128, hidden=32, intermediate=64, seed=4)
@@ -62,31 +61,11 @@ def test_an_absent_head_dim_is_that_of_the_class_and_not_hidden_size_by_heads(tm
         assert llm.model_runner.model_config.head_dim == 128
 
 
-@pytest.mark.parametrize("model_type", TABLE)
-def test_absent_fields_have_the_defaults_of_transformers(model_type):
-    theirs, ours = AutoConfig.for_model(model_type), parse_config({"model_type": model_type})
-    shared = set(ModelConfig.__dataclass_fields__) & theirs.to_dict().keys() - {"dtype"}
-    assert len(shared) >= 9
-    for name in shared:
-        assert getattr(ours, name) == getattr(theirs, name), name
-    eos = [] if theirs.eos_token_id is None else [theirs.eos_token_id]
-    assert list(ours.eos_token_ids) == eos
-    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
-
-
 def test_rope_scaling_wins_over_rope_parameters(tmp_path):
     Shape(seed=7).write(tmp_path)
     default = oracle_tokens(tmp_path)
     edit_config(tmp_path, rope_scaling=YARN, rope_theta=10_000.0)
     assert engine_tokens(tmp_path) == oracle_tokens(tmp_path) != default
-
-
-def test_what_rope_scaling_lacks_is_not_taken_from_rope_parameters():
-    both = {"rope_scaling": YARN, "rope_parameters": {"rope_theta": 5e5, "beta_fast": 8}}
-    rope = parse_config({"model_type": "qwen3", **both}).rope
-    assert (rope.theta, rope.beta_fast) == (10_000.0, 32.0)
-    rope = parse_config({"model_type": "qwen3", **both, "rope_theta": 1e6}).rope
-    assert rope.theta == 1e6
 
 
 @pytest.mark.parametrize("max_position", [64, 256, 1000])
@@ -108,25 +87,6 @@ def test_the_rope_table_is_as_long_as_the_engine_needs(tmp_path):
         table = llm.model_runner.model.model.cos_sin
         config = llm.model_runner.model_config
         assert torch.equal(table, cos_sin_table(config.rope, 128, ENGINE["max_model_len"]))
-
-
-@pytest.mark.parametrize(
-    ("changes", "loads"),
-    [
-        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}, True),
-        ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, True),
-        ({"use_sliding_window": False, "sliding_window": 16, "max_window_layers": 0}, True),
-        ({"use_sliding_window": True, "max_window_layers": 1}, False),
-    ],
-    ids=str,
-)
-def test_a_sliding_window_matters_only_where_a_layer_has_it(changes, loads):
-    fields = {"model_type": "qwen3", "num_hidden_layers": 2, **changes}
-    if loads:
-        assert parse_config(fields).num_hidden_layers == 2
-    else:
-        with pytest.raises(ValueError, match="use_sliding_window=True"):
-            parse_config(fields)
 
 
 # ------------------------------------------------------------------ weights

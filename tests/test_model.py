@@ -7,14 +7,11 @@ import sys
 
 import pytest
 import torch
-from transformers import Qwen3Config as HFConfig
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from nanovllm.layers.attention import AttentionMetadata, DecodeMetadata, PrefillMetadata
 from nanovllm.layers.attention_torch import TorchBackend
 from nanovllm.layers.parallel import ParallelGroup
-from nanovllm.layers.rotary_embedding import cos_sin_table
-from nanovllm.models import Model, UnsupportedModelError, load_config, make_model, parse_config
+from nanovllm.models import Model, load_config, make_model
 from nanovllm.models.throwaway_cache import sequence_starts, throwaway_cache
 from nanovllm.utils.loader import load_weights
 from tests.checkpoints import VOCAB, Shape
@@ -188,82 +185,7 @@ def test_whole_sequences_count_up_from_0(positions):
         sequence_starts(torch.tensor(positions, dtype=torch.int64))
 
 
-# ------------------------------------------------------------------ rope
-
-
-ROPES = [
-    {"rope_type": "default", "rope_theta": 10000.0},
-    {"rope_type": "default", "rope_theta": 1e6},
-    {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0},
-    {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "beta_fast": 16.0, "beta_slow": 2.0},
-    {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "attention_factor": 0.7},
-    {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "mscale": 0.7, "mscale_all_dim": 1.1},
-    {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "truncate": False},
-]
-
-
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("rope", ROPES, ids=str)
-def test_the_rope_table_is_that_of_transformers(rope, head_dim):
-    longest = 4096
-    if rope["rope_type"] == "yarn":
-        rope = {**rope, "original_max_position_embeddings": 128}
-    theirs = HFConfig(
-        head_dim=head_dim, max_position_embeddings=longest, rope_parameters=dict(rope)
-    )
-    ours = parse_config(
-        {
-            **theirs.to_dict(),
-            "architectures": ["Qwen3ForCausalLM"],
-            "rope_parameters": rope,
-        }
-    )
-    cos, sin = Qwen3RotaryEmbedding(theirs)(torch.zeros(1), torch.arange(longest)[None])
-    half = head_dim // 2
-    expected = torch.cat([cos[0, :, :half], sin[0, :, :half]], dim=1)
-    torch.testing.assert_close(
-        cos_sin_table(ours.rope, head_dim, longest), expected, rtol=0, atol=1e-6
-    )
-
-
-def test_yarn_differs_from_default_rope():
-    """Or else the test above would prove little."""
-    fields = HFConfig().to_dict() | {"architectures": ["Qwen3ForCausalLM"]}
-    tables = [
-        cos_sin_table(parse_config(fields | {"rope_parameters": rope}).rope, 64, 64)
-        for rope in ROPES[:3]
-    ]
-    assert not torch.allclose(tables[0], tables[1], atol=1e-2)
-    assert not torch.allclose(tables[1], tables[2], atol=1e-2)
-
-
-# ------------------------------------------------------------------ ranks, imports
-
-
-@pytest.mark.parametrize(
-    ("size", "words"),
-    [
-        (3, "tensor_parallel_size=3 does not divide num_attention_heads=4"),
-        (8, "tensor_parallel_size=8 does not divide num_attention_heads=4"),
-    ],
-)
-def test_a_model_that_cannot_be_split_evenly_is_refused(tmp_path, size, words):
-    Shape(heads=4, kv_heads=2).write(tmp_path)
-    config = load_config(tmp_path)
-    with pytest.raises(UnsupportedModelError) as caught:
-        config.rank_heads(ParallelGroup(0, size))
-    assert str(caught.value) == words
-
-
-def test_kv_heads_that_fit_no_rank_are_refused():
-    fields = HFConfig(
-        num_attention_heads=12, num_key_value_heads=3, intermediate_size=64
-    ).to_dict() | {"architectures": ["Qwen3ForCausalLM"]}
-    with pytest.raises(UnsupportedModelError) as caught:
-        parse_config(fields).rank_heads(ParallelGroup(0, 2))
-    assert str(caught.value) == (
-        "tensor_parallel_size=2 neither divides nor is a multiple of num_key_value_heads=3"
-    )
+# ------------------------------------------------------------------ imports
 
 
 def test_an_engine_with_dummy_weights_on_the_cpu_needs_neither_triton_nor_transformers(tmp_path):

@@ -80,7 +80,16 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
 ]
 
 # By model_type, what only that one refuses.
-REFUSED_BY: dict[str, list[tuple[dict[str, Any], list[str]]]] = {}
+REFUSED_BY: dict[str, list[tuple[dict[str, Any], list[str]]]] = {
+    "qwen3": [({"head_dim": None}, ["head_dim=None", "even"])],
+    "qwen2": [
+        ({"head_dim": ..., "hidden_size": 60}, ["head_dim", "15", "hidden_size=60", "even"]),
+        (
+            {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 1},
+            ["use_sliding_window=True", "max_window_layers=1"],
+        ),
+    ],
+}
 
 
 def refused(fields: dict[str, Any]) -> str:
@@ -211,6 +220,19 @@ def test_eos_ids_of_both_files_are_joined():
     assert config.eos_token_ids == (3, 4, 5)
     assert parse_config(config_fields(), 7).eos_token_ids == (1, 7)
     assert parse_config(config_fields(eos_token_id=None)).eos_token_ids == ()
+
+
+@pytest.mark.parametrize("absent", [..., None])
+def test_without_head_dim_it_is_hidden_size_by_heads(absent):
+    config = parse_config(config_fields("qwen2", head_dim=absent, hidden_size=96))
+    assert config.head_dim == 24
+
+
+def test_qwen2_has_biases_whatever_attention_bias_says():
+    """It is no field of it, and transformers takes no notice."""
+    for bias in (True, False, "x", ...):
+        config = parse_config(config_fields("qwen2", attention_bias=bias))
+        assert (config.qk_norm, config.qkv_bias, config.o_bias) == (False, True, False)
 
 
 # ------------------------------------------------------------------ rope

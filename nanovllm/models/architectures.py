@@ -110,7 +110,16 @@ QWEN3 = Architecture(
     own_fields={"attention_bias": (BOOLEAN, False), "head_dim": (EVEN_SIZE, 128)},
 )
 
-ARCHITECTURES = (QWEN3,)
+# Qwen2 and Qwen2.5.
+QWEN2 = Architecture(
+    name="Qwen2ForCausalLM",
+    model_type="qwen2",
+    ropes=("default", "yarn"),
+    qkv_bias=True,
+    o_bias=False,
+)
+
+ARCHITECTURES = (QWEN3, QWEN2)
 
 
 def field_names() -> list[str]:

@@ -114,6 +114,7 @@ def draw_shape(rng: random.Random) -> tuple[Shape, str]:
     )
     if entry.fields["head_dim"][1] is None and heads * head_dim < 300 and rng.random() < 0.5:
         shape = replace(shape, head_dim=None, hidden=heads * head_dim)
+    shape = shape.with_allowed_hidden()
     sizes = f"{heads}x{kv_heads}x{shape.head_dim}"
     return shape, f"{entry.model_type} {sizes} tied={shape.tied} bias={shape.bias}"
 
@@ -167,8 +168,22 @@ def draw_yarn(rng: random.Random) -> Fields:
     return yarn
 
 
+def draw_llama3(rng: random.Random) -> Fields:
+    llama3: Fields = {
+        rng.choice(["rope_type", "type"]): "llama3",
+        "factor": rng.choice([8.0, 32, 2, 1.0, 0.5]),
+        "low_freq_factor": rng.choice([1.0, 1, 0.5]),
+        "high_freq_factor": rng.choice([4.0, 4, 2, 1.5]),
+    }
+    if rng.random() < 0.8:
+        llama3["original_max_position_embeddings"] = rng.choice([64, 32, 100])
+    if rng.random() < 0.25:
+        llama3["attention_factor"] = 0.5  # means nothing here
+    return llama3
+
+
 # By rope_type: what scales the default rope.
-SCALINGS = {"yarn": draw_yarn}
+SCALINGS = {"yarn": draw_yarn, "llama3": draw_llama3}
 
 
 def spell_fields(rng: random.Random, fields: Fields, shape: Shape, entry: Architecture) -> str:
@@ -194,6 +209,8 @@ def spell_fields(rng: random.Random, fields: Fields, shape: Shape, entry: Archit
         "unknown_field": [{"a": [1, {}]}],
         "eos_token_id": [1, [1, 2], None, -1],
     }
+    if shape.model_type == "llama":
+        options |= {"pretraining_tp": [1, None], "mlp_bias": [False]}
     if shape.heads == shape.kv_heads:
         options["num_key_value_heads"] = [None]
     for name, values in options.items():

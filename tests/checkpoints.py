@@ -54,7 +54,13 @@ class Shape:
         )
         if entry.fields["head_dim"][1] is None and rng.random() < 0.5:
             return replace(shape, head_dim=None, hidden=heads * rng.choice([16, 32]))
-        return shape
+        return shape.with_allowed_hidden()
+
+    def with_allowed_hidden(self) -> Shape:
+        """For Llama, whose hidden size transformers wants to be a multiple of the heads."""
+        if self.model_type != "llama":
+            return self
+        return replace(self, hidden=-(-self.hidden // self.heads) * self.heads)
 
     def config(self) -> PretrainedConfig:
         fields: dict[str, Any] = {
@@ -98,6 +104,8 @@ def random_rope(rng: random.Random, rope_type: str) -> dict[str, Any]:
     if rope_type != "default":
         rope["factor"] = rng.choice([2.0, 4.0])
         rope["original_max_position_embeddings"] = rng.choice([32, 64])
+    if rope_type == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": rng.choice([2.0, 4.0])}
     return rope
 
 

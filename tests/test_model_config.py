@@ -16,6 +16,14 @@ from tests.checkpoints import TABLE
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
 
 def config_fields(model_type: str = "qwen3", /, **changes: Any) -> dict[str, Any]:
     """A small config.json; `...` drops a field."""
@@ -88,6 +96,21 @@ REFUSED_BY: dict[str, list[tuple[dict[str, Any], list[str]]]] = {
             {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 1},
             ["use_sliding_window=True", "max_window_layers=1"],
         ),
+        ({"rope_parameters": {"rope_type": "llama3"}}, ["rope_type='llama3'", "'yarn'"]),
+    ],
+    "llama": [
+        ({"attention_bias": True}, ["attention_bias=True", "false"]),
+        ({"mlp_bias": True}, ["mlp_bias=True", "false"]),
+        ({"pretraining_tp": 2}, ["pretraining_tp=2", "1"]),
+        ({"sliding_window": 4096}, ["sliding_window=4096", "null"]),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, ["rope_type='dynamic'"]),
+        ({"rope_scaling": {**LLAMA3, "factor": None}}, ["factor=None", "positive"]),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": 0}}, ["low_freq_factor=0", "positive"]),
+        (
+            {"rope_scaling": {**LLAMA3, "high_freq_factor": 1}},
+            ["high_freq_factor=1", "low_freq_factor=1"],
+        ),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor is missing"]),
     ],
 }
 
@@ -194,6 +217,24 @@ def test_old_and_new_spellings_mean_the_same(old, new):
     assert first != parse_config(config_fields(**different))
 
 
+def test_llama_3_is_understood_as_published():
+    """In transformers 4.x, as on the hub; and as 5.x saves it."""
+    old = {"rope_theta": 500_000.0, "rope_scaling": LLAMA3, "pretraining_tp": 1}
+    eos = [128_001, 128_008, 128_009]
+    config = parse_config(config_fields("llama", **old, eos_token_id=eos), eos)
+    new = {"rope_parameters": {**LLAMA3, "rope_theta": 500_000.0}}
+    assert config == parse_config(config_fields("llama", **new, eos_token_id=eos))
+    assert config.eos_token_ids == tuple(eos)
+    assert (config.rope.theta, config.rope.factor) == (500_000.0, 8.0)
+    assert config.usable_length == 256
+    assert (config.qk_norm, config.qkv_bias, config.o_bias) == (False, False, False)
+
+
+def test_the_default_eos_counts_only_where_no_file_has_one():
+    assert parse_config(config_fields("llama", eos_token_id=...)).eos_token_ids == (2,)
+    assert parse_config(config_fields("llama", eos_token_id=...), [9]).eos_token_ids == (9,)
+
+
 def test_what_rope_scaling_lacks_is_not_taken_from_rope_parameters():
     scaling = {"rope_type": "yarn", **YARN}
     both = {"rope_scaling": scaling, "rope_parameters": {"rope_theta": 5e5, "beta_fast": 8}}
@@ -245,6 +286,11 @@ ROPES = {
         {"rope_theta": 1e4, "factor": 8.0, "attention_factor": 0.7},
         {"rope_theta": 1e4, "factor": 8.0, "mscale": 0.7, "mscale_all_dim": 1.1},
         {"rope_theta": 1e6, "factor": 4.0, "truncate": False},
+    ],
+    "llama3": [
+        {"rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        {"rope_theta": 5e5, "factor": 32, "low_freq_factor": 1, "high_freq_factor": 4},
+        {"rope_theta": 1e4, "factor": 2.0, "low_freq_factor": 0.3, "high_freq_factor": 17.0},
     ],
 }
 LONGEST = 4096

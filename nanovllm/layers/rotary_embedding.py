@@ -79,6 +79,37 @@ class YarnRope(Rope):
         return low, high if high != low else high + 0.001
 
 
+@dataclass(frozen=True, kw_only=True)
+class Llama3Rope(Rope):
+    """The rope of Llama 3.1 to 3.3.
+
+    Dimensions that turn more than `high_freq_factor` times within the pretrained positions keep
+    their frequency, those that turn less than `low_freq_factor` times are interpolated by
+    `factor`, and those between blend the two.
+
+    Attributes:
+        factor: context extension; the config's max_position_embeddings has it already.
+        original_max_position: positions that the model was pretrained on.
+        low_freq_factor, high_freq_factor: turns within them.
+    """
+
+    factor: float
+    original_max_position: float
+    low_freq_factor: float
+    high_freq_factor: float
+
+    def frequencies(self, head_dim: int) -> torch.Tensor:
+        # Rounded as in transformers, whose order of operations this is.
+        kept = super().frequencies(head_dim)
+        turns = self.original_max_position / (2 * math.pi / kept)
+        low, high = self.low_freq_factor, self.high_freq_factor
+        share = (turns - low) / (high - low)
+        blended = (1 - share) * kept / self.factor + share * kept
+        return torch.where(
+            turns > high, kept, torch.where(turns < low, kept / self.factor, blended)
+        )
+
+
 def cos_sin_table(rope: Rope, head_dim: int, max_position: int) -> torch.Tensor:
     """Returns float32 [max_position, head_dim]: cosines, then sines, of head_dim / 2 angles."""
     angles = torch.arange(max_position).float()[:, None] * rope.frequencies(head_dim)

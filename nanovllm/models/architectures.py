@@ -15,6 +15,7 @@ from nanovllm.models.fields import (
     BOOLEAN,
     DTYPE,
     EVEN_SIZE,
+    FALSE,
     FLAT_OBJECT,
     FRACTION,
     INTEGER,
@@ -119,7 +120,29 @@ QWEN2 = Architecture(
     o_bias=False,
 )
 
-ARCHITECTURES = (QWEN3, QWEN2)
+# Llama 3 to 3.3.
+LLAMA = Architecture(
+    name="LlamaForCausalLM",
+    model_type="llama",
+    ropes=("default", "llama3", "yarn"),
+    qkv_bias=False,
+    o_bias=False,
+    own_fields={
+        "attention_bias": (FALSE, False),
+        "mlp_bias": (FALSE, False),
+        "pretraining_tp": (or_null(one_of(1)), 1),
+        "sliding_window": (NULL, None),
+    },
+    defaults={
+        "vocab_size": 32_000,
+        "intermediate_size": 11_008,
+        "num_key_value_heads": None,
+        "max_position_embeddings": 2048,
+        "eos_token_id": 2,
+    },
+)
+
+ARCHITECTURES = (QWEN3, QWEN2, LLAMA)
 
 
 def field_names() -> list[str]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from nanovllm.layers.rotary_embedding import Rope, YarnRope
+from nanovllm.layers.rotary_embedding import Llama3Rope, Rope, YarnRope
 from nanovllm.models.fields import (
     BOOLEAN,
     POSITIVE,
@@ -35,6 +35,13 @@ YARN_FIELDS: Fields = {
     "mscale": (or_zero(POSITIVE), None),
     "mscale_all_dim": (or_zero(POSITIVE), None),
     "truncate": (BOOLEAN, True),
+}
+
+LLAMA3_FIELDS: Fields = {
+    "factor": (POSITIVE, REQUIRED),
+    ORIGINAL: (POSITIVE, REQUIRED),
+    "low_freq_factor": (POSITIVE, REQUIRED),
+    "high_freq_factor": (POSITIVE, REQUIRED),
 }
 
 
@@ -96,8 +103,25 @@ def _yarn_attention_factor(values: Mapping[str, Any], factor: float) -> float:
     return magnitude(1.0)
 
 
+def _llama3(values: Mapping[str, Any], max_position: int) -> Llama3Rope:
+    low, high = values["low_freq_factor"], values["high_freq_factor"]
+    if high <= low:
+        raise UnsupportedModelError(
+            f"config.json: high_freq_factor={high:g} is not supported: it must be above "
+            f"low_freq_factor={low:g}"
+        )
+    return Llama3Rope(
+        theta=values["rope_theta"],
+        factor=values["factor"],
+        original_max_position=values[ORIGINAL],
+        low_freq_factor=low,
+        high_freq_factor=high,
+    )
+
+
 # By rope_type: the fields of its own, and what makes the rope of them and max_position_embeddings.
 ROPES: dict[str, tuple[Fields, Callable[[Mapping[str, Any], int], Rope]]] = {
     "default": ({}, lambda values, max_position: Rope(values["rope_theta"])),
     "yarn": (YARN_FIELDS, _yarn),
+    "llama3": (LLAMA3_FIELDS, _llama3),
 }

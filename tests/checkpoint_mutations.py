@@ -19,13 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanovllm.models.architectures import field_names
+from nanovllm.models.rope import ROPES
 from nanovllm.tiny import CHECKPOINT_DIR
+from tests.checkpoints import TABLE
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 EVIL: list[Any] = [
     *[None, True, False, 0, 1, -1, 2, 3, 7, 64, 512, 2**31, 2**31 - 1, 2**63, 10**30, -(2**40)],
     *[0.0, -0.0, 1.0, 0.5, 512.0, 1e-300, 1e308, float("nan"), float("inf"), -float("inf")],
-    *["", "x", "0", "64", "false", "true", "yarn", "default", "linear", "silu", "swish", "gelu"],
+    *["", "x", "0", "64", "false", "true", "linear", *ROPES, *TABLE, "silu", "swish", "gelu"],
     *["bfloat16", "torch.bfloat16", "float64", "int8", "half", "auto", "../x", "/etc/passwd"],
     *["\ud800", "a" * 10_000, "evil.Evil", "full_attention", "sliding_attention", "Qwen3Model"],
     *[[], {}, [1], [None], ["full_attention"], {"rope_type": "yarn"}, {"a": {"b": {}}}, [[[]]]],

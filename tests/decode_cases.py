@@ -42,8 +42,8 @@ def model_like(oracle: transformers.Qwen3ForCausalLM) -> DecoderForCausalLM:
     backend = make_backend("torch", config.rank_heads(group), CPU, BLOCK_SIZE)
     model = make_model(config, backend, group, CPU, torch.float32)
     weights = oracle.state_dict()
-    for name, slot in model.slots():
-        slot.target.copy_(weights[name])
+    for name, shard in model.weight_shards().items():
+        shard.target.copy_(weights[name])
     return model
 
 

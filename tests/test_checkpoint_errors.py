@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM
 from nanovllm.models import UnsupportedModelError
+from nanovllm.models.loader import INDEX, WeightsError
 from nanovllm.utils import hub
 from nanovllm.utils.hub import resolve_model
-from nanovllm.utils.loader import INDEX, WeightsError
 from tests.checkpoints import VOCAB, Shape
 
 SHAPE = Shape(layers=2, heads=2, kv_heads=1, hidden=32, intermediate=64)

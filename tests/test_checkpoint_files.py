@@ -13,10 +13,10 @@ import pytest
 
 from nanovllm import LLM
 from nanovllm.models import UnsupportedModelError
+from nanovllm.models.loader import INDEX, WeightsError
 from nanovllm.tiny import CHECKPOINT_DIR
 from nanovllm.utils.hub import resolve_model
 from nanovllm.utils.json_files import naming
-from nanovllm.utils.loader import INDEX, WeightsError
 from nanovllm.utils.tokenizer import TokenizerError, load_tokenizer
 from tests.checkpoint_mutations import add_tokenizer
 from tests.checkpoints import Shape

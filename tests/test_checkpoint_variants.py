@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from nanovllm import LLM
 from nanovllm.layers.rotary_embedding import cos_sin_table
 from nanovllm.models import load_config
-from nanovllm.utils.loader import WeightsError
+from nanovllm.models.loader import WeightsError
 from tests.checkpoint_variants import ENGINE, engine_tokens, oracle_tokens, write_variant
 from tests.checkpoints import Shape
 from tests.fuzz_checkpoints import Worker, tally, try_mutations

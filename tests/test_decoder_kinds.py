@@ -85,9 +85,9 @@ def test_logits_are_those_of_transformers(model_type, tied):
 
 @pytest.mark.parametrize("model_type", TABLE)
 def test_a_checkpoint_of_another_architecture_would_not_load(model_type):
-    """A model's slots are exactly the tensors that transformers has, biases and norms included."""
+    """A model's weights are those that transformers has, biases and norms included."""
     pair = Pair(model_type, tied=True, lengths=[2])
-    assert set(dict(pair.model.slots())) == pair.oracle.state_dict().keys() - {"lm_head.weight"}
+    assert pair.model.weight_shards().keys() == pair.oracle.state_dict().keys() - {"lm_head.weight"}
 
 
 def test_stages_come_in_the_order_of_execution():

@@ -11,9 +11,8 @@ import torch
 from nanovllm.layers.attention import AttentionMetadata, DecodeMetadata, PrefillMetadata
 from nanovllm.layers.attention_torch import TorchBackend
 from nanovllm.layers.parallel import ParallelGroup
-from nanovllm.models import Model, load_config, make_model
+from nanovllm.models import Checkpoint, Model, load_config, load_model
 from nanovllm.models.throwaway_cache import sequence_starts, throwaway_cache
-from nanovllm.utils.loader import load_weights
 from tests.checkpoints import VOCAB, Shape
 
 CPU = torch.device("cpu")
@@ -25,9 +24,7 @@ def load(directory) -> Model:
     config = load_config(directory)
     group = ParallelGroup()
     backend = TorchBackend(config.rank_heads(group))
-    model = make_model(config, backend, group, CPU, torch.float32)
-    load_weights(dict(model.slots()), directory, show_progress=False)
-    return model
+    return load_model(config, Checkpoint.open(directory), backend, group, CPU, torch.float32)
 
 
 def random_batch(seed: int, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,18 +28,8 @@ from nanovllm.engine.step_timer import DeviceTimer
 from nanovllm.engine.warm_up import warm_up
 from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.sampler import SamplingBatch, sample
-from nanovllm.layers.slots import Slot
-from nanovllm.models import Model, load_config, make_model
+from nanovllm.models import Checkpoint, load_config, load_model
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.loader import (
-    StoredTensor,
-    fill_randomly,
-    find_tensors,
-    first_dtype,
-    load_weights,
-    match_tensors,
-)
-from nanovllm.utils.memory import check_fits
 from nanovllm.utils.timeline import save_timeline
 
 
@@ -66,13 +56,16 @@ class ModelRunner:
         self.model_config = load_config(model_dir)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        stored = {} if config.load_format == "dummy" else find_tensors(model_dir)
-        checkpoint_dtype = self.model_config.dtype or first_dtype(stored)
-        dtype = resolve_dtype(config.dtype, checkpoint_dtype, device)
+        checkpoint = None if config.load_format == "dummy" else Checkpoint.open(model_dir)
+        stored_dtype = "float32" if checkpoint is None else checkpoint.dtype
+        dtype = resolve_dtype(config.dtype, self.model_config.dtype or stored_dtype, device)
         heads = self.model_config.rank_heads(ranks.group)
         self.backend = make_backend(config.attention_backend, heads, device, self.block_size)
         self.max_model_len = min(config.max_model_len, self.model_config.usable_length)
-        self.model = self._load(model_dir, stored, dtype)
+        self.model = load_model(
+            self.model_config, checkpoint, self.backend, ranks.group, device, dtype,
+            max_length=self.max_model_len, show_progress=ranks.is_first, on_tensor=ranks.check,
+        )  # fmt: skip
         max_blocks = -(-self.max_model_len // self.block_size)
         self.inputs = StepInputs(self.block_size, max_blocks, self.backend)
         self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
@@ -214,38 +207,6 @@ class ModelRunner:
         done = torch.cuda.Event()
         done.record()
         return host, done
-
-    def _load(self, model_dir: Path, stored: dict[str, StoredTensor], dtype: torch.dtype) -> Model:
-        """The model with its weights; its sizes are known to be true before it has memory."""
-        config, group = self.model_config, self.ranks.group
-        is_dummy = self.config.load_format == "dummy"
-        weights = f"the weights of {config.sizes()}"
-        if is_dummy:
-            num_bytes = config.num_weights // group.size * dtype.itemsize
-            check_fits(num_bytes, self.device, weights)
-
-        def check(slots: dict[str, Slot]) -> None:
-            if not is_dummy:
-                match_tensors(slots, stored, model_dir)
-            num_bytes = sum(slot.target.numel() for slot in slots.values()) * dtype.itemsize
-            check_fits(num_bytes, self.device, weights)
-
-        model = make_model(
-            config,
-            self.backend,
-            group,
-            self.device,
-            dtype,
-            max_length=self.max_model_len,
-            check=check,
-        )
-        slots = dict(model.slots())
-        if is_dummy:
-            fill_randomly(slots)
-        else:
-            ranks = self.ranks
-            load_weights(slots, model_dir, show_progress=ranks.is_first, between=ranks.check)
-        return model
 
     def make_step_runner(self, config: Config, plan: Plan | None = None) -> StepRunner:
         """Runs steps of this model as `config` says, or decode by `plan`; the caller closes it."""

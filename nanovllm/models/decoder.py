@@ -11,7 +11,6 @@ nothing can be fused, so that the norm of a layer ends the MLP of the layer befo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -22,9 +21,8 @@ from nanovllm.layers.attention import AttentionBackend, AttentionMetadata, HeadS
 from nanovllm.layers.embedding import VocabEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import PackedColumnLinear, RowLinear
-from nanovllm.layers.parallel import ParallelGroup, Shard
+from nanovllm.layers.parallel import ParallelGroup, Shard, WeightShard
 from nanovllm.layers.rotary_embedding import cos_sin_table
-from nanovllm.layers.slots import Slot, Slots
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.stage import BEFORE_LAYERS, MicroBatch, Stage, StepTensors
 from nanovllm.models.throwaway_cache import throwaway_cache
@@ -236,13 +234,30 @@ class DecoderForCausalLM(nn.Module):
             split=[attention.o_proj.weight, mlp.down_proj.weight],
         )
 
-    def slots(self) -> Slots:
-        """Every tensor that a checkpoint must hold, with its destination."""
-        for path, module in self.named_modules():
-            if isinstance(module, PackedColumnLinear):
-                yield from module.slots(path.rpartition(".")[0])
-            elif isinstance(module, (VocabEmbedding, RMSNorm, RowLinear)):
-                yield from module.slots(path)
+    def weight_shards(self) -> dict[str, WeightShard]:
+        """Every tensor that a checkpoint must hold, by name, and where this rank's part goes."""
+        return {
+            name: shard
+            for path, module in self.named_modules()
+            if isinstance(module, (PackedColumnLinear, RowLinear, RMSNorm, VocabEmbedding))
+            for name, shard in module.weight_shards(path)
+        }
+
+    def allocate(self, device: torch.device, max_length: int) -> None:
+        """Gives the weights memory, not yet filled, on `device`, and rope a table.
+
+        Args:
+            device: of both; "meta" is no memory.
+            max_length: positions that the model will see.
+
+        Raises:
+            MemoryError: they do not fit into the CPU's memory.
+        """
+        config = self.config
+        with cpu_memory_errors(device, f"the weights of {config.sizes()}"):
+            self.to_empty(device=device)
+            table = cos_sin_table(config.rope, config.head_dim, max_length)
+            self.model.cos_sin = table.to(device)
 
     # The stages. NOTE: a stage writes no field but those that `MicroBatch` says are its own.
 
@@ -298,27 +313,21 @@ def make_model(
     dtype: torch.dtype,
     *,
     max_length: int | None = None,
-    check: Callable[[dict[str, Slot]], object] = lambda slots: None,
 ) -> DecoderForCausalLM:
-    """Builds a model with uninitialised weights on `device`; a loader fills `slots()`.
+    """Builds a model with uninitialised weights; a loader fills `weight_shards()`.
 
     Args:
         config: of the model.
         backend: attention back end of all layers.
         group: this rank and the others.
-        device: of the weights; "meta": they have no memory.
+        device: of the weights; "meta": they have no memory until `allocate`.
         dtype: of the weights.
         max_length: positions that the model will see; None: all that it was made for.
-        check: called with the slots before they have memory; what it raises ends it here.
 
     Raises:
         MemoryError: the weights do not fit into the CPU's memory.
     """
     with torch.device("meta"):
         model = DecoderForCausalLM(config, backend, group).to(dtype)
-    check(dict(model.slots()))
-    with cpu_memory_errors(device, f"the weights of {config.sizes()}"):
-        model = model.to_empty(device=device)
-        length = config.usable_length if max_length is None else max_length
-        model.model.cos_sin = cos_sin_table(config.rope, config.head_dim, length).to(device)
+    model.allocate(device, config.usable_length if max_length is None else max_length)
     return model.eval()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.layers.attention import AttentionBackend, AttentionMetadata
-from nanovllm.layers.slots import Slots
+from nanovllm.layers.parallel import WeightShard
 
 # Layer number of the work before the first layer.
 BEFORE_LAYERS = -1
@@ -107,8 +107,8 @@ class Model(Protocol):
     def bind_kv_cache(self, cache: Tensor) -> None:
         """Gives each layer its part of [layers, 2, blocks, kv_heads, block_size, head_dim]."""
 
-    def slots(self) -> Slots:
-        """Every tensor that a checkpoint must hold, with its destination."""
+    def weight_shards(self) -> dict[str, WeightShard]:
+        """Every tensor that a checkpoint must hold, by name, and where this rank's part goes."""
 
     def linear_row_counts(self) -> list[int]:
         """Numbers of tokens that meet every kernel of the linear layers."""

@@ -153,7 +153,7 @@ except RankDiedError as error:
     ("place", "call", "seconds"),
     [
         # These two with the time that the worker takes to start.
-        ("model_runner.ModelRunner._load", 1, 60),
+        ("model_runner.load_model", 1, 60),
         ("model_runner.ModelRunner._run_largest_step", 1, 60),
         ("model_runner.PreparedStep", 1, 15),  # where a worker has received a step
         ("model_runner.PreparedStep", 2, 15),

@@ -45,7 +45,7 @@ class Config:
     """Options of one engine.
 
     Attributes:
-        model: a directory with a Qwen3 checkpoint, or a hub id; default: the embedded tiny model.
+        model: a directory with a checkpoint, or a hub id; default: the embedded tiny model.
         max_num_batched_tokens: tokens of one prefill step; longer prompts are prefilled in chunks.
         max_num_seqs: sequences that may run at a time, hence the largest decode batch.
         max_model_len: longest sequence in tokens, prompt and output; the model's own limit caps it.

@@ -102,6 +102,12 @@ class Architecture:
         """In `architectures` of a base model that was saved alone, without an output head."""
         return self.name.replace("ForCausalLM", "Model")
 
+    def is_among(self, names: Any) -> bool:
+        """Whether `architectures` of config.json, absent or empty if it says nothing, has it."""
+        if not names:
+            return names is None or names == []
+        return isinstance(names, list) and (self.name in names or self.base_name in names)
+
 
 QWEN3 = Architecture(
     name="Qwen3ForCausalLM",
@@ -160,14 +166,8 @@ def find_architecture(fields: Mapping[str, Any]) -> Architecture:
     """
     model_type, names = fields.get("model_type"), fields.get("architectures")
     for entry in ARCHITECTURES:
-        if model_type == entry.model_type:
-            allowed = {entry.name, entry.base_name}
-            if names is None or (
-                isinstance(names, list)
-                and all(isinstance(name, str) for name in names)
-                and (not names or allowed & set(names))
-            ):
-                return entry
+        if model_type == entry.model_type and entry.is_among(names):
+            return entry
     known = ", ".join(f"{entry.name} (model_type={entry.model_type!r})" for entry in ARCHITECTURES)
     raise UnsupportedModelError(
         f"config.json: architecture {shown(names)} (model_type={shown(model_type)}) is not "

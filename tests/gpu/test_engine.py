@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 from nanovllm import LLM
 from nanovllm.bench.shapes import published_config
 from nanovllm.tiny import PROMPTS
-from tests.checkpoints import Shape, greedy, prompts
+from tests.checkpoints import TABLE, Shape, greedy, prompts
 from tests.decode_cases import relative_error
 from tests.gpu.forced_tokens import forced_logits, forced_token, ragged_prompts
 
@@ -46,27 +46,59 @@ def texts(engine: LLM, count: int = 8) -> list[str]:
     return [output["text"] for output in outputs]
 
 
-def write_rounded_model(directory: Path, shape: str) -> transformers.Qwen3ForCausalLM:
+# As published, for what config.json of that model says beside Qwen3's shapes.
+OTHERS: dict[str, dict[str, Any]] = {
+    "Qwen2.5-0.5B": {
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+    },
+    "Llama-3.1-8B": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500_000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+}
+
+
+def write_rounded_model(directory: Path, shape: str) -> transformers.PreTrainedModel:
     """Saves two random layers in bfloat16; returns the same weights in float32, on the GPU."""
-    config = published_config(shape, layers=2) | {
-        "vocab_size": VOCAB,
-        "bos_token_id": None,
-        "eos_token_id": 1,
-    }
+    published = OTHERS[shape] if shape in OTHERS else published_config(shape)
+    more = {"num_hidden_layers": 2, "vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": 1}
+    config = transformers.AutoConfig.for_model(**{**published, **more})
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config.from_dict(config))
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):  # transformers begins with zeros
+            torch.nn.init.normal_(weight, 0.0, 0.1)
     model.to(torch.bfloat16).save_pretrained(directory)
     # Rounded once more in bfloat16, `inv_freq` would be wrong: a model built anew has it right.
     with torch.device("cuda"):
-        exact = transformers.Qwen3ForCausalLM(transformers.Qwen3Config.from_dict(config))
+        exact = transformers.AutoModelForCausalLM.from_config(config)
     exact.load_state_dict({name: w.float() for name, w in model.state_dict().items()})
     return exact.float().eval()
 
 
 @torch.inference_mode()
 def exact_logits(
-    model: transformers.Qwen3ForCausalLM, given: list[list[int]], steps: int
+    model: transformers.PreTrainedModel, given: list[list[int]], steps: int
 ) -> torch.Tensor:
     """What `forced_logits` should be, by transformers in float32."""
     forced = [forced_token(step) for step in range(steps - 1)]
@@ -77,7 +109,15 @@ def exact_logits(
     return torch.stack(rows, dim=1).cpu()
 
 
-@pytest.mark.parametrize(("shape", "count"), [("0.6B", 5), ("8B", 5), ("0.6B", 20)])
+@pytest.mark.parametrize(
+    ("shape", "count"),
+    [
+        ("0.6B", 5),
+        ("8B", 5),
+        ("0.6B", 20),
+        *((other, count) for other in OTHERS for count in (5, 20)),
+    ],
+)
 def test_bfloat16_logits_are_near_those_of_transformers_in_float32(
     tmp_path, monkeypatch, shape, count
 ):
@@ -97,9 +137,10 @@ def test_bfloat16_logits_are_near_those_of_transformers_in_float32(
 
 
 @EAGER
+@pytest.mark.parametrize("model_type", TABLE)
 @pytest.mark.parametrize("seed", range(3))
-def test_float32_tokens_equal_those_of_transformers(tmp_path, seed, eager):
-    model = Shape.random(seed).write(tmp_path)
+def test_float32_tokens_equal_those_of_transformers(tmp_path, seed, model_type, eager):
+    model = Shape.random(seed, model_type).write(tmp_path)
     given = prompts(seed, count=6)
     options = {"dtype": "float32", "enforce_eager": eager, "kvcache_block_size": 16}
     with small_engine(tmp_path, max_model_len=128, **options) as engine:

@@ -28,7 +28,7 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.ranks import RankDiedError, Ranks, devices_for
 from nanovllm.layers.parallel import ParallelGroup, Shard
 from tests import scripts
-from tests.checkpoints import Shape, prompts
+from tests.checkpoints import TABLE, Shape, prompts
 
 ODD_VOCAB = 509  # a prime
 LISTEN = "0A"  # in /proc/net/tcp
@@ -118,6 +118,7 @@ def on_one_rank(case: dict) -> list:
 def shapes_for_two() -> list[Shape]:
     drawn = [Shape.random(seed) for seed in range(6)]
     odd = [OddVocabShape(tied=True, seed=50), OddVocabShape(bias=True, seed=51)]
+    odd += [OddVocabShape(model_type=kind, seed=n) for n, kind in enumerate(TABLE, 52)]
     return odd + [shape for shape in drawn if shape.heads % 2 == 0]
 
 

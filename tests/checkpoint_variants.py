@@ -31,6 +31,8 @@ NUM_TOKENS = 6
 ENGINE = {"device": "cpu", "max_model_len": 256, "kvcache_block_size": 16, "num_kvcache_blocks": 20}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+# In the place of a token whose logits are no numbers, after which there are no others.
+NO_NUMBERS = -1
 
 Fields = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
@@ -70,8 +72,10 @@ def oracle_tokens(directory: Path, longest: int = ENGINE["max_model_len"]) -> li
     prompt, count = fitted_prompt(longest)
     ids = list(prompt)
     for _ in range(count):
-        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits
-        ids.append(int(logits[0, -1].argmax()))
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+        if logits.isnan().any():
+            return [*ids[len(prompt) :], NO_NUMBERS]
+        ids.append(int(logits.argmax()))
     return ids[len(prompt) :]
 
 

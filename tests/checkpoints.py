@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -96,6 +97,13 @@ class Shape:
         model = self.build()
         model.save_pretrained(directory)
         return model
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    """Sets fields of config.json; `...` drops one."""
+    path = directory / "config.json"
+    fields = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: v for name, v in fields.items() if v is not ...}))
 
 
 def random_rope(rng: random.Random, rope_type: str) -> dict[str, Any]:

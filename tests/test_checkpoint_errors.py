@@ -17,7 +17,7 @@ from nanovllm.models import UnsupportedModelError
 from nanovllm.models.loader import INDEX, WeightsError
 from nanovllm.utils import hub
 from nanovllm.utils.hub import resolve_model
-from tests.checkpoints import VOCAB, Shape
+from tests.checkpoints import VOCAB, Shape, edit_config
 
 SHAPE = Shape(layers=2, heads=2, kv_heads=1, hidden=32, intermediate=64)
 SMALL = {"device": "cpu", "max_model_len": 64, "kvcache_block_size": 16, "num_kvcache_blocks": 8}
@@ -55,17 +55,6 @@ def error_of(kind: type[Exception], directory: Path | str, **options) -> str:
     with pytest.raises(kind) as caught:
         LLM(str(directory), **SMALL, **options)
     return str(caught.value)
-
-
-def edit_config(directory: Path, **changes) -> None:
-    path = directory / "config.json"
-    fields = json.loads(path.read_text())
-    for name, value in changes.items():
-        if value is ...:
-            fields.pop(name, None)
-        else:
-            fields[name] = value
-    path.write_text(json.dumps(fields))
 
 
 def edit_weights(directory: Path, **changes: torch.Tensor | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytest
@@ -14,19 +13,11 @@ from nanovllm.layers.rotary_embedding import cos_sin_table
 from nanovllm.models import load_config
 from nanovllm.models.loader import WeightsError
 from tests.checkpoint_variants import ENGINE, engine_tokens, oracle_tokens, write_variant
-from tests.checkpoints import Shape
+from tests.checkpoints import Shape, edit_config
 from tests.fuzz_checkpoints import Worker, tally, try_mutations
 
 SHAPE = Shape(layers=1, heads=2, kv_heads=1, head_dim=128, hidden=32, intermediate=64, seed=4)
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-
-
-def edit_config(directory, **changes) -> None:
-    """Sets fields of config.json; `...` drops one."""
-    path = directory / "config.json"
-    fields = json.loads(path.read_text()) | changes
-    kept = {name: value for name, value in fields.items() if value is not ...}
-    path.write_text(json.dumps(kept))
 
 
 # ------------------------------------------------------------------ drawn from a seed

@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel
 
 from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.layers.rotary_embedding import cos_sin_table
 from nanovllm.models import ModelConfig, UnsupportedModelError, parse_config
+from nanovllm.models.architectures import field_names
+from nanovllm.models.rope import ROPES as ROPE_KINDS
 from tests.checkpoints import TABLE
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
@@ -136,6 +140,22 @@ def test_a_model_that_is_not_supported_is_refused_by_name(changes, words):
 def test_what_one_architecture_refuses_is_named(model_type, changes, words):
     message = refused(config_fields(model_type, **changes))
     assert [word for word in words if word not in message] == []
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+KEYS = st.sampled_from([*field_names(), "architectures", "type"])
+OBJECTS = st.dictionaries(KEYS, SCALARS | st.sampled_from(list(ROPE_KINDS)), max_size=5)
+VALUES = SCALARS | OBJECTS | st.lists(SCALARS | OBJECTS, max_size=4)
+
+
+@given(st.sampled_from(list(TABLE)), st.dictionaries(KEYS, VALUES, max_size=4), VALUES)
+def test_whatever_json_holds_is_understood_or_refused_by_name(model_type, changes, generation_eos):
+    message = None
+    try:
+        assert parse_config(config_fields(model_type, **changes), generation_eos).usable_length > 0
+    except UnsupportedModelError as error:
+        message = str(error)
+    assert message is None or any(name in message for name in [*field_names(), "architecture"])
 
 
 @pytest.mark.parametrize("model_type", TABLE)

@@ -6,7 +6,8 @@
     mlp         output projection + residual + norm; gate, up, SiLU; down + residual + next norm
 
 Each line of a stage is one fused kernel where there is one for its sizes. The stages are cut where
-nothing can be fused, so that the norm of a layer ends the MLP of the layer before.
+nothing can be fused, so that the norm of a layer ends the MLP of the layer before. Which norms and
+biases a layer has is in its config, out of the table in architectures.py.
 """
 
 from __future__ import annotations

@@ -248,7 +248,7 @@ class DecoderForCausalLM(nn.Module):
         """Gives the weights memory, not yet filled, on `device`, and rope a table.
 
         Args:
-            device: of both; "meta" is no memory.
+            device: of both.
             max_length: positions that the model will see.
 
         Raises:
@@ -330,5 +330,6 @@ def make_model(
     """
     with torch.device("meta"):
         model = DecoderForCausalLM(config, backend, group).to(dtype)
-    model.allocate(device, config.usable_length if max_length is None else max_length)
+    if device.type != "meta":
+        model.allocate(device, config.usable_length if max_length is None else max_length)
     return model.eval()

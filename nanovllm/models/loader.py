@@ -138,7 +138,7 @@ def load_model(
         WeightsError: a tensor is missing, surplus, or misshaped, or a file is damaged.
         MemoryError: the weights do not fit into memory.
     """
-    model = make_model(config, backend, group, META, dtype, max_length=0)
+    model = make_model(config, backend, group, META, dtype)
     shards = model.weight_shards()
     matched = {} if checkpoint is None else checkpoint.match(shards)
     # Only now are the config's sizes known to be true.

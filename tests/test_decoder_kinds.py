@@ -11,7 +11,7 @@ from nanovllm import LLM
 from nanovllm.layers.attention import AttentionMetadata, DecodeMetadata, PrefillMetadata
 from nanovllm.models import architectures
 from nanovllm.models.architectures import ARCHITECTURES, Architecture
-from nanovllm.models.fields import NULL
+from nanovllm.models.rules import NULL
 from tests.checkpoints import TABLE, VOCAB, Shape, greedy, prompts
 from tests.decode_cases import model_like
 

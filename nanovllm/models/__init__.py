@@ -5,8 +5,8 @@ Nothing outside this package knows an architecture by name; see architectures.py
 
 from nanovllm.models.config import ModelConfig, load_config, parse_config
 from nanovllm.models.decoder import make_model
-from nanovllm.models.fields import UnsupportedModelError
 from nanovllm.models.loader import Checkpoint, WeightsError, load_model
+from nanovllm.models.rules import UnsupportedModelError
 from nanovllm.models.stage import Model
 
 __all__ = [

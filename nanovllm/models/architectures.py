@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from nanovllm.models.fields import (
+from nanovllm.models.rope import COMMON_FIELDS as COMMON_ROPE_FIELDS
+from nanovllm.models.rope import ROPES
+from nanovllm.models.rules import (
     BOOLEAN,
     DTYPE,
     EVEN_SIZE,
@@ -27,12 +29,9 @@ from nanovllm.models.fields import (
     UnsupportedModelError,
     list_of,
     one_of,
-    or_null,
     shown,
     size,
 )
-from nanovllm.models.rope import COMMON_FIELDS as COMMON_ROPE_FIELDS
-from nanovllm.models.rope import ROPES
 
 # What all have in common; absent fields have the defaults of Qwen's classes in transformers.
 COMMON_FIELDS: Fields = {
@@ -41,22 +40,22 @@ COMMON_FIELDS: Fields = {
     "intermediate_size": (SIZE, 22_016),
     "num_hidden_layers": (size(MAX_LAYERS), 32),
     "num_attention_heads": (SIZE, 32),
-    "num_key_value_heads": (or_null(SIZE), 32),
-    "head_dim": (or_null(EVEN_SIZE), None),
+    "num_key_value_heads": (SIZE | NULL, 32),
+    "head_dim": (EVEN_SIZE | NULL, None),
     "max_position_embeddings": (SIZE, 32_768),
     "rms_norm_eps": (FRACTION, 1e-6),
     "tie_word_embeddings": (BOOLEAN, False),
     "hidden_act": (one_of("silu", "swish"), "silu"),
     "use_sliding_window": (BOOLEAN, False),
-    "sliding_window": (or_null(INTEGER), 4096),
+    "sliding_window": (INTEGER | NULL, 4096),
     "max_window_layers": (INTEGER, 28),
-    "layer_types": (or_null(list_of(one_of("full_attention", "attention"))), None),
-    "dtype": (or_null(DTYPE), None),
-    "torch_dtype": (or_null(DTYPE), None),
+    "layer_types": (list_of(one_of("full_attention", "attention")) | NULL, None),
+    "dtype": (DTYPE | NULL, None),
+    "torch_dtype": (DTYPE | NULL, None),
     "eos_token_id": (TOKEN_IDS, None),
-    "rope_parameters": (or_null(FLAT_OBJECT), None),
-    "rope_scaling": (or_null(FLAT_OBJECT), None),
-    "partial_rotary_factor": (or_null(one_of(1, 1.0)), None),
+    "rope_parameters": (FLAT_OBJECT | NULL, None),
+    "rope_scaling": (FLAT_OBJECT | NULL, None),
+    "partial_rotary_factor": (one_of(1, 1.0) | NULL, None),
     # With these it would be another model, or other files.
     "quantization_config": (NULL, None),
     "per_layer_config": (NULL, None),
@@ -136,7 +135,7 @@ LLAMA = Architecture(
     own_fields={
         "attention_bias": (FALSE, False),
         "mlp_bias": (FALSE, False),
-        "pretraining_tp": (or_null(one_of(1)), 1),
+        "pretraining_tp": (one_of(1) | NULL, 1),
         "sliding_window": (NULL, None),
     },
     defaults={

@@ -15,14 +15,14 @@ from nanovllm.layers.attention import HeadShape
 from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.layers.rotary_embedding import Rope
 from nanovllm.models.architectures import find_architecture
-from nanovllm.models.fields import (
+from nanovllm.models.rope import parse_rope
+from nanovllm.models.rules import (
     EVEN_SIZE,
     TOKEN_IDS,
     UnsupportedModelError,
     check_field,
     check_fields,
 )
-from nanovllm.models.rope import parse_rope
 from nanovllm.utils.json_files import is_there, read_object
 
 MAX_WEIGHTS = 2**46

@@ -7,16 +7,16 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from nanovllm.layers.rotary_embedding import Llama3Rope, Rope, YarnRope
-from nanovllm.models.fields import (
+from nanovllm.models.rules import (
     BOOLEAN,
+    NULL,
     POSITIVE,
     REQUIRED,
+    ZERO,
     Fields,
     UnsupportedModelError,
     check_fields,
     one_of,
-    or_null,
-    or_zero,
 )
 
 ORIGINAL = "original_max_position_embeddings"
@@ -27,13 +27,13 @@ COMMON_FIELDS: Fields = {
 }
 
 YARN_FIELDS: Fields = {
-    "factor": (or_null(POSITIVE), REQUIRED),
+    "factor": (POSITIVE | NULL, REQUIRED),
     ORIGINAL: (POSITIVE, REQUIRED),
-    "attention_factor": (or_null(POSITIVE), None),
-    "beta_fast": (or_zero(POSITIVE), None),
-    "beta_slow": (or_zero(POSITIVE), None),
-    "mscale": (or_zero(POSITIVE), None),
-    "mscale_all_dim": (or_zero(POSITIVE), None),
+    "attention_factor": (POSITIVE | NULL, None),
+    "beta_fast": (POSITIVE | ZERO | NULL, None),
+    "beta_slow": (POSITIVE | ZERO | NULL, None),
+    "mscale": (POSITIVE | ZERO | NULL, None),
+    "mscale_all_dim": (POSITIVE | ZERO | NULL, None),
     "truncate": (BOOLEAN, True),
 }
 

@@ -39,6 +39,14 @@ class Rule:
     accepts: Callable[[Any], bool]
     convert: Callable[[Any], Any] = lambda value: value
 
+    def __or__(self, other: Rule) -> Rule:
+        """What either allows."""
+        return Rule(
+            f"{self.allowed}, or {other.allowed}",
+            lambda value: self.accepts(value) or other.accepts(value),
+            lambda value: (self if self.accepts(value) else other).convert(value),
+        )
+
 
 REQUIRED: Any = object()
 
@@ -97,27 +105,6 @@ def one_of(*values: Any) -> Rule:
     return Rule(" or ".join(map(repr, values)), lambda value: (type(value), value) in allowed)
 
 
-def or_null(inner: Rule) -> Rule:
-    return Rule(
-        f"{inner.allowed}, or null",
-        lambda value: value is None or inner.accepts(value),
-        lambda value: None if value is None else inner.convert(value),
-    )
-
-
-def or_zero(inner: Rule) -> Rule:
-    """Zero and null alike stand for none."""
-
-    def is_none(value: Any) -> bool:
-        return value is None or (is_number(value) and value == 0)
-
-    return Rule(
-        inner.allowed,
-        lambda value: is_none(value) or inner.accepts(value),
-        lambda value: None if is_none(value) else inner.convert(value),
-    )
-
-
 def list_of(inner: Rule) -> Rule:
     return Rule(
         f"a list, each item {inner.allowed}",
@@ -137,7 +124,9 @@ EVEN_SIZE = Rule(
 )
 BOOLEAN = Rule("true or false", lambda value: isinstance(value, bool))
 FALSE = Rule("false", lambda value: value is False)
-NULL = Rule("null or absent", lambda value: value is None)
+NULL = Rule("null", lambda value: value is None)
+# Where zero stands for none.
+ZERO = Rule("zero", lambda value: is_number(value) and value == 0, lambda value: None)
 # Numbers that float32 arithmetic can take.
 POSITIVE = Rule(
     "a positive number, from 1e-30 to 1e30",

@@ -190,14 +190,14 @@ class ModelRunner:
         Returns:
             The tokens on the host, valid after the event.
         """
-        seqs = [chunk.seq for chunk in step.chunks if chunk.samples]
+        seqs = [chunk.seq for chunk in step.chunks if chunk.needs_sample]
         if not seqs:
             return torch.empty(0, dtype=torch.int64), None
         batch = SamplingBatch.of(
             [seq.params for seq in seqs],
             [seq.seed for seq in seqs],
             [seq.num_generated - 1 for seq in seqs],  # the draw itself is pending already
-            [seq.seat for seq in seqs],
+            [seq.request_index for seq in seqs],
             self.model_config.vocab_size,
             self.device,
         )

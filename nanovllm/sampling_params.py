@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -71,3 +71,26 @@ class SamplingParams:
         for field in fields(self):
             value = check_value(SamplingParams, field.name, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
+
+
+def params_per_prompt(
+    given: SamplingParams | Sequence[SamplingParams] | None, count: int, fields: dict[str, Any]
+) -> list[SamplingParams]:
+    """One `SamplingParams` for each of `count` prompts."""
+    if fields and given is not None:
+        raise TypeError(
+            f"give either sampling_params or single options ({', '.join(fields)}), not both"
+        )
+    if given is None or isinstance(given, SamplingParams):
+        return [given or SamplingParams(**fields)] * count
+    if not isinstance(given, Iterable):
+        raise TypeError(f"sampling_params={given!r} is neither a SamplingParams nor a list of them")
+    params = list(given)
+    for item in params:
+        if not isinstance(item, SamplingParams):
+            raise TypeError(f"sampling_params holds {item!r}, which is no SamplingParams")
+    if len(params) != count:
+        raise ValueError(
+            f"sampling_params has {len(params)} entries for {count} prompts: give one, or one each"
+        )
+    return params

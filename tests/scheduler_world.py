@@ -75,7 +75,7 @@ class World:
     """A scheduler whose model writes texts into KV slots and says what it is told to say.
 
     As on a device, steps run in the order in which they are launched, one of them perhaps before
-    the scheduler knows the tokens of the one before; these wait under the indices of their requests.
+    the scheduler knows the tokens of the one before; these wait by request index.
     """
 
     def __init__(

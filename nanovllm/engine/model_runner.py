@@ -33,6 +33,7 @@ from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.models.qwen3_config import Qwen3Config
 from nanovllm.models.rank_heads import rank_heads
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.device import resolve_dtype, sm_count
 from nanovllm.utils.loader import (
     StoredTensor,
     fill_randomly,
@@ -331,17 +332,3 @@ class ModelRunner:
             config.max_num_seqs,
             min(config.max_num_batched_tokens, self.max_model_len),
         )
-
-
-def resolve_dtype(wanted: str, checkpoint: str, device: torch.device) -> torch.dtype:
-    """The dtype that option `wanted` means; "auto": the checkpoint's on CUDA, else float32."""
-    if wanted == "auto":
-        wanted = checkpoint if device.type == "cuda" else "float32"
-    return getattr(torch, wanted)
-
-
-def sm_count(device: torch.device) -> int:
-    """Streaming multiprocessors of a CUDA device; 0 for any other."""
-    if device.type != "cuda":
-        return 0
-    return torch.cuda.get_device_properties(device).multi_processor_count

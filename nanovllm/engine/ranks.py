@@ -62,6 +62,13 @@ class Ranks:
         self._guard: threading.Thread | None = None
 
     @classmethod
+    def start(cls, config: Config, model_dir: Path, device: torch.device) -> Ranks:
+        """Joins the ranks of torchrun if it runs and there is more than one; else starts them."""
+        if dist.is_torchelastic_launched() and config.tensor_parallel_size > 1:
+            return cls.join_torchrun(config, device)
+        return cls.spawn(config, model_dir, device)
+
+    @classmethod
     def spawn(cls, config: Config, model_dir: Path, device: torch.device) -> Ranks:
         """Starts ranks 1 to N - 1 as processes of this machine and joins them as rank 0.
 

@@ -33,7 +33,6 @@ from nanovllm.models.rank_heads import rank_heads
 from nanovllm.sampling_params import SamplingParams, params_per_prompt
 from nanovllm.utils.device import resolve_device
 from nanovllm.utils.hub import resolve_model
-from nanovllm.utils.options import check_names
 from nanovllm.utils.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -75,7 +74,6 @@ class LLMEngine:
 
     def __init__(self, model: str | Config | None = None, **options: Any) -> None:
         if isinstance(model, Config):
-            check_names(Config, options)
             self.config = dataclasses.replace(model, **options) if options else model
         else:
             self.config = Config(**options) if model is None else Config(model, **options)

@@ -203,7 +203,8 @@ class World:
         assert len(step.chunks) <= scheduler.max_num_seqs
         assert len({chunk.seq.request_id for chunk in step.chunks}) == len(step.chunks)
         if not step.is_decode:
-            assert step.num_tokens <= scheduler.max_num_batched_tokens
+            num_tokens = sum(chunk.end - chunk.start for chunk in step.chunks)
+            assert num_tokens <= scheduler.max_num_batched_tokens
         for chunk in step.chunks:
             seq = chunk.seq
             assert seq.status is Status.RUNNING

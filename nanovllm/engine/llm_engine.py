@@ -96,7 +96,10 @@ class LLMEngine:
                 "the KV cache, all of its blocks together,": runner.capacity,
             },
         )
-        self.eos_ids = self._find_eos_ids()
+        # From config.json, generation_config.json and the tokenizer together.
+        self.eos_ids = set(runner.model_config.eos_token_ids)
+        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
+            self.eos_ids.add(self.tokenizer.eos_token_id)
         blocks = BlockManager(
             runner.num_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching
         )
@@ -107,7 +110,7 @@ class LLMEngine:
         # Until their completions have been put where they belong.
         self.requests: dict[int, EngineSequence] = {}
         # Completions of `add_request`, until `step` returns them.
-        self.unclaimed: dict[int, RequestOutput] = {}
+        self.unclaimed: dict[int, Completion] = {}
         self.next_request_id = 0
         self.in_step = False
         self.aborted: list[EngineSequence] = []  # by calls from within the step
@@ -162,21 +165,14 @@ class LLMEngine:
         params = params_per_prompt(sampling_params, len(prompts), sampling)
         self.transactions.check_open()
         ids = [self.texts.encode(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
-        results: dict[int, RequestOutput] = {}
+        results: dict[int, Completion] = {}
         try:
             requests = self.transactions.call(self._queue, ids, params, results)
             self._run(results, len(requests), use_tqdm)
         finally:
             # After an interrupt or an error, nothing of this call stays behind.
             self.transactions.call(self._drop, results)
-        return [
-            Completion(
-                text=results[i]["text"],
-                token_ids=results[i]["token_ids"],
-                finish_reason=results[i]["finish_reason"],
-            )
-            for i in requests
-        ]
+        return [results[request_id] for request_id in requests]
 
     def add_request(
         self,
@@ -205,17 +201,17 @@ class LLMEngine:
 
         If it raises, nothing is lost: the next call goes on, or says that the engine has exited.
         """
-        outputs: dict[int, RequestOutput] = {}
+        outputs: dict[int, Completion] = {}
         try:
             self.transactions.call(self._step)
             self.transactions.give_way()
             self.transactions.call(self._claim, outputs)
-            return list(outputs.values())
+            return [RequestOutput(request_id=i, **output) for i, output in outputs.items()]
         except BaseException:
             self.unclaimed = {**outputs, **self.unclaimed}  # the caller did not get them
             raise
 
-    def _claim(self, outputs: dict[int, RequestOutput]) -> None:
+    def _claim(self, outputs: dict[int, Completion]) -> None:
         outputs.update(self.unclaimed)
         self.unclaimed = {}
 
@@ -310,7 +306,7 @@ class LLMEngine:
             and config.tensor_parallel_size == 1
         )
 
-    def _run(self, results: dict[int, RequestOutput], count: int, use_tqdm: bool) -> None:
+    def _run(self, results: dict[int, Completion], count: int, use_tqdm: bool) -> None:
         """Steps until there are `count` results."""
         seen, tokens, start = 0, 0, time.perf_counter()
         with tqdm(total=count, desc="Generating", disable=not use_tqdm) as bar:
@@ -323,7 +319,7 @@ class LLMEngine:
                     bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
                     bar.update(len(new))
 
-    def _drop(self, results: dict[int, RequestOutput]) -> None:
+    def _drop(self, results: dict[int, Completion]) -> None:
         """Ends all requests whose completions were to go to `results`."""
         for seq in [seq for seq in self.requests.values() if seq.results is results]:
             self._abort(seq.request_id)
@@ -332,33 +328,26 @@ class LLMEngine:
         self,
         prompts: list[list[int]],
         params: list[SamplingParams],
-        results: dict[int, RequestOutput] | None,
+        results: dict[int, Completion] | None,
     ) -> list[int]:
+        requests = []
         with self.transactions.changing():
-            return [self._queue_one(*pair, results) for pair in zip(prompts, params, strict=True)]
-
-    def _queue_one(
-        self,
-        token_ids: list[int],
-        params: SamplingParams,
-        results: dict[int, RequestOutput] | None,
-    ) -> int:
-        request_id = self.next_request_id
-        self.next_request_id += 1
-        seq = EngineSequence(
-            request_id=request_id,
-            token_ids=token_ids,
-            params=params,
-            stop_ids=frozenset(params.stop_token_ids).union(
-                () if params.ignore_eos else self.eos_ids
-            ),
-            max_len=self.max_len,
-            seed=random.getrandbits(63) if params.seed is None else params.seed,
-            results=results,
-        )
-        self.requests[request_id] = seq
-        self.scheduler.add(seq)
-        return request_id
+            for token_ids, wanted in zip(prompts, params, strict=True):
+                stop_ids = set(wanted.stop_token_ids)
+                seq = EngineSequence(
+                    request_id=self.next_request_id,
+                    token_ids=token_ids,
+                    params=wanted,
+                    stop_ids=frozenset(stop_ids if wanted.ignore_eos else stop_ids | self.eos_ids),
+                    max_len=self.max_len,
+                    seed=random.getrandbits(63) if wanted.seed is None else wanted.seed,
+                    results=results,
+                )
+                self.next_request_id += 1
+                self.requests[seq.request_id] = seq
+                self.scheduler.add(seq)
+                requests.append(seq.request_id)
+        return requests
 
     def _take_out(self, ended: list[EngineSequence]) -> None:
         """Hands over the completions of requests, then forgets them; may be repeated."""
@@ -370,7 +359,7 @@ class LLMEngine:
                 results[seq.request_id] = self._output(seq)
             self.requests.pop(seq.request_id, None)
 
-    def _output(self, seq: EngineSequence) -> RequestOutput:
+    def _output(self, seq: EngineSequence) -> Completion:
         token_ids, reason = seq.token_ids[seq.prompt_len :], seq.finish_reason
         assert reason is not None
         if reason == "error":
@@ -384,16 +373,7 @@ class LLMEngine:
         except Exception as error:  # of the tokenizer, which comes with the checkpoint
             logger.warning("Request %d: its text cannot be decoded: %r", seq.request_id, error)
             text, reason = "", "error"
-        return RequestOutput(
-            request_id=seq.request_id, text=text, token_ids=token_ids, finish_reason=reason
-        )
-
-    def _find_eos_ids(self) -> frozenset[int]:
-        """From config.json, generation_config.json and the tokenizer together."""
-        ids = set(self.model_runner.model_config.eos_token_ids)
-        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
-            ids.add(self.tokenizer.eos_token_id)
-        return frozenset(ids)
+        return Completion(text=text, token_ids=token_ids, finish_reason=reason)
 
 
 def _start_runner(config: Config, directory: Path) -> ModelRunner:

@@ -46,10 +46,6 @@ class Step:
     is_decode: bool
     chunks: list[Chunk]
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(chunk.end - chunk.start for chunk in self.chunks)
-
 
 class Scheduler:
     """Owns the queues; a sequence is waiting, running or finished, and in at most one of them."""
@@ -172,34 +168,26 @@ class Scheduler:
     def _prefill_chunks(self, prefilling: list[Sequence]) -> list[Chunk]:
         """Chunks of sequences that still read their prompt, then of newly admitted ones."""
         chunks: list[Chunk] = []
-        budget = self.max_num_batched_tokens
-
-        def take(seq: Sequence) -> None:
-            nonlocal budget
+        budget, following = self.max_num_batched_tokens, iter(prefilling)
+        while budget and (seq := next(following, None) or self._admit_next()):
             start, unscheduled = seq.num_scheduled, seq.num_unscheduled
             size = min(unscheduled, budget)
             chunks.append(Chunk(seq, start, start + size, needs_sample=size == unscheduled))
             budget -= size
-
-        for seq in prefilling:
-            if budget:
-                take(seq)
-        while budget and self._admit_next():
-            take(self.running[-1])
         return chunks
 
-    def _admit_next(self) -> bool:
+    def _admit_next(self) -> Sequence | None:
         """Lets the first waiting sequence run, if there is room and there are blocks for it."""
         if not self.waiting or len(self.running) >= self.max_num_seqs:
-            return False
+            return None
         reserve = int(self.blocks.num_blocks * ADMISSION_RESERVE) + 1 if self.running else 0
         if not self.blocks.admit(self.waiting[0], reserve):
-            return False
+            return None
         seq = self.waiting.popleft()
         seq.status = Status.RUNNING
         seq.request_index = self.free_indices.pop()
         self.running.append(seq)
-        return True
+        return seq
 
     def _decode_chunks(self, decodable: list[Sequence], *, may_preempt: bool) -> list[Chunk]:
         """One token for each sequence that is `decodable`, the oldest first.

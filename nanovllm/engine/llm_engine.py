@@ -272,7 +272,7 @@ class LLMEngine:
         self.transactions.check_open()
         self._mend()
         try:
-            with self.transactions.changing(), self.model_runner.ranks.in_step():
+            with self.transactions.changing(), self.model_runner.ranks.collective_region():
                 self.in_step = True
                 finished: list[EngineSequence] = []
                 current = self.in_flight or self._launch(ahead=False)
@@ -283,7 +283,7 @@ class LLMEngine:
                 aborted, self.aborted = self.aborted, []
                 self._take_out(finished + aborted)
         except BaseException:
-            if self.model_runner.ranks.parted:
+            if self.model_runner.ranks.broken:
                 self.exit()
             raise
         finally:
@@ -381,7 +381,7 @@ def _start_runner(config: Config, directory: Path) -> ModelRunner:
     device = resolve_device(config.device)
     ranks = Ranks.start(config, directory, device)
     try:
-        with ranks.in_step():
+        with ranks.collective_region():
             runner = ModelRunner(config, directory, device, ranks)
             if not ranks.is_first:
                 runner.serve()

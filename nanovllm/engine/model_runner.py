@@ -114,7 +114,7 @@ class ModelRunner:
         """Frees the device's memory and ends the other ranks; may be called twice."""
         if self.closed:
             return
-        if not self.ranks.parted:
+        if not self.ranks.broken:
             self.synchronize()  # a step launched ahead may still run
         self.step_runner.close()
         self.ranks.close()

@@ -333,21 +333,27 @@ class LLMEngine:
         requests = []
         with self.transactions.changing():
             for token_ids, wanted in zip(prompts, params, strict=True):
-                stop_ids = set(wanted.stop_token_ids)
-                seq = EngineSequence(
-                    request_id=self.next_request_id,
-                    token_ids=token_ids,
-                    params=wanted,
-                    stop_ids=frozenset(stop_ids if wanted.ignore_eos else stop_ids | self.eos_ids),
-                    max_len=self.max_len,
-                    seed=random.getrandbits(63) if wanted.seed is None else wanted.seed,
-                    results=results,
-                )
-                self.next_request_id += 1
+                seq = self._make_sequence(token_ids, wanted, results)
                 self.requests[seq.request_id] = seq
                 self.scheduler.add(seq)
                 requests.append(seq.request_id)
         return requests
+
+    def _make_sequence(
+        self, token_ids: list[int], params: SamplingParams, results: dict[int, Completion] | None
+    ) -> EngineSequence:
+        request_id = self.next_request_id
+        self.next_request_id += 1
+        stop_ids = set(params.stop_token_ids)
+        return EngineSequence(
+            request_id=request_id,
+            token_ids=token_ids,
+            params=params,
+            stop_ids=frozenset(stop_ids if params.ignore_eos else stop_ids | self.eos_ids),
+            max_len=self.max_len,
+            seed=random.getrandbits(63) if params.seed is None else params.seed,
+            results=results,
+        )
 
     def _take_out(self, ended: list[EngineSequence]) -> None:
         """Hands over the completions of requests, then forgets them; may be repeated."""

@@ -5,7 +5,6 @@ import functools
 import torch
 
 from nanovllm.kernels.library_sms import current_limit
-from nanovllm.utils.device import sm_count
 
 
 @functools.cache
@@ -25,4 +24,9 @@ def has_large_tiles(device: torch.device) -> bool:
 
 def usable_sms(device: torch.device) -> int:
     """SMs that a matrix product issued now is planned for; in the interpreter those of an H200."""
-    return current_limit(sm_count(device)) if device.type == "cuda" else 132
+    return current_limit(_sm_count(device)) if device.type == "cuda" else 132
+
+
+@functools.cache
+def _sm_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -60,6 +60,11 @@ class RowsLayout:
     def num_seqs(self) -> int:
         return self.decode_rows + self.prompts
 
+    @property
+    def num_starts(self) -> int:
+        """Integers of `cu_seqlens_q`."""
+        return self.prompts + 1 if self.prompts else 0
+
 
 @dataclass(frozen=True)
 class StepLayout:
@@ -115,7 +120,7 @@ class StepLayout:
     @cached_property
     def places(self) -> dict[str, slice]:
         """Where each field is."""
-        tokens, prompts = sum(self.token_counts), [rows.prompts for rows in self.micro_batches]
+        tokens = sum(self.token_counts)
         sizes = {
             "input_ids": tokens,
             "positions": tokens,
@@ -123,9 +128,8 @@ class StepLayout:
             "context_lens": self.num_seqs,
             "block_tables": self.num_seqs * self.max_blocks,
             "plans": sum(rows.plan_size for rows in self.micro_batches),
+            "cu_seqlens_q": sum(rows.num_starts for rows in self.micro_batches),
         }
-        if not self.is_decode:
-            sizes["cu_seqlens_q"] = sum(count + 1 for count in prompts if count)
         if not self.is_decode or len(self.micro_batches) > 1:  # else it is all rows in order
             sizes["sample_rows"] = self.num_samples
         ends = list(accumulate(sizes.values(), initial=0))
@@ -174,19 +178,22 @@ def _metadata(
     layout: StepLayout, fields: dict[str, torch.Tensor], workspace: Any
 ) -> Iterator[AttentionMetadata]:
     """Where the tokens of each micro-batch stand."""
-    slots = fields["slot_mapping"].split(layout.token_counts)
-    lens = fields["context_lens"].split(layout.seq_counts)
-    tables = fields["block_tables"].split(layout.seq_counts)
-    plans, starts = fields["plans"], fields.get("cu_seqlens_q", fields["plans"])
-    for i, rows in enumerate(layout.micro_batches):
+    parts = zip(
+        layout.micro_batches,
+        fields["slot_mapping"].split(layout.token_counts),
+        fields["block_tables"].split(layout.seq_counts),
+        fields["context_lens"].split(layout.seq_counts),
+        fields["plans"].split([rows.plan_size for rows in layout.micro_batches]),
+        fields["cu_seqlens_q"].split([rows.num_starts for rows in layout.micro_batches]),
+        strict=True,
+    )
+    for rows, slots, tables, lens, plan, starts in parts:
         count, decode, prefill = rows.decode_rows, None, None
         if count:
-            plan, plans = plans[: rows.plan_size], plans[rows.plan_size :]
-            decode = DecodeMetadata(tables[i][:count], lens[i][:count], plan, workspace)
+            decode = DecodeMetadata(tables[:count], lens[:count], plan, workspace)
         if rows.prompts:
-            own, starts = starts[: rows.prompts + 1], starts[rows.prompts + 1 :]
-            prefill = PrefillMetadata(tables[i][count:], lens[i][count:], own, rows.longest_prompt)
-        yield AttentionMetadata(slots[i], decode, prefill)
+            prefill = PrefillMetadata(tables[count:], lens[count:], starts, rows.longest_prompt)
+        yield AttentionMetadata(slots, decode, prefill)
 
 
 def made_up_chunk(start: int, end: int, blocks: Sequence[int] = ()) -> Chunk:
@@ -364,8 +371,8 @@ def _fill_prompt_starts(layout: StepLayout, firsts: np.ndarray, target: np.ndarr
     for rows, first in zip(layout.micro_batches, layout.first_seqs, strict=True):
         if rows.prompts:
             own = firsts[first + rows.decode_rows : first + rows.num_seqs + 1]
-            target[start : start + len(own)] = own - own[0]
-            start += len(own)
+            target[start : start + rows.num_starts] = own - own[0]
+            start += rows.num_starts
 
 
 def _token(chunk: Chunk) -> int:

@@ -33,6 +33,7 @@ from nanovllm.models.rank_heads import rank_heads
 from nanovllm.sampling_params import SamplingParams, params_per_prompt
 from nanovllm.utils.device import resolve_device
 from nanovllm.utils.hub import resolve_model
+from nanovllm.utils.locks import exclusive
 from nanovllm.utils.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -311,7 +312,8 @@ class LLMEngine:
         seen, tokens, start = 0, 0, time.perf_counter()
         with tqdm(total=count, desc="Generating", disable=not use_tqdm) as bar:
             while len(results) < count:
-                self.transactions.call_in_loop(self._step)
+                exclusive(self.transactions.lock, self._step)
+                self.transactions.give_way()
                 if new := list(results.values())[seen:]:
                     seen += len(new)
                     tokens += sum(len(output["token_ids"]) for output in new)

@@ -34,7 +34,7 @@ class Transactions:
     def __init__(self) -> None:
         self.process_id = os.getpid()
         self.lock = threading.RLock()
-        self.callers: list[object] = []  # what has the lock or waits for it, loops of steps aside
+        self.callers: list[object] = []  # of `call`, which have the lock or wait for it
         self.closed = False
         self.settled = True
 
@@ -47,13 +47,8 @@ class Transactions:
         finally:
             self.callers.pop()
 
-    def call_in_loop(self, function: Callable[[], None]) -> None:
-        """The same for a thread that calls again and again, and would keep the lock for itself."""
-        exclusive(self.lock, function)
-        self.give_way()
-
     def give_way(self) -> None:
-        """Lets the others that wait have the lock."""
+        """Lets others have the lock, which a thread that steps in a loop would keep for itself."""
         if self.callers:
             time.sleep(1e-4)
 

@@ -314,7 +314,7 @@ class TestTurns:
         def watch(moment: str, step: Any) -> None:
             if moment == "begin":
                 used = workload.blocks(256) - len(engine.scheduler.blocks.free)
-                seen.append((step.is_decode, step.num_tokens, step.chunks[0].end, used))
+                seen.append((step.is_decode, len(step.chunks), step.chunks[0].end, used))
 
         with LLM(
             device="cpu", num_kvcache_blocks=workload.blocks(256), enable_prefix_caching=False

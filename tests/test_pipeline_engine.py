@@ -389,18 +389,18 @@ def test_a_step_of_prompts_and_decode_rows_has_the_logits_of_separate_steps(tmp_
         runner = llm.model_runner
         blocks = iter(range(1, runner.num_blocks))
         chunks, before = [], []
-        for seat in range(7):
+        for index in range(7):
             length = rng.randint(2, 60)
             end = rng.choice([length, rng.randint(1, length)])
             start = rng.choice([end - 1, rng.randint(0, end - 1)])
             tokens = [rng.randrange(2, VOCAB) for _ in range(length)]
             if end == length and rng.random() < 0.5:
-                runner.last_tokens[seat] = tokens.pop()
+                runner.last_tokens[index] = tokens.pop()
             table = [next(blocks) for _ in range(-(-length // 16))]
-            seq = Sequence(seat, tokens, SamplingParams(), frozenset(), 128, 0, block_table=table)
-            seq.seat = seat
-            chunks.append(Chunk(seq, start, end, samples=rng.random() < 0.8))
-            before += [Chunk(seq, 0, start, samples=False)] if start else []
+            seq = Sequence(index, tokens, SamplingParams(), frozenset(), 128, 0, block_table=table)
+            seq.request_index = index
+            chunks.append(Chunk(seq, start, end, needs_sample=rng.random() < 0.8))
+            before += [Chunk(seq, 0, start, needs_sample=False)] if start else []
         kinds = {chunk.end - chunk.start > 1 for chunk in chunks}
         steps = runner.step_runner
         if before:
@@ -409,7 +409,7 @@ def test_a_step_of_prompts_and_decode_rows_has_the_logits_of_separate_steps(tmp_
         alone = [
             steps.run(steps.prepare(Step(chunk.end - chunk.start == 1, [chunk])))
             for chunk in chunks
-            if chunk.samples
+            if chunk.needs_sample
         ]
         assert kinds == {True, False}
         assert together.shape == (len(alone), VOCAB)

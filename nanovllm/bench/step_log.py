@@ -94,7 +94,7 @@ class StepLog:
         else:  # the device has work now, so the host has time
             logged = self.steps[-1]
             logged.end = self._event()
-            drawn = [c.seq.request_id for c in step.chunks if c.samples]
+            drawn = [c.seq.request_id for c in step.chunks if c.needs_sample]
             logged.drawn = np.array(drawn, np.int64)
             if not step.is_decode:
                 logged.chunks = [(c.seq.request_id, c.start, c.end) for c in step.chunks]

@@ -30,6 +30,7 @@ from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.sampler import SamplingBatch, sample
 from nanovllm.models import Checkpoint, load_config, load_model
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.device import resolve_dtype, sm_count
 from nanovllm.utils.timeline import save_timeline
 
 
@@ -78,24 +79,18 @@ class ModelRunner:
         max_blocks = -(-self.max_model_len // self.block_size)
         self.inputs = StepInputs(self.block_size, max_blocks, self.backend)
         self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
-        layers = self.model_config.num_hidden_layers
-
-        def bind_cache(num_blocks: int) -> None:
-            cache = kv_cache.allocate(layers, num_blocks, self.block_size, heads, dtype, device)
-            self.model.bind_kv_cache(cache)
-
-        bind_cache(0)  # for the measurement: the padding block alone
         self.graph_memory: GraphMemory | None = None
+        self._bind_cache(0, dtype)  # for the measurement: the padding block alone
         self.step_runner = self.make_step_runner(config, SEQUENTIAL)
-        block_bytes = (
-            2 * layers * heads.num_kv_heads * self.block_size * heads.head_dim * dtype.itemsize
+        num_blocks = kv_cache.count_blocks(
+            config,
+            self.model.kv_cache.nbytes,
+            self.max_model_len,
+            device,
+            self._run_largest_step,
         )
-        self.num_blocks = ranks.minimum(
-            kv_cache.count_blocks(
-                config, block_bytes, self.max_model_len, device, self._run_largest_step
-            )
-        )
-        bind_cache(self.num_blocks)
+        self.num_blocks = ranks.minimum(num_blocks)
+        self._bind_cache(self.num_blocks, dtype)
         self.graph_memory = self._make_graph_memory(dtype)
         self.step_runner = self.make_step_runner(config)
         self.watch: Callable[[str, Step], None] = ignore
@@ -103,7 +98,9 @@ class ModelRunner:
         self.closed = False
         try:
             if device.type == "cuda":
-                self._warm_up(dtype)
+                longest = min(config.max_num_batched_tokens, self.max_model_len)
+                draw = self._draw_one if ranks.is_first else None
+                warm_up(self.step_runner, config, longest, draw)
             self.step_runner.chooser.capture(self.step_runner, show_progress=ranks.is_first)
         except BaseException:
             self.step_runner.close()
@@ -119,7 +116,7 @@ class ModelRunner:
         """Frees the device's memory and ends the other ranks; may be called twice."""
         if self.closed:
             return
-        if not self.ranks.parted:
+        if not self.ranks.broken:
             self.synchronize()  # a step launched ahead may still run
         self.step_runner.close()
         self.ranks.close()
@@ -206,14 +203,14 @@ class ModelRunner:
         Returns:
             The tokens on the host, valid after the event.
         """
-        seqs = [chunk.seq for chunk in step.chunks if chunk.samples]
+        seqs = [chunk.seq for chunk in step.chunks if chunk.needs_sample]
         if not seqs:
             return torch.empty(0, dtype=torch.int64), None
         batch = SamplingBatch.of(
             [seq.params for seq in seqs],
             [seq.seed for seq in seqs],
             [seq.num_generated - 1 for seq in seqs],  # the draw itself is pending already
-            [seq.seat for seq in seqs],
+            [seq.request_index for seq in seqs],
             self.model_config.vocab_size,
             self.device,
         )
@@ -232,6 +229,16 @@ class ModelRunner:
         done = torch.cuda.Event()
         done.record()
         return host, done
+
+    def _draw_one(self, logits: torch.Tensor, params: SamplingParams) -> None:
+        vocab_size = self.model_config.vocab_size
+        self._draw(logits, SamplingBatch.of([params], [0], [0], [0], vocab_size, self.device))
+
+    def _bind_cache(self, num_blocks: int, dtype: torch.dtype) -> None:
+        """Gives the model a KV cache of so many blocks beside the padding block."""
+        layers, heads = self.model_config.num_hidden_layers, self.backend.heads
+        cache = kv_cache.allocate(layers, num_blocks, self.block_size, heads, dtype, self.device)
+        self.model.bind_kv_cache(cache)
 
     def make_step_runner(self, config: Config, plan: Plan | None = None) -> StepRunner:
         """Runs steps of this model as `config` says, or decode by `plan`; the caller closes it."""
@@ -278,49 +285,11 @@ class ModelRunner:
         """A prefill and a decode step as large as the options allow, all in the padding block."""
         tokens, longest = self.config.max_num_batched_tokens, self.max_model_len
         sizes = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
-        sizes = sizes[: self.config.max_num_seqs]
-        self._prefill_padding(sizes)
+        chunks = [made_up_chunk(0, size) for size in sizes[: self.config.max_num_seqs]]
+        self.step_runner.run(self.step_runner.prepare_prompts(chunks))
         # What decode needs at most beyond that: logits, a copy of those that are drawn from, and
         # room for the graphs' own memory.
         logits = torch.zeros(
             self.config.max_num_seqs, self.model_config.vocab_size, device=self.device
         )
         logits.softmax(-1)
-
-    def _prefill_padding(self, sizes: list[int]) -> torch.Tensor:
-        """Prefills sequences of these lengths in the padding block; returns their logits."""
-        chunks = [made_up_chunk(0, size) for size in sizes]
-        return self.step_runner.run(self.step_runner.prepare_prompts(chunks))
-
-    def _warm_up(self, dtype: torch.dtype) -> None:
-        config, device, vocab_size = self.config, self.device, self.model_config.vocab_size
-
-        def draw(logits: torch.Tensor, params: list[SamplingParams]) -> None:
-            zeros = [0] * len(params)
-            self._draw(logits, SamplingBatch.of(params, zeros, zeros, zeros, vocab_size, device))
-
-        decode: Callable[[int], object] | None = None
-        if config.enforce_eager:
-            decode = self.step_runner.run_padding
-        warm_up(
-            self._prefill_padding,
-            self.model.linear_row_counts() + self.backend.prefill_lengths(dtype),
-            draw if self.ranks.is_first else None,
-            decode,
-            config.max_num_seqs,
-            min(config.max_num_batched_tokens, self.max_model_len),
-        )
-
-
-def resolve_dtype(wanted: str, checkpoint: str, device: torch.device) -> torch.dtype:
-    """The dtype that option `wanted` means; "auto": the checkpoint's on CUDA, else float32."""
-    if wanted == "auto":
-        wanted = checkpoint if device.type == "cuda" else "float32"
-    return getattr(torch, wanted)
-
-
-def sm_count(device: torch.device) -> int:
-    """Streaming multiprocessors of a CUDA device; 0 for any other."""
-    if device.type != "cuda":
-        return 0
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -89,7 +88,7 @@ class StepRunner:
     Args:
         config: pipeline_enable_profiling is looked up at every step.
         pipelines: its partitions are closed with the runner, after the graphs.
-        last_tokens: the last token of each seat, on the device.
+        last_tokens: the last token of each running request, on the device.
         memory: for CUDA graphs; None: run eagerly.
         inputs: lays steps out and fills them.
 
@@ -121,12 +120,12 @@ class StepRunner:
         """Chooses how a step will run, and fills its inputs."""
         if not step.is_decode:
             return self.prepare_prompts(step.chunks)
-        lengths = np.array([chunk.end for chunk in step.chunks])
-        choice = self.chooser.choose(len(lengths), int(lengths.sum()))
+        lengths = [chunk.end for chunk in step.chunks]
+        choice = self.chooser.choose(len(lengths), sum(lengths))
         return self.prepare_decode(choice, step.chunks, lengths)
 
     def prepare_decode(
-        self, choice: Choice, chunks: Sequence[Chunk], lengths: np.ndarray
+        self, choice: Choice, chunks: Sequence[Chunk], lengths: Sequence[int]
     ) -> PreparedStep:
         """A step of chunks of one token, which all are sampled, with padding."""
         layout = self.layout(choice)
@@ -185,7 +184,7 @@ class StepRunner:
     def run_padding(self, size: int) -> torch.Tensor:
         """Runs a decode step of `size` rows, all of them padding."""
         choice = self.chooser.choose(size, size)
-        return self.run(self.prepare_decode(choice, [], np.empty(0, np.int64)))
+        return self.run(self.prepare_decode(choice, [], []))
 
     def finish(self, step: PreparedStep, num_seqs: int) -> None:
         """Counts a decode step, which must be complete, and hands on how long it took."""

@@ -68,7 +68,7 @@ class DeviceTimer:
         while self.unfilled:  # zeros would take less power, hence less time
             self.unfilled.pop().normal_()
         chunks = list(steady_chunks(batch, tokens // batch, self.num_blocks, self.block_size))
-        lengths = np.full(batch, tokens // batch)
+        lengths = [tokens // batch] * batch
         step = self.runner.prepare_decode(Choice(plan, batch), chunks, lengths)
 
         def read(count: int) -> float:

@@ -159,7 +159,7 @@ def tile_offsets(context_lens: np.ndarray) -> np.ndarray:
     if context_lens.min(initial=0) < 0:
         raise ValueError(f"context_lens has {context_lens.min()}; every length must be at least 0")
     offsets = np.zeros(len(context_lens) + 1, dtype=np.int32)
-    np.cumsum((context_lens + (TILE - 1)) // TILE, out=offsets[1:])
+    ((context_lens + (TILE - 1)) // TILE).cumsum(out=offsets[1:])
     return offsets
 
 

@@ -125,7 +125,7 @@ def stories(tiny, monkeypatch):
     outputs = tiny.generate(texts, use_tqdm=False, **params)
 
     def add(fails):
-        monkeypatch.setattr(tiny, "tokenizer", Decoder(tiny.tokenizer, fails))
+        monkeypatch.setattr(tiny.texts, "tokenizer", Decoder(tiny.tokenizer, fails))
         return [tiny.add_request(text, **params) for text in texts]
 
     return tiny, add, outputs

@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanovllm.kernels import likely, reference
+from nanovllm.kernels import likely, reference, top_k_top_p
 from tests.kernels.cases import DEVICE, check_cut, cut_case, within
 
-CUTS = pytest.mark.parametrize("find_cut", [reference.find_cut, likely.find_cut])
+FORMS = {"likely": likely.find_cut, "top_k_top_p": top_k_top_p.find_threshold}
+KERNELS = pytest.mark.parametrize("find_cut", FORMS.values(), ids=FORMS)
+CUTS = pytest.mark.parametrize(
+    "find_cut", [reference.find_cut, *FORMS.values()], ids=["reference", *FORMS]
+)
 LIMITS = pytest.mark.parametrize("limits", ["k", "p", "kp"])
 
 
@@ -35,8 +39,9 @@ def test_cut_of_odd_rows(poison, find_cut, limits):
     check_cut(find_cut(logits, *rest), logits, *rest)
 
 
+@KERNELS
 @LIMITS
-def test_cuts_agree_with_sorting(poison, limits):
+def test_cuts_agree_with_sorting(poison, find_cut, limits):
     """Probabilities so far apart that no rounding decides."""
     logits, temperatures, rows, top_k, top_p = cut_case(6, 5000, torch.float32, limits)
     logits = torch.argsort(logits, dim=-1).argsort(-1).float() * 0.7
@@ -50,20 +55,22 @@ def test_cuts_agree_with_sorting(poison, limits):
         everything if top_k is None else top_k,
         certain if top_p is None else top_p,
     )
-    cut = likely.find_cut(logits, temperatures, rows, top_k, top_p)
+    cut = find_cut(logits, temperatures, rows, top_k, top_p)
     assert torch.equal(within(logits, cut)[rows], kept > float("-inf"))
 
 
+@KERNELS
 @LIMITS
-def test_a_cut_depends_on_its_own_row_only(poison, limits):
+def test_a_cut_depends_on_its_own_row_only(poison, find_cut, limits):
     logits, temperatures, rows, top_k, top_p = cut_case(7, 9000, torch.bfloat16, limits)
-    together = likely.find_cut(logits, temperatures, rows, top_k, top_p)
+    together = find_cut(logits, temperatures, rows, top_k, top_p)
     for n in range(6):
         one = [None if x is None else x[n : n + 1] for x in (top_k, top_p)]
-        alone = likely.find_cut(logits, temperatures, rows[n : n + 1], *one)
+        alone = find_cut(logits, temperatures, rows[n : n + 1], *one)
         assert [x[n] for x in alone] == [x[n] for x in together]
 
 
 def test_as_many_passes_as_any_row_may_need():
-    """Seven pivots leave an eighth of the keys, so 3 bits a pass: 16, 19 and 32 bits."""
+    """3 and 4 bits a pass of 16, 19 and 32 bits."""
     assert [likely.num_passes(shift) for shift in (16, 13, 0)] == [6, 7, 11]
+    assert [top_k_top_p.num_passes(shift) for shift in (16, 13, 0)] == [4, 5, 8]

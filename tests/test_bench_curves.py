@@ -134,7 +134,7 @@ class TestWork:
         limits: list[tuple[int, int]] = []
 
         @contextmanager
-        def limited_to(num_sms: int, device_sms: int) -> Iterator[None]:
+        def cublas_sm_limit(num_sms: int, device_sms: int) -> Iterator[None]:
             limits.append((num_sms, device_sms))
             yield
             assert len(products) == 4 * len(layers)
@@ -142,7 +142,7 @@ class TestWork:
         monkeypatch.setattr(
             curves_work.F, "linear", lambda x, weight: products.append((x.shape, weight.shape))
         )
-        monkeypatch.setattr(curves_work, "limited_to", limited_to)
+        monkeypatch.setattr(curves_work, "cublas_sm_limit", cublas_sm_limit)
         layers = random_layers(SMALL, CPU, num_bytes=200_000)
         work = DenseWork(7, layers, 40)
         work.prepare(16)()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.bench.prefill import layer_matrices, layer_weights
-from nanovllm.kernels.library_sms import can_limit_sms, limited_to
+from nanovllm.kernels.gpu import can_limit_cublas_sms, cublas_sm_limit
 from nanovllm.models.qwen3_config import Qwen3Config
 
 BLOCK_SIZE = 256
@@ -127,14 +127,14 @@ class DenseWork(Work):
         return partial(self._multiply, num_sms)
 
     def _multiply(self, num_sms: int) -> None:
-        with limited_to(num_sms, self.device_sms):
+        with cublas_sm_limit(num_sms, self.device_sms):
             for weight in self.weights:
                 F.linear(self.inputs[weight.shape[1]], weight)
 
 
 def dense_library() -> str:
     """What multiplies on a partition; on the whole device it is torch's default."""
-    return "cuBLASLt told its SMs" if can_limit_sms() else "cuBLAS"
+    return "cuBLASLt told its SMs" if can_limit_cublas_sms() else "cuBLAS"
 
 
 def random_layers(

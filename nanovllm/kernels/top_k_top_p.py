@@ -4,8 +4,8 @@ The logits that stay are those above a threshold, which is one logit of the row,
 to it the first few. Bits of a float, put in order, are an integer key, so the threshold is searched
 for among keys, by how much (tokens, or probability) lies at and above some of them.
 
-- ``_survey_kernel`` finds the maximum of every group of 256 logits. At least k logits reach the
-  k-th largest of these maxima, so only groups with such a maximum can hold one of the k. They
+- ``_survey_kernel`` finds the maximum of every bucket of 256 logits. At least k logits reach the
+  k-th largest of these maxima, so only buckets with such a maximum can hold one of the k. They
   are few, and the search for top-k, and for top-p of what it has left, reads nothing else.
 - ``_narrow_kernel`` serves rows with top-p alone, which may need most of the vocabulary. All SMs
   share a pass over a row; a pass leaves a sixteenth of the keys.
@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 8192
-GROUP = 256
+BUCKET = 256
 _PIVOTS = 16  # keys of a pass
 # Zeros at the end of such a value's float32: keys go without them.
 _SHIFTS = {torch.bfloat16: 16, torch.float16: 13}
@@ -36,7 +36,7 @@ def find_threshold(
     top_k: Tensor | None,
     top_p: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See ``reference.find_cut``; rows of the logits may be strided, a row may not."""
+    """See ``reference.find_threshold``; rows of the logits may be strided, a row may not."""
     device, (num_rows, vocab), stride = logits.device, logits.shape, logits.stride(0)
     thresholds = torch.full((num_rows,), float("-inf"), dtype=torch.float32, device=device)
     tie_ends = torch.full((num_rows,), vocab, dtype=torch.int32, device=device)
@@ -45,17 +45,17 @@ def find_threshold(
         return thresholds, tie_ends
 
     tiles = triton.cdiv(vocab, TILE)
-    groups = tiles * (TILE // GROUP)
+    buckets = tiles * (TILE // BUCKET)
     shift = _SHIFTS.get(logits.dtype, 0)
-    maxima = torch.empty(count, groups, dtype=torch.float32, device=device)
+    maxima = torch.empty(count, buckets, dtype=torch.float32, device=device)
     _survey_kernel[(count, tiles)](
-        logits, rows, maxima, stride, VOCAB=vocab, TILE=TILE, GROUP=GROUP, num_warps=8
+        logits, rows, maxima, stride, VOCAB=vocab, TILE=TILE, BUCKET=BUCKET, num_warps=8
     )
     row_inputs = (logits, temperatures, rows, top_k, top_p, maxima)
     sizes = {
         "VOCAB": vocab, "SHIFT": shift, "PIVOTS": _PIVOTS,
         "TILES": tiles, "TILES_PAD": triton.next_power_of_2(tiles),
-        "GROUPS": groups, "GROUPS_PAD": triton.next_power_of_2(groups),
+        "BUCKETS": buckets, "BUCKETS_PAD": triton.next_power_of_2(buckets),
     }  # fmt: skip
     passes, ends, above, sums = 0, None, None, None
     if top_p is not None:
@@ -67,10 +67,10 @@ def find_threshold(
         _narrow_kernel[(count, tiles)](
             *row_inputs, ends, above, sums, step, stride, TILE=TILE, **sizes, num_warps=8
         )
-    listed = torch.empty(count, groups, dtype=torch.int32, device=device)
+    listed = torch.empty(count, buckets, dtype=torch.int32, device=device)
     _threshold_kernel[(count,)](
         *row_inputs, ends, above, sums, passes, listed, thresholds, tie_ends, stride,
-        GROUP=GROUP, **sizes, num_warps=16,
+        BUCKET=BUCKET, **sizes, num_warps=16,
     )  # fmt: skip
     return thresholds, tie_ends
 
@@ -86,22 +86,22 @@ def num_passes(shift: int) -> int:
 
 @triton.jit(do_not_specialize=["rows"])
 def _survey_kernel(
-    logits, rows, maxima, stride, VOCAB: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr
+    logits, rows, maxima, stride, VOCAB: tl.constexpr, TILE: tl.constexpr, BUCKET: tl.constexpr
 ):
-    """The maximum of every group of a tile."""
+    """The maximum of every bucket of a tile."""
     item, tile = tl.program_id(0), tl.program_id(1)
-    group = tile * (TILE // GROUP) + tl.arange(0, TILE // GROUP)
-    token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    bucket = tile * (TILE // BUCKET) + tl.arange(0, TILE // BUCKET)
+    token = bucket[:, None] * BUCKET + tl.arange(0, BUCKET)[None, :]
     value = _load(logits + tl.load(rows + item) * stride, token, VOCAB)
-    groups = tl.num_programs(1) * (TILE // GROUP)
-    tl.store(maxima + item * groups + group, tl.max(value, axis=1))
+    buckets = tl.num_programs(1) * (TILE // BUCKET)
+    tl.store(maxima + item * buckets + bucket, tl.max(value, axis=1))
 
 
 @triton.jit(do_not_specialize=["temperatures", "rows", "top_k", "top_p", "step"])
 def _narrow_kernel(
     logits, temperatures, rows, top_k, top_p, maxima, ends, above, sums, step, stride,
     VOCAB: tl.constexpr, SHIFT: tl.constexpr, PIVOTS: tl.constexpr, TILES: tl.constexpr,
-    TILES_PAD: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PAD: tl.constexpr, TILE: tl.constexpr,
+    TILES_PAD: tl.constexpr, BUCKETS: tl.constexpr, BUCKETS_PAD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A tile's part of a pass: the probability, but for a factor, from each pivot on."""
     item, tile = tl.program_id(0), tl.program_id(1)
@@ -112,7 +112,7 @@ def _narrow_kernel(
         return
     row = tl.load(rows + item)
     value = _load(logits + row * stride, tile * TILE + tl.arange(0, TILE), VOCAB)
-    highest = tl.max(_maxima(maxima, item, GROUPS, GROUPS_PAD), axis=0)
+    highest = tl.max(_maxima(maxima, item, BUCKETS, BUCKETS_PAD), axis=0)
     bottom, top, weight_above, _ = _ends(
         ends, above, sums, step, item, highest, limit, PIVOTS, TILES, TILES_PAD, SHIFT
     )
@@ -137,7 +137,7 @@ def _threshold_kernel(
     logits, temperatures, rows, top_k, top_p, maxima, ends, above, sums, passes,
     listed, thresholds, tie_ends, stride,
     VOCAB: tl.constexpr, SHIFT: tl.constexpr, PIVOTS: tl.constexpr, TILES: tl.constexpr,
-    TILES_PAD: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PAD: tl.constexpr, GROUP: tl.constexpr,
+    TILES_PAD: tl.constexpr, BUCKETS: tl.constexpr, BUCKETS_PAD: tl.constexpr, BUCKET: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
     k = tl.full([], VOCAB, tl.int64)
@@ -151,7 +151,7 @@ def _threshold_kernel(
     row = tl.load(rows + item)
     source = logits + row * stride
     scale = _LOG2_E / tl.load(temperatures + row)
-    maximum = _maxima(maxima, item, GROUPS, GROUPS_PAD)
+    maximum = _maxima(maxima, item, BUCKETS, BUCKETS_PAD)
     highest = tl.max(maximum, axis=0)
     peak = _finite(highest)
     bottom, top = _all_keys(highest, SHIFT)
@@ -165,27 +165,27 @@ def _threshold_kernel(
         )
         target = p * total
 
-    # List the groups that may hold a logit that stays.
-    listed += item * GROUPS
+    # List the buckets that may hold a logit that stays.
+    listed += item * BUCKETS
     wanted = (maximum >= _value(bottom, SHIFT)).to(tl.int32)
-    tl.store(listed + tl.cumsum(wanted, axis=0) - 1, tl.arange(0, GROUPS_PAD), mask=wanted > 0)
+    tl.store(listed + tl.cumsum(wanted, axis=0) - 1, tl.arange(0, BUCKETS_PAD), mask=wanted > 0)
     num_listed = tl.sum(wanted, axis=0)
     tl.debug_barrier()  # all of the list is stored before any thread reads it
 
     if k < VOCAB:
         target = k.to(tl.float32)
         bottom, weight_above = _search(
-            source, listed, num_listed, target, bottom, top, peak, 0.0, VOCAB, GROUP, SHIFT
+            source, listed, num_listed, target, bottom, top, peak, 0.0, VOCAB, BUCKET, SHIFT
         )
         stay = target - weight_above
         if p < 1:
             least = bottom
             more = _weight_from(
-                source, listed, num_listed, least + 1, peak, scale, VOCAB, GROUP, SHIFT
+                source, listed, num_listed, least + 1, peak, scale, VOCAB, BUCKET, SHIFT
             )
             target = p * (more + stay * _weight(_value(least, SHIFT), peak, scale))
             bottom, weight_above = _search(
-                source, listed, num_listed, target, least, top, peak, scale, VOCAB, GROUP, SHIFT
+                source, listed, num_listed, target, least, top, peak, scale, VOCAB, BUCKET, SHIFT
             )
     if p < 1:
         one = tl.maximum(_weight(_value(bottom, SHIFT), peak, scale), 1e-37)
@@ -194,7 +194,7 @@ def _threshold_kernel(
     threshold = _value(bottom, SHIFT)
     tl.store(thresholds + row, threshold)
     stay = tl.minimum(tl.maximum(stay, 1.0), VOCAB).to(tl.int32)
-    tie_end = _tie_end(source, listed, num_listed, threshold, stay, VOCAB, GROUP)
+    tie_end = _tie_end(source, listed, num_listed, threshold, stay, VOCAB, BUCKET)
     tl.store(tie_ends + row, tie_end)
 
 
@@ -235,13 +235,13 @@ def _ends(
 @triton.jit
 def _search(
     source, listed, num_listed, limit, bottom, top, peak, scale,
-    VOCAB: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr,
+    VOCAB: tl.constexpr, BUCKET: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """The largest key from which on listed logits weigh `limit`, and the weight above it."""
     weight_above = tl.zeros([], tl.float32)
     while top - bottom > 1:
         half = bottom + (top - bottom) // 2
-        weight = _weight_from(source, listed, num_listed, half, peak, scale, VOCAB, GROUP, SHIFT)
+        weight = _weight_from(source, listed, num_listed, half, peak, scale, VOCAB, BUCKET, SHIFT)
         enough = weight >= limit
         bottom = tl.where(enough, half, bottom)
         top = tl.where(enough, top, half)
@@ -252,12 +252,12 @@ def _search(
 @triton.jit
 def _weight_from(
     source, listed, num_listed, key, peak, scale,
-    VOCAB: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr,
+    VOCAB: tl.constexpr, BUCKET: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """What the listed logits from a key on weigh; their number for a scale of 0."""
     total = tl.zeros([], tl.float32)
     for first in range(0, num_listed, 32):
-        value, _ = _load_listed(source, listed, first, num_listed, 32, VOCAB, GROUP)
+        value, _ = _load_listed(source, listed, first, num_listed, 32, VOCAB, BUCKET)
         reached = value >= _value(key, SHIFT)
         total += tl.sum(tl.where(reached, _weight(value, peak, scale), 0.0))
     return total
@@ -275,20 +275,22 @@ def _kth_largest(maximum, k, bottom, top, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _tie_end(source, listed, num_listed, threshold, stay, VOCAB: tl.constexpr, GROUP: tl.constexpr):
+def _tie_end(
+    source, listed, num_listed, threshold, stay, VOCAB: tl.constexpr, BUCKET: tl.constexpr
+):
     """The token of the `stay`-th listed logit that equals the threshold, or VOCAB."""
-    place = tl.full([], -1, tl.int32)  # in the list, of the groups that hold it
+    place = tl.full([], -1, tl.int32)  # in the list, of the buckets that hold it
     left = stay
     for first in range(0, num_listed, 64):
-        value, _ = _load_listed(source, listed, first, num_listed, 64, VOCAB, GROUP)
+        value, _ = _load_listed(source, listed, first, num_listed, 64, VOCAB, BUCKET)
         ties = tl.sum((value == threshold).to(tl.int32))
         place = tl.where((place < 0) & (ties >= left), first, place)
         left -= tl.where(place < 0, ties, 0)
     end = tl.full([], VOCAB, tl.int32)
     if place >= 0:
-        value, token = _load_listed(source, listed, place, num_listed, 64, VOCAB, GROUP)
-        rank = tl.cumsum(tl.reshape((value == threshold).to(tl.int32), [64 * GROUP]), axis=0)
-        end = tl.min(tl.where(rank >= left, tl.reshape(token, [64 * GROUP]), VOCAB), axis=0)
+        value, token = _load_listed(source, listed, place, num_listed, 64, VOCAB, BUCKET)
+        rank = tl.cumsum(tl.reshape((value == threshold).to(tl.int32), [64 * BUCKET]), axis=0)
+        end = tl.min(tl.where(rank >= left, tl.reshape(token, [64 * BUCKET]), VOCAB), axis=0)
     return end
 
 
@@ -304,19 +306,25 @@ def _load(source, token, VOCAB: tl.constexpr):
 
 @triton.jit
 def _load_listed(
-    source, listed, first, num_listed, COUNT: tl.constexpr, VOCAB: tl.constexpr, GROUP: tl.constexpr
+    source,
+    listed,
+    first,
+    num_listed,
+    COUNT: tl.constexpr,
+    VOCAB: tl.constexpr,
+    BUCKET: tl.constexpr,
 ):
-    """Logits and tokens ``[COUNT, GROUP]`` of the listed groups from the first-th on."""
+    """Logits and tokens ``[COUNT, BUCKET]`` of the listed buckets from the first-th on."""
     place = first + tl.arange(0, COUNT)
-    group = tl.load(listed + place, mask=place < num_listed, other=VOCAB)
-    token = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    bucket = tl.load(listed + place, mask=place < num_listed, other=VOCAB)
+    token = bucket[:, None] * BUCKET + tl.arange(0, BUCKET)[None, :]
     return _load(source, token, VOCAB), token
 
 
 @triton.jit
-def _maxima(maxima, item, GROUPS: tl.constexpr, GROUPS_PAD: tl.constexpr):
-    group = tl.arange(0, GROUPS_PAD)
-    return tl.load(maxima + item * GROUPS + group, mask=group < GROUPS, other=float("-inf"))
+def _maxima(maxima, item, BUCKETS: tl.constexpr, BUCKETS_PAD: tl.constexpr):
+    bucket = tl.arange(0, BUCKETS_PAD)
+    return tl.load(maxima + item * BUCKETS + bucket, mask=bucket < BUCKETS, other=float("-inf"))
 
 
 @triton.jit
@@ -334,7 +342,8 @@ def _weight(value, peak, scale):
 def _all_keys(highest, SHIFT: tl.constexpr):
     """The least key of a finite logit, and the key behind the highest of a row."""
     bottom = _key(tl.minimum(_finite(highest), -_MAX), SHIFT)
-    return bottom, tl.maximum(_key(highest, SHIFT) + 1, bottom)
+    # NOTE: + 0.0 makes 0 of -0, whose key is another though they are equal.
+    return bottom, tl.maximum(_key(highest + 0.0, SHIFT) + 1, bottom)
 
 
 @triton.jit

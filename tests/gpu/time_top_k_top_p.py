@@ -17,9 +17,9 @@ from functools import partial
 import torch
 
 from nanovllm.kernels import likely, top_k_top_p
-from tests.kernels.cases import check_cut, within
+from tests.kernels.cases import check_threshold, within
 
-FORMS = {"likely": likely.find_cut, "new": top_k_top_p.find_threshold}
+FORMS = {"likely": likely.find_threshold, "new": top_k_top_p.find_threshold}
 VOCAB = 151936
 SPREADS = {"flat": 0.6, "peaked": 3.0}
 
@@ -72,12 +72,12 @@ def main() -> None:
             for name, spread in SPREADS.items():
                 for limits in ("k", "p", "kp"):
                     inputs = case(rows, dtype, limits, spread)
-                    cuts = {form: find(*inputs) for form, find in FORMS.items()}
-                    kept = [within(inputs[0], cut) for cut in cuts.values()]
+                    found = {form: find(*inputs) for form, find in FORMS.items()}
+                    kept = [within(inputs[0], threshold) for threshold in found.values()]
                     differ = int((kept[0] != kept[1]).any(1).sum())
-                    for cut in cuts.values():
-                        check_cut(cut, *inputs, border=4e-6)
-                    del kept, cuts
+                    for threshold in found.values():
+                        check_threshold(threshold, *inputs, border=4e-6)
+                    del kept, found
                     eager = {form: partial(find, *inputs) for form, find in FORMS.items()}
                     graphs = {form: captured(call) for form, call in eager.items()}
                     now = medians(eager, args.rounds, 5)

@@ -16,12 +16,12 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from nanovllm.kernels import activation, norm, paged_decode, paired_gemm, rope, small_gemm
-from nanovllm.kernels import split_gemm, tiling
+from nanovllm.kernels import activation, fused_gemm, norm, paged_decode, rope
+from nanovllm.kernels import small_gemm
 
 TYPES = dict(
     eps="fp32", scale_log2="fp32", cos_sin="*fp32", partial_out="*fp32", partial_lse="*fp32",
-    parts="*fp32", squares="*fp32", x_squares="*fp32", arrivals="*i32", block_tables="*i32",
+    parts="*fp32", sum_sq="*fp32", x_sum_sq="*fp32", arrivals="*i32", block_tables="*i32",
     context_lens="*i32", tile_offsets="*i32", positions="*i32", slot_mapping="*i32",
     num_seqs="i32", table_stride="i32", tokens="i32",
 )
@@ -32,7 +32,7 @@ def tiles(*shape):
 
 
 def compile(kernel, constants, options, without=(), **types):
-    constants = {"OVERLAP": True, **dict.fromkeys(without), **constants}
+    constants = {"PDL": True, **dict.fromkeys(without), **constants}
     types = {name: TYPES.get(name, "*bf16") for name in kernel.arg_names} | types
     types |= dict.fromkeys(constants, "constexpr")
     aligned = {
@@ -55,26 +55,26 @@ def decode(tuning, group):
 
 
 def silu_pairs(tokens, block):
-    tiled(paired_gemm._silu_mul_kernel, dict(INTER=3072, INNER=1024), tokens, block)
+    tiled(fused_gemm._silu_mul_kernel, dict(INTER=3072, INNER=1024), tokens, block)
 
 
 def head_pairs(tokens, block, *without):
     constants = dict(Q_HEADS=16, KV_HEADS=8, BLOCK_SIZE=256, INNER=1024)
-    tiled(paired_gemm._norm_rope_store_kernel, constants, tokens, block, without)
+    tiled(fused_gemm._norm_rope_store_kernel, constants, tokens, block, without)
 
 
 def tiled(kernel, constants, tokens, block, without=()):
-    tile = tiling.Tiling(int(tokens), int(block))
-    options = tiling.options(tile) | constants
+    tile = fused_gemm.Tiles(int(tokens), int(block))
+    options = fused_gemm.kernel_options(tile) | constants
     constants = {name: value for name, value in options.items() if name.isupper()}
     compiler = {name: value for name, value in options.items() if not name.isupper()}
-    del constants["OVERLAP"]  # of this machine
-    x, weight = tiles(*tile), tiles(tiling.FEATURES, tile.block)
+    del constants["PDL"]  # of this machine
+    x, weight = tiles(*tile), tiles(fused_gemm._FEATURES, tile.block)
     compile(kernel, constants, compiler, without, x=x, weight=weight)
 
 
 def split(tokens, block):
-    tiled(split_gemm._parts_kernel, dict(OUT=1024, PART=512), tokens, block)
+    tiled(fused_gemm._parts_kernel, dict(OUT=1024, PART=512), tokens, block)
 
 
 def norms(parts):
@@ -97,11 +97,11 @@ def heads(*without):
 def small(side, tokens):
     constants = dict(
         INNER=1024, TOKENS=int(tokens), ROWS=8, SPLIT=4, BLOCK=64, GATED=side == "after",
-        FEATURES=3072, NUM_SQUARES=128, SQUARES_BLOCK=128,
+        FEATURES=3072, NUM_SUM_SQ=128, SUM_SQ_BLOCK=128,
     )
-    without = ["bias", "x_squares"]
+    without = ["bias", "x_sum_sq"]
     if side == "after":
-        without = ["residual", "norm_weight", "scaled", "squares"]
+        without = ["residual", "norm_weight", "scaled", "sum_sq"]
     options = dict(num_warps=4, num_stages=5)
     compile(small_gemm._linear_kernel, constants, options, without)
 

@@ -20,7 +20,7 @@ from tests.kernels.cases import (
 ROWS = pytest.mark.parametrize("rows", [0, 3, 16, 50, 130])
 
 
-@pytest.fixture(params=[132, 6], ids=["one program an SM", "several"])
+@pytest.fixture(params=[132, 3], ids=["one program an SM", "several"])
 def num_sms(request, monkeypatch) -> int:
     """SMs of the device; with few of them tiles are large and steps short."""
     monkeypatch.setattr(fused_gemm, "usable_sms", lambda device: request.param)

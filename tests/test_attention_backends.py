@@ -127,7 +127,7 @@ def test_torch_decode_equals_dense_attention(q_heads, kv_heads, head_dim, block_
 
 @pytest.fixture
 def mixed() -> Case:
-    """Sequences that decode, a prompt's chunk behind what is cached, prompts; a chunk of one row."""
+    """Sequences that decode, a prompt's chunk behind cached tokens, prompts; a chunk of one row."""
     return Case([300, 1, 256, 40, 17, 1], [1, 1, 1, 3, 17, 1], 4, 2, 64, 256)
 
 

@@ -121,8 +121,6 @@ def _narrow_kernel(
         tl.store(ends + 2 * place, bottom)
         tl.store(ends + 2 * place + 1, top)
         tl.store(above + place, weight_above)
-    if top - bottom <= 1:
-        return
     weight = _weight(value, _finite(highest), _LOG2_E / tl.load(temperatures + row))
     place = sums + ((step * tl.num_programs(0) + item) * TILES + tile) * PIVOTS
     for pivot in tl.static_range(PIVOTS):
@@ -169,23 +167,21 @@ def _threshold_kernel(
     listed += item * BUCKETS
     wanted = (maximum >= _value(bottom, SHIFT)).to(tl.int32)
     tl.store(listed + tl.cumsum(wanted, axis=0) - 1, tl.arange(0, BUCKETS_PAD), mask=wanted > 0)
-    num_listed = tl.sum(wanted, axis=0)
+    count = tl.sum(wanted, axis=0)
     tl.debug_barrier()  # all of the list is stored before any thread reads it
 
     if k < VOCAB:
         target = k.to(tl.float32)
         bottom, weight_above = _search(
-            source, listed, num_listed, target, bottom, top, peak, 0.0, VOCAB, BUCKET, SHIFT
+            source, listed, count, target, bottom, top, peak, 0.0, VOCAB, BUCKET, SHIFT
         )
         stay = target - weight_above
         if p < 1:
             least = bottom
-            more = _weight_from(
-                source, listed, num_listed, least + 1, peak, scale, VOCAB, BUCKET, SHIFT
-            )
+            more = _weight_from(source, listed, count, least + 1, peak, scale, VOCAB, BUCKET, SHIFT)
             target = p * (more + stay * _weight(_value(least, SHIFT), peak, scale))
             bottom, weight_above = _search(
-                source, listed, num_listed, target, least, top, peak, scale, VOCAB, BUCKET, SHIFT
+                source, listed, count, target, least, top, peak, scale, VOCAB, BUCKET, SHIFT
             )
     if p < 1:
         one = tl.maximum(_weight(_value(bottom, SHIFT), peak, scale), 1e-37)
@@ -194,7 +190,7 @@ def _threshold_kernel(
     threshold = _value(bottom, SHIFT)
     tl.store(thresholds + row, threshold)
     stay = tl.minimum(tl.maximum(stay, 1.0), VOCAB).to(tl.int32)
-    tie_end = _tie_end(source, listed, num_listed, threshold, stay, VOCAB, BUCKET)
+    tie_end = _tie_end(source, listed, count, threshold, stay, VOCAB, BUCKET)
     tl.store(tie_ends + row, tie_end)
 
 
@@ -221,27 +217,26 @@ def _ends(
         # The first pivot of the first pass is below all logits.
         first = sums + (item * TILES + tile) * PIVOTS
         total = tl.sum(tl.load(first, mask=tile < TILES, other=0.0), axis=0)
-        if top - bottom > 1:  # else there was no such pass
-            part = sums + (place * TILES + tile[:, None]) * PIVOTS + pivot[None, :]
-            weight = tl.sum(tl.load(part, mask=tile[:, None] < TILES, other=0.0), axis=0)
-            key = bottom + (top - bottom) * pivot // PIVOTS
-            enough = weight >= limit * total
-            weight_above = tl.max(tl.where(enough, weight_above, weight), axis=0)
-            bottom = tl.max(tl.where(enough, key, bottom), axis=0)
-            top = tl.min(tl.where(enough, top, key), axis=0)
+        part = sums + (place * TILES + tile[:, None]) * PIVOTS + pivot[None, :]
+        weight = tl.sum(tl.load(part, mask=tile[:, None] < TILES, other=0.0), axis=0)
+        key = bottom + (top - bottom) * pivot // PIVOTS
+        enough = weight >= limit * total
+        weight_above = tl.max(tl.where(enough, weight_above, weight), axis=0)
+        bottom = tl.max(tl.where(enough, key, bottom), axis=0)
+        top = tl.min(tl.where(enough, top, key), axis=0)
     return bottom, top, weight_above, total
 
 
 @triton.jit
 def _search(
-    source, listed, num_listed, limit, bottom, top, peak, scale,
+    source, listed, count, limit, bottom, top, peak, scale,
     VOCAB: tl.constexpr, BUCKET: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """The largest key from which on listed logits weigh `limit`, and the weight above it."""
     weight_above = tl.zeros([], tl.float32)
     while top - bottom > 1:
         half = bottom + (top - bottom) // 2
-        weight = _weight_from(source, listed, num_listed, half, peak, scale, VOCAB, BUCKET, SHIFT)
+        weight = _weight_from(source, listed, count, half, peak, scale, VOCAB, BUCKET, SHIFT)
         enough = weight >= limit
         bottom = tl.where(enough, half, bottom)
         top = tl.where(enough, top, half)
@@ -251,13 +246,13 @@ def _search(
 
 @triton.jit
 def _weight_from(
-    source, listed, num_listed, key, peak, scale,
+    source, listed, count, key, peak, scale,
     VOCAB: tl.constexpr, BUCKET: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """What the listed logits from a key on weigh; their number for a scale of 0."""
     total = tl.zeros([], tl.float32)
-    for first in range(0, num_listed, 32):
-        value, _ = _load_listed(source, listed, first, num_listed, 32, VOCAB, BUCKET)
+    for first in range(0, count, 32):
+        value, _ = _load_listed(source, listed, first, count, 32, VOCAB, BUCKET)
         reached = value >= _value(key, SHIFT)
         total += tl.sum(tl.where(reached, _weight(value, peak, scale), 0.0))
     return total
@@ -275,20 +270,18 @@ def _kth_largest(maximum, k, bottom, top, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _tie_end(
-    source, listed, num_listed, threshold, stay, VOCAB: tl.constexpr, BUCKET: tl.constexpr
-):
+def _tie_end(source, listed, count, threshold, stay, VOCAB: tl.constexpr, BUCKET: tl.constexpr):
     """The token of the `stay`-th listed logit that equals the threshold, or VOCAB."""
     place = tl.full([], -1, tl.int32)  # in the list, of the buckets that hold it
     left = stay
-    for first in range(0, num_listed, 64):
-        value, _ = _load_listed(source, listed, first, num_listed, 64, VOCAB, BUCKET)
+    for first in range(0, count, 64):
+        value, _ = _load_listed(source, listed, first, count, 64, VOCAB, BUCKET)
         ties = tl.sum((value == threshold).to(tl.int32))
         place = tl.where((place < 0) & (ties >= left), first, place)
         left -= tl.where(place < 0, ties, 0)
     end = tl.full([], VOCAB, tl.int32)
     if place >= 0:
-        value, token = _load_listed(source, listed, place, num_listed, 64, VOCAB, BUCKET)
+        value, token = _load_listed(source, listed, place, count, 64, VOCAB, BUCKET)
         rank = tl.cumsum(tl.reshape((value == threshold).to(tl.int32), [64 * BUCKET]), axis=0)
         end = tl.min(tl.where(rank >= left, tl.reshape(token, [64 * BUCKET]), VOCAB), axis=0)
     return end
@@ -309,14 +302,14 @@ def _load_listed(
     source,
     listed,
     first,
-    num_listed,
+    count,
     COUNT: tl.constexpr,
     VOCAB: tl.constexpr,
     BUCKET: tl.constexpr,
 ):
     """Logits and tokens ``[COUNT, BUCKET]`` of the listed buckets from the first-th on."""
     place = first + tl.arange(0, COUNT)
-    bucket = tl.load(listed + place, mask=place < num_listed, other=VOCAB)
+    bucket = tl.load(listed + place, mask=place < count, other=VOCAB)
     token = bucket[:, None] * BUCKET + tl.arange(0, BUCKET)[None, :]
     return _load(source, token, VOCAB), token
 

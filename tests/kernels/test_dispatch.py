@@ -8,7 +8,7 @@ import sys
 import torch
 
 from nanovllm import kernels
-from nanovllm.kernels import activation, norm, reference, sampling, small_gemm
+from nanovllm.kernels import activation, gpu, norm, reference, sampling, small_gemm
 from nanovllm.kernels.normed import HeadInputs, Normed
 from tests.kernels.cases import (
     DEVICE,
@@ -66,6 +66,19 @@ def test_the_qkv_layer_is_its_reference_on_any_device():
 def test_import_without_triton():
     code = "import sys, nanovllm.kernels; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_torch_that_cannot_limit_cublas_is_warned_of_once(monkeypatch, caplog):
+    monkeypatch.setattr(gpu, "can_limit_cublas_sms", lambda: False)
+    gpu._warn_that_sms_are_not_limited.cache_clear()
+    with gpu.cublas_sm_limit(132, 132):
+        pass
+    assert not caplog.records
+    for _ in range(2):
+        with gpu.cublas_sm_limit(96, 132):
+            pass
+    (record,) = caplog.records
+    assert f"torch {torch.__version__} cannot tell cuBLAS" in record.getMessage()
 
 
 def test_empty_batches():

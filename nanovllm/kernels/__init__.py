@@ -106,7 +106,7 @@ def linear_norm_rope_store(
         ):
             return ops.fused_gemm.linear_norm_rope_store(x.materialize(), weight, bias, inputs)
     qkv = _linear(x, weight, bias)
-    return _ops(qkv).qk_norm_rope_store(qkv, *inputs)
+    return _ops(qkv).qk_norm_rope_store(qkv, inputs)
 
 
 def resolve_tokens(input_ids: Tensor, last_tokens: Tensor) -> Tensor:

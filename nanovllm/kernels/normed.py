@@ -33,9 +33,17 @@ class Normed(NamedTuple):
 
 
 class HeadInputs(NamedTuple):
-    """The arguments of ``qk_norm_rope_store`` after its projection, in their order.
+    """What the heads of T tokens need between QKV projection and attention.
 
-    ``q_weight`` and ``k_weight`` are None where a model does not normalise its heads.
+    Attributes:
+        q_weight, k_weight: ``[D]``, RMS norm weights shared by all heads of their kind; None where
+            a model does not normalise its heads.
+        eps: of these norms.
+        cos_sin: ``[max_pos, D]`` float32, D/2 cosines and then D/2 sines of every position.
+        positions: ``[T]`` int64.
+        slot_mapping: ``[T]``, cache slot of each token.
+        k_cache, v_cache: ``[num_blocks, Hkv, block_size, D]``.
+        num_q_heads, num_kv_heads: Hq and Hkv.
     """
 
     q_weight: Tensor | None

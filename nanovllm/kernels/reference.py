@@ -84,8 +84,8 @@ def linear_add_norm(
 def linear_norm_rope_store(
     x: Tensor, weight: Tensor, bias: Tensor | None, inputs: HeadInputs
 ) -> Tensor:
-    """``qk_norm_rope_store(linear(x, weight, bias), *inputs)``."""
-    return qk_norm_rope_store(linear(x, weight, bias), *inputs)
+    """``qk_norm_rope_store(linear(x, weight, bias), inputs)``."""
+    return qk_norm_rope_store(linear(x, weight, bias), inputs)
 
 
 # ------------------------------------------------------------------ between QKV and attention
@@ -136,24 +136,12 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     v_cache[block, :, offset] = v
 
 
-def qk_norm_rope_store(
-    qkv: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    eps: float,
-    cos_sin: Tensor,
-    positions: Tensor,
-    slot_mapping: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    num_q_heads: int,
-    num_kv_heads: int,
-) -> Tensor:
+def qk_norm_rope_store(qkv: Tensor, inputs: HeadInputs) -> Tensor:
     """``qk_norm_rope`` and then ``store_kv``; returns ``q [T, Hq, D]``."""
-    q, k, v = qk_norm_rope(
-        qkv, q_weight, k_weight, eps, cos_sin, positions, num_q_heads, num_kv_heads
-    )
-    store_kv(k, v, k_cache, v_cache, slot_mapping)
+    i = inputs
+    norms, heads = (i.q_weight, i.k_weight, i.eps), (i.num_q_heads, i.num_kv_heads)
+    q, k, v = qk_norm_rope(qkv, *norms, i.cos_sin, i.positions, *heads)
+    store_kv(k, v, i.k_cache, i.v_cache, i.slot_mapping)
     return q
 
 

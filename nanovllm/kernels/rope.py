@@ -12,45 +12,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.normed import HeadInputs
 from nanovllm.kernels.paging import row_of_slot
 from nanovllm.kernels.pdl import pdl_options, pdl_trigger, pdl_wait
 
 _HEADS_PER_PROGRAM = 8
 
 
-def qk_norm_rope_store(
-    qkv: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    eps: float,
-    cos_sin: Tensor,
-    positions: Tensor,
-    slot_mapping: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    num_q_heads: int,
-    num_kv_heads: int,
-) -> Tensor:
+def qk_norm_rope_store(qkv: Tensor, inputs: HeadInputs) -> Tensor:
     """Norm, rotate and store; see ``reference.qk_norm_rope_store``.
 
     Args:
         qkv: ``[T, (Hq + 2 Hkv) * D]``; rows may be strided, a row may not.
-        q_weight, k_weight: ``[D]``, or both None: no norm.
-        cos_sin: ``[max_pos, D]`` float32, contiguous.
-        k_cache, v_cache: ``[num_blocks, Hkv, block_size, D]``, contiguous, written in place.
+        inputs: with ``cos_sin`` and caches contiguous; the caches are written in place.
 
     Returns:
         ``q [T, Hq, D]`` in qkv's dtype.
     """
-    num_tokens, head_dim = qkv.shape[0], cos_sin.shape[1]
-    q = torch.empty(num_tokens, num_q_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    num_tokens, head_dim = qkv.shape[0], inputs.cos_sin.shape[1]
+    q_heads, kv_heads, half = inputs.num_q_heads, inputs.num_kv_heads, head_dim // 2
+    q = torch.empty(num_tokens, q_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     if num_tokens == 0:
         return q
-    num_heads, half = num_q_heads + 2 * num_kv_heads, head_dim // 2
-    _norm_rope_store_kernel[num_tokens, triton.cdiv(num_heads, _HEADS_PER_PROGRAM)](
-        qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, q, k_cache, v_cache, eps,
-        qkv.stride(0),
-        Q_HEADS=num_q_heads, KV_HEADS=num_kv_heads, BLOCK_SIZE=k_cache.shape[2],
+    _norm_rope_store_kernel[num_tokens, triton.cdiv(q_heads + 2 * kv_heads, _HEADS_PER_PROGRAM)](
+        qkv, inputs.q_weight, inputs.k_weight, inputs.cos_sin, inputs.positions,
+        inputs.slot_mapping, q, inputs.k_cache, inputs.v_cache, inputs.eps, qkv.stride(0),
+        Q_HEADS=q_heads, KV_HEADS=kv_heads, BLOCK_SIZE=inputs.k_cache.shape[2],
         HALF=half, HEADS=_HEADS_PER_PROGRAM,
         # One 16-byte load of a 16-bit dtype per thread and half.
         num_warps=max(_HEADS_PER_PROGRAM * half // 256, 1),

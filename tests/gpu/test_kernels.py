@@ -30,6 +30,7 @@ from nanovllm.kernels.normed import HeadInputs, Normed
 from tests.kernels.cases import (
     EPS,
     check_threshold,
+    head_arguments,
     new_seed,
     randn,
     rope_case,
@@ -213,7 +214,10 @@ def test_beginning_early_changes_nothing(tokens, monkeypatch):
 def test_qk_norm_rope_store(hq, hkv):
     case = rope_case(700, hq, hkv, 128, 256, BF16)
     exact = {k: v.float() if torch.is_tensor(v) and v.dtype == BF16 else v for k, v in case.items()}
-    check(rope.qk_norm_rope_store(**case), reference.qk_norm_rope_store(**exact))
+    check(
+        rope.qk_norm_rope_store(*head_arguments(case)),
+        reference.qk_norm_rope_store(*head_arguments(exact)),
+    )
     for name in ("k_cache", "v_cache"):
         assert torch.equal(case[name].isnan(), exact[name].isnan())
         check(case[name].nan_to_num(), exact[name].nan_to_num())
@@ -318,7 +322,7 @@ def test_caches_beyond_2_31_elements():
     inputs = rope_case(5, 16, hkv, dim, block_size, BF16)
     slots = num_blocks * block_size - 1 - torch.arange(5, device="cuda")
     inputs |= {"k_cache": case.k_cache, "v_cache": case.v_cache, "slot_mapping": slots}
-    rope.qk_norm_rope_store(**inputs)
+    rope.qk_norm_rope_store(*head_arguments(inputs))
     _, k, v = reference.qk_norm_rope(**without_cache(inputs))
     check_stored(case, k, v)
     for cache in (case.k_cache, case.v_cache):

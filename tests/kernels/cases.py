@@ -7,6 +7,8 @@ import random
 
 import torch
 
+from nanovllm.kernels.normed import HeadInputs
+
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 # Triton's interpreter truncates to bfloat16 where the GPU rounds, and has no bfloat16 dot.
@@ -54,6 +56,11 @@ def rope_case(num_tokens, hq, hkv, dim, block_size, dtype=torch.float32, normed=
         "num_q_heads": hq,
         "num_kv_heads": hkv,
     }
+
+
+def head_arguments(case):
+    """The arguments of ``qk_norm_rope_store`` as it takes them."""
+    return case["qkv"], HeadInputs(**{k: v for k, v in case.items() if k != "qkv"})
 
 
 def without_cache(case):

@@ -112,11 +112,11 @@ class TestWork:
     ) -> None:
         limits: list[tuple[int, ...]] = []
 
-        def limited_to(*limit: int) -> nullcontext[None]:
+        def cublas_sm_limit(*limit: int) -> nullcontext[None]:
             limits.append(limit)
             return nullcontext()
 
-        monkeypatch.setattr(curves_work, "limited_to", limited_to)
+        monkeypatch.setattr(curves_work, "cublas_sm_limit", cublas_sm_limit)
         weights = curves_work.random_weights(SMALL, DEVICE, num_bytes=200_000)
         assert sum(weight.nbytes for weight in weights) >= 200_000
         assert [tuple(weight.shape) for weight in weights[:4]] == layer_matrices(SMALL)

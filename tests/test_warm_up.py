@@ -11,7 +11,7 @@ from nanovllm import LLM
 from nanovllm.engine.block_manager import PADDING_BLOCK
 from nanovllm.engine.cuda_graphs import batch_sizes
 from nanovllm.engine.warm_up import MOST_ROWS, SAMPLING, warm_up
-from nanovllm.kernels import paged_prefill, paired_gemm, small_gemm, split_gemm, tiling
+from nanovllm.kernels import fused_gemm, paged_prefill, small_gemm
 from nanovllm.layers.sampler import SamplingBatch
 
 
@@ -65,16 +65,16 @@ def test_no_prompt_is_longer_than_allowed(warmed):
 @pytest.mark.parametrize("num_sms", [16, 78, 132])
 @pytest.mark.parametrize("features", [1024, 2048, 3072, 4096])
 def test_the_ladder_meets_the_tiles_that_any_step_takes(num_sms, features):
-    tiles = features // tiling.FEATURES
+    tiles = features // fused_gemm._FEATURES
 
     def kernels_of(rows: int) -> set:
         found = {("prefill", paged_prefill._tiling(128, 2, rows))}
         if rows <= small_gemm.MAX_ROWS:
             found.add(("small", 1 << (rows - 1).bit_length()))
-        elif rows <= paired_gemm._MAX_ROWS_HEADS:
-            found.add(("paired", tiling.choose(rows, tiles // 2, num_sms)))
-            if rows <= split_gemm._MAX_ROWS:
-                found.add(("split", split_gemm._division(rows, features, num_sms)))
+        elif rows <= fused_gemm._MAX_ROWS_HEADS:
+            found.add(("paired", fused_gemm.pick_tiles(rows, tiles // 2, num_sms)))
+            if rows <= fused_gemm._MAX_ROWS_SPLIT:
+                found.add(("split", fused_gemm.pick_splits(rows, features, num_sms)))
         return found
 
     met = set().union(*map(kernels_of, batch_sizes(MOST_ROWS)))

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.bench.ceilings import layer_matrices, layer_weights
-from nanovllm.kernels.library_sms import can_limit_sms, limited_to
+from nanovllm.kernels.gpu import can_limit_cublas_sms, cublas_sm_limit
 from nanovllm.kernels.paged_decode import DecodeWorkspace, paged_decode_attention, tile_offsets
 from nanovllm.models import ModelConfig
 
@@ -104,7 +104,7 @@ def dense_work(tokens: int, weights: Sequence[torch.Tensor], device_sms: int) ->
 
     def prepare(num_sms: int) -> Callable[[], None]:
         def multiply() -> None:
-            with limited_to(num_sms, device_sms):
+            with cublas_sm_limit(num_sms, device_sms):
                 for weight in weights:
                     F.linear(inputs[weight.shape[1]], weight)
 
@@ -115,7 +115,7 @@ def dense_work(tokens: int, weights: Sequence[torch.Tensor], device_sms: int) ->
 
 def dense_library() -> str:
     """What multiplies on a partition; on the whole device it is torch's default."""
-    return "cuBLASLt told its SMs" if can_limit_sms() else "cuBLAS"
+    return "cuBLASLt told its SMs" if can_limit_cublas_sms() else "cuBLAS"
 
 
 def random_weights(

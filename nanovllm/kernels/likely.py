@@ -32,20 +32,22 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _MAX = tl.constexpr(3.4028234663852886e38)
 
 
-def find_cut(
+def find_threshold(
     logits: Tensor,
     temperatures: Tensor,
     rows: Tensor,
     top_k: Tensor | None,
     top_p: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See ``reference.find_cut``; rows of the logits may be strided, a row may not."""
+    """See ``reference.find_threshold``; rows of the logits may be strided, a row may not."""
     vocab = logits.shape[1]
-    floors = torch.full((len(logits),), float("-inf"), dtype=torch.float32, device=logits.device)
-    lasts = torch.full((len(logits),), vocab, dtype=torch.int32, device=logits.device)
+    thresholds = torch.full(
+        (len(logits),), float("-inf"), dtype=torch.float32, device=logits.device
+    )
+    tie_ends = torch.full((len(logits),), vocab, dtype=torch.int32, device=logits.device)
     if len(rows) > 0 and (top_k is not None or top_p is not None):
-        _launch(logits, temperatures, rows, top_k, top_p, floors, lasts)
-    return floors, lasts
+        _launch(logits, temperatures, rows, top_k, top_p, thresholds, tie_ends)
+    return thresholds, tie_ends
 
 
 def num_passes(shift: int) -> int:
@@ -59,8 +61,8 @@ def _launch(
     rows: Tensor,
     top_k: Tensor | None,
     top_p: Tensor | None,
-    floors: Tensor,
-    lasts: Tensor,
+    thresholds: Tensor,
+    tie_ends: Tensor,
 ) -> None:
     count, vocab, stride = len(rows), logits.shape[1], logits.stride(0)
     tiles = triton.cdiv(vocab, TILE)
@@ -99,10 +101,12 @@ def _launch(
             )
     by_mass = top_p is not None
     _finish_kernel[(count,)](
-        rows, facts, *state, passes, floors, wanted, VOCAB=vocab, BY_MASS=by_mass, **search
+        rows, facts, *state, passes, thresholds, wanted, VOCAB=vocab, BY_MASS=by_mass, **search
     )
-    _tie_kernel[(count, tiles)](logits, rows, floors, ties, stride, **whole)
-    _last_kernel[(count,)](logits, rows, floors, wanted, ties, lasts, stride, **padded, **whole)
+    _tie_kernel[(count, tiles)](logits, rows, thresholds, ties, stride, **whole)
+    _last_kernel[(count,)](
+        logits, rows, thresholds, wanted, ties, tie_ends, stride, **padded, **whole
+    )
 
 
 # ------------------------------------------------------------------ kernels, in their order
@@ -206,7 +210,7 @@ def _narrow_kernel(
 
 @triton.jit(do_not_specialize=["rows", "count", "passes"])
 def _finish_kernel(
-    rows, facts, ends, weights, sums, count, passes, floors, wanted,
+    rows, facts, ends, weights, sums, count, passes, thresholds, wanted,
     VOCAB: tl.constexpr, BY_MASS: tl.constexpr, TILES: tl.constexpr, TILES_PAD: tl.constexpr,
     PIVOTS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
@@ -227,22 +231,24 @@ def _finish_kernel(
         stay = tl.where(limit >= 1, spare, stay)
     else:
         stay = limit - above
-    tl.store(floors + tl.load(rows + item), floor)
+    tl.store(thresholds + tl.load(rows + item), floor)
     tl.store(wanted + item, tl.minimum(tl.maximum(stay, 1.0), VOCAB).to(tl.int32))
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _tie_kernel(logits, rows, floors, ties, row_stride, VOCAB: tl.constexpr, TILE: tl.constexpr):
+def _tie_kernel(
+    logits, rows, thresholds, ties, row_stride, VOCAB: tl.constexpr, TILE: tl.constexpr
+):
     """How many of a tile's logits are equal to the floor."""
     item, tile = tl.program_id(0), tl.program_id(1)
     value = _logits_of(logits, rows, item, tile, row_stride, VOCAB, TILE)
-    equal = value == tl.load(floors + tl.load(rows + item))
+    equal = value == tl.load(thresholds + tl.load(rows + item))
     tl.store(ties + item * tl.num_programs(1) + tile, tl.sum(equal.to(tl.int32), axis=0))
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _last_kernel(
-    logits, rows, floors, wanted, ties, lasts, row_stride,
+    logits, rows, thresholds, wanted, ties, tie_ends, row_stride,
     TILES: tl.constexpr, TILES_PAD: tl.constexpr, VOCAB: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The last token that stays of those that are equal to the floor."""
@@ -256,9 +262,9 @@ def _last_kernel(
     tile = tl.sum(too_few.to(tl.int32), axis=0)
     stay -= tl.sum(tl.where(too_few, of_tile, 0), axis=0)
     value = _logits_of(logits, rows, item, tile, row_stride, VOCAB, TILE)
-    equal = (value == tl.load(floors + row)).to(tl.int32)
+    equal = (value == tl.load(thresholds + row)).to(tl.int32)
     place = tl.sum((tl.cumsum(equal, axis=0) < stay).to(tl.int32), axis=0)
-    tl.store(lasts + row, tile * TILE + place)
+    tl.store(tie_ends + row, tile * TILE + place)
 
 
 # ------------------------------------------------------------------ a search's state

@@ -18,15 +18,9 @@ def block_of(block_table, start, BLOCK_SIZE: tl.constexpr):
 
 @triton.jit
 def tile_rows(
-    block_table,
-    block,
-    start,
-    head,
-    context_len,
-    KV_HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    block_table, block, start, head, context_len,
+    KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Rows, in the cache seen as ``[num_blocks * Hkv * block_size, D]``, of tokens start + 0..TILE.
 
     Args:

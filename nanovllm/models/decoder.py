@@ -303,7 +303,7 @@ class DecoderForCausalLM(nn.Module):
             return
         norm = self.model.layers[layer + 1].input_layernorm
         x, batch.residual = down_proj.add_norm(gated, residual, norm)
-        batch.x, batch.x_squares = x.values, x.squares
+        batch.x, batch.x_squares = x.values, x.sum_sq
 
 
 def make_model(

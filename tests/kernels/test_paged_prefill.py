@@ -5,9 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanovllm.kernels import paged_prefill
+from nanovllm.kernels import paged_prefill, reference
 from tests.kernels.cases import HALF, close
 from tests.kernels.paged_case import PagedCase
+
+
+def test_references_are_torchs_attention():
+    case = PagedCase([1, 37, 16], 6, 2, 32, 16)
+    close(reference.paged_decode_attention(*case.cache(), case.lens, case.scale), case.dense())
+    case = PagedCase([1, 37, 16], 6, 2, 32, 16, [1, 20, 16])
+    close(case.prefill(reference), case.dense())
 
 
 @pytest.mark.parametrize("block_size", [256, 64, 48, 16])

@@ -65,7 +65,8 @@ def _run_outer_layers(steps: StepRunner, rows: int) -> torch.Tensor:
     model = steps.schedulers[0].model
     step = steps.prepare_prompts([made_up_chunk(0, rows)])
     inputs = step.flat.to(steps.device)
-    (batch,), sampled = micro_batches(step.layout, inputs, steps.last_tokens, None)
+    workspace = steps.schedulers[0].workspace  # a prompt of one token is a decode row
+    (batch,), sampled = micro_batches(step.layout, inputs, steps.last_tokens, workspace)
     stages = model.stages()
     for stage in stages:
         if stage.layer in (BEFORE_LAYERS, 0, stages[-1].layer):

@@ -23,7 +23,6 @@ __all__ = [
     "linear",
     "linear_add_norm",
     "linear_norm_rope_store",
-    "linear_row_counts",
     "linear_silu_mul",
     "resolve_tokens",
     "rms_norm",
@@ -134,20 +133,6 @@ def sample(
 ) -> Tensor:
     """See `reference.sample`: one token per row of ``logits [N, V]`` -> ``[N]`` int64."""
     return _ops(logits).sample(logits, temperatures, seeds, steps, threshold)
-
-
-def linear_row_counts(paired: list[Tensor], split: list[Tensor]) -> list[int]:
-    """Numbers of rows that meet every form of the linear layers on CUDA.
-
-    Args:
-        paired: weights of layers whose outputs are wanted in pairs: QKV, gate and up.
-        split: weights of layers before a norm: output and down projection.
-    """
-    ops = _triton_ops()
-    counts = set(ops.small_gemm.row_counts())
-    counts.update(*map(ops.fused_gemm.pair_row_counts, paired))
-    counts.update(*map(ops.fused_gemm.split_row_counts, split))
-    return sorted(counts)
 
 
 def _linear(x: Normed, weight: Tensor, bias: Tensor | None) -> Tensor:

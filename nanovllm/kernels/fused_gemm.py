@@ -29,7 +29,6 @@ from nanovllm.kernels.normed import HeadInputs
 from nanovllm.kernels.paging import row_of_slot
 from nanovllm.kernels.pdl import pdl_options, pdl_trigger, pdl_wait
 from nanovllm.kernels.rope import inverse_rms, rotate
-from nanovllm.kernels.small_gemm import MAX_ROWS as _FEW_ROWS
 
 _MAX_WEIGHT_BYTES = 16 * 2**20
 _MAX_ROWS_SILU = 256
@@ -70,24 +69,6 @@ def supports_heads(x: Tensor, weight: Tensor, inputs: HeadInputs) -> bool:
 def supports_add_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `linear_add_norm` takes these and is fast for them."""
     return bias is None and x.shape[0] <= _MAX_ROWS_SPLIT and _beats_cublas(weight, _SPLIT)
-
-
-def pair_row_counts(weight: Tensor) -> list[int]:
-    """A number of rows for each way to tile this weight in pairs; none if it is too large."""
-    if not _beats_cublas(weight, _PAIRED):
-        return []
-    pairs, num_sms = weight.shape[0] // _PAIR, usable_sms(weight.device)
-    counts = range(_MAX_ROWS_HEADS, _FEW_ROWS, -1)
-    return list({pick_tiles(rows, pairs, num_sms): rows for rows in counts}.values())
-
-
-def split_row_counts(weight: Tensor) -> list[int]:
-    """A number of rows for each way to split and tile this weight; none if it is too large."""
-    if not _beats_cublas(weight, _SPLIT):
-        return []
-    num_sms = usable_sms(weight.device)
-    counts = range(_MAX_ROWS_SPLIT, _FEW_ROWS, -1)
-    return list({pick_splits(rows, weight.shape[0], num_sms): rows for rows in counts}.values())
 
 
 def pick_tiles(rows: int, feature_tiles: int, num_sms: int) -> Tiles:

@@ -73,11 +73,6 @@ def _tiling(head_dim: int, itemsize: int, max_seqlen_q: int) -> tuple[int, int, 
     return tile_q, 64, 4, 3
 
 
-def lengths_of_tilings(head_dim: int, itemsize: int) -> list[int]:
-    """A ``max_seqlen_q`` for every tiling there is, each of which is compiled on its own."""
-    return list({_tiling(head_dim, itemsize, length): length for length in _TILES_Q}.values())
-
-
 # The alignment of tables and lengths varies with the batch, as they are views into one buffer.
 @triton.jit(do_not_specialize=["block_tables", "cu_seqlens_q", "context_lens", "table_stride"])
 def _prefill_kernel(

@@ -37,11 +37,6 @@ def supports(x: Tensor) -> bool:
     return rows <= MAX_ROWS and inner % (_WARPS * _BLOCK) == 0 and x.element_size() == 2
 
 
-def row_counts() -> list[int]:
-    """A number of rows for every form of the kernel, each of which is compiled on its own."""
-    return [1 << power for power in range(MAX_ROWS.bit_length())]
-
-
 def linear(x: Normed, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias`` for ``x [N, K]``, N up to MAX_ROWS, and ``weight [M, K]``."""
     return _launch(x, weight, bias, weight.shape[0])

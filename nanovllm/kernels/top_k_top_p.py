@@ -8,7 +8,7 @@ for among keys, by how much (tokens, or probability) lies at and above some of t
   k-th largest of these maxima, so only buckets with such a maximum can hold one of the k. They
   are few, and the search for top-k, and for top-p of what it has left, reads nothing else.
 - ``_narrow_kernel`` serves rows with top-p alone, which may need most of the vocabulary. All SMs
-  share a pass over a row; a pass leaves a sixteenth of the keys.
+  share a pass over a row; a pass leaves an eighth of the keys.
 - ``_threshold_kernel``, one program a row, does the rest.
 
 Sums over a row are added up in the same order whatever the batch, so its draws are the same, too.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 TILE = 8192
 BUCKET = 256
-_PIVOTS = 16  # keys of a pass
+_PIVOTS = 8  # keys of a pass
 # Zeros at the end of such a value's float32: keys go without them.
 _SHIFTS = {torch.bfloat16: 16, torch.float16: 13}
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -59,13 +59,14 @@ def find_threshold(
     }  # fmt: skip
     passes, ends, above, sums = 0, None, None, None
     if top_p is not None:
+        peaks = torch.empty(count, dtype=torch.float32, device=device)
         passes = num_passes(shift)
         ends = torch.empty(passes, count, 2, dtype=torch.int64, device=device)
         above = torch.empty(passes, count, dtype=torch.float32, device=device)
         sums = torch.empty(passes, count, tiles, _PIVOTS, dtype=torch.float32, device=device)
     for step in range(passes):
         _narrow_kernel[(count, tiles)](
-            *row_inputs, ends, above, sums, step, stride, TILE=TILE, **sizes, num_warps=8
+            *row_inputs, peaks, ends, above, sums, step, stride, TILE=TILE, **sizes, num_warps=4
         )
     listed = torch.empty(count, buckets, dtype=torch.int32, device=device)
     _threshold_kernel[(count,)](
@@ -99,7 +100,7 @@ def _survey_kernel(
 
 @triton.jit(do_not_specialize=["temperatures", "rows", "top_k", "top_p", "step"])
 def _narrow_kernel(
-    logits, temperatures, rows, top_k, top_p, maxima, ends, above, sums, step, stride,
+    logits, temperatures, rows, top_k, top_p, maxima, peaks, ends, above, sums, step, stride,
     VOCAB: tl.constexpr, SHIFT: tl.constexpr, PIVOTS: tl.constexpr, TILES: tl.constexpr,
     TILES_PAD: tl.constexpr, BUCKETS: tl.constexpr, BUCKETS_PAD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -112,11 +113,16 @@ def _narrow_kernel(
         return
     row = tl.load(rows + item)
     value = _load(logits + row * stride, tile * TILE + tl.arange(0, TILE), VOCAB)
-    highest = tl.max(_maxima(maxima, item, BUCKETS, BUCKETS_PAD), axis=0)
+    if step == 0:
+        highest = tl.max(_maxima(maxima, item, BUCKETS, BUCKETS_PAD), axis=0)
+    else:
+        highest = tl.load(peaks + item)
     bottom, top, weight_above, _ = _ends(
         ends, above, sums, step, item, highest, limit, PIVOTS, TILES, TILES_PAD, SHIFT
     )
     if tile == 0:
+        if step == 0:
+            tl.store(peaks + item, highest)
         place = step * tl.num_programs(0) + item
         tl.store(ends + 2 * place, bottom)
         tl.store(ends + 2 * place + 1, top)

@@ -5,11 +5,11 @@ NOTE: `nanovllm.kernels` has functions of these names, too, so no module may bea
 
 from nanovllm.kernels import fused_gemm, small_gemm
 from nanovllm.kernels.activation import silu_mul
-from nanovllm.kernels.likely import find_threshold
 from nanovllm.kernels.norm import add_rms_norm, rms_norm
 from nanovllm.kernels.rope import qk_norm_rope_store
 from nanovllm.kernels.sampling import sample
 from nanovllm.kernels.tokens import resolve_tokens
+from nanovllm.kernels.top_k_top_p import find_threshold
 
 __all__ = [
     "add_rms_norm",

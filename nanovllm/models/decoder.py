@@ -227,14 +227,6 @@ class DecoderForCausalLM(nn.Module):
         for layer, (k_cache, v_cache) in zip(self.model.layers, cache, strict=True):
             layer.self_attn.k_cache, layer.self_attn.v_cache = k_cache, v_cache
 
-    def linear_row_counts(self) -> list[int]:
-        """See `kernels.linear_row_counts`."""
-        attention, mlp = self.model.layers[0].self_attn, self.model.layers[0].mlp
-        return kernels.linear_row_counts(
-            paired=[attention.qkv_proj.weight, mlp.gate_up_proj.weight],
-            split=[attention.o_proj.weight, mlp.down_proj.weight],
-        )
-
     def weight_shards(self) -> dict[str, WeightShard]:
         """Every tensor that a checkpoint must hold, by name, and where this rank's part goes."""
         return {

@@ -109,6 +109,3 @@ class Model(Protocol):
 
     def weight_shards(self) -> dict[str, WeightShard]:
         """Every tensor that a checkpoint must hold, by name, and where this rank's part goes."""
-
-    def linear_row_counts(self) -> list[int]:
-        """Numbers of tokens that meet every kernel of the linear layers."""

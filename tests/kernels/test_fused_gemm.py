@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanovllm.kernels import fused_gemm, reference, small_gemm
+from nanovllm.kernels import fused_gemm, reference
 from nanovllm.kernels.normed import HeadInputs
 from tests.kernels.cases import (
     EPS,
@@ -87,16 +87,6 @@ def test_which_pairs_it_is_fast_for():
     assert not fused_gemm.supports_silu_mul(x.repeat(3, 1), small)
     assert not fused_gemm.supports_heads(x, small, short)
     assert not fused_gemm.supports_heads(x.repeat(6, 1), small, heads)
-    assert fused_gemm.pair_row_counts(large) == []
-
-
-def test_row_counts_meet_every_tiling():
-    weight = torch.empty(4096, 1024, dtype=torch.bfloat16, device="meta")
-    counts = fused_gemm.pair_row_counts(weight)
-    assert min(counts) > small_gemm.MAX_ROWS, "fewer rows never come here"
-    met = {fused_gemm.pick_tiles(rows, 32, 132) for rows in counts}
-    assert all(fused_gemm.pick_tiles(rows, 32, 132) in met for rows in range(1, 513))
-    assert len(met) == len(counts) == 4
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -130,13 +120,3 @@ def test_which_splits_it_is_fast_for():
     assert not fused_gemm.supports_add_norm(x.repeat(2, 1), small, None)
     for weight in (small.float(), small[:500], small[:, :384], large):
         assert not fused_gemm.supports_add_norm(x, weight, None)
-    assert fused_gemm.split_row_counts(large) == []
-
-
-def test_row_counts_meet_every_way_to_split():
-    weight = torch.empty(1024, 2048, dtype=torch.bfloat16, device="meta")
-    counts = fused_gemm.split_row_counts(weight)
-    assert min(counts) > small_gemm.MAX_ROWS, "fewer rows never come here"
-    met = {fused_gemm.pick_splits(rows, 1024, 132) for rows in counts}
-    assert all(fused_gemm.pick_splits(rows, 1024, 132) in met for rows in range(1, 257))
-    assert len(met) == len(counts) == 4

@@ -45,14 +45,6 @@ def test_prefill_in_16_bits(poison, dtype):
     close(case.prefill(paged_prefill), case.dense(), dtype)
 
 
-@pytest.mark.parametrize(("dim", "itemsize"), [(128, 2), (256, 2), (128, 4)])
-def test_lengths_of_tilings_meet_every_tiling(dim, itemsize):
-    lengths = paged_prefill.lengths_of_tilings(dim, itemsize)
-    met = [paged_prefill._tiling(dim, itemsize, length) for length in lengths]
-    assert len(set(met)) == len(met)
-    assert set(met) == {paged_prefill._tiling(dim, itemsize, length) for length in range(1, 300)}
-
-
 def test_prefill_into_rows_of_a_larger_result(poison):
     case = PagedCase([70, 33], 4, 2, 32, 16, [70, 3])
     out = torch.full((80, *case.q.shape[1:]), 7.0, device=case.q.device)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanovllm.kernels import likely, reference, top_k_top_p
+from nanovllm.kernels import reference, top_k_top_p
 from tests.kernels.cases import DEVICE, check_threshold, threshold_case, within
 
-KERNELS = {"likely": likely.find_threshold, "top_k_top_p": top_k_top_p.find_threshold}
-FORMS = {"reference": reference.find_threshold, **KERNELS}
-EACH_KERNEL = pytest.mark.parametrize("find_threshold", KERNELS.values(), ids=KERNELS)
+FORMS = {"reference": reference.find_threshold, "kernels": top_k_top_p.find_threshold}
 EACH_FORM = pytest.mark.parametrize("find_threshold", FORMS.values(), ids=FORMS)
 LIMITS = pytest.mark.parametrize("limits", ["k", "p", "kp"])
 
@@ -20,8 +18,6 @@ def small_tiles(monkeypatch):
     """Few logits then cross every border: of tiles, of buckets and of the buckets read at once."""
     for name, value in (("TILE", 512), ("BUCKET", 8)):
         monkeypatch.setattr(top_k_top_p, name, value)
-    for name, value in (("TILE", 512), ("_GROUP", 8)):
-        monkeypatch.setattr(likely, name, value)
 
 
 @EACH_FORM
@@ -34,10 +30,9 @@ def test_threshold(poison, small_tiles, find_threshold, vocab, spread, dtype, li
     check_threshold(find_threshold(*case), *case)
 
 
-@EACH_KERNEL
-def test_threshold_in_tiles_of_their_real_size(poison, find_threshold):
+def test_threshold_in_tiles_of_their_real_size(poison):
     case = threshold_case(6, 17000, torch.bfloat16, "kp")
-    check_threshold(find_threshold(*case), *case)
+    check_threshold(top_k_top_p.find_threshold(*case), *case)
 
 
 @EACH_FORM
@@ -53,9 +48,8 @@ def test_threshold_of_odd_rows(poison, small_tiles, find_threshold, limits):
     check_threshold(find_threshold(logits, *rest), logits, *rest)
 
 
-@EACH_KERNEL
 @LIMITS
-def test_kernels_keep_what_the_reference_keeps(poison, small_tiles, find_threshold, limits):
+def test_kernels_keep_what_the_reference_keeps(poison, small_tiles, limits):
     """Probabilities so far apart that no rounding decides."""
     logits, temperatures, rows, top_k, top_p = threshold_case(6, 600, torch.float32, limits)
     logits = torch.argsort(logits, dim=-1).argsort(-1).float() * 0.7
@@ -63,16 +57,17 @@ def test_kernels_keep_what_the_reference_keeps(poison, small_tiles, find_thresho
         top_p[:] = torch.tensor([0.3, 0.62, 0.97, 1.0, 1e-9], device=DEVICE)
     temperatures[:] = 1.0
     case = logits, temperatures, rows, top_k, top_p
-    kept, expected = (within(logits, f(*case)) for f in (find_threshold, reference.find_threshold))
+    kept, expected = (
+        within(logits, f(*case)) for f in (top_k_top_p.find_threshold, reference.find_threshold)
+    )
     assert torch.equal(kept, expected)
 
 
-@EACH_KERNEL
 @LIMITS
-def test_a_threshold_depends_on_its_own_row_only(poison, small_tiles, find_threshold, limits):
+def test_a_threshold_depends_on_its_own_row_only(poison, small_tiles, limits):
     logits, temperatures, rows, top_k, top_p = threshold_case(7, 600, torch.bfloat16, limits)
-    together = find_threshold(logits, temperatures, rows, top_k, top_p)
+    together = top_k_top_p.find_threshold(logits, temperatures, rows, top_k, top_p)
     for n in range(6):
         one = [None if x is None else x[n : n + 1] for x in (top_k, top_p)]
-        alone = find_threshold(logits, temperatures, rows[n : n + 1], *one)
+        alone = top_k_top_p.find_threshold(logits, temperatures, rows[n : n + 1], *one)
         assert [x[n] for x in alone] == [x[n] for x in together]

@@ -50,7 +50,7 @@ class MeasuredShape:
         self.max_len = record["options"]["max_model_len"]
         self.largest = record["options"]["max_num_seqs"]
         greens = [
-            GREEN.with_sms((arm["attention_sms"], arm["ffn_sms"]))
+            GREEN.with_sms((arm["lane_sms"]["attention"], arm["lane_sms"]["ffn"]))
             for arm in record["arms"]
             if arm["mode"] == "green"
         ]

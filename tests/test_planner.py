@@ -54,10 +54,10 @@ class TestChoice:
         planner.observe(choice, 1.0)
         assert planner.as_dict()["plans"]["sequential"]["measured_ms"] is None  # type: ignore[index]
 
-    def test_a_pipeline_must_gain_2_percent_to_be_entered_and_leaves_when_it_loses(self) -> None:
+    def test_a_pipeline_must_gain_1_percent_to_be_entered_and_leaves_when_it_loses(self) -> None:
         planner = planner_of({
             0: [(0, 1.00), (1000, 1.00)],
-            1: [(0, 0.985), (100, 0.97), (200, 0.97), (300, 0.99), (400, 1.005), (500, 1.5)],
+            1: [(0, 0.993), (100, 0.98), (200, 0.98), (300, 0.995), (400, 1.005), (500, 1.5)],
         })  # fmt: skip
         tokens = (0, 0, 100, 200, 300, 400, 300, 200)
         assert [planner.choose(8, t).plan for t in tokens] == [0, 0, 1, 1, 1, 0, 0, 1]
@@ -157,16 +157,18 @@ class TestMeasuredMap:
     def test_where_contexts_grow_it_follows_the_best_plan(self, shape: MeasuredShape) -> None:
         planner = shape.planner()
         longest = min(shape.capacity // 1024, shape.max_len)
-        auto, best, plans = 0.0, 0.0, []
+        auto, best, gain, plans = 0.0, 0.0, 1.0, []
         for context in range(64, longest, 2):
             costs = [shape.seconds(plan, 1024, 1024 * context) for plan in shape.plans]
             choice = planner.choose(1024, 1024 * context)
             auto, best = auto + costs[choice.plan], best + min(costs)
+            gain = max(gain, costs[0] / min(costs))
             plans.append(choice.plan)
             planner.observe(choice, costs[choice.plan])
         assert auto <= 1.01 * best
         assert planner.switches <= 6
-        assert (len(set(plans)) > 1) == (shape.name in ("1.7B", "4B", "8B"))
+        if gain > 1.03:
+            assert len(set(plans)) > 1
 
 
 class TestRuns:

@@ -307,6 +307,26 @@ def test_auto_has_all_plans_that_the_device_makes(fake_gpu):
 
 
 @pytest.mark.parametrize("strict", [True, False])
+def test_a_configured_split_that_does_not_fit_is_one_candidate_less_in_auto(strict, fake_gpu):
+    config = Config(
+        enable_pipeline=True, pipeline_attention_sm_count=90, pipeline_ffn_sm_count=90,
+        pipeline_strict=strict,
+    )  # fmt: skip
+    backend = SimpleNamespace(make_workspace=lambda device, num_sms: num_sms)
+    given: Any = (config, None, backend, torch.device("cuda:0"), 132)
+    built = build_pipelines(*given, more=[GREEN.with_sms((36, 96))])
+    assert [scheduler.plan.name for scheduler in built.schedulers] == ["sequential", "green 36+96"]
+    assert built.statistics.fallback_reason is None
+    built.partitions.close()
+    if strict:
+        with pytest.raises((RuntimeError, ValueError), match="90"):
+            build_pipelines(*given)
+    else:
+        assert "90" in build_pipelines(*given).statistics.fallback_reason
+    assert (fake_gpu.contexts, fake_gpu.streams) == ({}, {})
+
+
+@pytest.mark.parametrize("strict", [True, False])
 def test_partitions_do_not_outlive_a_failure_after_them(strict, fake_gpu, monkeypatch):
     """Whatever goes wrong between the partitions and the finished pipeline."""
 

@@ -88,7 +88,7 @@ def build_pipelines(
         device: where.
         device_sms: SMs of the device.
         plan: default: what `config` names.
-        more: plans to choose from beside it; those that the device does not make are left out.
+        more: plans to choose from beside it; those that cannot be made are left out.
 
     Raises:
         PipelineUnavailable, GreenContextError, RuntimeError, ValueError: instead, with
@@ -110,20 +110,20 @@ def build_pipelines(
 
     try:
         add(SEQUENTIAL)
-        try:
-            add(plan)
-        # Of the pipeline's own errors, the driver's and torch's, all are RuntimeErrors.
-        except (RuntimeError, ValueError) as error:
-            if config.pipeline_strict:
-                raise
-            logger.warning("[ModelRunner] Failed to initialize pipeline: %s", error)
-            logger.warning("[ModelRunner] Falling back to sequential execution")
-            fallback_reason = str(error)
-        for other in more if fallback_reason is None else ():
+        errors = []
+        for each in (plan, *more):
             try:
-                add(other)
+                add(each)
+            # Of the pipeline's own errors, the driver's and torch's, all are RuntimeErrors.
             except (RuntimeError, ValueError) as error:
-                logger.info("[ModelRunner] No plan %s: %s", other.name, error)
+                logger.info("[ModelRunner] No plan %s: %s", each.name, error)
+                errors.append(error)
+        if errors and len(ready) == 1:
+            if config.pipeline_strict:
+                raise errors[0]
+            fallback_reason = str(errors[0])
+            logger.warning("[ModelRunner] Failed to initialize pipeline: %s", fallback_reason)
+            logger.warning("[ModelRunner] Falling back to sequential execution")
         plan = ready[min(1, len(ready) - 1)][0]
         statistics = _describe(plan, device_sms, fallback_reason)
         if more and fallback_reason is None:  # of several plans, so it names no single split

@@ -9,6 +9,7 @@ python example_pipeline.py --timeline steps.png             the same as a pictur
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 
 from nanovllm import LLM, Config, SamplingParams
@@ -35,6 +36,14 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.timeline is not None and not args.timeline.parent.is_dir():
         parser.error(f"--timeline {args.timeline}: there is no directory {args.timeline.parent}")
+    if (
+        args.timeline is not None
+        and args.timeline.suffix == ".png"
+        and find_spec("matplotlib") is None
+    ):
+        parser.error(
+            f"--timeline {args.timeline}: a picture needs matplotlib: pip install matplotlib"
+        )
     return args
 
 

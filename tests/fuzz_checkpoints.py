@@ -262,7 +262,7 @@ def write_canary(directory: Path, trace: Path) -> None:
 
 def names_in(base: Path) -> set[str]:
     """What an error about a damaged copy may name: files, fields, tensors."""
-    files = {path.name for path in base.rglob("*") if path.is_file()}
+    files = {path.name for path in base.rglob("*")}  # whatever they are
     fields = {*field_names(), "architecture", "model_type"}
     return files | fields | {".safetensors", "tensor "}
 

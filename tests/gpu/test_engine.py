@@ -15,13 +15,12 @@ if not torch.cuda.is_available():
 
 from nanovllm import LLM
 from nanovllm.bench.shapes import published_config
-from nanovllm.tiny import PROMPTS
 from tests.checkpoints import TABLE, Shape, greedy, prompts
 from tests.decode_cases import relative_error
 from tests.gpu.forced_tokens import forced_logits, forced_token, ragged_prompts
+from tests.gpu.texts import texts
 
 VOCAB = 4096
-MAX_TOKENS = 48
 EAGER = pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
 GREEN = {"enable_pipeline": True, "pipeline_mode": "green", "pipeline_strict": True}
 WAYS: dict[str, dict[str, Any]] = {
@@ -37,13 +36,6 @@ def small_engine(model: Any = None, **options: Any) -> LLM:
     given = {} if model is None else {"model": str(model)}
     defaults = {"max_num_seqs": 8, "max_model_len": 1024, "num_kvcache_blocks": 64}
     return LLM(device="cuda", **given, **(defaults | options))
-
-
-def texts(engine: LLM, count: int = 8) -> list[str]:
-    outputs = engine.generate(
-        list(PROMPTS[:count]), temperature=0, max_tokens=MAX_TOKENS, use_tqdm=False
-    )
-    return [output["text"] for output in outputs]
 
 
 # As published, for what config.json of that model says beside Qwen3's shapes.

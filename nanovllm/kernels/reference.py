@@ -230,17 +230,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def resolve_tokens(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
-    """Replace every id below 0, which is ``-1 - seat``, by that seat's last token (-1: token 0).
+    """Replace every id below 0, which is ``-1 - request_index``, by that request's last token.
 
-    Args:
-        input_ids: ``[N]`` integers.
-        last_tokens: ``[seats]`` int64.
-
-    Returns:
-        ``[N]`` int64.
+    ``input_ids [N]``, ``last_tokens [requests]`` int64 -> ``[N]`` int64. Where nothing could be
+    drawn, the last token is -1, and 0 takes its place: the row still needs a token to go on.
     """
-    seats = (-1 - input_ids).clamp(min=0).long()
-    return torch.where(input_ids < 0, last_tokens[seats], input_ids.long()).clamp(min=0)
+    requests = (-1 - input_ids).clamp(min=0).long()
+    return torch.where(input_ids < 0, last_tokens[requests], input_ids.long()).clamp(min=0)
 
 
 # ------------------------------------------------------------------ sampling

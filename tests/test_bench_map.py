@@ -84,7 +84,7 @@ class TestOnTheCpu:
         def refuse(*args: object, **options: object) -> None:
             raise DoesNotFit("no memory left")
 
-        monkeypatch.setattr(gain_map, "start_engine", refuse)
+        monkeypatch.setattr(gain_map, "start_arms", refuse)
         run_map("--device", "cpu")
         assert "tiny: not measured, no memory left" in capsys.readouterr().out
 

@@ -158,9 +158,7 @@ def measure(
 ) -> Iterator[dict[str, Times]]:
     """Step times so far by label, after each block of rounds, until each arm ran for `seconds`.
 
-    Args:
-        arms: none of them falls back.
-        watch: takes the turns and gives them on; for whoever wants to know when they were.
+    None of the arms may fall back. `watch` is given the turns and hands them on.
     """
     turns = run_turns(engine, arms, workload, WARM_UP_TURNS)
     total = WARM_UP_TURNS * len(arms)

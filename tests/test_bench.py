@@ -1,7 +1,4 @@
-"""`bench_pipeline.py` on the CPU with the embedded model: what it prints, and what it refuses.
-
-Run with `pytest tests/test_bench.py`; it takes some seconds.
-"""
+"""`bench_pipeline.py` on the CPU with the embedded model: what it prints, and what it refuses."""
 
 from __future__ import annotations
 

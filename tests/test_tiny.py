@@ -1,7 +1,4 @@
-"""The embedded model: its grammar, its training script and the checkpoint that ships.
-
-Run with `pytest tests/test_tiny.py`; it takes a few seconds on a CPU.
-"""
+"""The embedded model: its grammar, its training script and the checkpoint that ships."""
 
 import random
 import re

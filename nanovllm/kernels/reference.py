@@ -103,15 +103,8 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split a QKV projection; normalise (if there are weights) and rotate q and k head by head.
 
-    Args:
-        qkv: ``[T, (Hq + 2 Hkv) * D]``.
-        q_weight, k_weight: ``[D]``, RMS norm weights shared by all heads of their kind; None:
-            these heads are rotated as they are.
-        cos_sin: ``[max_pos, D]`` float32, D/2 cosines and then D/2 sines of every position.
-        positions: ``[T]`` int64.
-
-    Returns:
-        ``q [T, Hq, D]``, ``k [T, Hkv, D]``, ``v [T, Hkv, D]`` in qkv's dtype.
+    ``qkv [T, (Hq + 2 Hkv) * D]`` -> ``q [T, Hq, D]``, ``k [T, Hkv, D]``, ``v [T, Hkv, D]``; all
+    else as in ``HeadInputs``.
 
     The rotation pairs element i with element i + D/2, as Hugging Face transformers does, not
     neighbours as in the paper (Su et al., "RoFormer", 2021, arXiv:2104.09864).

@@ -7,7 +7,6 @@ with the arguments that we pass and their meaning in flash-attn 2.8.
 from __future__ import annotations
 
 import os
-import random
 import sys
 from types import ModuleType
 
@@ -27,6 +26,7 @@ from nanovllm.layers.attention_flash import FlashAttnBackend
 from nanovllm.layers.attention_torch import TorchBackend
 from tests.checkpoints import Shape, prompts
 from tests.kernels.cases import new_seed
+from tests.paged_sequences import PagedSequences, dense_attention
 
 CPU = torch.device("cpu")
 
@@ -36,63 +36,24 @@ def seed() -> int:
     return new_seed()
 
 
-def dense(q, k, v, scale):
-    """Causal attention of one sequence whose queries are its last tokens, row by row.
+class Case(PagedSequences):
+    """Sequences for the back ends, of which flash-attn's stand-in reads whole block tables."""
 
-    q [Lq, Hq, D], k and v [Lk, Hkv, D].
-    """
-    out = torch.empty_like(q)
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    for row in range(len(q)):
-        seen = len(k) - len(q) + row + 1
-        scores = torch.einsum("hd,khd->hk", q[row], k[:seen]) * scale
-        out[row] = torch.einsum("hk,khd->hd", scores.softmax(1), v[:seen])
-    return out
-
-
-class Case:
-    """Sequences of `context` cached tokens, the last `rows` of which are queries."""
-
-    def __init__(self, context, rows, q_heads, kv_heads, head_dim, block_size):
-        self.heads = HeadShape(q_heads, kv_heads, head_dim)
-        self.block_size = block_size
-        self.context, self.rows = context, rows
-        self.keys = [torch.randn(length, kv_heads, head_dim) for length in context]
-        self.values = [torch.randn(length, kv_heads, head_dim) for length in context]
-        self.q = torch.randn(sum(rows), q_heads, head_dim)
-        counts = [-(-length // block_size) for length in context]
-        ids = list(range(1, sum(counts) + 3))
-        random.shuffle(ids)
-        # What no sequence has written must not matter.
-        shape = (len(ids) + 1, kv_heads, block_size, head_dim)
-        self.k_cache, self.v_cache = torch.full(shape, 1e4), torch.full(shape, 1e4)
-        width = max(counts) + 1
-        self.tables = torch.zeros(len(context), width, dtype=torch.int32)
-        slots = []
-        for n, length in enumerate(context):
-            for index in range(counts[n]):
-                self.tables[n, index] = ids.pop()
-            for position in range(length):
-                block = self.tables[n, position // block_size]
-                offset = position % block_size
-                self.k_cache[block, :, offset] = self.keys[n][position]
-                self.v_cache[block, :, offset] = self.values[n][position]
-                if position >= length - rows[n]:
-                    slots.append(block * block_size + offset)
-        self.slots = torch.tensor(slots, dtype=torch.int32)
-        self.lengths = torch.tensor(context, dtype=torch.int32)
+    def __init__(self, context, rows, *sizes):
+        super().__init__(context, *sizes, rows, device=CPU, stale=1e4, unused=0)
+        self.heads = HeadShape(*sizes[:3])
 
     def attend(self, backend, num_decode):
         """The first `num_decode` sequences, of one row each, decode; the others are prompts."""
         decode = prefill = None
         if num_decode:
-            lengths = self.lengths[:num_decode]
+            lengths = self.lens[:num_decode]
             plan = torch.from_numpy(backend.plan(lengths.numpy()))
             workspace = backend.make_workspace(CPU, 2)
             decode = DecodeMetadata(self.tables[:num_decode], lengths, plan, workspace)
-        if rows := self.rows[num_decode:]:
+        if rows := self.query_lens[num_decode:]:
             cu = torch.tensor([0, *rows]).cumsum(0).to(torch.int32)
-            lengths = self.lengths[num_decode:]
+            lengths = self.lens[num_decode:]
             prefill = PrefillMetadata(self.tables[num_decode:], lengths, cu, max(rows))
         metadata = AttentionMetadata(self.slots, decode, prefill)
         return backend.attend(self.q, self.k_cache, self.v_cache, metadata)
@@ -101,27 +62,18 @@ class Case:
         return self.attend(backend, 0)
 
     def decode(self, backend):
-        return self.attend(backend, len(self.rows))
-
-    def dense(self):
-        parts = zip(self.q.split(self.rows), self.keys, self.values, strict=True)
-        return torch.cat([dense(q, k, v, self.heads.scale) for q, k, v in parts])
+        return self.attend(backend, len(self.query_lens))
 
 
 HEADS = [(2, 2, 32), (4, 2, 64), (4, 1, 128), (5, 1, 64), (8, 1, 32)]
 
 
 @pytest.mark.parametrize("block_size", [16, 48, 256])
-@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), HEADS)
-def test_torch_prefill_equals_dense_attention(q_heads, kv_heads, head_dim, block_size):
-    case = Case([5, 40, 17, 1], [5, 3, 17, 1], q_heads, kv_heads, head_dim, block_size)
+@pytest.mark.parametrize("heads", HEADS)
+def test_torch_equals_dense_attention(heads, block_size):
+    case = Case([5, 40, 17, 1], [5, 3, 17, 1], *heads, block_size)
     torch.testing.assert_close(case.prefill(TorchBackend(case.heads)), case.dense())
-
-
-@pytest.mark.parametrize("block_size", [16, 48, 256])
-@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), HEADS)
-def test_torch_decode_equals_dense_attention(q_heads, kv_heads, head_dim, block_size):
-    case = Case([1, 40, 16, 49], [1] * 4, q_heads, kv_heads, head_dim, block_size)
+    case = Case([1, 40, 16, 49], [1] * 4, *heads, block_size)
     torch.testing.assert_close(case.decode(TorchBackend(case.heads)), case.dense())
 
 
@@ -131,35 +83,35 @@ def mixed() -> Case:
     return Case([300, 1, 256, 40, 17, 1], [1, 1, 1, 3, 17, 1], 4, 2, 64, 256)
 
 
-@pytest.mark.parametrize("num_decode", range(4))
-def test_rows_of_both_kinds_attend_in_one_call(mixed, num_decode):
-    torch.testing.assert_close(mixed.attend(TorchBackend(mixed.heads), num_decode), mixed.dense())
-
-
-@pytest.mark.parametrize("num_decode", range(4))
-def test_flash_attn_takes_rows_of_both_kinds(mixed, flash_attn, num_decode):
-    torch.testing.assert_close(
-        mixed.attend(FlashAttnBackend(mixed.heads, 256), num_decode), mixed.dense()
-    )
-
-
-@pytest.mark.parametrize("num_decode", range(4))
-def test_triton_takes_rows_of_both_kinds(mixed, num_decode):
+def triton_backend(heads: HeadShape):
     pytest.importorskip("triton", reason="Triton is not installed")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton does not interpret here")
     from nanovllm.layers.attention_triton import TritonBackend
 
-    torch.testing.assert_close(
-        mixed.attend(TritonBackend(mixed.heads), num_decode), mixed.dense(), rtol=2e-5, atol=2e-5
-    )
+    return TritonBackend(heads)
+
+
+BACKENDS = {
+    "torch": TorchBackend,
+    "flash_attn": lambda heads: FlashAttnBackend(heads, 256),
+    "triton": triton_backend,
+}
+
+
+@pytest.mark.parametrize("num_decode", range(4))
+@pytest.mark.parametrize("name", BACKENDS)
+def test_rows_of_both_kinds_attend_in_one_call(mixed, flash_attn, name, num_decode):
+    found = mixed.attend(BACKENDS[name](mixed.heads), num_decode)
+    tolerance = {"rtol": 2e-5, "atol": 2e-5} if name == "triton" else {}
+    torch.testing.assert_close(found, mixed.dense(), **tolerance)
 
 
 def test_torch_gives_a_sequence_the_same_bits_alone_and_in_a_batch():
     case = Case([20, 33, 7], [1] * 3, 4, 2, 64, 16)
     together = case.decode(TorchBackend(case.heads))
     for n in range(3):
-        lengths, plan = case.lengths[n : n + 1], torch.empty(0, dtype=torch.int32)
+        lengths, plan = case.lens[n : n + 1], torch.empty(0, dtype=torch.int32)
         metadata = AttentionMetadata(
             case.slots[n : n + 1], DecodeMetadata(case.tables[n : n + 1], lengths, plan, None)
         )
@@ -200,7 +152,7 @@ def flash_attn_varlen_func(
     out = []
     for rows, table, length in zip(q.split(counts), block_table.tolist(), lengths, strict=True):
         keys, values = (torch.cat([x[block] for block in table])[:length] for x in (k, v))
-        out.append(dense(rows, keys, values, softmax_scale))
+        out.append(dense_attention(rows, keys, values, softmax_scale))
     return torch.cat(out)
 
 
@@ -214,19 +166,12 @@ def flash_attn(monkeypatch) -> ModuleType:
 
 
 @pytest.mark.parametrize("block_size", [256, 512])
-@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), HEADS)
-def test_flash_attn_prefill_equals_torch(flash_attn, q_heads, kv_heads, head_dim, block_size):
-    case = Case([5, 300, 257, 1], [5, 3, 257, 1], q_heads, kv_heads, head_dim, block_size)
-    backend = FlashAttnBackend(case.heads, block_size)
-    torch.testing.assert_close(case.prefill(backend), case.prefill(TorchBackend(case.heads)))
-
-
-@pytest.mark.parametrize("block_size", [256, 512])
-@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), HEADS)
-def test_flash_attn_decode_equals_torch(flash_attn, q_heads, kv_heads, head_dim, block_size):
-    case = Case([1, 300, 256, 513], [1] * 4, q_heads, kv_heads, head_dim, block_size)
-    backend = FlashAttnBackend(case.heads, block_size)
-    torch.testing.assert_close(case.decode(backend), case.decode(TorchBackend(case.heads)))
+@pytest.mark.parametrize("heads", HEADS)
+def test_flash_attn_equals_dense_attention(flash_attn, heads, block_size):
+    case = Case([5, 300, 257, 1], [5, 3, 257, 1], *heads, block_size)
+    torch.testing.assert_close(case.prefill(FlashAttnBackend(case.heads, block_size)), case.dense())
+    case = Case([1, 300, 256, 513], [1] * 4, *heads, block_size)
+    torch.testing.assert_close(case.decode(FlashAttnBackend(case.heads, block_size)), case.dense())
 
 
 def test_an_engine_on_flash_attn_says_what_one_on_torch_says(flash_attn, monkeypatch, tmp_path):

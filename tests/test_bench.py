@@ -1,7 +1,4 @@
-"""`bench_pipeline.py` on the CPU with the embedded model: what it prints, and what it refuses.
-
-Run with `pytest tests/test_bench.py`; it takes some seconds.
-"""
+"""`bench_pipeline.py` on the CPU with the embedded model: what it prints, and what it refuses."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ from nanovllm.bench.shapes import (
 from nanovllm.bench.turns import DecodeWorkload, run_turn
 from nanovllm.engine.model_runner import ignore
 from nanovllm.models import load_config, parse_config
-from tests.bench_maps import pretend_planner
+from tests.bench_runs import pretend_planner, run
 
 ROOT = Path(bench_pipeline.__file__).parent
 QUICK = ["--batch", "3", "--context", "9", "--output", "8", "--seconds", "0.02"]
@@ -47,13 +44,6 @@ PUBLISHED = {
 }
 
 Capture = pytest.CaptureFixture[str]
-
-
-def run(capsys: Capture, *argv: object) -> tuple[list[str], dict[str, Any]]:
-    """The lines that bench_pipeline.py prints before the last, and the last, parsed."""
-    bench_pipeline.main(["--device", "cpu", *map(str, argv)])
-    *lines, last = capsys.readouterr().out.splitlines()
-    return lines, json.loads(last)
 
 
 def refuse(capsys: Capture, *argv: object) -> str:

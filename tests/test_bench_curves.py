@@ -16,7 +16,7 @@ from matplotlib.image import imread
 import bench_pipeline
 from green_ctx import Granularity
 from nanovllm.bench import BenchError, curves, curves_work
-from nanovllm.bench.ceilings import layer_matrices, matmul_peak, steady_seconds
+from nanovllm.bench.ceilings import layer_matrices
 from nanovllm.bench.curves import MIN_DENSE_SMS, MOST_SPLITS, choose_splits, describe
 from nanovllm.bench.report import write_record
 from nanovllm.bench.shapes import published_config
@@ -126,11 +126,6 @@ class TestWork:
         assert work.amount == sum(2 * 7 * weight.numel() for weight in weights)
         # Even one large layer is not used twice in a row.
         assert len(curves_work.random_weights(SMALL, DEVICE, num_bytes=1)) == 2 * 4
-
-    def test_ceilings_are_numbers_that_can_be(self) -> None:
-        cpu = torch.device("cpu")
-        assert 1e7 < matmul_peak(cpu, torch.float32) < 1e15
-        assert 0 < steady_seconds(lambda: None, cpu, 1e-4) < 1
 
 
 class Manager:

@@ -13,12 +13,13 @@ from nanovllm.bench import BenchError, DoesNotFit, gain_map, report
 from nanovllm.bench.gains import describe, judge, summarize
 from nanovllm.bench.pictures import draw_map
 from nanovllm.bench.turns import FEWEST_ROUNDS
-from tests.bench_maps import (
+from tests.bench_runs import (
     make_map,
     make_point,
     make_shape,
     pretend_planner,
     random_shape,
+    run,
     run_map,
 )
 
@@ -68,10 +69,9 @@ class TestOnTheCpu:
         assert json.loads(last)["benchmark"] == "map"
 
     def test_points_that_do_not_fit_are_listed(self, capsys: Capture) -> None:
-        argv = ["--device", "cpu", "--seconds", "0.01", "--modes", "sequential"]
-        run_map(*argv, "--batches", "2", "2", "--contexts", "5000", "20")
-        *table, last = capsys.readouterr().out.splitlines()
-        fits, too_long = json.loads(last)["shapes"][0]["points"]
+        argv = ["--map", "--seconds", "0.01", "--modes", "sequential"]
+        table, record = run(capsys, *argv, "--batches", "2", "2", "--contexts", "5000", "20")
+        fits, too_long = record["shapes"][0]["points"]
         assert (fits["context"], too_long["context"]) == (20, 5000)
         assert fits["reason"] is None
         assert "4096" in too_long["reason"]
@@ -84,7 +84,7 @@ class TestOnTheCpu:
         def refuse(*args: object, **options: object) -> None:
             raise DoesNotFit("no memory left")
 
-        monkeypatch.setattr(gain_map, "start_engine", refuse)
+        monkeypatch.setattr(gain_map, "start_arms", refuse)
         run_map("--device", "cpu")
         assert "tiny: not measured, no memory left" in capsys.readouterr().out
 
@@ -92,10 +92,9 @@ class TestOnTheCpu:
         self, monkeypatch: pytest.MonkeyPatch, capsys: Capture
     ) -> None:
         pretend_planner(monkeypatch)
-        argv = ["--device", "cpu", "--seconds", "0.01", "--modes", "auto", "--contexts", "16"]
-        run_map(*argv, "--batches", "2")
-        *table, last = capsys.readouterr().out.splitlines()
-        (point,) = json.loads(last)["shapes"][0]["points"]
+        argv = ["--map", "--seconds", "0.01", "--modes", "auto", "--contexts", "16"]
+        table, record = run(capsys, *argv, "--batches", "2")
+        (point,) = record["shapes"][0]["points"]
         assert point["plan"] == "green 36+96"
         # Without the steps of its first turn, which tells how many rounds there are.
         assert point["plan_steps"] == {"green 36+96": point["output"] * FEWEST_ROUNDS}

@@ -23,8 +23,6 @@ SHAPE = Shape(layers=2, heads=2, kv_heads=1, hidden=32, intermediate=64)
 SMALL = {"device": "cpu", "max_model_len": 64, "kvcache_block_size": 16, "num_kvcache_blocks": 8}
 PROMPT = [5, 6, 7]
 
-NOT_FOUND = "a directory nor a model on the hub that you may read"
-
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> Path:
@@ -57,17 +55,11 @@ def error_of(kind: type[Exception], directory: Path | str, **options) -> str:
     return str(caught.value)
 
 
-def edit_weights(directory: Path, **changes: torch.Tensor | None) -> None:
-    """Replaces, adds or (None) removes tensors; `__` stands for a dot."""
+def edit_weights(directory: Path, changes: dict[str, torch.Tensor | None]) -> None:
+    """Replaces, adds or (None) removes tensors."""
     path = directory / "model.safetensors"
-    tensors = load_file(path)
-    for name, tensor in changes.items():
-        name = name.replace("__", ".")
-        if tensor is None:
-            del tensors[name]
-        else:
-            tensors[name] = tensor
-    save_file(tensors, path)
+    tensors = load_file(path) | changes
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
 
 
 def shard(directory: Path) -> dict[str, str]:
@@ -82,32 +74,35 @@ def shard(directory: Path) -> dict[str, str]:
 # ------------------------------------------------------------------ weights
 
 
-def test_a_missing_tensor_is_named(copy):
-    edit_weights(copy, model__layers__1__mlp__up_proj__weight=None)
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model.layers.1.mlp.up_proj.weight": None}, ["missing", "layers.1.mlp.up_proj.weight'"]),
+        (
+            {"model.norm.weight": None, "model.embed_tokens.weight": None},
+            ["missing", "'model.embed_tokens.weight'", "1 more"],
+        ),
+        ({"lm_head.weight": None}, ["missing", "'lm_head.weight'"]),
+        (
+            {"model.layers.7.mlp.up_proj.weight": torch.zeros(2)},
+            ["surplus", "'model.layers.7.mlp.up_proj.weight'"],
+        ),
+        (
+            {"model.layers.0.self_attn.q_proj.bias": torch.zeros(128)},
+            ["surplus", "'model.layers.0.self_attn.q_proj.bias'"],
+        ),
+    ],
+    ids=["missing", "two missing", "no output head", "surplus", "a bias that the config denies"],
+)
+def test_missing_and_surplus_tensors_are_named(copy, changes, words):
+    edit_weights(copy, changes)
     message = error_of(WeightsError, copy)
-    assert message == f"{copy}: missing tensor 'model.layers.1.mlp.up_proj.weight'"
-
-
-def test_of_several_missing_tensors_one_is_named_and_the_rest_counted(copy):
-    edit_weights(copy, model__norm__weight=None, model__embed_tokens__weight=None)
-    message = error_of(WeightsError, copy)
-    assert message.endswith("missing tensor 'model.embed_tokens.weight' (and 1 more)")
-
-
-def test_a_surplus_tensor_is_named(copy):
-    edit_weights(copy, model__layers__7__mlp__up_proj__weight=torch.zeros(2))
-    message = error_of(WeightsError, copy)
-    assert message == f"{copy}: surplus tensor 'model.layers.7.mlp.up_proj.weight'"
-
-
-def test_biases_that_the_config_does_not_know_are_surplus(copy):
-    edit_weights(copy, model__layers__0__self_attn__q_proj__bias=torch.zeros(128))
-    assert "surplus tensor 'model.layers.0.self_attn.q_proj.bias'" in error_of(WeightsError, copy)
+    assert [word for word in [str(copy), *words] if word not in message] == []
 
 
 @pytest.mark.parametrize("shape", [(VOCAB, 31), (VOCAB - 1, 32), (VOCAB,), (VOCAB, 32, 1), ()])
 def test_a_misshaped_tensor_is_named_with_both_shapes(copy, shape):
-    edit_weights(copy, model__embed_tokens__weight=torch.zeros(shape))
+    edit_weights(copy, {"model.embed_tokens.weight": torch.zeros(shape)})
     message = error_of(WeightsError, copy)
     assert f"tensor 'model.embed_tokens.weight' has shape {shape}" in message
     assert message.endswith(f"expected ({VOCAB}, 32)")
@@ -129,7 +124,9 @@ def test_a_file_of_rubbish_is_named(copy):
 
 def test_a_directory_without_weights_is_named(copy):
     (copy / "model.safetensors").unlink()
-    assert error_of(FileNotFoundError, copy) == f"{copy} holds no *.safetensors file"
+    message = error_of(FileNotFoundError, copy)
+    assert str(copy) in message
+    assert "safetensors" in message
 
 
 def test_a_tensor_in_two_shards_is_named_with_both(copy):
@@ -154,15 +151,10 @@ def test_files_beside_the_weights_are_ignored(copy, tokens):
     assert run(copy) == tokens
 
 
-def test_a_sharded_checkpoint_loads(copy, tokens):
-    shard(copy)
-    assert run(copy) == tokens
-
-
 def test_a_missing_shard_is_named(copy):
     last = sorted(set(shard(copy).values()))[-1]
     (copy / last).unlink()
-    assert error_of(WeightsError, copy) == f"{copy / last} is missing"
+    assert f"{copy / last} is missing" in error_of(WeightsError, copy)
 
 
 def test_a_truncated_shard_is_named(copy):
@@ -178,16 +170,8 @@ def test_a_tensor_that_the_index_promises_in_vain_is_named(copy):
     del tensors["model.norm.weight"]
     save_file(tensors, copy / file)
     message = error_of(WeightsError, copy)
-    assert message == f"{copy / file} lacks 'model.norm.weight', which {INDEX} says it holds"
-
-
-def test_a_tensor_that_the_index_omits_is_found_in_a_file_that_it_names(copy, tokens):
-    """As in transformers, which reads those files whole."""
-    weight_map = shard(copy)
-    file = weight_map.pop("model.norm.weight")
-    assert file in weight_map.values()
-    (copy / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    assert run(copy) == tokens
+    assert [word for word in (str(copy / file), "'model.norm.weight'", INDEX)
+            if word not in message] == []  # fmt: skip
 
 
 def test_a_file_that_the_index_omits_is_missing(copy):
@@ -218,25 +202,6 @@ def test_a_bad_index_is_named(copy, text):
     assert f"{copy / INDEX} is not a safetensors index" in error_of(WeightsError, copy)
 
 
-def test_a_tied_checkpoint_that_repeats_the_output_head_loads(tmp_path):
-    shape = Shape(layers=1, heads=2, kv_heads=1, hidden=32, intermediate=64, tied=True)
-    shape.write(tmp_path)
-    expected = run(tmp_path)
-    embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
-    edit_weights(tmp_path, lm_head__weight=embedding.clone())
-    assert run(tmp_path) == expected
-
-
-def test_rope_frequencies_of_old_checkpoints_are_ignored(copy, tokens):
-    edit_weights(copy, model__layers__0__self_attn__rotary_emb__inv_freq=torch.zeros(32))
-    assert run(copy) == tokens
-
-
-def test_an_untied_checkpoint_needs_its_output_head(copy):
-    edit_weights(copy, lm_head__weight=None)
-    assert "missing tensor 'lm_head.weight'" in error_of(WeightsError, copy)
-
-
 # ------------------------------------------------------------------ config.json
 
 
@@ -245,23 +210,19 @@ def test_a_model_that_is_not_supported_is_refused_by_name(copy):
     assert "hidden_act='gelu'" in error_of(UnsupportedModelError, copy)
 
 
-@pytest.mark.parametrize("text", ["", "{", "nonsense", '{"model_type": "qwen3",}', "\xff\xfe"])
-def test_broken_json_is_named(copy, text):
-    path = copy / "config.json"
-    path.write_bytes(text.encode("latin-1"))
-    assert f"{path} is not valid JSON" in error_of(UnsupportedModelError, copy)
-
-
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_json_that_is_no_object_is_named(copy, name):
     (copy / name).write_text("[]")
-    assert error_of(UnsupportedModelError, copy) == f"{copy / name} does not hold a JSON object"
+    message = error_of(UnsupportedModelError, copy)
+    assert str(copy / name) in message
+    assert "JSON object" in message
 
 
 def test_a_directory_without_config_is_named(copy):
     (copy / "config.json").unlink()
     message = error_of(FileNotFoundError, copy)
-    assert message == f"{copy} holds no config.json: not a model directory"
+    assert str(copy) in message
+    assert "config.json" in message
 
 
 def test_dummy_weights_need_config_json_alone(copy):
@@ -285,7 +246,7 @@ def test_dummy_weights_do_not_vary(copy):
 
 def test_dummy_weights_still_need_config_json(copy):
     (copy / "config.json").unlink()
-    assert "holds no config.json" in error_of(FileNotFoundError, copy, load_format="dummy")
+    assert "config.json" in error_of(FileNotFoundError, copy, load_format="dummy")
 
 
 # ------------------------------------------------------------------ code
@@ -319,18 +280,14 @@ def test_code_in_a_checkpoint_never_runs(copy, tmp_path, file, model_type):
 
 def test_a_hub_id_offline_says_so():
     message = error_of(FileNotFoundError, "nobody/no-such-model")
-    assert message == (
-        "model='nobody/no-such-model' is not a directory, is not in the local hub cache, and the "
-        "hub cannot be reached (offline): download it first, or give a directory"
-    )
+    words = ["model='nobody/no-such-model'", "hub cache", "offline", "download", "a directory"]
+    assert [word for word in words if word not in message] == []
 
 
 @pytest.mark.parametrize("name", ["no such model", "a/b/c", "/no/such/directory", "-x-", "a--b"])
 def test_a_nonsense_name_is_neither_directory_nor_hub_id(name):
     message = error_of(FileNotFoundError, name)
-    assert (
-        message == f"model={name!r} is neither a directory nor a model on the hub that you may read"
-    )
+    assert message.startswith(f"model={name!r} is neither a directory nor a model on the hub")
 
 
 def test_a_model_that_the_hub_does_not_have_is_named(monkeypatch):
@@ -345,12 +302,8 @@ def test_a_model_that_the_hub_does_not_have_is_named(monkeypatch):
         raise NotFoundError
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
-    with pytest.raises(FileNotFoundError) as caught:
+    with pytest.raises(FileNotFoundError, match=r"^model='somebody/typo' .* model on the hub"):
         resolve_model("somebody/typo")
-    assert (
-        str(caught.value)
-        == "model='somebody/typo' is neither a directory nor a model on the hub that you may read"
-    )
 
 
 def test_only_the_files_of_a_model_are_downloaded(monkeypatch, tmp_path):

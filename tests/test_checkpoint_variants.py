@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -83,33 +81,11 @@ def test_the_rope_table_is_as_long_as_the_engine_needs(tmp_path):
 # ------------------------------------------------------------------ weights
 
 
-def test_a_whole_file_wins_over_a_stale_index(tmp_path):
-    """transformers leaves the index behind, and perhaps the shards, of an older save."""
-    Shape(seed=1).build().save_pretrained(tmp_path, max_shard_size="60KB")
-    old = engine_tokens(tmp_path)
-    new = tmp_path / "new"
-    Shape(seed=2).write(new)
-    shutil.move(new / "model.safetensors", tmp_path)
-    assert engine_tokens(tmp_path) == oracle_tokens(tmp_path) != old
-    for shard in tmp_path.glob("model-*"):
-        shard.unlink()
-    assert engine_tokens(tmp_path) == oracle_tokens(tmp_path)
-
-
 def test_shards_without_an_index_are_refused(tmp_path):
     Shape(seed=1).build().save_pretrained(tmp_path, max_shard_size="60KB")
     (tmp_path / "model.safetensors.index.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors\.index\.json"):
         engine_tokens(tmp_path)
-
-
-def test_of_tied_matrices_the_head_alone_may_be_stored(tmp_path):
-    Shape(seed=3, tied=True).write(tmp_path)
-    expected = engine_tokens(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
-    save_file(tensors, tmp_path / "model.safetensors")
-    assert engine_tokens(tmp_path) == oracle_tokens(tmp_path) == expected
 
 
 def test_tied_matrices_that_differ_are_refused(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
 import math
@@ -19,7 +18,6 @@ import torch
 from nanovllm import Config, SamplingParams
 from nanovllm.config import PIPELINE_MODES
 from nanovllm.tiny import CHECKPOINT_DIR
-from nanovllm.utils import options
 
 POSITIVE = "an integer of at least 1"
 BOOLEAN = "True or False"
@@ -304,17 +302,6 @@ def test_words_of_any_maker_become_strings():
     for device in ("cuda:\u0661", "cuda:1\n"):
         with pytest.raises(ValueError, match=r"^device="):
             Config(device=device)
-
-
-def test_options_need_neither_numpy_nor_torch():
-    tree = ast.parse(Path(options.__file__).read_text())
-    imported = {
-        name.name.split(".")[0]
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-        for name in [*node.names, ast.alias(getattr(node, "module", None) or "")]
-    }
-    assert not imported & {"numpy", "torch"}
 
 
 def test_sampling_params_are_frozen():

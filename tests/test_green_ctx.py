@@ -2,8 +2,6 @@
 
 The same checks on a real GPU, where kernels report the SMs they ran on, are in
 tests/gpu/test_green_ctx.py.
-
-Run: `python -m pytest tests/test_green_ctx.py`
 """
 
 from __future__ import annotations

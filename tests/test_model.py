@@ -123,31 +123,6 @@ def test_stages_in_turn_equal_the_whole_with_a_kv_cache(tmp_path, seed):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("seed", range(4))
-def test_a_kv_cache_changes_nothing(tmp_path, seed):
-    """Chunk by chunk and token by token through the cache, or all at once without it."""
-    Shape.random(seed, KINDS[seed % len(KINDS)]).write(tmp_path)
-    model = load(tmp_path)
-    cached = Cached(model, count=2)
-    texts = torch.randint(VOCAB, (2, 26), generator=torch.Generator().manual_seed(seed))
-    rows = [[], []]
-    for sizes in ([9, 3], [1, 7], [12, 12]):
-        starts = list(cached.lengths)
-        spans = [slice(starts[n], starts[n] + sizes[n]) for n in range(2)]
-        ids = torch.cat([texts[n, spans[n]] for n in range(2)])
-        for n, part in enumerate(model(ids, *cached.prefill(sizes)).split(sizes)):
-            rows[n].append(part)
-    for _ in range(4):
-        ids = torch.stack([texts[n, cached.lengths[n]] for n in range(2)])
-        for n, row in enumerate(model(ids, *cached.decode())):
-            rows[n].append(row[None])
-    for n in range(2):
-        length = cached.lengths[n]
-        expected = model(texts[n, :length], torch.arange(length))
-        torch.testing.assert_close(torch.cat(rows[n]), expected, rtol=1e-4, atol=1e-4)
-
-
-@torch.inference_mode()
 def test_a_throwaway_cache_leaves_the_bound_one_as_it_was(tmp_path):
     Shape(layers=2).write(tmp_path)
     model = load(tmp_path)

@@ -25,10 +25,9 @@ from nanovllm.tiny import CHECKPOINT_DIR, PROMPTS
 from tests.checkpoints import VOCAB, Shape
 from tests.decode_cases import relative_error
 from tests.fake_driver import FakeDriver, Result
+from tests.seed_spec import FAILED, FALLING_BACK
 
 MAX_TOKENS = 20
-FAILED = "[ModelRunner] Failed to initialize pipeline: "
-FELL_BACK = "[ModelRunner] Falling back to sequential execution"
 NO_GREEN = "[GreenContextManager] Failed to initialize Green Context: "
 
 
@@ -79,7 +78,7 @@ def test_an_engine_on_the_cpu_falls_back_and_says_so(mode, caplog, capsys, plain
         stats = llm.model_runner.get_pipeline_statistics()
         llm.model_runner.print_pipeline_statistics()
     reason = f"pipeline_mode={mode!r} needs a CUDA GPU, not cpu"
-    assert caplog.messages == [FAILED + reason, FELL_BACK]
+    assert caplog.messages == [FAILED + reason, FALLING_BACK]
     assert tokens_of(outputs) == plain_tokens
     assert stats["mode"] == "sequential"
     assert stats["fallback_reason"] == reason
@@ -113,7 +112,7 @@ def test_modes_that_need_no_gpu_do_not_fall_back(caplog):
 def test_a_strict_engine_raises_instead(mode, caplog):
     with pytest.raises(PipelineUnavailable, match=f"^pipeline_mode='{mode}' needs a CUDA GPU"):
         LLM(device="cpu", enable_pipeline=True, pipeline_mode=mode, pipeline_strict=True)
-    assert not any(FELL_BACK in message for message in caplog.messages)
+    assert not any(FALLING_BACK in message for message in caplog.messages)
 
 
 class OldDriver(FakeDriver):
@@ -187,7 +186,7 @@ def test_the_log_says_why_there_are_no_green_contexts(cause, mode, monkeypatch, 
     assert built.statistics.fallback_reason.startswith(reason)
     assert built.statistics.mode == "sequential"
     full = built.statistics.fallback_reason
-    assert caplog.messages == [NO_GREEN + full, FAILED + full, FELL_BACK]
+    assert caplog.messages == [NO_GREEN + full, FAILED + full, FALLING_BACK]
     if isinstance(bindings, FakeDriver):
         assert (bindings.contexts, bindings.streams) == ({}, {})
 
@@ -212,7 +211,7 @@ def test_counts_that_do_not_fit_are_named_with_the_device(monkeypatch, caplog):
     reason = build(**counts).statistics.fallback_reason
     assert reason.startswith("pipeline_attention_sm_count=100 and pipeline_ffn_sm_count=40 are not")
     assert reason.endswith("they need 140 SMs, and the device has 132")
-    assert caplog.messages == [FAILED + reason, FELL_BACK]
+    assert caplog.messages == [FAILED + reason, FALLING_BACK]
     with pytest.raises(ValueError, match=r"they need 140 SMs, and the device has 132$"):
         build(**counts, pipeline_strict=True)
     assert bindings.contexts == {}
@@ -224,7 +223,7 @@ def test_several_gpus_fall_back(device, mode, caplog):
     options = {"pipeline_mode": mode, "tensor_parallel_size": 2}
     reason = "tensor_parallel_size=2: lanes with streams of their own run on one GPU"
     assert build(device, **options).statistics.fallback_reason == reason
-    assert caplog.messages == [FAILED + reason, FELL_BACK]
+    assert caplog.messages == [FAILED + reason, FALLING_BACK]
     with pytest.raises(PipelineUnavailable, match=f"^{reason}$"):
         build(device, **options, pipeline_strict=True)
 

@@ -1,13 +1,9 @@
-"""The embedded model: its grammar, its training script and the checkpoint that ships.
-
-Run with `pytest tests/test_tiny.py`; it takes a few seconds on a CPU.
-"""
+"""The embedded model: its grammar, its training script and the checkpoint that ships."""
 
 import random
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +21,6 @@ TINY_SHAPE = Shape(
     vocab_size=320, hidden_size=32, intermediate_size=64, layers=1, heads=2, kv_heads=1, head_dim=16
 )
 TINY_RECIPE = Recipe(steps=2, rows=2, length=64, tokenizer_stories=20, threads=2)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """So small a model only waits for its threads, above all on a busy CPU."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@
         arms[1].activate()
         engine.step()
 
-An arm that falls back would only measure sequential decode again; it says why instead. To measure
-just that, what falling back costs, there is the arm "fallback": a pipeline on more SMs than there
-are.
+An arm that falls back is not timed, as that would be sequential decode once more; its record says
+why it fell back. What falling back costs is measured by the arm "fallback", a pipeline on more SMs
+than there are.
 
 With several ranks the engine itself is made with the one mode that is compared to sequential, since
 the ranks' plans have to be the same.
@@ -37,17 +37,11 @@ FFN_SHARE = 0.72
 
 @dataclasses.dataclass(frozen=True)
 class ArmSpec:
-    """What an arm is to be.
+    """What an arm is to be."""
 
-    Attributes:
-        mode: a value of `Config.pipeline_mode`, "lanes3" or "fallback".
-        split: SMs of attention and FFN to ask for; None: the defaults of `Config`.
-        label: its name in tables and records; default: the mode.
-    """
-
-    mode: str
-    split: Split | None = None
-    label: str = ""
+    mode: str  # a value of `Config.pipeline_mode`, "lanes3" or "fallback"
+    split: Split | None = None  # SMs of attention and FFN; None: the defaults of `Config`
+    label: str = ""  # its name in tables and records; default: the mode
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", self.label or self.mode)

@@ -30,13 +30,10 @@ PEAK_SECONDS = {"cuda": 0.5, "cpu": 0.1}
 
 
 def steady_seconds(call: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Median time in seconds of a call among many in a row, so that no device runs dry.
+    """Median seconds of a call among as many in a row as take `seconds`, so that no device idles.
 
-    Args:
-        call: issues the work on the current stream.
-        device: where the work runs, and the current one if it is a CUDA device.
-        seconds: of calls in a row. The first third of them does not count: clocks and power
-            settle meanwhile.
+    `call` issues its work on the current stream of `device`. The first third of the calls does not
+    count: clocks and power settle meanwhile.
     """
     once = median(time_calls(call, device, FIRST_CALLS))
     count = min(max(math.ceil(seconds / max(once, 1e-9)), FEWEST_CALLS), MOST_CALLS)

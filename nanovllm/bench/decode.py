@@ -8,12 +8,18 @@ from contextlib import ExitStack
 from typing import Any
 
 from nanovllm.bench import report
-from nanovllm.bench.arms import SEQUENTIAL, Arm, open_arms, rank_options, specs_of
+from nanovllm.bench.arms import SEQUENTIAL, Arm, specs_of
 from nanovllm.bench.ceilings import copy_bandwidth, decode_floor
-from nanovllm.bench.engines import fill_cache, room, start_engine
 from nanovllm.bench.power import PowerLog
 from nanovllm.bench.report import Record
-from nanovllm.bench.turns import DecodeWorkload, Times, measure, run_turn, timed_arms
+from nanovllm.bench.turns import (
+    DecodeWorkload,
+    Times,
+    measure,
+    run_turn,
+    start_arms,
+    timed_arms,
+)
 from nanovllm.config import Config
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.stage_times import Span
@@ -25,15 +31,10 @@ MEASURED = ("steps", "step_ms", "tokens_per_second", "ratio", "bandwidth", "floo
 def run(args: argparse.Namespace) -> Iterator[Record]:
     """Compares the modes; yields the record after each block of rounds."""
     workload = DecodeWorkload(args.batch, args.context, args.output)
-    specs = specs_of(args)
-    options = room(args, args.batch, workload.max_len)
-    options["max_model_len"] = max(Config.max_model_len, workload.max_len)
-    options |= rank_options(specs, args.tensor_parallel_size)
+    max_len = max(Config.max_model_len, workload.max_len)
     with ExitStack() as stack:
-        engine, about = stack.enter_context(start_engine(args, longest=workload.max_len, **options))
-        workload.check_fits(engine)
-        fill_cache(engine)
-        arms = stack.enter_context(open_arms(engine, specs))
+        started = start_arms(args, specs_of(args), workload, max_model_len=max_len)
+        engine, arms, about = stack.enter_context(started)
         record = (
             report.describe_machine(args.device, "decode steps")
             | about

@@ -30,14 +30,11 @@ def start_engine(
 ) -> Iterator[tuple[LLMEngine, Record]]:
     """An engine as the command line says, and the record of it; closed afterwards.
 
-    Args:
-        args: model, shape, layers, device, and what else the engine is told.
-        longest: tokens that a sequence will have; refused before anything is loaded.
-        shape: instead of that in `args`.
-        options: further fields of `Config`.
+    `shape` overrides that in `args`; `options` are further fields of `Config`.
 
     Raises:
-        DoesNotFit: there is not enough memory, or the model does not take so long sequences.
+        DoesNotFit: there is not enough memory, or the model takes no `longest` tokens a sequence,
+            which is found out before anything is loaded.
         BenchError: there is no such model, or an option's value is not allowed.
     """
     shape = shape or args.shape

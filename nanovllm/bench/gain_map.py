@@ -22,16 +22,7 @@ import torch
 from tqdm import tqdm
 
 from nanovllm.bench import BenchError, DoesNotFit, report
-from nanovllm.bench.arms import (
-    AUTO,
-    SEQUENTIAL,
-    Arm,
-    ArmSpec,
-    open_arms,
-    rank_options,
-    specs_of,
-)
-from nanovllm.bench.engines import fill_cache, room, start_engine
+from nanovllm.bench.arms import AUTO, SEQUENTIAL, Arm, ArmSpec, specs_of
 from nanovllm.bench.gains import describe, judge, summarize
 from nanovllm.bench.pictures import draw_map as draw
 from nanovllm.bench.report import Record
@@ -43,6 +34,7 @@ from nanovllm.bench.turns import (
     count_rounds,
     gather,
     run_turns,
+    start_arms,
     timed_arms,
 )
 from nanovllm.engine.llm_engine import LLMEngine
@@ -86,28 +78,25 @@ def measure_shape(
 ) -> Iterator[Record]:
     """The record of one shape after each point; without arms if not even its engine fits."""
     largest = DecodeWorkload(max(args.batches), max(args.contexts), LONGEST_OUTPUT)
-    options = room(args, largest.batch, largest.max_len)
-    options |= rank_options(specs, args.tensor_parallel_size)
     # Large batches first: other graphs fit into the memory of theirs.
     places = [(batch, context) for batch in args.batches[::-1] for context in args.contexts]
     start = time.perf_counter()
     try:
-        with start_engine(args, shape=shape, **options) as (engine, about):
-            fill_cache(engine)
-            with open_arms(engine, specs) as arms:
-                record = {
-                    "name": shape,
-                    **about,
-                    "kv_blocks": engine.model_runner.num_blocks,
-                    "arms": [arm.describe() for arm in arms],
-                }
-                points: list[Record] = []
-                for batch, context in places:
-                    bar.set_postfix_str(f"batch {batch}, context {context}")
-                    points.append(measure_point(engine, arms, batch, context, args.seconds))
-                    bar.update()
-                    seconds = time.perf_counter() - start
-                    yield record | {"seconds": seconds, "points": list(points)}
+        started = start_arms(args, specs, largest, must_fit=False, shape=shape)
+        with started as (engine, arms, about):
+            record = {
+                "name": shape,
+                **about,
+                "kv_blocks": engine.model_runner.num_blocks,
+                "arms": [arm.describe() for arm in arms],
+            }
+            points: list[Record] = []
+            for batch, context in places:
+                bar.set_postfix_str(f"batch {batch}, context {context}")
+                points.append(measure_point(engine, arms, batch, context, args.seconds))
+                bar.update()
+                seconds = time.perf_counter() - start
+                yield record | {"seconds": seconds, "points": list(points)}
     except DoesNotFit as error:
         bar.update(len(places))
         missing = [unmeasured_point(*place, str(error)) for place in places]

@@ -21,17 +21,11 @@ LEAST_GAIN = 1.05
 
 
 def judge(step_ms: Mapping[str, float]) -> Record:
-    """The fields of a point that follow from its arms' step times.
+    """The fields of a point that follow from its arms' median step times, by label.
 
-    Args:
-        step_ms: median by label; "sequential" is one of them.
-
-    Returns:
-        gains: by label, without sequential.
-        best, best_gain: the fastest arm that is neither sequential nor auto; None if there is none.
-        auto_gain, auto_of_best: of auto, over sequential and over the fastest arm of all; None
-            without auto.
-        auto_holds: whether auto keeps its promise; None without auto.
+    "best" is the fastest arm that is neither sequential nor auto, "auto_of_best" auto's speed over
+    the fastest arm of all, and "auto_holds" whether auto keeps its promise. Of an arm that there is
+    not, the fields are None.
     """
     reference = step_ms[SEQUENTIAL]
     gains = {label: reference / time for label, time in step_ms.items() if label != SEQUENTIAL}

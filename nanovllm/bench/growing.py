@@ -17,11 +17,17 @@ from statistics import median
 from tqdm import tqdm
 
 from nanovllm.bench import BenchError, report
-from nanovllm.bench.arms import AUTO, Arm, open_arms, rank_options, specs_of
-from nanovllm.bench.engines import fill_cache, room, start_engine
+from nanovllm.bench.arms import AUTO, Arm, specs_of
 from nanovllm.bench.gains import short_label
 from nanovllm.bench.report import Record
-from nanovllm.bench.turns import EDGE_STEPS, DecodeWorkload, in_order, run_turn, timed_arms
+from nanovllm.bench.turns import (
+    EDGE_STEPS,
+    DecodeWorkload,
+    in_order,
+    run_turn,
+    start_arms,
+    timed_arms,
+)
 from nanovllm.engine.llm_engine import LLMEngine
 
 # Auto keeps its promise if it takes at most this much longer than the best other arm.
@@ -32,13 +38,10 @@ ESTIMATE = "sum over ranges of the median time of some steps in the middle times
 def context_ranges(
     batch: int, context: int, until: int, stages: int, output: int
 ) -> list[tuple[int, DecodeWorkload]]:
-    """Ranges of the way from `context` to `until`: their steps, and the turn that is run of them.
+    """Ranges from `context` to `until` tokens: their steps, and the turn that is run of them.
 
-    Args:
-        batch: sequences.
-        context, until: their tokens at the beginning and at the end, a step a token.
-        stages: how many ranges.
-        output: steps to run of each; the first and the last `EDGE_STEPS` do not count."""
+    A turn has `output` steps, of which the first and the last `EDGE_STEPS` do not count.
+    """
     if until <= context:
         raise BenchError(f"until={until} must be above context={context}")
     bounds = [round(context * (until / context) ** (i / stages)) for i in range(stages + 1)]
@@ -53,44 +56,39 @@ def context_ranges(
     return list(zip(steps, works, strict=True))
 
 
-# An arm on the whole way, once: of each range a step's median seconds, and the plan then.
-Passage = list[tuple[float, str | None]]
+# One sweep of an arm over all ranges: of each a step's median seconds, and the plan at its end.
+Sweep = list[tuple[float, str | None]]
 Ranges = Sequence[tuple[int, DecodeWorkload]]
 
 
 def run(args: argparse.Namespace) -> Iterator[Record]:
     """Measures all arms; yields the record after each round."""
     ranges = context_ranges(args.batch, args.context, args.until, args.stages, args.output)
-    largest = ranges[-1][1]
-    specs = specs_of(args)
-    options = room(args, args.batch, largest.max_len)
-    options |= rank_options(specs, args.tensor_parallel_size)
-    with start_engine(args, longest=largest.max_len, **options) as (engine, about):
-        largest.check_fits(engine)
-        fill_cache(engine)
-        with open_arms(engine, specs) as arms:
-            base = (
-                report.describe_machine(args.device, "growing")
-                | about
-                | {
-                    "batch": args.batch,
-                    "context": args.context,
-                    "until": args.until,
-                    "steps": args.until - args.context,
-                    "timed_steps": args.output - 2 * EDGE_STEPS,
-                    "estimate": ESTIMATE,
-                    "stages": [{"context": work.context, "steps": steps} for steps, work in ranges],
-                }
-            )
-            for passages in run_passages(engine, timed_arms(arms, args.batch), ranges, args.rounds):
-                yield base | describe_arms(ranges, arms, passages)
+    with start_arms(args, specs_of(args), ranges[-1][1]) as (engine, arms, about):
+        base = (
+            report.describe_machine(args.device, "growing")
+            | about
+            | {
+                "batch": args.batch,
+                "context": args.context,
+                "until": args.until,
+                "steps": args.until - args.context,
+                "timed_steps": args.output - 2 * EDGE_STEPS,
+                "estimate": ESTIMATE,
+                "stages": [{"context": work.context, "steps": steps} for steps, work in ranges],
+            }
+        )
+        for sweeps in run_sweeps(engine, timed_arms(arms, args.batch), ranges, args.rounds):
+            records = [describe_arm(arm, ranges, sweeps.get(arm.label)) for arm in arms]
+            seconds = {arm["label"]: arm["seconds"]["median"] for arm in records if arm["seconds"]}
+            yield base | {"arms": records, **judge(seconds)}
 
 
-def run_passages(
+def run_sweeps(
     engine: LLMEngine, arms: Sequence[Arm], ranges: Ranges, rounds: int
-) -> Iterator[dict[str, list[Passage]]]:
-    """By label, all passages so far, after each round."""
-    passages: dict[str, list[Passage]] = {arm.label: [] for arm in arms}
+) -> Iterator[dict[str, list[Sweep]]]:
+    """All sweeps so far by label, after each round."""
+    sweeps: dict[str, list[Sweep]] = {arm.label: [] for arm in arms}
     for arm in tqdm(arms, "Warming up", unit="turn"):
         arm.activate()
         run_turn(engine, ranges[0][1])
@@ -99,49 +97,34 @@ def run_passages(
             for arm in in_order(arms, number):
                 bar.set_postfix_str(arm.label)
                 arm.activate()
-                passage: Passage = []
+                sweep: Sweep = []
                 for _, workload in ranges:
-                    passage.append((median(run_turn(engine, workload)), arm.plan))
+                    sweep.append((median(run_turn(engine, workload)), arm.plan))
                     bar.update()
-                passages[arm.label].append(passage)
-            yield passages
+                sweeps[arm.label].append(sweep)
+            yield sweeps
 
 
-def describe_arms(
-    ranges: Ranges, arms: Sequence[Arm], passages: Mapping[str, Sequence[Passage]]
-) -> Record:
-    """The JSON fields of what `run_passages` measured."""
-    records = [describe_arm(arm, ranges, passages.get(arm.label)) for arm in arms]
-    seconds = {arm["label"]: arm["seconds"]["median"] for arm in records if arm["seconds"]}
-    return {"arms": records, **judge(seconds)}
-
-
-def describe_arm(arm: Arm, ranges: Ranges, passages: Sequence[Passage] | None) -> Record:
-    """The record of an arm; without passages it fell back, and nothing of it is measured.
-
-    "plans" holds, for each round, the plan in use at the end of each range.
-    """
+def describe_arm(arm: Arm, ranges: Ranges, sweeps: Sequence[Sweep] | None) -> Record:
+    """The record of an arm; without sweeps it fell back, and nothing of it is measured."""
     record: Record = arm.describe(ranges[0][1].batch)
     record |= dict.fromkeys(("stage_ms", "seconds", "plans"))
-    if not passages:
+    if not sweeps:
         return record
     steps = [count for count, _ in ranges]
-    once = [[seconds for seconds, _ in passage] for passage in passages]
+    once = [[seconds for seconds, _ in sweep] for sweep in sweeps]
     rounds = [sum(n * s for n, s in zip(steps, times, strict=True)) for times in once]
     record["stage_ms"] = [median(times) * 1e3 for times in zip(*once, strict=True)]
     record["seconds"] = {"best": min(rounds), "median": median(rounds), "rounds": rounds}
-    plans = [[plan for _, plan in passage] for passage in passages]
+    plans = [[plan for _, plan in sweep] for sweep in sweeps]
     record["plans"] = plans if any(row[-1] is not None for row in plans) else None
     return record
 
 
 def judge(seconds: Mapping[str, float]) -> Record:
-    """The fields that follow from the whole way's seconds by label.
+    """The fastest arm but auto, auto's speed over it, and whether that is enough.
 
-    Returns:
-        best_fixed: the fastest arm but auto.
-        auto_of_best: speed of auto over it; None without auto.
-        auto_holds: whether auto beats it, or nearly; None without auto.
+    `seconds` are those of the whole way, by label; without auto its fields are None.
     """
     fixed = {label: time for label, time in seconds.items() if label != AUTO}
     best = min(fixed, key=lambda label: fixed[label])

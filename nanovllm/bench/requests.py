@@ -32,13 +32,7 @@ Requests = tuple[list[list[int]], list[int]]
 
 
 def draw_requests(name: str, vocab_size: int, first: int | None = None) -> Requests:
-    """Prompts as token ids, and the tokens that each is to give.
-
-    Args:
-        name: one of `REQUEST_SETS`.
-        vocab_size: of the model.
-        first: only so many of them; None: all.
-    """
+    """Prompts as token ids, and the tokens that each is to give: of a whole set, or the first."""
     prompts, outputs = draw_w() if name == "W" else draw_set(name)
     prompts = prompts[:first]
     if vocab_size <= HIGHEST_ID:

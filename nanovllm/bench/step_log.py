@@ -32,28 +32,22 @@ from nanovllm.engine.stage_times import ClockEvent
 
 @dataclass
 class LoggedStep:
-    """A step that has been issued.
-
-    Attributes:
-        is_decode: whether it is decode or prefill.
-        begin, end: events around its work.
-        drawn: requests for which it draws a token, in the order of the ids.
-        chunks: of prefill: request, first token and the one behind the last.
-        launch_seconds: after `begin`, in which the device had nothing to do yet.
-        tokens_at: when its tokens were on the host, by `time.perf_counter`.
-    """
+    """A step that has been issued."""
 
     is_decode: bool
+    # Events around its work.
     begin: Any = None
     end: Any = None
+    # Ids of the requests for which it draws a token.
     drawn: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    # Of prefill: request id, first token, and the one behind the last.
     chunks: list[tuple[int, int, int]] = field(default_factory=list)
-    launch_seconds: float = 0.0
-    tokens_at: float = 0.0
+    launch_seconds: float = 0.0  # after `begin`, in which the device had nothing to do yet
+    tokens_at: float = 0.0  # when its tokens were on the host, by `time.perf_counter`
 
     @property
     def seconds(self) -> float:
-        """Of its work."""
+        """Time of its work."""
         return self.begin.elapsed_time(self.end) * 1e-3 - self.launch_seconds
 
     def idle_before(self, other: LoggedStep) -> float:

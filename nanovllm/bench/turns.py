@@ -16,10 +16,12 @@ many rounds as it takes until every arm has followed every other equally often: 
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
@@ -28,8 +30,9 @@ import numpy as np
 from tqdm import tqdm
 
 from nanovllm.bench import BenchError, DoesNotFit
-from nanovllm.bench.arms import Arm
-from nanovllm.bench.engines import kv_blocks
+from nanovllm.bench.arms import Arm, ArmSpec, open_arms, rank_options
+from nanovllm.bench.engines import fill_cache, kv_blocks, room, start_engine
+from nanovllm.bench.report import Record
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.sampling_params import SamplingParams
 
@@ -93,6 +96,29 @@ class DecodeWorkload:
             )
 
 
+@contextmanager
+def start_arms(
+    args: argparse.Namespace,
+    specs: Sequence[ArmSpec],
+    largest: DecodeWorkload,
+    must_fit: bool = True,
+    **options: Any,
+) -> Iterator[tuple[LLMEngine, list[Arm], Record]]:
+    """An engine with room for a workload, its arms, and its record; the cache is random numbers.
+
+    `options` are those of `start_engine`. Raises DoesNotFit if `must_fit` and it does not.
+    """
+    options = room(args, largest.batch, largest.max_len) | options
+    options |= rank_options(specs, args.tensor_parallel_size)
+    longest = largest.max_len if must_fit else 0
+    with start_engine(args, longest=longest, **options) as (engine, about):
+        if must_fit:
+            largest.check_fits(engine)
+        fill_cache(engine)
+        with open_arms(engine, specs) as arms:
+            yield engine, arms, about
+
+
 def step_times(seconds: Sequence[float]) -> dict[str, Any]:
     """The record of an arm's steps: how many, and quartiles of their wall time in ms."""
     q1, middle, q3 = (np.percentile(seconds, [25, 50, 75]) * 1e3).tolist()
@@ -132,9 +158,7 @@ def measure(
 ) -> Iterator[dict[str, Times]]:
     """Step times so far by label, after each block of rounds, until each arm ran for `seconds`.
 
-    Args:
-        arms: none of them falls back.
-        watch: takes the turns and gives them on; for whoever wants to know when they were.
+    None of the arms may fall back. `watch` is given the turns and hands them on.
     """
     turns = run_turns(engine, arms, workload, WARM_UP_TURNS)
     total = WARM_UP_TURNS * len(arms)

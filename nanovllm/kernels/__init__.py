@@ -109,7 +109,7 @@ def linear_norm_rope_store(
 
 
 def resolve_tokens(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
-    """See `reference.resolve_tokens`: ids below 0 become the token of the seat they name."""
+    """See `reference.resolve_tokens`: ids below 0 become a last token."""
     return _ops(input_ids).resolve_tokens(input_ids, last_tokens)
 
 

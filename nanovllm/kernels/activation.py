@@ -14,7 +14,7 @@ _BLOCK = 1024
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """``silu(gate_up[:, :I]) * gate_up[:, I:]`` for ``gate_up [T, 2I]`` -> ``[T, I]``."""
+    """See ``reference.silu_mul``."""
     rows, inter = gate_up.shape[0], gate_up.shape[1] // 2
     gate_up = gate_up.contiguous()
     out = torch.empty(rows, inter, dtype=gate_up.dtype, device=gate_up.device)

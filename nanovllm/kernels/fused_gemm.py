@@ -102,7 +102,7 @@ def _beats_cublas(weight: Tensor, multiples: tuple[int, int]) -> bool:
 
 
 def linear_silu_mul(x: Tensor, weight: Tensor) -> Tensor:
-    """``silu(x @ gate.T) * (x @ up.T)`` for ``weight [2I, K]``; see ``reference``.
+    """See ``reference.linear_silu_mul``.
 
     Raises:
         ValueError: for a weight whose rows or columns are not multiples of 128.
@@ -113,7 +113,7 @@ def linear_silu_mul(x: Tensor, weight: Tensor) -> Tensor:
     if rows > 0:
         pairs = inter // _FEATURES
         tiles = pick_tiles(rows, pairs, usable_sms(x.device))
-        _silu_mul_kernel[triton.cdiv(rows, tiles.tokens), pairs](
+        _linear_silu_mul_kernel[triton.cdiv(rows, tiles.tokens), pairs](
             *_operands(x, weight, tiles), out, rows,
             INTER=inter, INNER=inner, **kernel_options(tiles),
         )  # fmt: skip
@@ -125,17 +125,8 @@ def linear_norm_rope_store(
 ) -> Tensor:
     """QKV layer, then ``qk_norm_rope_store``; see ``reference.linear_norm_rope_store``.
 
-    Args:
-        x: ``[T, K]``.
-        weight: ``[(Hq + 2 Hkv) * 128, K]``.
-        bias: ``[(Hq + 2 Hkv) * 128]`` or None.
-        inputs: of heads of 128 elements; their caches are written in place.
-
-    Returns:
-        ``q [T, Hq, 128]`` in x's dtype.
-
     Raises:
-        ValueError: for another head_dim, or an inner dimension that is no multiple of 128.
+        ValueError: for a head_dim other than 128, or columns that are not a multiple of 128.
     """
     _check(weight, _PAIRED)
     head_dim = inputs.cos_sin.shape[1]
@@ -146,7 +137,7 @@ def linear_norm_rope_store(
     if rows > 0:
         heads = q_heads + 2 * kv_heads
         tiles = pick_tiles(rows, heads, usable_sms(x.device))
-        _norm_rope_store_kernel[triton.cdiv(rows, tiles.tokens), heads](
+        _linear_norm_rope_store_kernel[triton.cdiv(rows, tiles.tokens), heads](
             *_operands(x, weight, tiles), bias, q,
             inputs.q_weight, inputs.k_weight, inputs.cos_sin, inputs.positions,
             inputs.slot_mapping, inputs.k_cache, inputs.v_cache, inputs.eps, rows,
@@ -159,7 +150,7 @@ def linear_norm_rope_store(
 def linear_add_norm(
     x: Tensor, weight: Tensor, residual: Tensor, norm_weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """``s = x @ weight.T + residual; return rms_norm(s), s``; see ``reference.linear_add_norm``.
+    """See ``reference.linear_add_norm``; no bias.
 
     Raises:
         ValueError: for a weight whose rows are no multiple of 64, or columns none of 512.
@@ -233,7 +224,7 @@ def _two_products(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _silu_mul_kernel(
+def _linear_silu_mul_kernel(
     x, weight, out, tokens,
     INTER: tl.constexpr, INNER: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
@@ -250,7 +241,7 @@ def _silu_mul_kernel(
 
 # The alignment of positions and slots, read one by one, varies with the batch.
 @triton.jit(do_not_specialize=["positions", "slot_mapping", "tokens"])
-def _norm_rope_store_kernel(
+def _linear_norm_rope_store_kernel(
     x, weight, bias, q, q_weight, k_weight, cos_sin, positions, slot_mapping, k_cache, v_cache,
     eps, tokens,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, INNER: tl.constexpr,

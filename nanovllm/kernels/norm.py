@@ -14,7 +14,7 @@ from nanovllm.kernels.pdl import pdl_options, pdl_trigger, pdl_wait
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps) * weight`` for ``x [..., H]``; see ``reference.rms_norm``."""
+    """See ``reference.rms_norm``."""
     x = x.contiguous()
     y = torch.empty_like(x)
     _launch(x, None, weight, y, None, eps)
@@ -22,7 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``rms_norm(x + residual), x + residual``; see ``reference.add_rms_norm``."""
+    """See ``reference.add_rms_norm``."""
     x, residual = x.contiguous(), residual.contiguous()
     y, total = torch.empty_like(x), torch.empty_like(x)
     _launch(x, residual, weight, y, total, eps)

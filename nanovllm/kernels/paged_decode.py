@@ -41,22 +41,15 @@ TILE = 64
 
 @dataclass(frozen=True)
 class DecodeTuning:
-    """How the decode kernel is compiled and spread over the SMs.
-
-    Args:
-        ctas_per_sm: programs per SM of the partition.
-        num_warps: warps of a program.
-        num_stages: depth of Triton's software pipeline over the tiles.
-        tma: load tiles with the bulk copy engine (Hopper).
-        keys_first: multiply with keys and values as the left operands, whose rows are tokens and
-            head dimensions; the right ones' columns are query heads. The tensor cores take 16 rows
-            and 8 columns at a time, so the group of query heads is padded to 8 instead of 16.
-    """
+    """How the decode kernel is compiled and spread over the SMs."""
 
     ctas_per_sm: int
     num_warps: int
-    num_stages: int
-    tma: bool
+    num_stages: int  # of Triton's software pipeline over the tiles
+    tma: bool  # tiles come by the bulk copy engine (Hopper)
+    # Keys and values are the left operands: their rows are tokens and head dimensions, and query
+    # heads are the right ones' columns. Tensor cores take 16 rows and 8 columns at a time, so the
+    # query heads of a KV head are padded to 8 instead of 16.
     keys_first: bool = False
 
 
@@ -68,16 +61,11 @@ MANY_SMS = 80
 
 
 def tuning_for(num_sms: int, num_groups: int, gqa: int) -> DecodeTuning:
-    """The fastest of the three for a launch.
+    """The fastest for `num_groups` (sequence, KV head) pairs with `gqa` query heads a KV head.
 
-    Keys first halves the tensor cores' work, for their least number of columns is 8 and of rows 16,
-    and a program of one warp waits for no other at its barriers. But where many SMs share few
-    groups, each is split into many parts, and more threads combine those faster.
-
-    Args:
-        num_sms: SMs that it may use.
-        num_groups: (sequence, KV head) pairs.
-        gqa: query heads of a KV head.
+    `keys_first` halves the tensor cores' work, and a program of one warp waits for no other at its
+    barriers. But where many SMs share few groups, each group has many partial results, which more
+    threads combine faster.
     """
     if not is_hopper_or_newer():
         return PLAIN
@@ -86,22 +74,21 @@ def tuning_for(num_sms: int, num_groups: int, gqa: int) -> DecodeTuning:
 
 
 class DecodeWorkspace:
-    """How much of the GPU the decode kernel has, and its buffers for partial results.
+    """How many SMs the decode kernel may use, and its buffers for partial results.
+
+    NOTE: launches that may run at the same time (two streams) need a workspace each.
 
     Args:
-        num_sms: SMs that the kernel may use, the partition's or the whole device's.
-        num_q_heads: Hq.
-        num_kv_heads: Hkv, a divisor of Hq.
+        num_sms: the partition's or the whole device's.
+        num_q_heads, num_kv_heads: Hq and Hkv, its divisor.
         head_dim: D, a power of two from 32 to 256.
-        device: where the buffers live: for each of the most programs that a launch may have
-            ``2 * Hq / Hkv * (D + 1)`` float32 and one int32.
-        tuning: for every launch; default ``tuning_for`` its size.
+        device: of the buffers.
+        tuning: for every launch; None: ``tuning_for`` its size.
 
     Raises:
         ValueError: for a size outside these limits.
     """
 
-    # NOTE: launches that may run at the same time (two streams) need a workspace each.
     def __init__(
         self,
         num_sms: int,
@@ -161,18 +148,13 @@ def paged_decode_attention(
     NOTE: tables, lengths and offsets must not come from the kernel issued just before. They are
     read before it has ended; see ``pdl``.
 
+    Besides what is said there, the caches and `out` are contiguous.
+
     Args:
-        q: ``[N, Hq, D]``.
-        k_cache, v_cache: ``[num_blocks, Hkv, block_size, D]``, contiguous.
-        block_tables: ``[N, max_blocks]`` int32.
-        context_lens: ``[N]`` int32.
         tile_offsets: ``[N + 1]`` int32, ``tile_offsets(context_lens)`` on the device. The last
             sequences may have no tiles: they are padding, and their output is left undefined.
         workspace: made for these head counts; used by one launch at a time.
-        out: for the result, contiguous; default: a new tensor.
-
-    Returns:
-        ``[N, Hq, D]`` in q's dtype.
+        out: for the result ``[N, Hq, D]``; None: a new tensor.
     """
     num_seqs, num_q_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape

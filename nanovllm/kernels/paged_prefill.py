@@ -32,17 +32,8 @@ def paged_prefill_attention(
 ) -> Tensor:
     """Causal attention over cached keys; see ``reference.paged_prefill_attention``.
 
-    Args:
-        q: ``[T, Hq, D]``.
-        k_cache, v_cache: ``[num_blocks, Hkv, block_size, D]``, contiguous.
-        block_tables: ``[N, max_blocks]`` int32.
-        cu_seqlens_q: ``[N + 1]`` int32.
-        context_lens: ``[N]`` int32.
-        max_seqlen_q: most query rows of a sequence; sets the grid.
-        out: for the result, contiguous; default: a new tensor.
-
-    Returns:
-        ``[T, Hq, D]`` in q's dtype; rows that belong to no sequence are undefined.
+    Besides what is said there, the caches are contiguous, as is `out`, where the result
+    ``[T, Hq, D]`` goes if it is given.
     """
     _, num_q_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape

@@ -103,15 +103,8 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split a QKV projection; normalise (if there are weights) and rotate q and k head by head.
 
-    Args:
-        qkv: ``[T, (Hq + 2 Hkv) * D]``.
-        q_weight, k_weight: ``[D]``, RMS norm weights shared by all heads of their kind; None:
-            these heads are rotated as they are.
-        cos_sin: ``[max_pos, D]`` float32, D/2 cosines and then D/2 sines of every position.
-        positions: ``[T]`` int64.
-
-    Returns:
-        ``q [T, Hq, D]``, ``k [T, Hkv, D]``, ``v [T, Hkv, D]`` in qkv's dtype.
+    ``qkv [T, (Hq + 2 Hkv) * D]`` -> ``q [T, Hq, D]``, ``k [T, Hkv, D]``, ``v [T, Hkv, D]``; all
+    else as in ``HeadInputs``.
 
     The rotation pairs element i with element i + D/2, as Hugging Face transformers does, not
     neighbours as in the paper (Su et al., "RoFormer", 2021, arXiv:2104.09864).
@@ -230,17 +223,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def resolve_tokens(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
-    """Replace every id below 0, which is ``-1 - seat``, by that seat's last token (-1: token 0).
+    """Replace every id below 0, which is ``-1 - request_index``, by that request's last token.
 
-    Args:
-        input_ids: ``[N]`` integers.
-        last_tokens: ``[seats]`` int64.
-
-    Returns:
-        ``[N]`` int64.
+    ``input_ids [N]``, ``last_tokens [requests]`` int64 -> ``[N]`` int64. Where nothing could be
+    drawn, the last token is -1, and 0 takes its place: the row still needs a token to go on.
     """
-    seats = (-1 - input_ids).clamp(min=0).long()
-    return torch.where(input_ids < 0, last_tokens[seats], input_ids.long()).clamp(min=0)
+    requests = (-1 - input_ids).clamp(min=0).long()
+    return torch.where(input_ids < 0, last_tokens[requests], input_ids.long()).clamp(min=0)
 
 
 # ------------------------------------------------------------------ sampling

@@ -20,15 +20,7 @@ _HEADS_PER_PROGRAM = 8
 
 
 def qk_norm_rope_store(qkv: Tensor, inputs: HeadInputs) -> Tensor:
-    """Norm, rotate and store; see ``reference.qk_norm_rope_store``.
-
-    Args:
-        qkv: ``[T, (Hq + 2 Hkv) * D]``; rows may be strided, a row may not.
-        inputs: with ``cos_sin`` and caches contiguous; the caches are written in place.
-
-    Returns:
-        ``q [T, Hq, D]`` in qkv's dtype.
-    """
+    """See ``reference.qk_norm_rope_store``; rows of `qkv` may be strided, all else may not."""
     num_tokens, head_dim = qkv.shape[0], inputs.cos_sin.shape[1]
     q_heads, kv_heads, half = inputs.num_q_heads, inputs.num_kv_heads, head_dim // 2
     q = torch.empty(num_tokens, q_heads, head_dim, dtype=qkv.dtype, device=qkv.device)

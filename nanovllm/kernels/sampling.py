@@ -26,17 +26,7 @@ def sample(
     steps: Tensor,
     threshold: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Draw one token per row; see ``reference.sample``.
-
-    Args:
-        logits: ``[N, V]``, any float dtype; rows may be strided, a row may not.
-        temperatures: ``[N]`` float32, 0 for greedy.
-        seeds, steps: ``[N]`` int64.
-        threshold: of ``find_threshold``; None: draw of all tokens.
-
-    Returns:
-        ``[N]`` int64; -1 where a logit is NaN or none is above -inf.
-    """
+    """See ``reference.sample``; rows of the logits may be strided, a row may not."""
     rows, vocab = logits.shape
     tiles = triton.cdiv(vocab, SAMPLE_TILE)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)

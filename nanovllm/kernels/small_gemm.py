@@ -38,12 +38,12 @@ def supports(x: Tensor) -> bool:
 
 
 def linear(x: Normed, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` for ``x [N, K]``, N up to MAX_ROWS, and ``weight [M, K]``."""
+    """See ``reference.linear``, for N up to MAX_ROWS."""
     return _launch(x, weight, bias, weight.shape[0])
 
 
 def linear_silu_mul(x: Normed, gate_up_weight: Tensor) -> Tensor:
-    """``silu(x @ gate.T) * (x @ up.T)`` for ``[2I, K]``, whose first half is the gate."""
+    """See ``reference.linear_silu_mul``, for N up to MAX_ROWS."""
     return _launch(x, gate_up_weight, None, gate_up_weight.shape[0] // 2, gated=True)
 
 
@@ -55,7 +55,7 @@ def linear_add_norm(
     norm_weight: Tensor,
     eps: float,
 ) -> tuple[Normed, Tensor]:
-    """``s = linear(x) + residual; return rms_norm(s), s``, the norm's division still due.
+    """See ``reference.linear_add_norm``; the norm's division is still due.
 
     NOTE: until then ``s * norm_weight`` is stored in x's dtype, and float16 ends at 65504.
     """

@@ -305,13 +305,7 @@ def _load(source, token, VOCAB: tl.constexpr):
 
 @triton.jit
 def _load_listed(
-    source,
-    listed,
-    first,
-    count,
-    COUNT: tl.constexpr,
-    VOCAB: tl.constexpr,
-    BUCKET: tl.constexpr,
+    source, listed, first, count, COUNT: tl.constexpr, VOCAB: tl.constexpr, BUCKET: tl.constexpr
 ):
     """Logits and tokens ``[COUNT, BUCKET]`` of the listed buckets from the first-th on."""
     place = first + tl.arange(0, COUNT)

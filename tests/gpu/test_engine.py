@@ -15,16 +15,15 @@ if not torch.cuda.is_available():
 
 from nanovllm import LLM
 from nanovllm.bench.shapes import published_config
-from nanovllm.tiny import PROMPTS
 from tests.checkpoints import TABLE, Shape, greedy, prompts
 from tests.decode_cases import relative_error
 from tests.gpu.forced_tokens import forced_logits, forced_token, ragged_prompts
+from tests.gpu.texts import texts
 
 VOCAB = 4096
-MAX_TOKENS = 48
 EAGER = pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
 GREEN = {"enable_pipeline": True, "pipeline_mode": "green", "pipeline_strict": True}
-WAYS: dict[str, dict[str, Any]] = {
+SETUPS: dict[str, dict[str, Any]] = {
     "graphs": {},
     "eager": {"enforce_eager": True},
     "green graphs": GREEN,
@@ -37,13 +36,6 @@ def small_engine(model: Any = None, **options: Any) -> LLM:
     given = {} if model is None else {"model": str(model)}
     defaults = {"max_num_seqs": 8, "max_model_len": 1024, "num_kvcache_blocks": 64}
     return LLM(device="cuda", **given, **(defaults | options))
-
-
-def texts(engine: LLM, count: int = 8) -> list[str]:
-    outputs = engine.generate(
-        list(PROMPTS[:count]), temperature=0, max_tokens=MAX_TOKENS, use_tqdm=False
-    )
-    return [output["text"] for output in outputs]
 
 
 # As published, for what config.json of that model says beside Qwen3's shapes.
@@ -162,11 +154,11 @@ def test_the_embedded_model_writes_the_same_text_as_on_the_cpu(dtype, eager, cpu
         assert texts(engine) == cpu_texts
 
 
-@pytest.mark.parametrize("way", ["graphs", "green graphs"])
-def test_an_engine_gives_its_memory_back(way):
+@pytest.mark.parametrize("setup", ["graphs", "green graphs"])
+def test_an_engine_gives_its_memory_back(setup):
     def free_after(engines: int) -> int:
         for _ in range(engines):
-            with small_engine(num_kvcache_blocks=512, **WAYS[way]) as engine:
+            with small_engine(num_kvcache_blocks=512, **SETUPS[setup]) as engine:
                 texts(engine, count=4)
             del engine
             gc.collect()
@@ -177,18 +169,18 @@ def test_an_engine_gives_its_memory_back(way):
     before = free_after(2)  # the first ones compile kernels and fill the libraries' own pools
     lost = before - free_after(3)
     # The driver keeps 4 MiB of every green context; see test_green_ctx.py, which measures it.
-    kept = 3 * 2 * (4 << 20) if way == "green graphs" else 0
+    kept = 3 * 2 * (4 << 20) if setup == "green graphs" else 0
     assert lost < kept + (16 << 20), f"3 engines cost {lost / (1 << 20):.1f} MiB of device memory"
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_decode_steps_allocate_nothing_that_stays(way):
+@pytest.mark.parametrize("setup", SETUPS)
+def test_decode_steps_allocate_nothing_that_stays(setup):
     def run(steps: int) -> int:
         for _ in range(steps):
             assert engine.step() == []
         return torch.cuda.memory_allocated()
 
-    with small_engine(**WAYS[way]) as engine:
+    with small_engine(**SETUPS[setup]) as engine:
         for prompt in ragged_prompts(3, 200, 1024):  # 3 of a graph's 4 rows
             engine.add_request(prompt, temperature=0.7, max_tokens=700, ignore_eos=True)
         before = run(40)

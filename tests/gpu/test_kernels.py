@@ -56,6 +56,18 @@ def check(actual, expected, limit=1e-2):
     assert error < limit, f"relative error {error:.2e}"
 
 
+def in_float32(case):
+    """The same arguments; what is stored goes elsewhere."""
+    return {k: v.float() if torch.is_tensor(v) and v.dtype == BF16 else v for k, v in case.items()}
+
+
+def check_caches(case, exact):
+    """The caches hold the same, and NaN where nothing was stored."""
+    for name in ("k_cache", "v_cache"):
+        assert torch.equal(case[name].isnan(), exact[name].isnan())
+        check(case[name].nan_to_num(), exact[name].nan_to_num())
+
+
 def lengths(count, longest):
     return [random.randint(1, longest) for _ in range(count)]
 
@@ -124,16 +136,14 @@ def test_qkv_layer_with_its_heads(tokens):
     case = rope_case(tokens, 16, 8, 128, 256, BF16)
     x, weight = randn(tokens, 1024, dtype=BF16), (randn(4096, 1024) / 32).to(BF16)
     del case["qkv"]
-    exact = {k: v.float() if torch.is_tensor(v) and v.dtype == BF16 else v for k, v in case.items()}
+    exact = in_float32(case)
     heads = HeadInputs(**case)
     assert fused_gemm.supports_heads(x, weight, heads)
     expected = reference.linear_norm_rope_store(
         x.float(), weight.float(), None, HeadInputs(**exact)
     )
     check(fused_gemm.linear_norm_rope_store(x, weight, None, heads), expected)
-    for name in ("k_cache", "v_cache"):
-        assert torch.equal(case[name].isnan(), exact[name].isnan())
-        check(case[name].nan_to_num(), exact[name].nan_to_num())
+    check_caches(case, exact)
 
 
 def test_linear_picks_the_kernel_for_few_rows_in_16_bits():
@@ -159,7 +169,7 @@ def test_linear_picks_the_kernel_for_few_rows_in_16_bits():
 def test_a_layer_is_right_whichever_kernels_it_takes(tokens, head_dim, biased, normed_heads):
     """Residual and norm, then QKV and the heads; the norm's division may pass between them."""
     case = rope_case(tokens, 4, 2, head_dim, 16, BF16, normed_heads)
-    exact = {k: v.float() if torch.is_tensor(v) and v.dtype == BF16 else v for k, v in case.items()}
+    exact = in_float32(case)
     features = case.pop("qkv").shape[1]
     del exact["qkv"]
     x, residual = randn(tokens, 512, dtype=BF16), randn(tokens, 1024, dtype=BF16)
@@ -176,9 +186,7 @@ def test_a_layer_is_right_whichever_kernels_it_takes(tokens, head_dim, biased, n
         y.float(), qkv.float(), biases[1], HeadInputs(**exact)
     )
     check(q, expected)
-    for name in ("k_cache", "v_cache"):
-        assert torch.equal(case[name].isnan(), exact[name].isnan())
-        check(case[name].nan_to_num(), exact[name].nan_to_num())
+    check_caches(case, exact)
 
 
 def test_large_activations_in_float16():
@@ -213,14 +221,12 @@ def test_beginning_early_changes_nothing(tokens, monkeypatch):
 @MODELS
 def test_qk_norm_rope_store(hq, hkv):
     case = rope_case(700, hq, hkv, 128, 256, BF16)
-    exact = {k: v.float() if torch.is_tensor(v) and v.dtype == BF16 else v for k, v in case.items()}
+    exact = in_float32(case)
     check(
         rope.qk_norm_rope_store(*head_arguments(case)),
         reference.qk_norm_rope_store(*head_arguments(exact)),
     )
-    for name in ("k_cache", "v_cache"):
-        assert torch.equal(case[name].isnan(), exact[name].isnan())
-        check(case[name].nan_to_num(), exact[name].nan_to_num())
+    check_caches(case, exact)
 
 
 @MODELS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,9 +19,8 @@ from nanovllm.bench.shapes import shape_directory
 from nanovllm.engine.planned_decode import AutoPlan
 from nanovllm.engine.planner import PlanChoice, Planner
 from nanovllm.engine.step_runner import Choice
-from tests.gpu.test_pipeline import texts
+from tests.gpu.texts import texts
 
-CALIBRATION_SECONDS = 20
 # Batch and context where two calibrations are compared; all batches have graphs of their own.
 POINTS = [(256, 512), (256, 1024), (512, 512), (512, 1024)]
 PLAN_ROUNDS = 16
@@ -66,32 +64,17 @@ def test_every_plan_writes_the_same_text(monkeypatch: pytest.MonkeyPatch) -> Non
         assert len(plans) > 2
 
 
-def test_calibration_is_short_and_kept(cache: Path) -> None:
+def test_a_calibration_is_kept(cache: Path) -> None:
     with shape_directory("8B", 12) as directory:
         options = {"load_format": "dummy", "max_num_seqs": 512, "max_model_len": 2048}
-
-        def start() -> tuple[float, Any]:
+        kept = []
+        for _ in range(2):
             with auto_engine(model=directory, **options) as engine:
-                decode = auto_plan(engine)
-                begin = time.perf_counter()
-                decode.calibrate(engine.model_runner.step_runner, show_progress=False)
-                return time.perf_counter() - begin, times(decode)
-
-        start()  # compiles kernels
-        for path in cache.rglob("plans*.json"):
-            path.unlink()
-        with auto_engine(model=directory, **options) as engine:
-            decode = auto_plan(engine)
-            for path in cache.rglob("plans*.json"):
-                path.unlink()
-            begin = time.perf_counter()
-            decode.calibrate(engine.model_runner.step_runner, show_progress=False)
-            assert time.perf_counter() - begin < CALIBRATION_SECONDS
-            measured = times(decode)
-        del decode, engine  # they hold the device's memory
-        seconds, kept = start()
-        assert seconds < 2
-        assert kept == measured
+                kept.append(times(auto_plan(engine)))
+            del engine  # it holds the device's memory
+            assert len(list(cache.rglob("plans*.json"))) == 1
+    # Two measurements would hardly agree to the last bit.
+    assert kept[0] == kept[1]
 
 
 def test_two_calibrations_choose_equally_fast_plans(cache: Path) -> None:

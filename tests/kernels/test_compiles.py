@@ -56,12 +56,12 @@ def decode(tuning, group):
 
 
 def silu_pairs(tokens, block):
-    return tiled(fused_gemm._silu_mul_kernel, dict(INTER=3072, INNER=1024), tokens, block)
+    return tiled(fused_gemm._linear_silu_mul_kernel, dict(INTER=3072, INNER=1024), tokens, block)
 
 
 def head_pairs(tokens, block, *without):
     constants = dict(Q_HEADS=16, KV_HEADS=8, BLOCK_SIZE=256, INNER=1024)
-    return tiled(fused_gemm._norm_rope_store_kernel, constants, tokens, block, without)
+    return tiled(fused_gemm._linear_norm_rope_store_kernel, constants, tokens, block, without)
 
 
 def tiled(kernel, constants, tokens, block, without=()):

@@ -1,7 +1,8 @@
-"""Maps: run as `bench_pipeline.py --map` does, or records as it writes them, of made-up times."""
+"""What the tests of the benchmark share: its runs, and maps of made-up times."""
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
@@ -15,8 +16,15 @@ from nanovllm.bench.gains import judge, summarize
 LABELS = ("sequential", "streams", "green 36+96", "auto")
 
 
+def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[list[str], dict[str, Any]]:
+    """Runs `bench_pipeline.py` on the CPU; returns its lines but the last, and the last, parsed."""
+    bench_pipeline.main(["--device", "cpu", *map(str, argv)])
+    *lines, last = capsys.readouterr().out.splitlines()
+    return lines, json.loads(last)
+
+
 def run_map(*argv: object) -> None:
-    """bench_pipeline.py --map."""
+    """`bench_pipeline.py --map`."""
     bench_pipeline.main(["--map", *map(str, argv)])
 
 

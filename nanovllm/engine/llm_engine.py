@@ -212,7 +212,7 @@ class LLMEngine:
 
     def _add_computed(self, token_ids: list[int], params: SamplingParams) -> int:
         with self.transactions.changing():
-            seq = self._make_sequence(token_ids, params, None)
+            seq = self._make_sequence(list(token_ids), params, None)
             has_room = self.scheduler.add_computed(seq)
             if has_room:
                 self.requests[seq.request_id] = seq

@@ -75,7 +75,6 @@ def test_cuda_where_there_is_none_is_refused(directory, monkeypatch, device):
     )
 
 
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bits_run_on_the_cpu(directory, dtype):
     with LLM(str(directory), dtype=dtype, **OPTIONS) as engine:
@@ -408,3 +407,12 @@ def test_generate_does_not_swallow_requests_that_were_added_before(llm, expected
     assert [ids[:8] for ids in tokens(outputs)] == expected[2:]
     assert not llm.is_finished()
     assert drain(llm) == dict(zip(before, expected[:2], strict=True))
+
+
+def test_computed_requests_leave_the_callers_list_as_it_is(directory):
+    with LLM(str(directory), **{**OPTIONS, "enable_prefix_caching": False}) as engine:
+        token_ids = [5] * 20
+        for _ in range(2):
+            engine.add_computed_request(token_ids, GREEDY)
+        assert [len(ids) for ids in drain(engine).values()] == [8, 8]
+        assert token_ids == [5] * 20

@@ -34,7 +34,7 @@ def test_a_number_that_no_device_has_is_refused(number):
 @pytest.mark.usefixtures("two_gpus")
 def test_so_is_a_local_rank_without_a_device(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="^device='cuda' is not allowed.*from 0 to 1, and 2 is"):
+    with pytest.raises(ValueError, match=r"^device='cuda' is not allowed.*from 0 to 1, and 2 is"):
         resolve_device("cuda")
 
 

@@ -38,7 +38,7 @@ def random_batch(seed: int, lengths: list[int]) -> tuple[torch.Tensor, torch.Ten
 def stage_by_stage(model, ids, positions, metadata=None) -> torch.Tensor:
     """The model as its stages, alternating over the layers."""
     hidden = ids
-    for layer in range(model.num_layers):
+    for layer in range(model.config.num_hidden_layers):
         hidden, residual = model.forward_attention(hidden, positions, layer, metadata)
         hidden = model.forward_ffn(hidden, residual, layer)
     return hidden
@@ -51,7 +51,8 @@ class Cached:
         heads = model.backend.heads
         blocks = torch.randperm(count * max_blocks, generator=torch.Generator().manual_seed(0)) + 1
         self.tables = blocks.reshape(count, max_blocks).to(torch.int32)
-        shape = (model.num_layers, 2, count * max_blocks + 1, heads.num_kv_heads, BLOCK)
+        layers, blocks = model.config.num_hidden_layers, count * max_blocks + 1
+        shape = (layers, 2, blocks, heads.num_kv_heads, BLOCK)
         self.cache = torch.zeros(*shape, heads.head_dim)
         model.bind_kv_cache(self.cache)
         self.lengths = [0] * count

@@ -221,7 +221,7 @@ class ModelRunner:
     ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         """Draws a token from each row, keeps it for the next step, and sends it to the host."""
         tokens = sample(logits, batch)
-        self.last_tokens[batch.seats] = tokens
+        self.last_tokens[batch.request_index] = tokens
         if self.device.type != "cuda":
             return tokens, None
         host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
@@ -282,7 +282,7 @@ class ModelRunner:
         return GraphMemory(sizes, layout.size, vocab_size, dtype, self.device)
 
     def _run_largest_step(self) -> None:
-        """A prefill and a decode step as large as the options allow, all in the padding block."""
+        """Prefill as large as the options allow, in the padding block, and decode's own memory."""
         tokens, longest = self.config.max_num_batched_tokens, self.max_model_len
         sizes = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
         chunks = [made_up_chunk(0, size) for size in sizes[: self.config.max_num_seqs]]

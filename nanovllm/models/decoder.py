@@ -209,10 +209,6 @@ class DecoderForCausalLM(nn.Module):
         hidden_states = block.mlp.down_proj(block.mlp.gated(kernels.Normed(normed))) + residual
         return self.model.norm(hidden_states) if block is self.model.layers[-1] else hidden_states
 
-    @property
-    def num_layers(self) -> int:
-        return len(self.model.layers)
-
     def compute_logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
         """[T, hidden_size] to logits [T, vocab_size], in `out` if it is given."""
         if out is None:

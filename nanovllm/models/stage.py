@@ -24,18 +24,16 @@ BEFORE_LAYERS = -1
 
 @dataclass(frozen=True)
 class StepTensors:
-    """What a model is called with: T tokens, of which S are sampled after.
+    """What a model is called with: T tokens.
 
     Attributes:
         input_ids, positions: integer [T].
         metadata: where the tokens stand in the KV cache.
-        sample_rows: int32 [S], tokens whose logits are wanted, in that order; None: all.
     """
 
     input_ids: Tensor
     positions: Tensor
     metadata: AttentionMetadata
-    sample_rows: Tensor | None = None
 
 
 @dataclass(eq=False)

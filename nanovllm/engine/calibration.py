@@ -1,6 +1,6 @@
 """Measures, at start-up, what decode steps cost under each plan; the times are kept on disk.
 
-Steps run on made-up inputs: sequences of one length on random keys and values. Batch sizes are
+Steps run on dummy inputs: sequences of one length on random keys and values. Batch sizes are
 measured from the largest down, and what cannot pay is not measured:
 
 - a size at which even a perfect overlap gains nothing over sequential decode,

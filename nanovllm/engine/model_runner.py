@@ -22,7 +22,7 @@ from nanovllm.engine.plan import SEQUENTIAL, Plan
 from nanovllm.engine.planned_decode import AutoPlan, plans_to_try
 from nanovllm.engine.ranks import Ranks
 from nanovllm.engine.scheduler import Step
-from nanovllm.engine.step_inputs import StepInputs, made_up_chunk
+from nanovllm.engine.step_inputs import StepInputs, dummy_chunk
 from nanovllm.engine.step_runner import FixedPlan, PreparedStep, StepRunner
 from nanovllm.engine.step_timer import DeviceTimer
 from nanovllm.engine.warm_up import warm_up
@@ -74,7 +74,8 @@ class ModelRunner:
         self.max_model_len = min(config.max_model_len, self.model_config.usable_length)
         self.model = load_model(
             self.model_config, checkpoint, self.backend, ranks.group, device, dtype,
-            max_length=self.max_model_len, show_progress=ranks.is_first, on_tensor=ranks.check,
+            max_length=self.max_model_len, show_progress=ranks.is_first,
+            on_tensor=ranks.workers.check,
         )  # fmt: skip
         max_blocks = -(-self.max_model_len // self.block_size)
         self.inputs = StepInputs(self.block_size, max_blocks, self.backend)
@@ -244,7 +245,7 @@ class ModelRunner:
         """Runs steps of this model as `config` says, or decode by `plan`; the caller closes it."""
         is_auto = plan is None and config.enable_pipeline and config.pipeline_mode == "auto"
         built = build_pipelines(
-            config, self.model, self.backend, self.device, self.device_sms, plan,
+            config, self.model, self.device, self.device_sms, plan,
             plans_to_try(self.device_sms) if is_auto else (),
         )  # fmt: skip
         runner = StepRunner(config, built, self.last_tokens, self.graph_memory, self.inputs)
@@ -285,7 +286,7 @@ class ModelRunner:
         """Prefill as large as the options allow, in the padding block, and decode's own memory."""
         tokens, longest = self.config.max_num_batched_tokens, self.max_model_len
         sizes = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
-        chunks = [made_up_chunk(0, size) for size in sizes[: self.config.max_num_seqs]]
+        chunks = [dummy_chunk(0, size) for size in sizes[: self.config.max_num_seqs]]
         self.step_runner.run(self.step_runner.prepare_prompts(chunks))
         # What decode needs at most beyond that: logits, a copy of those that are drawn from, and
         # room for the graphs' own memory.

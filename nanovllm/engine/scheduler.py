@@ -118,18 +118,18 @@ class Scheduler:
             chunks = self._prefill_chunks(prefilling)
             if chunks:
                 self.prefill_streak += 1
-                return self._plan(Step(False, chunks))
+                return self._mark_scheduled(Step(False, chunks))
         chunks = self._decode_chunks(decodable, may_preempt=not ahead)
         if chunks:
             self.prefill_streak = 0
-            return self._plan(Step(True, chunks))
+            return self._mark_scheduled(Step(True, chunks))
         if ahead or self.is_idle:
             return None
         # All that could decode gave way to older ones that still read their prompts.
         prefilling, _ = self._split_running()
         chunks = self._prefill_chunks(prefilling)
         assert chunks, "requests are left, but none of them can run"
-        return self._plan(Step(False, chunks))
+        return self._mark_scheduled(Step(False, chunks))
 
     def update(self, step: Step, tokens: list[int]) -> list[Sequence]:
         """Takes the tokens drawn by `step`, one per sampling chunk; returns the finished ones.
@@ -156,7 +156,7 @@ class Scheduler:
                     finished.append(seq)
         return finished
 
-    def _plan(self, step: Step) -> Step:
+    def _mark_scheduled(self, step: Step) -> Step:
         for chunk in step.chunks:
             chunk.seq.num_scheduled = chunk.end
             chunk.seq.num_pending += chunk.needs_sample

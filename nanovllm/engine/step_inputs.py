@@ -199,7 +199,7 @@ def _metadata(
         yield AttentionMetadata(slots, decode, prefill)
 
 
-def made_up_chunk(start: int, end: int, blocks: Sequence[int] = ()) -> Chunk:
+def dummy_chunk(start: int, end: int, blocks: Sequence[int] = ()) -> Chunk:
     """Tokens `start` to `end` of a sequence that nobody asked for, to warm up and to time steps.
 
     It is in the padding block but for the `blocks` given.

@@ -232,17 +232,19 @@ class DecoderForCausalLM(nn.Module):
             for name, shard in module.weight_shards(path)
         }
 
-    def allocate(self, device: torch.device, max_length: int) -> None:
+    def allocate(self, device: torch.device, max_length: int | None) -> None:
         """Gives the weights memory, not yet filled, on `device`, and rope a table.
 
         Args:
             device: of both.
-            max_length: positions that the model will see.
+            max_length: see `make_model`.
 
         Raises:
             MemoryError: they do not fit into the CPU's memory.
         """
         config = self.config
+        if max_length is None:
+            max_length = config.usable_length
         with cpu_memory_errors(device, f"the weights of {config.sizes()}"):
             self.to_empty(device=device)
             table = cos_sin_table(config.rope, config.head_dim, max_length)
@@ -319,5 +321,5 @@ def make_model(
     with torch.device("meta"):
         model = DecoderForCausalLM(config, backend, group).to(dtype)
     if device.type != "meta":
-        model.allocate(device, config.usable_length if max_length is None else max_length)
+        model.allocate(device, max_length)
     return model.eval()

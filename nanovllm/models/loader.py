@@ -144,7 +144,7 @@ def load_model(
     # Only now are the config's sizes known to be true.
     num_bytes = sum(shard.target.nbytes for shard in shards.values())
     check_fits(num_bytes, device, f"the weights of {config.sizes()}")
-    model.allocate(device, config.usable_length if max_length is None else max_length)
+    model.allocate(device, max_length)
     shards = model.weight_shards()
     if checkpoint is None:
         _fill_randomly(shards)

@@ -21,7 +21,7 @@ def resolve_device(wanted: str) -> torch.device:
     if not torch.cuda.is_available():
         raise ValueError(f"device={wanted!r} is not allowed: this machine has no usable CUDA GPU")
     # NOTE: torch would take the number modulo 256.
-    number = int(wanted.partition(":")[2] or os.environ.get("LOCAL_RANK", 0))
+    number = int(wanted.partition(":")[2] or os.environ.get("LOCAL_RANK", "0"))
     present = torch.cuda.device_count()
     if number >= present:
         raise ValueError(

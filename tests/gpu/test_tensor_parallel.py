@@ -133,7 +133,7 @@ def test_engines_one_after_the_other_end_cleanly_and_at_once(tmp_path):
 DEATH = """
 import sys, time
 from nanovllm import LLM
-from nanovllm.engine.ranks import RankDiedError
+from nanovllm.engine.processes import RankDiedError
 
 model, sys.executable, mode, blocks = sys.argv[1:]
 start = time.monotonic()

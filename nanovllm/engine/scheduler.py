@@ -72,10 +72,9 @@ class Scheduler:
 
         Returns False, and takes nothing, if there is no room for it.
         """
-        self.waiting.appendleft(seq)
-        if not self._admit_next():
-            self.waiting.popleft()
+        if len(self.running) >= self.max_num_seqs or not self.blocks.admit(seq):
             return False
+        self._start(seq)
         seq.num_computed = seq.num_scheduled = len(seq.token_ids) - 1
         return True
 
@@ -195,7 +194,10 @@ class Scheduler:
         reserve = int(self.blocks.num_blocks * ADMISSION_RESERVE) + 1 if self.running else 0
         if not self.blocks.admit(self.waiting[0], reserve):
             return None
-        seq = self.waiting.popleft()
+        return self._start(self.waiting.popleft())
+
+    def _start(self, seq: Sequence) -> Sequence:
+        """Lets a sequence run that has its blocks."""
         seq.status = Status.RUNNING
         seq.request_index = self.free_indices.pop()
         self.running.append(seq)

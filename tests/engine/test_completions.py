@@ -416,3 +416,15 @@ def test_computed_requests_leave_the_callers_list_as_it_is(directory):
             engine.add_computed_request(token_ids, GREEDY)
         assert [len(ids) for ids in drain(engine).values()] == [8, 8]
         assert token_ids == [5] * 20
+
+
+def test_computed_requests_may_take_every_block(directory):
+    options = {**OPTIONS, "enable_prefix_caching": False, "num_kvcache_blocks": 6}
+    with LLM(str(directory), **options, max_num_seqs=3) as engine:
+        for _ in range(3):
+            engine.add_computed_request([5] * 17, GREEDY)
+        for length in (1, 17):
+            with pytest.raises(ValueError, match=f"a computed request of {length} tokens has no"):
+                engine.add_computed_request([5] * length, GREEDY)
+        assert [len(ids) for ids in drain(engine).values()] == [8, 8, 8]
+        check_empty(engine)

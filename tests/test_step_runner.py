@@ -122,6 +122,18 @@ def test_a_rank_that_is_sent_a_step_captures_what_rank_0_captures(monkeypatch):
         other.close()
 
 
+def test_statistics_are_those_of_the_runner_in_use():
+    with engine("sequential") as llm:
+        runner = llm.model_runner
+        first, second = runner.step_runner, runner.make_step_runner(llm.config, MICROBATCH)
+        for steps, mode in ((second, "microbatch"), (first, "sequential")):
+            runner.use(steps)
+            tokens_of(llm, 3)
+            said = runner.get_pipeline_statistics()
+            assert (said["mode"], sum(said["steps"].values())) == (mode, 11)
+        second.close()
+
+
 class ClockEvent:
     """As a timing event of CUDA, for work that is done when the call returns."""
 

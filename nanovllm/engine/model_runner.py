@@ -162,7 +162,7 @@ class ModelRunner:
         Waits for the steps before; none may be launched but not collected.
         """
         self.synchronize()
-        self.step_runner = step_runner
+        self.step_runner, self.statistics = step_runner, step_runner.statistics
         if chooser is not None:
             step_runner.chooser = chooser
 

@@ -199,11 +199,7 @@ class ModelRunner:
     def _sample(
         self, step: Step, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Draws the next token of each sampling chunk, whose logits are the first rows.
-
-        Returns:
-            The tokens on the host, valid after the event.
-        """
+        """Draws the next token of each sampling chunk, whose logits are the first rows."""
         seqs = [chunk.seq for chunk in step.chunks if chunk.needs_sample]
         if not seqs:
             return torch.empty(0, dtype=torch.int64), None
@@ -220,7 +216,10 @@ class ModelRunner:
     def _draw(
         self, logits: torch.Tensor, batch: SamplingBatch
     ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Draws a token from each row, keeps it for the next step, and sends it to the host."""
+        """Draws a token from each row, keeps it for the next step, and sends it to the host.
+
+        Returns the tokens there, valid after the event.
+        """
         tokens = sample(logits, batch)
         self.last_tokens[batch.request_index] = tokens
         if self.device.type != "cuda":

@@ -363,11 +363,7 @@ def _rows_of(layout: StepLayout, parts: Sequence[Sequence[int]]) -> slice | np.n
 
 
 def _fill_prompt_starts(layout: StepLayout, firsts: np.ndarray, target: np.ndarray) -> None:
-    """Writes `cu_seqlens_q` of each micro-batch.
-
-    Args:
-        firsts: the first token of each sequence of the step, and the end of the last.
-    """
+    """Writes `cu_seqlens_q` of each micro-batch; `firsts` is the same of the whole step."""
     start = 0
     for rows, first in zip(layout.micro_batches, layout.first_seqs, strict=True):
         if rows.prompts:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from nanovllm.layers.attention import AttentionBackend, AttentionMetadata
-from nanovllm.layers.parallel import WeightShard
 
 # Layer number of the work before the first layer.
 BEFORE_LAYERS = -1
@@ -104,6 +103,3 @@ class Model(Protocol):
 
     def bind_kv_cache(self, cache: Tensor) -> None:
         """Gives each layer its part of [layers, 2, blocks, kv_heads, block_size, head_dim]."""
-
-    def weight_shards(self) -> dict[str, WeightShard]:
-        """Every tensor that a checkpoint must hold, by name, and where this rank's part goes."""

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.layers.attention import AttentionMetadata, DecodeMetadata, PrefillMetadata
 from nanovllm.layers.attention_torch import TorchBackend
 from nanovllm.layers.parallel import ParallelGroup
@@ -176,6 +177,20 @@ def test_a_throwaway_cache_leaves_the_bound_one_as_it_was(tmp_path):
 )
 def test_each_position_0_begins_a_sequence(positions, starts):
     assert sequence_starts(torch.tensor(positions)).tolist() == starts
+
+
+@torch.inference_mode()
+def test_positions_that_the_rope_table_lacks_are_refused(tmp_path):
+    """On a GPU they would be read from beyond it."""
+    Shape(seed=5).write(tmp_path)
+    config, group = load_config(tmp_path), ParallelGroup()
+    backend = TorchBackend(config.rank_heads(group))
+    model = load_model(config, None, backend, group, CPU, torch.float32, max_length=8)
+    ids, positions = random_batch(0, [3, 9])
+    assert model(ids[:11], positions[:11]).isfinite().all()
+    for call in (model, model.forward_attention, PipelineScheduler(model).decode_token):
+        with pytest.raises(ValueError, match=r"^positions up to 8 are not allowed.* below 8,"):
+            call(ids, positions)
 
 
 @pytest.mark.parametrize("positions", [[], [1], [5, 6, 0, 1], [0, 2], [0, 1, 1], [[0, 1]], 0])

@@ -137,6 +137,7 @@ class DecoderForCausalLM(nn.Module):
             if config.tie_word_embeddings
             else VocabEmbedding(config.vocab_size, config.hidden_size, group)
         )
+        self.max_length = 0  # until `allocate`
         self.bind_kv_cache(torch.empty(config.num_hidden_layers, 2, 0))
 
     def stages(self) -> list[Stage]:
@@ -247,6 +248,7 @@ class DecoderForCausalLM(nn.Module):
             max_length = config.usable_length
         with cpu_memory_errors(device, f"the weights of {config.sizes()}"):
             self.to_empty(device=device)
+            self.max_length = max_length
             table = cos_sin_table(config.rope, config.head_dim, max_length)
             self.model.cos_sin = table.to(device)
 

@@ -84,10 +84,12 @@ class Model(Protocol):
     Attributes:
         backend: of its attention.
         kv_cache: as bound, [layers, 2, blocks, kv_heads, block_size, head_dim].
+        max_length: positions are below it.
     """
 
     backend: AttentionBackend
     kv_cache: Tensor
+    max_length: int
 
     def stages(self) -> list[Stage]:
         """All stages in the order of execution; `x` of the last is the hidden states."""

@@ -310,7 +310,7 @@ class StepInputs:
             seqs = np.repeat(np.arange(len(own)), ends - starts)
             positions = np.arange(len(seqs)) + (starts - firsts[:-1])[seqs]
             last_rows = firsts[1:] - 1
-            views["input_ids"][:] = [token for chunk in own for token in _tokens(chunk)]
+            views["input_ids"][:] = np.fromiter(chain.from_iterable(map(_tokens, own)), np.int32)
             _fill_prompt_starts(layout, firsts, views["cu_seqlens_q"])
         tables = views["block_tables"]
         self._fill_tables(tables, [chunk.seq.block_table for chunk in own], rows)

@@ -39,7 +39,11 @@ logger = logging.getLogger(__name__)
 
 
 class Completion(TypedDict):
-    """What `generate` returns for a prompt; `finish_reason` is "stop" or "length"."""
+    """What `generate` returns for a prompt.
+
+    `finish_reason` is "stop" or "length"; "abort" after `abort`; "error" where logits were not
+    numbers or the tokens have no text.
+    """
 
     text: str
     token_ids: list[int]

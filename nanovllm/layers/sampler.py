@@ -4,28 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, DTypeLike
 
 from nanovllm import kernels
+from nanovllm.sampling_params import SamplingParams
 
 # Below it a draw is greedy: the likeliest token has all the probability that float32 can tell, and
 # logits divided by much less would overflow.
 LOWEST_TEMPERATURE = 1e-5
-
-
-class SamplingOptions(Protocol):
-    """How the tokens of a request are drawn (`SamplingParams`)."""
-
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_k(self) -> int: ...
-    @property
-    def top_p(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +42,7 @@ class SamplingBatch:
     @classmethod
     def of(
         cls,
-        params: Sequence[SamplingOptions],
+        params: Sequence[SamplingParams],
         seeds: list[int],
         steps: list[int],
         request_index: list[int],

@@ -94,9 +94,6 @@ class Model(Protocol):
     def stages(self) -> list[Stage]:
         """All stages in the order of execution; `x` of the last is the hidden states."""
 
-    def __call__(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """Runs all stages: T tokens to their hidden states [T, hidden_size]."""
-
     def compute_logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
         """[T, hidden_size] to logits [T, vocab_size], in `out` if it is given."""
 

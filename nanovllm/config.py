@@ -1,4 +1,4 @@
-"""Everything a user can set about an engine, with defaults that work, and nothing derived.
+"""The options of an engine: their defaults, and which values are allowed.
 
     Config(model="Qwen/Qwen3-0.6B", enable_pipeline=True)
 

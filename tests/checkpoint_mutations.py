@@ -18,10 +18,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanovllm.models.architectures import field_names
 from nanovllm.models.rope import ROPES
 from nanovllm.tiny import CHECKPOINT_DIR
-from tests.checkpoints import TABLE
+from tests.checkpoints import FIELD_NAMES, TABLE
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 EVIL: list[Any] = [
@@ -35,7 +34,7 @@ EVIL: list[Any] = [
 # What reading a damaged file raises beyond that.
 DAMAGED = (struct.error, SafetensorError, AttributeError)
 KEYS = [
-    *field_names(),
+    *FIELD_NAMES,
     *["type", "architectures", "model_type", "auto_map"],
     *["tokenizer_class", "eos_token", "added_tokens_decoder", "vocab_file", "tokenizer_file"],
     *["fast_tokenizer_files", "gguf_file", "chat_template", "extra_special_tokens", "model"],

@@ -12,9 +12,21 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from nanovllm.models.architectures import ARCHITECTURES
+from nanovllm.models.rope import COMMON_FIELDS, ROPES
 
 VOCAB = 512
 TABLE = {entry.model_type: entry for entry in ARCHITECTURES}
+# All fields of config.json that mean something to any architecture, those of rope included.
+FIELD_NAMES = list(
+    dict.fromkeys(
+        name
+        for fields in [
+            *[entry.fields for entry in ARCHITECTURES],
+            *[COMMON_FIELDS, *[own for own, _ in ROPES.values()]],
+        ]
+        for name in fields
+    )
+)
 
 
 @dataclass

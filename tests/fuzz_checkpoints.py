@@ -34,7 +34,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from nanovllm import LLM  # noqa: E402
-from nanovllm.models.architectures import field_names  # noqa: E402
 from tests.checkpoint_mutations import add_tokenizer, mutate  # noqa: E402
 from tests.checkpoint_variants import (  # noqa: E402
     ENGINE,
@@ -43,6 +42,7 @@ from tests.checkpoint_variants import (  # noqa: E402
     oracle_tokens,
     write_variant,
 )
+from tests.checkpoints import FIELD_NAMES  # noqa: E402
 
 SECONDS = 10.0
 MEMORY = 1 << 30
@@ -263,7 +263,7 @@ def write_canary(directory: Path, trace: Path) -> None:
 def names_in(base: Path) -> set[str]:
     """What an error about a damaged copy may name: files, fields, tensors."""
     files = {path.name for path in base.rglob("*")}  # whatever they are
-    fields = {*field_names(), "architecture", "model_type"}
+    fields = {*FIELD_NAMES, "architecture", "model_type"}
     return files | fields | {".safetensors", "tensor "}
 
 

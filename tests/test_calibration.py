@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import green_ctx
+from nanovllm.config import Config
 from nanovllm.engine.calibration import (
     Calibration,
+    calibration_key,
     hash_sources,
     measured_sizes,
     pipelined_sizes,
@@ -143,3 +148,13 @@ def test_splits_fill_the_device_with_multiples_of_8(sms: int) -> None:
 def test_splits_of_a_device_that_is_known() -> None:
     assert splits_to_try(132) == [(28, 104), (36, 96), (44, 88), (52, 80), (60, 72)]
     assert splits_to_try(0) == []
+
+
+def test_calibrations_are_of_the_split_of_the_sms_too(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", str)
+    monkeypatch.setattr(green_ctx, "__file__", str(tmp_path / "green_ctx.py"))
+    keys = []
+    for source in ("a = 1", "a = 2", "a = 1"):
+        (tmp_path / "green_ctx.py").write_text(source, encoding="utf-8")
+        keys.append(calibration_key(Config(), torch.device("cuda", 0)))
+    assert keys[0] == keys[2] != keys[1]

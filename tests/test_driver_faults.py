@@ -118,7 +118,8 @@ def build(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch, **options: Any) -> 
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: handle)
     config = Config(enable_pipeline=True, **options)
     backend = SimpleNamespace(make_workspace=lambda device, num_sms: None)
-    return build_pipelines(config, None, backend, torch.device("cuda:0"), 132)  # type: ignore[arg-type]
+    model: Any = SimpleNamespace(backend=backend)
+    return build_pipelines(config, model, torch.device("cuda:0"), 132)
 
 
 @pytest.mark.parametrize("lack", [(), ("cuGreenCtxStreamCreate",)], ids=["new", "older streams"])

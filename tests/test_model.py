@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.layers.attention import AttentionMetadata, DecodeMetadata, PrefillMetadata
 from nanovllm.layers.attention_torch import TorchBackend
 from nanovllm.layers.parallel import ParallelGroup
@@ -38,7 +39,7 @@ def random_batch(seed: int, lengths: list[int]) -> tuple[torch.Tensor, torch.Ten
 def stage_by_stage(model, ids, positions, metadata=None) -> torch.Tensor:
     """The model as its stages, alternating over the layers."""
     hidden = ids
-    for layer in range(model.num_layers):
+    for layer in range(model.config.num_hidden_layers):
         hidden, residual = model.forward_attention(hidden, positions, layer, metadata)
         hidden = model.forward_ffn(hidden, residual, layer)
     return hidden
@@ -51,7 +52,8 @@ class Cached:
         heads = model.backend.heads
         blocks = torch.randperm(count * max_blocks, generator=torch.Generator().manual_seed(0)) + 1
         self.tables = blocks.reshape(count, max_blocks).to(torch.int32)
-        shape = (model.num_layers, 2, count * max_blocks + 1, heads.num_kv_heads, BLOCK)
+        layers, blocks = model.config.num_hidden_layers, count * max_blocks + 1
+        shape = (layers, 2, blocks, heads.num_kv_heads, BLOCK)
         self.cache = torch.zeros(*shape, heads.head_dim)
         model.bind_kv_cache(self.cache)
         self.lengths = [0] * count
@@ -150,6 +152,20 @@ def test_a_throwaway_cache_leaves_the_bound_one_as_it_was(tmp_path):
 )
 def test_each_position_0_begins_a_sequence(positions, starts):
     assert sequence_starts(torch.tensor(positions)).tolist() == starts
+
+
+@torch.inference_mode()
+def test_positions_that_the_rope_table_lacks_are_refused(tmp_path):
+    """On a GPU they would be read from beyond it."""
+    Shape(seed=5).write(tmp_path)
+    config, group = load_config(tmp_path), ParallelGroup()
+    backend = TorchBackend(config.rank_heads(group))
+    model = load_model(config, None, backend, group, CPU, torch.float32, max_length=8)
+    ids, positions = random_batch(0, [3, 9])
+    assert model(ids[:11], positions[:11]).isfinite().all()
+    for call in (model, model.forward_attention, PipelineScheduler(model).decode_token):
+        with pytest.raises(ValueError, match=r"^positions up to 8 are not allowed.* below 8,"):
+            call(ids, positions)
 
 
 @pytest.mark.parametrize("positions", [[], [1], [5, 6, 0, 1], [0, 2], [0, 1, 1], [[0, 1]], 0])

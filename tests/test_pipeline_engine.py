@@ -171,7 +171,7 @@ def build(device: str = "cuda:0", plan: Plan | None = None, **options: Any) -> P
     """What an engine on `device` would build; no model is needed for that."""
     config = Config(enable_pipeline=True, **options)
     backend = SimpleNamespace(make_workspace=lambda device, num_sms: f"for {num_sms} SMs")
-    given: Any = (config, None, backend, torch.device(device), 132)
+    given: Any = (config, SimpleNamespace(backend=backend), torch.device(device), 132)
     return build_pipelines(*given, plan)
 
 
@@ -234,7 +234,7 @@ def test_a_pipeline_that_is_not_asked_for_is_not_built(monkeypatch, caplog):
     for options in ({"enable_pipeline": False}, {"pipeline_mode": "sequential"}):
         config = Config(**({"enable_pipeline": True} | options), pipeline_strict=True)
         backend = SimpleNamespace(make_workspace=lambda device, num_sms: None)
-        given: Any = (config, None, backend, torch.device("cuda:0"), 132)
+        given: Any = (config, SimpleNamespace(backend=backend), torch.device("cuda:0"), 132)
         built = build_pipelines(*given)
         assert [scheduler.plan for scheduler in built.schedulers] == [SEQUENTIAL]
         assert built.statistics.fallback_reason is None
@@ -295,7 +295,7 @@ def test_a_third_lane_has_a_partition_of_its_own(fake_gpu):
 def test_auto_has_all_plans_that_the_device_makes(fake_gpu):
     config = Config(enable_pipeline=True)
     backend = SimpleNamespace(make_workspace=lambda device, num_sms: num_sms)
-    given: Any = (config, None, backend, torch.device("cuda:0"), 132)
+    given: Any = (config, SimpleNamespace(backend=backend), torch.device("cuda:0"), 132)
     more = [GREEN.with_sms(sms) for sms in ((36, 96), (10, 16), (90, 90), (44, 88))]
     built = build_pipelines(*given, more=more)
     names = [scheduler.plan.name for scheduler in built.schedulers]

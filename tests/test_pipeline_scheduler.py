@@ -45,7 +45,7 @@ def layer_by_layer(case: DecodeCase) -> torch.Tensor:
     """The seed's two calls, alternating over the layers."""
     model, inputs = case.model, case.step()
     hidden = inputs.input_ids
-    for layer in range(model.num_layers):
+    for layer in range(model.config.num_hidden_layers):
         hidden, residual = model.forward_attention(hidden, inputs.positions, layer, inputs.metadata)
         hidden = model.forward_ffn(hidden, residual, layer)
     return model.compute_logits(hidden)

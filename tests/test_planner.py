@@ -102,6 +102,21 @@ class TestGuard:
         assert planner.current == 1
         assert not planner.dropped
 
+    def test_each_size_has_a_count_of_its_own(self) -> None:
+        table = CostTable()
+        for size in (4, 8):
+            table.add(0, size, 0, 1.0)
+            table.add(1, size, 0, 0.9)
+        planner = Planner(table, PLANS[:2], [[4, 8], [4, 8]])
+        for number in range(PATIENCE):  # the last one is of another size
+            planner.observe(planner.choose(8 if number < PATIENCE - 1 else 4, 0), 1.5)
+        assert not planner.dropped
+        for num_seqs in (8, 4):
+            for _ in range(PATIENCE):
+                planner.observe(planner.choose(num_seqs, 0), 1.5)
+            assert planner.choose(num_seqs, 0).plan == 0
+        assert planner.dropped == {(1, 4), (1, 8)}
+
     def test_sequential_steps_are_never_dropped(self) -> None:
         planner = planner_of({0: [(0, 1.0)], 1: [(0, 1.1)]})
         for _ in range(3 * PATIENCE):

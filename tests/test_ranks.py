@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import threading
 import time
@@ -11,6 +12,7 @@ import torch
 
 from nanovllm import LLM
 from nanovllm.engine import process_groups
+from nanovllm.engine.processes import RankDiedError, Workers
 from nanovllm.engine.ranks import Ranks, devices_for
 from nanovllm.layers.parallel import ParallelGroup, Shard
 
@@ -87,3 +89,16 @@ def test_one_rank_needs_no_collectives():
     x = torch.randn(3, 4)
     assert ParallelGroup().all_reduce(x) is x
     assert ParallelGroup().concat_last_dim(x) is x
+
+
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGKILL, "SIGKILL"), (signal.SIGRTMIN + 1, r"signal \d+")]
+)
+def test_a_worker_that_any_signal_killed_is_said_to_be_dead(number, name):
+    workers = Workers()
+    workers.processes.append(subprocess.Popen(["cat"], stdin=subprocess.PIPE))
+    workers.processes[0].send_signal(number)
+    assert workers.processes[0].wait(SECONDS) == -number
+    with pytest.raises(RankDiedError, match=f"^rank 1 of 2 was killed by {name}$"):
+        workers.check()
+    workers.end(patience=0)

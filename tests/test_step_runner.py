@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm import LLM
+from nanovllm import LLM, Config
 from nanovllm.engine import calibration, step_timer
 from nanovllm.engine.cost_table import CostTable
 from nanovllm.engine.cuda_graphs import GraphMemory, batch_sizes
@@ -19,6 +19,7 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.plan import MICROBATCH
 from nanovllm.engine.planned_decode import AutoPlan
 from nanovllm.engine.planner import Planner
+from nanovllm.engine.step_inputs import StepLayout
 from nanovllm.engine.step_runner import PreparedStep, StepRunner
 from nanovllm.tiny import PROMPTS
 
@@ -56,8 +57,8 @@ class Graph:
 def _graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     capture = StepRunner._capture
 
-    def captured(self: StepRunner, layout: Any, profiled: bool) -> Any:
-        graph, timer = capture(self, layout, profiled)
+    def captured(self: StepRunner, layout: Any) -> Any:
+        graph, timer = capture(self, layout)
         step = PreparedStep(layout, self.memory.inputs[: layout.size])
         graph.replay = lambda: self.run(step, self.memory.logits[: layout.num_samples], timer)
         return graph, timer
@@ -94,10 +95,43 @@ def test_replayed_steps_of_any_batch_have_the_tokens_of_issued_ones(parts, monke
             assert {count: tokens_of(llm, count) for count in expected} == expected
         steps = runner.step_runner
         assert steps.statistics.profiled_steps == 44
-        assert {layout.num_samples for layout, _ in steps.graphs} >= {1, 4, 8}
+        assert {layout.num_samples for layout in steps.graphs} >= {1, 4, 8}
         assert steps.statistics.steps["pipelined"] == (66 if parts > 1 else 0)
         memory = runner.graph_memory
     assert memory.num_graphs == 0  # what was captured went with the runner
+
+
+def test_a_rank_that_is_sent_a_step_captures_what_rank_0_captures(monkeypatch):
+    """A capture runs a step, with its collectives: one rank alone in it would wait for good."""
+    with engine("microbatch") as llm:
+        runner = llm.model_runner
+        steps, other = runner.step_runner, runner.make_step_runner(Config(device="cpu"), MICROBATCH)
+
+        def send(layout: StepLayout, flat: Any) -> None:
+            received = StepLayout.from_integers(layout.to_integers())
+            other.run(PreparedStep(received, torch.from_numpy(flat.copy())))
+
+        monkeypatch.setattr(runner.ranks, "send_step", send)
+        for profiled in (False, True, False):
+            llm.config.pipeline_enable_profiling = profiled
+            tokens_of(llm, 3)
+            assert {layout for layout in steps.graphs if layout.timed} == {
+                layout for layout in other.graphs if layout.timed
+            }
+        assert any(layout.timed for layout in other.graphs)
+        other.close()
+
+
+def test_statistics_are_those_of_the_runner_in_use():
+    with engine("sequential") as llm:
+        runner = llm.model_runner
+        first, second = runner.step_runner, runner.make_step_runner(llm.config, MICROBATCH)
+        for steps, mode in ((second, "microbatch"), (first, "sequential")):
+            runner.use(steps)
+            tokens_of(llm, 3)
+            said = runner.get_pipeline_statistics()
+            assert (said["mode"], sum(said["steps"].values())) == (mode, 11)
+        second.close()
 
 
 class ClockEvent:

@@ -1,6 +1,6 @@
 """Measures, at start-up, what decode steps cost under each plan; the times are kept on disk.
 
-Steps run on made-up inputs: sequences of one length on random keys and values. Batch sizes are
+Steps run on dummy inputs: sequences of one length on random keys and values. Batch sizes are
 measured from the largest down, and what cannot pay is not measured:
 
 - a size at which even a perfect overlap gains nothing over sequential decode,
@@ -27,6 +27,7 @@ import torch
 import xxhash
 from tqdm import tqdm
 
+import green_ctx
 import nanovllm
 from nanovllm.engine.cost_table import CostTable
 from nanovllm.engine.plan import Plan
@@ -274,6 +275,7 @@ def calibration_key(model_config: Any, device: torch.device, **more: Any) -> dic
     driver = Path("/proc/driver/nvidia/version")
     return {
         "code": hash_sources(Path(nanovllm.__path__[0])),
+        "green_ctx": xxhash.xxh64_hexdigest(Path(green_ctx.__file__).read_bytes()),
         "device": torch.cuda.get_device_name(device),
         "driver": driver.read_text() if driver.is_file() else None,
         "torch": torch.__version__,

@@ -39,7 +39,11 @@ logger = logging.getLogger(__name__)
 
 
 class Completion(TypedDict):
-    """What `generate` returns for a prompt; `finish_reason` is "stop" or "length"."""
+    """What `generate` returns for a prompt.
+
+    `finish_reason` is "stop" or "length"; "abort" after `abort`; "error" where logits were not
+    numbers or the tokens have no text.
+    """
 
     text: str
     token_ids: list[int]
@@ -212,7 +216,7 @@ class LLMEngine:
 
     def _add_computed(self, token_ids: list[int], params: SamplingParams) -> int:
         with self.transactions.changing():
-            seq = self._make_sequence(token_ids, params, None)
+            seq = self._make_sequence(list(token_ids), params, None)
             has_room = self.scheduler.add_computed(seq)
             if has_room:
                 self.requests[seq.request_id] = seq

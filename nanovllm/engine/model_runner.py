@@ -22,7 +22,7 @@ from nanovllm.engine.plan import SEQUENTIAL, Plan
 from nanovllm.engine.planned_decode import AutoPlan, plans_to_try
 from nanovllm.engine.ranks import Ranks
 from nanovllm.engine.scheduler import Step
-from nanovllm.engine.step_inputs import StepInputs, made_up_chunk
+from nanovllm.engine.step_inputs import StepInputs, dummy_chunk
 from nanovllm.engine.step_runner import FixedPlan, PreparedStep, StepRunner
 from nanovllm.engine.step_timer import DeviceTimer
 from nanovllm.engine.warm_up import warm_up
@@ -74,7 +74,8 @@ class ModelRunner:
         self.max_model_len = min(config.max_model_len, self.model_config.usable_length)
         self.model = load_model(
             self.model_config, checkpoint, self.backend, ranks.group, device, dtype,
-            max_length=self.max_model_len, show_progress=ranks.is_first, on_tensor=ranks.check,
+            max_length=self.max_model_len, show_progress=ranks.is_first,
+            on_tensor=ranks.workers.check,
         )  # fmt: skip
         max_blocks = -(-self.max_model_len // self.block_size)
         self.inputs = StepInputs(self.block_size, max_blocks, self.backend)
@@ -161,7 +162,7 @@ class ModelRunner:
         Waits for the steps before; none may be launched but not collected.
         """
         self.synchronize()
-        self.step_runner = step_runner
+        self.step_runner, self.statistics = step_runner, step_runner.statistics
         if chooser is not None:
             step_runner.chooser = chooser
 
@@ -198,11 +199,7 @@ class ModelRunner:
     def _sample(
         self, step: Step, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Draws the next token of each sampling chunk, whose logits are the first rows.
-
-        Returns:
-            The tokens on the host, valid after the event.
-        """
+        """Draws the next token of each sampling chunk, whose logits are the first rows."""
         seqs = [chunk.seq for chunk in step.chunks if chunk.needs_sample]
         if not seqs:
             return torch.empty(0, dtype=torch.int64), None
@@ -219,9 +216,12 @@ class ModelRunner:
     def _draw(
         self, logits: torch.Tensor, batch: SamplingBatch
     ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Draws a token from each row, keeps it for the next step, and sends it to the host."""
+        """Draws a token from each row, keeps it for the next step, and sends it to the host.
+
+        Returns the tokens there, valid after the event.
+        """
         tokens = sample(logits, batch)
-        self.last_tokens[batch.seats] = tokens
+        self.last_tokens[batch.request_index] = tokens
         if self.device.type != "cuda":
             return tokens, None
         host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
@@ -244,7 +244,7 @@ class ModelRunner:
         """Runs steps of this model as `config` says, or decode by `plan`; the caller closes it."""
         is_auto = plan is None and config.enable_pipeline and config.pipeline_mode == "auto"
         built = build_pipelines(
-            config, self.model, self.backend, self.device, self.device_sms, plan,
+            config, self.model, self.device, self.device_sms, plan,
             plans_to_try(self.device_sms) if is_auto else (),
         )  # fmt: skip
         runner = StepRunner(config, built, self.last_tokens, self.graph_memory, self.inputs)
@@ -282,10 +282,10 @@ class ModelRunner:
         return GraphMemory(sizes, layout.size, vocab_size, dtype, self.device)
 
     def _run_largest_step(self) -> None:
-        """A prefill and a decode step as large as the options allow, all in the padding block."""
+        """Prefill as large as the options allow, in the padding block, and decode's own memory."""
         tokens, longest = self.config.max_num_batched_tokens, self.max_model_len
         sizes = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
-        chunks = [made_up_chunk(0, size) for size in sizes[: self.config.max_num_seqs]]
+        chunks = [dummy_chunk(0, size) for size in sizes[: self.config.max_num_seqs]]
         self.step_runner.run(self.step_runner.prepare_prompts(chunks))
         # What decode needs at most beyond that: logits, a copy of those that are drawn from, and
         # room for the graphs' own memory.

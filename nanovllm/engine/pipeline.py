@@ -26,7 +26,6 @@ from nanovllm.engine.green_manager import Partitions
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.pipeline_statistics import PipelineStatistics, format_sms
 from nanovllm.engine.plan import ATTENTION, SEQUENTIAL, Plan
-from nanovllm.layers.attention import AttentionBackend
 from nanovllm.models.stage import Model
 
 logger = logging.getLogger(__name__)
@@ -73,7 +72,6 @@ def wanted_plan(config: Config) -> Plan:
 def build_pipelines(
     config: Config,
     model: Model,
-    backend: AttentionBackend,
     device: torch.device,
     device_sms: int,
     plan: Plan | None = None,
@@ -84,7 +82,6 @@ def build_pipelines(
     Args:
         config: the mode, its SMs, and whether to fall back.
         model: its KV cache bound.
-        backend: of attention.
         device: where.
         device_sms: SMs of the device.
         plan: default: what `config` names.
@@ -105,7 +102,7 @@ def build_pipelines(
             if granted in [known for known, *_ in ready]:
                 return  # another request was rounded to the same
             sms = granted.lane_of(ATTENTION).sms or device_sms
-            ready.append((granted, streams, backend.make_workspace(device, sms)))
+            ready.append((granted, streams, model.backend.make_workspace(device, sms)))
             partitions.push(undo.pop_all())
 
     try:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -78,7 +79,7 @@ class Planner:
         self.switches = 0
         self.records = [PlanRecord() for _ in plans]
         self.dropped: set[tuple[int, int]] = set()  # plans at sizes
-        self._slow_steps = 0  # in a row, of the plan in use
+        self._slow_steps: Counter[tuple[int, int]] = Counter()  # in a row, of plans at sizes
 
     def choose(self, num_seqs: int, tokens: int) -> PlanChoice:
         """The plan of the next step.
@@ -91,7 +92,7 @@ class Planner:
         plan = self._fastest({plan: choice.seconds or 0.0 for plan, choice in choices.items()})
         if plan != self.current:
             self.switches += self.current is not None
-            self.current, self._slow_steps = plan, 0
+            self.current = plan
         self.records[plan].steps += 1
         return choices[plan]
 
@@ -103,11 +104,13 @@ class Planner:
         record.timed += 1
         record.predicted_seconds += choice.seconds
         record.measured_seconds += seconds
-        if choice.plan != self.current or choice.plan == SEQUENTIAL:
+        place = choice.plan, choice.size
+        if choice.plan == SEQUENTIAL or place in self.dropped:
             return
-        self._slow_steps = self._slow_steps + 1 if seconds > choice.sequential_seconds else 0
-        if self._slow_steps == PATIENCE:
-            self.dropped.add((choice.plan, choice.size))
+        is_slow = seconds > choice.sequential_seconds
+        self._slow_steps[place] = self._slow_steps[place] + 1 if is_slow else 0
+        if self._slow_steps[place] == PATIENCE:
+            self.dropped.add(place)
             name = self.plans[choice.plan].name
             logger.warning(
                 "Plan %s is dropped for batches of %d: %d steps in a row took longer than "

@@ -110,5 +110,6 @@ class Workers:
 
 def _describe_end(status: int) -> str:
     if status < 0:
-        return f"was killed by {signal.Signals(-status).name}"
+        names = {known.value: known.name for known in signal.Signals}  # not of all real-time ones
+        return f"was killed by {names.get(-status, f'signal {-status}')}"
     return f"ended with exit status {status}; its own message is above"

@@ -36,8 +36,6 @@ from nanovllm.engine.processes import POLL_SECONDS, RankDiedError, Workers, Work
 from nanovllm.engine.step_inputs import StepLayout
 from nanovllm.layers.parallel import ParallelGroup
 
-__all__ = ["RankDiedError", "Ranks"]
-
 # How long processes may take to start and to meet, to be seen dead after an error, and to end.
 JOIN_SECONDS = 300.0
 DEATH_SECONDS = 2.0
@@ -163,10 +161,6 @@ class Ranks:
         dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self.control)
         return int(tensor)
 
-    def check(self) -> None:
-        """Raises RankDiedError if a worker has ended."""
-        self.workers.check()
-
     def wait(self, event: torch.cuda.Event) -> None:
         """Waits for `event`, which a collective with a dead rank would never let happen.
 
@@ -177,8 +171,8 @@ class Ranks:
             event.synchronize()
             return
         while not event.query():
-            self.check()
-        self.check()
+            self.workers.check()
+        self.workers.check()
 
     @contextmanager
     def collective_region(self) -> Iterator[None]:
@@ -262,7 +256,7 @@ class Ranks:
         threading.Thread(target=run, daemon=True).start()
         deadline = monotonic() + JOIN_SECONDS
         while not wait([outcome], POLL_SECONDS).done:
-            self.check()
+            self.workers.check()
             if monotonic() > deadline:
                 raise RankDiedError(f"the ranks did not meet within {JOIN_SECONDS:.0f} s")
         if outcome.exception() is not None:

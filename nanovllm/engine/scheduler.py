@@ -72,10 +72,9 @@ class Scheduler:
 
         Returns False, and takes nothing, if there is no room for it.
         """
-        self.waiting.appendleft(seq)
-        if not self._admit_next():
-            self.waiting.popleft()
+        if len(self.running) >= self.max_num_seqs or not self.blocks.admit(seq):
             return False
+        self._start(seq)
         seq.num_computed = seq.num_scheduled = len(seq.token_ids) - 1
         return True
 
@@ -118,18 +117,18 @@ class Scheduler:
             chunks = self._prefill_chunks(prefilling)
             if chunks:
                 self.prefill_streak += 1
-                return self._plan(Step(False, chunks))
+                return self._mark_scheduled(Step(False, chunks))
         chunks = self._decode_chunks(decodable, may_preempt=not ahead)
         if chunks:
             self.prefill_streak = 0
-            return self._plan(Step(True, chunks))
+            return self._mark_scheduled(Step(True, chunks))
         if ahead or self.is_idle:
             return None
         # All that could decode gave way to older ones that still read their prompts.
         prefilling, _ = self._split_running()
         chunks = self._prefill_chunks(prefilling)
         assert chunks, "requests are left, but none of them can run"
-        return self._plan(Step(False, chunks))
+        return self._mark_scheduled(Step(False, chunks))
 
     def update(self, step: Step, tokens: list[int]) -> list[Sequence]:
         """Takes the tokens drawn by `step`, one per sampling chunk; returns the finished ones.
@@ -156,7 +155,7 @@ class Scheduler:
                     finished.append(seq)
         return finished
 
-    def _plan(self, step: Step) -> Step:
+    def _mark_scheduled(self, step: Step) -> Step:
         for chunk in step.chunks:
             chunk.seq.num_scheduled = chunk.end
             chunk.seq.num_pending += chunk.needs_sample
@@ -195,7 +194,10 @@ class Scheduler:
         reserve = int(self.blocks.num_blocks * ADMISSION_RESERVE) + 1 if self.running else 0
         if not self.blocks.admit(self.waiting[0], reserve):
             return None
-        seq = self.waiting.popleft()
+        return self._start(self.waiting.popleft())
+
+    def _start(self, seq: Sequence) -> Sequence:
+        """Lets a sequence run that has its blocks."""
         seq.status = Status.RUNNING
         seq.request_index = self.free_indices.pop()
         self.running.append(seq)

@@ -73,6 +73,7 @@ class StepLayout:
     Attributes:
         plan: number of its plan.
         is_decode: whether it is one token of each sequence, and all are sampled.
+        timed: whether its works are timed, which takes a graph of its own.
         num_samples: rows that are sampled.
         max_blocks: width of the block tables.
         micro_batches: at least one.
@@ -80,6 +81,7 @@ class StepLayout:
 
     plan: int
     is_decode: bool
+    timed: bool
     num_samples: int
     max_blocks: int
     micro_batches: tuple[RowsLayout, ...]
@@ -87,16 +89,17 @@ class StepLayout:
     @classmethod
     def from_integers(cls, integers: Sequence[int]) -> StepLayout:
         """The inverse of `to_integers`."""
-        plan, is_decode, samples, max_blocks, *sizes = integers
+        plan, is_decode, timed, samples, max_blocks, *sizes = integers
         width = len(dataclasses.fields(RowsLayout))
         starts = range(0, len(sizes), width)
         rows = tuple(RowsLayout(*sizes[start : start + width]) for start in starts)
-        return cls(plan, bool(is_decode), samples, max_blocks, rows)
+        return cls(plan, bool(is_decode), bool(timed), samples, max_blocks, rows)
 
     def to_integers(self) -> list[int]:
         """For the other ranks."""
         sizes = chain.from_iterable(dataclasses.astuple(rows) for rows in self.micro_batches)
-        return [self.plan, int(self.is_decode), self.num_samples, self.max_blocks, *sizes]
+        flags = int(self.is_decode), int(self.timed)
+        return [self.plan, *flags, self.num_samples, self.max_blocks, *sizes]
 
     @cached_property
     def token_counts(self) -> list[int]:
@@ -196,7 +199,7 @@ def _metadata(
         yield AttentionMetadata(slots, decode, prefill)
 
 
-def made_up_chunk(start: int, end: int, blocks: Sequence[int] = ()) -> Chunk:
+def dummy_chunk(start: int, end: int, blocks: Sequence[int] = ()) -> Chunk:
     """Tokens `start` to `end` of a sequence that nobody asked for, to warm up and to time steps.
 
     It is in the padding block but for the `blocks` given.
@@ -256,17 +259,20 @@ class StepInputs:
         self.backend = backend
         self.columns = np.arange(max_blocks, dtype=np.int32)
 
-    def decode_layout(self, plan: int, size: int, micro_batches: int) -> StepLayout:
+    def decode_layout(
+        self, plan: int, size: int, micro_batches: int, *, timed: bool = False
+    ) -> StepLayout:
         """A decode step of `size` rows, as evenly as may be in so many micro-batches."""
-        rows = [size // micro_batches + (i < size % micro_batches) for i in range(micro_batches)]
-        return self._layout(plan, True, size, [self._rows(count, []) for count in rows])
+        counts = [size // micro_batches + (i < size % micro_batches) for i in range(micro_batches)]
+        rows = tuple(self._rows(count, []) for count in counts)
+        return StepLayout(plan, True, timed, size, self.max_blocks, rows)
 
     def mixed_layout(self, plan: int, parts: Sequence[Sequence[Chunk]]) -> StepLayout:
         """A step of any chunks, those of each micro-batch in the order of `decode_first`."""
         sizes = [[chunk.end - chunk.start for chunk in chunks] for chunks in parts]
-        rows = [self._rows(part.count(1), [size for size in part if size > 1]) for part in sizes]
+        rows = tuple(self._rows(part.count(1), [n for n in part if n > 1]) for part in sizes)
         samples = sum(chunk.needs_sample for chunks in parts for chunk in chunks)
-        return self._layout(plan, False, samples, rows)
+        return StepLayout(plan, False, False, samples, self.max_blocks, rows)
 
     def fill(
         self,
@@ -304,7 +310,7 @@ class StepInputs:
             seqs = np.repeat(np.arange(len(own)), ends - starts)
             positions = np.arange(len(seqs)) + (starts - firsts[:-1])[seqs]
             last_rows = firsts[1:] - 1
-            views["input_ids"][:] = [token for chunk in own for token in _tokens(chunk)]
+            views["input_ids"][:] = np.fromiter(chain.from_iterable(map(_tokens, own)), np.int32)
             _fill_prompt_starts(layout, firsts, views["cu_seqlens_q"])
         tables = views["block_tables"]
         self._fill_tables(tables, [chunk.seq.block_table for chunk in own], rows)
@@ -323,11 +329,6 @@ class StepInputs:
                 by_chunk = np.empty_like(last_rows)
                 by_chunk[order] = last_rows
                 sampled[:] = by_chunk[[chunk.needs_sample for chunk in chunks]]
-
-    def _layout(
-        self, plan: int, is_decode: bool, num_samples: int, rows: list[RowsLayout]
-    ) -> StepLayout:
-        return StepLayout(plan, is_decode, num_samples, self.max_blocks, tuple(rows))
 
     def _rows(self, decode_rows: int, prompts: list[int]) -> RowsLayout:
         plan_size = self.backend.plan_size(decode_rows) if decode_rows else 0
@@ -362,11 +363,7 @@ def _rows_of(layout: StepLayout, parts: Sequence[Sequence[int]]) -> slice | np.n
 
 
 def _fill_prompt_starts(layout: StepLayout, firsts: np.ndarray, target: np.ndarray) -> None:
-    """Writes `cu_seqlens_q` of each micro-batch.
-
-    Args:
-        firsts: the first token of each sequence of the step, and the end of the last.
-    """
+    """Writes `cu_seqlens_q` of each micro-batch; `firsts` is the same of the whole step."""
     start = 0
     for rows, first in zip(layout.micro_batches, layout.first_seqs, strict=True):
         if rows.prompts:

@@ -1,4 +1,4 @@
-"""How long a decode step takes, apart from all others: on made-up inputs, at settled clocks.
+"""Times single decode steps, on dummy inputs and at settled clocks.
 
 At its power limit a GPU slows down some steps after a pause, and dips now and then. So a step is
 timed until it takes the same several times in a row.
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from nanovllm.engine.scheduler import Chunk
-from nanovllm.engine.step_inputs import made_up_chunk
+from nanovllm.engine.step_inputs import dummy_chunk
 from nanovllm.engine.step_runner import Choice, StepRunner
 
 # A reading is the mean of as many steps as take so long, and at least one.
@@ -100,4 +100,4 @@ def steady_chunks(count: int, context: int, num_blocks: int, block_size: int) ->
     rng = np.random.default_rng(0)
     blocks = 1 + np.resize(rng.permutation(num_blocks), count * needed).reshape(count, needed)
     for table in blocks.tolist():
-        yield made_up_chunk(context - 1, context, table)
+        yield dummy_chunk(context - 1, context, table)

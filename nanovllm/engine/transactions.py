@@ -34,18 +34,20 @@ class Transactions:
     def __init__(self) -> None:
         self.process_id = os.getpid()
         self.lock = threading.RLock()
-        self.callers: list[object] = []  # of `call`, which have the lock or wait for it
+        self.callers: set[object] = set()  # of `call`, which have the lock or wait for it
         self.closed = False
         self.settled = True
 
     def call(self, function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         """Calls `function` while no other thread is in one."""
         self.check_process()  # in a forked child nobody may ever release the lock
-        self.callers.append(function)
+        # NOTE: not the function, whose engine must be free to go if an interrupt leaves this here.
+        caller = object()
         try:
+            self.callers.add(caller)
             return exclusive(self.lock, function, *args, **options)
         finally:
-            self.callers.pop()
+            self.callers.discard(caller)
 
     def give_way(self) -> None:
         """Lets others have the lock, which a thread that steps in a loop would keep for itself."""

@@ -18,14 +18,14 @@ import torch
 from nanovllm.config import Config
 from nanovllm.engine.cuda_graphs import batch_sizes
 from nanovllm.engine.pipeline_scheduler import hidden_states
-from nanovllm.engine.step_inputs import made_up_chunk, micro_batches
+from nanovllm.engine.step_inputs import dummy_chunk, micro_batches
 from nanovllm.engine.step_runner import StepRunner
 from nanovllm.models.stage import BEFORE_LAYERS
 from nanovllm.sampling_params import SamplingParams
 
 # Rows from which on the tiles of no kernel change any more.
 MOST_ROWS = 512
-# All that is drawn in different ways: without a limit, with one of them, with both.
+# One for each way through the sampler.
 SAMPLING = [
     SamplingParams(temperature=0),
     SamplingParams(top_k=1),
@@ -41,7 +41,7 @@ def warm_up(
     max_prompt: int,
     draw: Callable[[torch.Tensor, SamplingParams], object] | None,
 ) -> None:
-    """Runs prompts, decode steps and draws of all kinds, in the padding block.
+    """Runs prompts, decode steps and the sampler, all in the padding block.
 
     Args:
         steps: runs them.
@@ -63,7 +63,7 @@ def warm_up(
 def _run_outer_layers(steps: StepRunner, rows: int) -> torch.Tensor:
     """Runs a prompt through the first and the last layer; returns logits [1, vocab_size]."""
     model = steps.schedulers[0].model
-    step = steps.prepare_prompts([made_up_chunk(0, rows)])
+    step = steps.prepare_prompts([dummy_chunk(0, rows)])
     inputs = step.flat.to(steps.device)
     workspace = steps.schedulers[0].workspace  # a prompt of one token is a decode row
     (batch,), sampled = micro_batches(step.layout, inputs, steps.last_tokens, workspace)

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, DTypeLike
 
 from nanovllm import kernels
+from nanovllm.sampling_params import SamplingParams
 
 # Below it a draw is greedy: the likeliest token has all the probability that float32 can tell, and
 # logits divided by much less would overflow.
 LOWEST_TEMPERATURE = 1e-5
-
-
-class SamplingOptions(Protocol):
-    """How the tokens of a request are drawn (`SamplingParams`)."""
-
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_k(self) -> int: ...
-    @property
-    def top_p(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -36,7 +25,7 @@ class SamplingBatch:
         temperatures: float32 [S].
         seeds: int64 [S].
         steps: int64 [S], tokens that the request has drawn before.
-        seats: int64 [S], where the token is kept for the next step.
+        request_index: int64 [S], place of the token among the last tokens of all requests.
         filtered: rows with a top-k or top-p, int64 [F]; None if there are none.
         top_k: int64 [F], the vocabulary's size where there is no limit; None if there is nowhere.
         top_p: float32 [F], 1 where there is no limit; None if there is nowhere.
@@ -45,7 +34,7 @@ class SamplingBatch:
     temperatures: torch.Tensor
     seeds: torch.Tensor
     steps: torch.Tensor
-    seats: torch.Tensor
+    request_index: torch.Tensor
     filtered: torch.Tensor | None = None
     top_k: torch.Tensor | None = None
     top_p: torch.Tensor | None = None
@@ -53,17 +42,17 @@ class SamplingBatch:
     @classmethod
     def of(
         cls,
-        params: Sequence[SamplingOptions],
+        params: Sequence[SamplingParams],
         seeds: list[int],
         steps: list[int],
-        seats: list[int],
+        request_index: list[int],
         vocab_size: int,
         device: torch.device,
     ) -> SamplingBatch:
         """Brings the options of S requests to `device`."""
         values = [p.temperature if p.temperature >= LOWEST_TEMPERATURE else 0.0 for p in params]
         temperatures = _upload(values, device, np.float32)
-        batch = cls(temperatures, *_upload([seeds, steps, seats], device, np.int64))
+        batch = cls(temperatures, *_upload([seeds, steps, request_index], device, np.int64))
         rows = [
             i
             for i, p in enumerate(params)

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from nanovllm.models.rope import COMMON_FIELDS as COMMON_ROPE_FIELDS
-from nanovllm.models.rope import ROPES
 from nanovllm.models.rules import (
     BOOLEAN,
     DTYPE,
@@ -29,9 +27,9 @@ from nanovllm.models.rules import (
     UnsupportedModelError,
     list_of,
     one_of,
-    shown,
     size,
 )
+from nanovllm.utils.options import short
 
 # What all have in common; absent fields have the defaults of Qwen's classes in transformers.
 COMMON_FIELDS: Fields = {
@@ -150,13 +148,6 @@ LLAMA = Architecture(
 ARCHITECTURES = (QWEN3, QWEN2, LLAMA)
 
 
-def field_names() -> list[str]:
-    """All fields of config.json that mean something to any architecture, those of rope included."""
-    fields = [entry.fields for entry in ARCHITECTURES]
-    ropes = [COMMON_ROPE_FIELDS, *(own for own, _ in ROPES.values())]
-    return list(dict.fromkeys(name for part in fields + ropes for name in part))
-
-
 def find_architecture(fields: Mapping[str, Any]) -> Architecture:
     """The entry that `model_type` names, which is what decides in transformers, too.
 
@@ -169,6 +160,6 @@ def find_architecture(fields: Mapping[str, Any]) -> Architecture:
             return entry
     known = ", ".join(f"{entry.name} (model_type={entry.model_type!r})" for entry in ARCHITECTURES)
     raise UnsupportedModelError(
-        f"config.json: architecture {shown(names)} (model_type={shown(model_type)}) is not "
+        f"config.json: architecture {short(names)} (model_type={short(model_type)}) is not "
         f"supported: it must be one of {known}"
     )

@@ -137,6 +137,7 @@ class DecoderForCausalLM(nn.Module):
             if config.tie_word_embeddings
             else VocabEmbedding(config.vocab_size, config.hidden_size, group)
         )
+        self.max_length = 0  # until `allocate`
         self.bind_kv_cache(torch.empty(config.num_hidden_layers, 2, 0))
 
     def stages(self) -> list[Stage]:
@@ -209,10 +210,6 @@ class DecoderForCausalLM(nn.Module):
         hidden_states = block.mlp.down_proj(block.mlp.gated(kernels.Normed(normed))) + residual
         return self.model.norm(hidden_states) if block is self.model.layers[-1] else hidden_states
 
-    @property
-    def num_layers(self) -> int:
-        return len(self.model.layers)
-
     def compute_logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
         """[T, hidden_size] to logits [T, vocab_size], in `out` if it is given."""
         if out is None:
@@ -236,19 +233,22 @@ class DecoderForCausalLM(nn.Module):
             for name, shard in module.weight_shards(path)
         }
 
-    def allocate(self, device: torch.device, max_length: int) -> None:
+    def allocate(self, device: torch.device, max_length: int | None) -> None:
         """Gives the weights memory, not yet filled, on `device`, and rope a table.
 
         Args:
             device: of both.
-            max_length: positions that the model will see.
+            max_length: see `make_model`.
 
         Raises:
             MemoryError: they do not fit into the CPU's memory.
         """
         config = self.config
+        if max_length is None:
+            max_length = config.usable_length
         with cpu_memory_errors(device, f"the weights of {config.sizes()}"):
             self.to_empty(device=device)
+            self.max_length = max_length
             table = cos_sin_table(config.rope, config.head_dim, max_length)
             self.model.cos_sin = table.to(device)
 
@@ -323,5 +323,5 @@ def make_model(
     with torch.device("meta"):
         model = DecoderForCausalLM(config, backend, group).to(dtype)
     if device.type != "meta":
-        model.allocate(device, config.usable_length if max_length is None else max_length)
+        model.allocate(device, max_length)
     return model.eval()

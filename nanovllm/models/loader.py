@@ -93,9 +93,10 @@ class Checkpoint:
             WeightsError: a tensor is missing, surplus, misshaped, or of a dtype that is no
                 weight's.
         """
+        known = {*shards, HEAD}
         matched: dict[str, StoredTensor] = {}
         for tensor in self.tensors.values():
-            other = matched.setdefault(_model_name(tensor.name, shards), tensor)
+            other = matched.setdefault(_model_name(tensor.name, known), tensor)
             if other is not tensor:
                 raise WeightsError(
                     f"{tensor.path}: tensor {tensor.name!r} is the same as {other.name!r}"
@@ -144,7 +145,7 @@ def load_model(
     # Only now are the config's sizes known to be true.
     num_bytes = sum(shard.target.nbytes for shard in shards.values())
     check_fits(num_bytes, device, f"the weights of {config.sizes()}")
-    model.allocate(device, config.usable_length if max_length is None else max_length)
+    model.allocate(device, max_length)
     shards = model.weight_shards()
     if checkpoint is None:
         _fill_randomly(shards)
@@ -233,9 +234,8 @@ def _read_header(path: Path) -> list[StoredTensor]:
         ]
 
 
-def _model_name(name: str, shards: Collection[str]) -> str:
+def _model_name(name: str, known: Collection[str]) -> str:
     """The model's name of a stored tensor, whose prefix may be absent or doubled."""
-    known = {*shards, HEAD}
     if name.startswith(PREFIX) and name.removeprefix(PREFIX) in known:
         return name.removeprefix(PREFIX)
     return PREFIX + name if PREFIX + name in known else name

@@ -1,10 +1,8 @@
-"""Qwen3, under the name that the original specification gives it.
+"""Qwen3 where the original specification has it; its layers are in decoder.py.
 
-What is Qwen3's own is an entry in architectures.py; its layers are those of decoder.py, which
-`forward_attention` and `forward_ffn` run in two calls.
+What is its own is an entry in architectures.py.
 """
 
-from nanovllm.models.architectures import QWEN3
 from nanovllm.models.decoder import DecoderForCausalLM as Qwen3ForCausalLM
 
-__all__ = ["QWEN3", "Qwen3ForCausalLM"]
+__all__ = ["Qwen3ForCausalLM"]

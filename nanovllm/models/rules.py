@@ -5,10 +5,11 @@ A value that is accepted means what it means to transformers; anything else is r
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from nanovllm.utils.options import short
 
 MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 1000
@@ -74,15 +75,8 @@ def check_field(name: str, value: Any, rule: Rule, file: str = "config.json") ->
     if rule.accepts(value):
         return rule.convert(value)
     raise UnsupportedModelError(
-        f"{file}: {name}={shown(value)} is not supported: it must be {rule.allowed}"
+        f"{file}: {name}={short(value)} is not supported: it must be {rule.allowed}"
     )
-
-
-def shown(value: Any) -> str:
-    """A value in an error, however long or deep it is."""
-    printer = reprlib.Repr()
-    printer.maxstring = printer.maxother = 80
-    return printer.repr(value)
 
 
 def is_int(value: Any) -> bool:

@@ -12,15 +12,23 @@ def resolve_device(wanted: str) -> torch.device:
     """The device that option `wanted` means; under torchrun "cuda" is this rank's own.
 
     Raises:
-        ValueError: CUDA is wanted, but not there.
+        ValueError: CUDA is wanted, but not there, or has no device of that number.
     """
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
         raise ValueError(f"device={wanted!r} is not allowed: this machine has no usable CUDA GPU")
-    if wanted == "cuda":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device(wanted)
+    # NOTE: torch would take the number modulo 256.
+    number = int(wanted.partition(":")[2] or os.environ.get("LOCAL_RANK", "0"))
+    present = torch.cuda.device_count()
+    if number >= present:
+        raise ValueError(
+            f"device={wanted!r} is not allowed: this machine's CUDA devices are numbered from 0 to "
+            f"{present - 1}, and {number} is not among them"
+        )
+    return torch.device("cuda", number)
 
 
 def resolve_dtype(wanted: str, checkpoint: str, device: torch.device) -> torch.dtype:

@@ -117,11 +117,6 @@ def real(value: Any) -> float | None:
         return None
 
 
-def is_int(value: object) -> bool:
-    """Whether `value` is a whole number; True and False are not."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def integer(minimum: int, also: int | None = None, multiple_of: int = 1) -> Rule:
     """Whole numbers from `minimum` up, multiples of `multiple_of`; `also` is one more value."""
     words = f"an integer of at least {minimum}"

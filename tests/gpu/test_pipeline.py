@@ -358,7 +358,7 @@ def test_an_engine_that_falls_back_decodes_from_graphs_as_ever(caplog, cpu_texts
     with pipelined_engine(pipeline_strict=False, **counts) as engine:
         assert texts(engine) == cpu_texts[:8]
         stats = statistics(engine)
-        layouts = [layout for layout, _ in engine.model_runner.step_runner.graphs]
+        layouts = list(engine.model_runner.step_runner.graphs)
     reason = stats["fallback_reason"]
     assert reason.startswith("pipeline_attention_sm_count=10000 and pipeline_ffn_sm_count=16 are")
     assert reason.endswith(f"and the device has {NUM_SMS}")

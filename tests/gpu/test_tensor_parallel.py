@@ -130,7 +130,7 @@ def test_engines_one_after_the_other_end_cleanly(tmp_path):
 DEATH = """
 import sys
 from nanovllm import LLM
-from nanovllm.engine.ranks import RankDiedError
+from nanovllm.engine.processes import RankDiedError
 
 model, sys.executable, mode, blocks = sys.argv[1:]
 try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.engine.calibration import Calibration
-from nanovllm.engine.cuda_graphs import batch_sizes
+from nanovllm.engine.graph_memory import batch_sizes
 from nanovllm.engine.plan import GREEN, SEQUENTIAL, Plan
 from nanovllm.engine.planner import Planner
 from tests.simulated_gpu import SILLY, NoCache

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanovllm.engine.calibration import Calibration, pipelined_sizes
-from nanovllm.engine.cuda_graphs import batch_sizes
+from nanovllm.engine.graph_memory import batch_sizes
 from nanovllm.engine.plan import GREEN, SEQUENTIAL, STREAMS, Plan
 from nanovllm.engine.planner import Planner
 

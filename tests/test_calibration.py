@@ -10,6 +10,7 @@ import torch
 
 import green_ctx
 from nanovllm.config import Config
+from nanovllm.engine.auto_plan import plans_to_try, splits_to_try
 from nanovllm.engine.calibration import (
     Calibration,
     calibration_key,
@@ -19,7 +20,6 @@ from nanovllm.engine.calibration import (
     tokens_to_measure,
 )
 from nanovllm.engine.plan import SEQUENTIAL, Plan
-from nanovllm.engine.planned_decode import plans_to_try, splits_to_try
 from nanovllm.engine.planner import LEAST_GAIN
 from nanovllm.utils.disk_cache import DiskCache
 from tests.simulated_gpu import SILLY, Gpu

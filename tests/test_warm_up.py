@@ -9,7 +9,7 @@ import torch
 
 from nanovllm import LLM
 from nanovllm.engine.block_manager import PADDING_BLOCK
-from nanovllm.engine.cuda_graphs import batch_sizes
+from nanovllm.engine.graph_memory import batch_sizes
 from nanovllm.engine.warm_up import MOST_ROWS, SAMPLING, warm_up
 from nanovllm.kernels import fused_gemm, paged_prefill, small_gemm
 from nanovllm.layers.sampler import SamplingBatch

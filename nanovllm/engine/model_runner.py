@@ -14,12 +14,12 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine import kv_cache
+from nanovllm.engine.auto_plan import AutoPlan, plans_to_try
 from nanovllm.engine.calibration import Calibration, calibration_key
-from nanovllm.engine.cuda_graphs import GraphMemory, batch_sizes
+from nanovllm.engine.graph_memory import GraphMemory, batch_sizes
 from nanovllm.engine.pipeline import build_pipelines
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.plan import SEQUENTIAL, Plan
-from nanovllm.engine.planned_decode import AutoPlan, plans_to_try
 from nanovllm.engine.ranks import Ranks
 from nanovllm.engine.scheduler import Step
 from nanovllm.engine.step_inputs import StepInputs, dummy_chunk

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from nanovllm.config import Config
-from nanovllm.engine.cuda_graphs import GraphMemory
+from nanovllm.engine.graph_memory import GraphMemory
 from nanovllm.engine.pipeline import Pipelines
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler, hidden_states
 from nanovllm.engine.scheduler import Chunk, Step

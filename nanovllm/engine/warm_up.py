@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from nanovllm.config import Config
-from nanovllm.engine.cuda_graphs import batch_sizes
+from nanovllm.engine.graph_memory import batch_sizes
 from nanovllm.engine.pipeline_scheduler import hidden_states
 from nanovllm.engine.step_inputs import dummy_chunk, micro_batches
 from nanovllm.engine.step_runner import StepRunner

@@ -19,8 +19,8 @@ from nanovllm.bench.power import check_power
 from nanovllm.bench.requests import REQUEST_SETS
 from nanovllm.bench.shapes import SIZES
 from nanovllm.config import PIPELINE_MODES, Config
-from nanovllm.engine.llm_engine import resolve_device
 from nanovllm.utils.command_line import Parser
+from nanovllm.utils.device import resolve_device
 
 MODES = (SEQUENTIAL, "microbatch", "streams", GREEN, "auto")
 # The embedded model's name among the shapes; its weights are no random ones.

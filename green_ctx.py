@@ -4,18 +4,15 @@
     with GreenContexts(device, device.split([36, 88, 8])) as contexts:
         streams = [torch.cuda.ExternalStream(handle) for handle in contexts.stream_handles]
 
-The design in a few lines:
-- `Driver` is the only place that calls `cuda.bindings.driver`, and it turns every failure, by
-  status or by exception, into a `DriverError`. Nothing is imported or called before the first
-  `Driver()` is made.
-- `GreenDevice` asks the driver for SM count, minimum and alignment, and splits. One driver call
-  makes all parts of a split, so they are disjoint; `plan_partitions` is the arithmetic of it.
+- `Driver` alone calls `cuda.bindings.driver`; it turns every failure, by status or by exception,
+  into a `DriverError`. Before the first `Driver()` nothing is imported or called.
+- `GreenDevice` splits. One driver call makes all parts of a split, so they are disjoint;
+  `plan_partitions` is the arithmetic of it.
 - `GreenContexts` owns what is made of the parts, and closes it last first. The calls for that are
-  registered before anything is made, so that an interrupt leaks nothing. It reports what was
-  granted, not what was asked for.
-- CUDA 12.4 has the API, all but `cuGreenCtxStreamCreate` (12.5), which has a documented second way.
+  registered before anything is made, so that an interrupt leaks nothing.
 
-Run `python green_ctx.py` to see what device 0 grants. The driver's rules are from
+CUDA 12.4 has the API, all but `cuGreenCtxStreamCreate` (12.5), which has a documented second way.
+`python green_ctx.py` shows what device 0 grants. The driver's rules are from
 https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__GREEN__CONTEXTS.html
 """
 
@@ -71,10 +68,6 @@ class DriverError(GreenContextError):
     def __init__(self, function: str, code: int, name: str, detail: str = "") -> None:
         super().__init__(f"CUDA error code={code} ({name}) in {function}{detail and ': '}{detail}")
         self.function, self.code, self.name = function, code, name
-
-
-class PartitionClosed(RuntimeError):
-    """A partition was used after it had been closed."""
 
 
 def check_integer(name: str, value: Any, minimum: int) -> int:
@@ -242,16 +235,10 @@ class GreenDevice:
         self.sm_count = int(self._sms.sm.smCount)
 
     def granularity(self) -> Granularity:
-        """Minimum and alignment of groups, from the driver and not from a table."""
-        # Fields of CUDA 13; the structs of older bindings lack them, older drivers leave them 0.
-        minimum = int(getattr(self._sms.sm, "minSmPartitionSize", 0))
-        alignment = int(getattr(self._sms.sm, "smCoscheduledAlignment", 0))
-        if minimum and alignment:
-            return Granularity(minimum, alignment)
-        # Else see what the driver grants to somebody who asks for too little.
+        """Minimum and alignment of groups, by what the driver grants to who asks for too little."""
         minimum = self._granted(1)
         if minimum == 0:
-            raise GreenContextUnavailable(f"device {self.ordinal} cannot be split")
+            raise GreenContextUnavailable(f"{self} cannot be split")
         above = self._granted(minimum + 1) if minimum < self.sm_count else 0
         return Granularity(minimum, above - minimum if above else minimum)
 

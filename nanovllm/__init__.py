@@ -1,4 +1,4 @@
-"""A small, readable Qwen3 inference engine with an attention/FFN pipeline."""
+"""A small, readable LLM inference engine with an attention/FFN pipeline."""
 
 from nanovllm.config import Config
 from nanovllm.engine.llm_engine import LLMEngine

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from nanovllm.utils.options import (
-    boolean,
-    check_names,
-    check_value,
-    integer,
-    number,
-    option,
-    whole,
-)
+from nanovllm.utils.options import boolean, check, hinting, integer, number, whole
 
 # They would be taken for their characters, their bytes or their keys.
 NOT_TOKEN_IDS = (str, bytes, bytearray, memoryview, Mapping)
@@ -40,6 +32,7 @@ def _seed(value: Any) -> int | None:
     raise ValueError("None or an integer from 0 to 2**63 - 1")
 
 
+@hinting
 @dataclass(frozen=True)
 class SamplingParams:
     """Sampling options of one request.
@@ -55,19 +48,48 @@ class SamplingParams:
             random.
     """
 
-    temperature: float = option(1.0, number(0, 100))
-    top_k: int = option(-1, integer(1, also=-1))
-    top_p: float = option(1.0, number(0, 1, open_low=True))
-    max_tokens: int = option(64, integer(1))
-    ignore_eos: bool = option(False, boolean)
-    stop_token_ids: tuple[int, ...] = option((), _token_ids)
-    seed: int | None = option(None, _seed)
-
-    def __new__(cls, *args: Any, **options: Any) -> SamplingParams:
-        check_names(cls, options)
-        return super().__new__(cls)
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    max_tokens: int = 64
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = check_value(SamplingParams, field.name, getattr(self, field.name))
-            object.__setattr__(self, field.name, value)
+        for name in RULES:
+            object.__setattr__(self, name, check(self, RULES, name, getattr(self, name)))
+
+
+RULES = {
+    "temperature": number(0, 100),
+    "top_k": integer(1, also=-1),
+    "top_p": number(0, 1, open_low=True),
+    "max_tokens": integer(1),
+    "ignore_eos": boolean,
+    "stop_token_ids": _token_ids,
+    "seed": _seed,
+}
+
+
+def params_per_prompt(
+    given: SamplingParams | Sequence[SamplingParams] | None, count: int, fields: dict[str, Any]
+) -> list[SamplingParams]:
+    """One `SamplingParams` for each of `count` prompts."""
+    if fields and given is not None:
+        raise TypeError(
+            f"give either sampling_params or single options ({', '.join(fields)}), not both"
+        )
+    if given is None or isinstance(given, SamplingParams):
+        return [given or SamplingParams(**fields)] * count
+    if not isinstance(given, Iterable):
+        raise TypeError(f"sampling_params={given!r} is neither a SamplingParams nor a list of them")
+    params = list(given)
+    for item in params:
+        if not isinstance(item, SamplingParams):
+            raise TypeError(f"sampling_params holds {item!r}, which is no SamplingParams")
+    if len(params) != count:
+        raise ValueError(
+            f"sampling_params has {len(params)} entries for {count} prompts: give one, or one each"
+        )
+    return params

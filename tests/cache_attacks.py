@@ -146,21 +146,22 @@ def contents() -> Iterator[tuple[str, bytes | Callable[[bytes], bytes]]]:
 def attacks() -> dict[str, Attack]:
     """All attacks after which the table must be measured again."""
     found: dict[str, Attack] = {}
+    place, time = "[[0, 128, 128, ", "0.00128128]"
     places = {
         "key": ('"fake"', "{}"),
-        "value": ('"value": {', '"value": {}, "x": {{'),
-        "plan": ('"sequential": {', '"sequential": {}, "x": {{'),
-        "curve": ('"128": [', '"128": {}, "x": ['),
-        "sample": ("[128, 0.00100128]", "{}"),
-        "tokens": ("[128, 0.00100128]", "[{}, 0.00100128]"),
-        "seconds": ("[128, 0.00100128]", "[128, {}]"),
+        "value": ('"value": [', '"value": {}, "x": ['),
+        "sample": (place + time, "[{}"),
+        "plan": (place + time, "[[{}, 128, 128, " + time),
+        "size": (place + time, "[[0, {}, 128, " + time),
+        "tokens": (place + time, "[[0, 128, {}, " + time),
+        "seconds": (place + time, place + "{}]"),
     }
-    for place, (old, new) in places.items():
+    for name, (old, new) in places.items():
         for spelling in SPELLINGS:
-            if (place, spelling) == ("seconds", "1.5"):
-                continue  # a step may take so long
-            text = new.replace("{}", spelling, 1).replace("{{", "{")
-            found[f"{place}={spelling[:12]}({len(spelling)})"] = replaced(old, text)
+            if (name, spelling) in (("seconds", "1.5"), ("plan", "0"), ("plan", "-0.0")):
+                continue  # which is right, or may be
+            text = new.replace("{}", spelling, 1)
+            found[f"{name}={spelling[:12]}({len(spelling)})"] = replaced(old, text)
     for name, data in contents():
         found[f"content: {name}"] = content(data)
     for name, make in SPECIAL.items():
@@ -168,17 +169,16 @@ def attacks() -> dict[str, Attack]:
         if name != "link to /":  # into which some users may write
             found[f"folder: {name}"] = folder_instead(make)
     for name, old, new in (
-        ("unknown plan", '"sequential": {', '"other": {"128": [[128, 0.001]]}, "sequential": {'),
-        ("unknown batch", '"128": [', '"96": [[96, 0.001]], "128": ['),
-        ("batch spelled oddly", '"128": [', '" 128": ['),
-        ("batch with a zero", '"128": [', '"0128": ['),
-        ("batch in other digits", '"128": [', '"\u0661\u0662\u0668": ['),
-        ("missing batch", '"128": [', '"256": ['),
-        ("negative batch", '"128": [', '"-128": ['),
-        ("too many tokens", "[128, 0.001", "[12800000, 0.001"),
-        ("no multiple of the batch", "[128, 0.001", "[129, 0.001"),
-        ("tokens twice", "[128, 0.001", "[128, 0.002], [128, 0.001"),
-        ("a sample that is a text", "[128, 0.001", '"12", [128, 0.001'),
+        ("unknown plan", place, "[[2, 128, 128, 0.001], " + place[1:]),
+        ("unknown size", place, "[[0, 96, 96, 0.001], " + place[1:]),
+        ("a place of two numbers", place, "[[0, 128, " + time[:-1] + "], " + place[1:]),
+        ("a place of four numbers", place, "[[0, 0, 128, 128, "),
+        ("a missing time", place + time + ", ", "["),
+        ("too many tokens", place, "[[0, 128, 12800000, "),
+        ("no multiple of the size", place, "[[0, 128, 129, "),
+        ("a place twice, first slower", place, place + "0.002], " + place[1:]),
+        ("a time that is a text", place, '["12", ' + place[1:]),
+        ("a mapping", '"value": [', '"value": {"a": 1}, "x": ['),
     ):
         found[f"table: {name}"] = replaced(old, new)
     return found

@@ -18,14 +18,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanovllm.models.qwen3_config import FIELDS, ROPE_FIELDS, YARN_FIELDS
+from nanovllm.models.rope import ROPES
 from nanovllm.tiny import CHECKPOINT_DIR
+from tests.checkpoints import FIELD_NAMES, TABLE
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 EVIL: list[Any] = [
     *[None, True, False, 0, 1, -1, 2, 3, 7, 64, 512, 2**31, 2**31 - 1, 2**63, 10**30, -(2**40)],
     *[0.0, -0.0, 1.0, 0.5, 512.0, 1e-300, 1e308, float("nan"), float("inf"), -float("inf")],
-    *["", "x", "0", "64", "false", "true", "yarn", "default", "linear", "silu", "swish", "gelu"],
+    *["", "x", "0", "64", "false", "true", "linear", *ROPES, *TABLE, "silu", "swish", "gelu"],
     *["bfloat16", "torch.bfloat16", "float64", "int8", "half", "auto", "../x", "/etc/passwd"],
     *["\ud800", "a" * 10_000, "evil.Evil", "full_attention", "sliding_attention", "Qwen3Model"],
     *[[], {}, [1], [None], ["full_attention"], {"rope_type": "yarn"}, {"a": {"b": {}}}, [[[]]]],
@@ -33,7 +34,8 @@ EVIL: list[Any] = [
 # What reading a damaged file raises beyond that.
 DAMAGED = (struct.error, SafetensorError, AttributeError)
 KEYS = [
-    *[*FIELDS, *ROPE_FIELDS, *YARN_FIELDS, "type", "architectures", "model_type", "auto_map"],
+    *FIELD_NAMES,
+    *["type", "architectures", "model_type", "auto_map"],
     *["tokenizer_class", "eos_token", "added_tokens_decoder", "vocab_file", "tokenizer_file"],
     *["fast_tokenizer_files", "gguf_file", "chat_template", "extra_special_tokens", "model"],
     *["weight_map", "metadata", "use_fast", "init_inputs", "backend", "tokenizer_object"],

@@ -2,9 +2,9 @@
 
     name = write_variant(directory, seed)
 
-Each is a very small Qwen3 model, with its config, its weights and the files beside them as
-checkpoints on the hub have them. `engine_tokens` and `oracle_tokens` say what comes after PROMPT,
-which is long enough for every variant of rope to show.
+Each is a very small model of one of the architectures, with its config, its weights and the files
+beside them as checkpoints on the hub have them. `engine_tokens` and `oracle_tokens` say what comes
+after PROMPT, which is long enough for every variant of rope to show.
 """
 
 from __future__ import annotations
@@ -12,23 +12,27 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from nanovllm import LLM
 from nanovllm.engine.llm_engine import Completion
+from nanovllm.models.architectures import Architecture
 from nanovllm.tiny import CHECKPOINT_DIR
-from tests.checkpoints import VOCAB, Shape
+from tests.checkpoints import TABLE, VOCAB, Shape
 
 PROMPT = [(i * 7) % 500 + 2 for i in range(150)]
 NUM_TOKENS = 6
 ENGINE = {"device": "cpu", "max_model_len": 256, "kvcache_block_size": 16, "num_kvcache_blocks": 20}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+# In the place of a token whose logits are no numbers, after which there are no others.
+NO_NUMBERS = -1
 
 Fields = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
@@ -62,29 +66,32 @@ def fitted_prompt(longest: int) -> tuple[list[int], int]:
 @torch.inference_mode()
 def oracle_tokens(directory: Path, longest: int = ENGINE["max_model_len"]) -> list[int]:
     """What transformers says there, without the help of its generation, whose config may be odd."""
-    model = Qwen3ForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     ).eval()
     prompt, count = fitted_prompt(longest)
     ids = list(prompt)
     for _ in range(count):
-        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits
-        ids.append(int(logits[0, -1].argmax()))
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+        if logits.isnan().any():
+            return [*ids[len(prompt) :], NO_NUMBERS]
+        ids.append(int(logits.argmax()))
     return ids[len(prompt) :]
 
 
 def write_variant(directory: Path, seed: int) -> str:
     """Writes the variant of that seed into an empty directory; returns what was varied."""
     rng = random.Random(seed)
-    parts = [draw(rng) for draw in (draw_shape, draw_rope)]
-    (shape, shape_name), (rope, rope_name) = parts
+    shape, shape_name = draw_shape(rng)
+    entry = TABLE[shape.model_type]
+    rope, rope_name = draw_rope(rng, entry.ropes)
     model = shape.build()
     tensors = {name: value.clone() for name, value in model.state_dict().items()}
-    fields = model.config.to_dict() | {"architectures": ["Qwen3ForCausalLM"]}
+    fields = model.config.to_dict() | {"architectures": [entry.name]}
     for name in ("rope_parameters", "_name_or_path", "dtype", "layer_types"):
         fields.pop(name, None)
     fields |= rope
-    names = [shape_name, rope_name, spell_fields(rng, fields, shape)]
+    names = [shape_name, rope_name, spell_fields(rng, fields, shape, entry)]
     names.append(spell_tensors(rng, tensors, shape))
     names.append(write_weights(rng, directory, tensors))
     (directory / "config.json").write_text(json.dumps(fields))
@@ -96,6 +103,7 @@ def draw_shape(rng: random.Random) -> tuple[Shape, str]:
     heads, kv_heads, head_dim = rng.choice(
         [(2, 1, 128), (2, 2, 64), (4, 2, 32), (4, 4, 16), (3, 1, 80), (1, 1, 256), (32, 32, 8)]
     )
+    entry = rng.choice(list(TABLE.values()))
     shape = Shape(
         layers=rng.choice([1, 2, 3]),
         heads=heads,
@@ -104,16 +112,22 @@ def draw_shape(rng: random.Random) -> tuple[Shape, str]:
         hidden=rng.choice([32, 48]),
         intermediate=64,
         tied=rng.random() < 0.5,
-        bias=rng.random() < 0.3,
+        bias=entry.o_bias is None and rng.random() < 0.3,
         seed=rng.randrange(1000),
+        model_type=entry.model_type,
     )
-    return shape, f"{heads}x{kv_heads}x{head_dim} tied={shape.tied} bias={shape.bias}"
+    if entry.fields["head_dim"][1] is None and heads * head_dim < 300 and rng.random() < 0.5:
+        shape = replace(shape, head_dim=None, hidden=heads * head_dim)
+    shape = shape.with_allowed_hidden()
+    sizes = f"{heads}x{kv_heads}x{shape.head_dim}"
+    return shape, f"{entry.model_type} {sizes} tied={shape.tied} bias={shape.bias}"
 
 
-def draw_rope(rng: random.Random) -> tuple[Fields, str]:
+def draw_rope(rng: random.Random, types: tuple[str, ...]) -> tuple[Fields, str]:
     """Fields of config.json that say what rope to use, in one of the spellings."""
     theta = rng.choice([None, 10_000.0, 500_000, 1e6])
-    scaling = draw_yarn(rng) if rng.random() < 0.6 else {}
+    kind = rng.choice(types[1:])
+    scaling = SCALINGS[kind](rng) if rng.random() < 0.6 else {}
     fields: Fields = {}
     if scaling and rng.random() < 0.25:
         original = scaling.pop("original_max_position_embeddings", None)
@@ -158,27 +172,39 @@ def draw_yarn(rng: random.Random) -> Fields:
     return yarn
 
 
-def spell_fields(rng: random.Random, fields: Fields, shape: Shape) -> str:
+def draw_llama3(rng: random.Random) -> Fields:
+    llama3: Fields = {
+        rng.choice(["rope_type", "type"]): "llama3",
+        "factor": rng.choice([8.0, 32, 2, 1.0, 0.5]),
+        "low_freq_factor": rng.choice([1.0, 1, 0.5]),
+        "high_freq_factor": rng.choice([4.0, 4, 2, 1.5]),
+    }
+    if rng.random() < 0.8:
+        llama3["original_max_position_embeddings"] = rng.choice([64, 32, 100])
+    if rng.random() < 0.25:
+        llama3["attention_factor"] = 0.5  # means nothing here
+    return llama3
+
+
+# By rope_type: what scales the default rope.
+SCALINGS = {"yarn": draw_yarn, "llama3": draw_llama3}
+
+
+def spell_fields(rng: random.Random, fields: Fields, shape: Shape, entry: Architecture) -> str:
     """Leaves out what has the default of transformers' class, and spells the rest another way."""
     fields["max_position_embeddings"] = rng.choice([256, 300, 40_960])
-    defaults: Fields = {
-        "head_dim": 128,
-        "num_key_value_heads": 32,
-        "rms_norm_eps": 1e-6,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-        "use_sliding_window": False,
-        "sliding_window": None,
-    }
+    defaults = {name: default for name, (_, default) in entry.fields.items()}
+    # Absent, it is as wide as the heads together.
+    defaults["head_dim"] = defaults["head_dim"] or shape.hidden // shape.heads
+    defaults["num_key_value_heads"] = defaults["num_key_value_heads"] or shape.heads
     done = []
     for name, value in defaults.items():
-        if fields.get(name) == value and rng.random() < 0.4:
+        if name in fields and fields[name] == value and rng.random() < 0.4:
             del fields[name]
             done.append(f"no {name}")
     options: dict[str, list[Any]] = {
         "hidden_act": ["swish", "silu"],
-        "architectures": [None, [], ["Qwen3Model"], ["Qwen3ForCausalLM", "Other"]],
+        "architectures": [None, [], [entry.base_name], [entry.name, "Other"]],
         "torch_dtype": ["bfloat16", "float", "half", None],
         "dtype": ["float16", None],
         "layer_types": [None, ["full_attention"] * shape.layers, ["attention"] * shape.layers],
@@ -187,13 +213,15 @@ def spell_fields(rng: random.Random, fields: Fields, shape: Shape) -> str:
         "unknown_field": [{"a": [1, {}]}],
         "eos_token_id": [1, [1, 2], None, -1],
     }
+    if shape.model_type == "llama":
+        options |= {"pretraining_tp": [1, None], "mlp_bias": [False]}
     if shape.heads == shape.kv_heads:
         options["num_key_value_heads"] = [None]
     for name, values in options.items():
         if rng.random() < 0.3:
             fields[name] = rng.choice(values)
             done.append(f"{name}={fields[name]}")
-    if rng.random() < 0.25:
+    if "sliding_window" not in entry.own_fields and rng.random() < 0.25:
         fields |= {"use_sliding_window": True, "max_window_layers": rng.choice([3, 28])}
         fields["sliding_window"] = rng.choice([None, 16])
         done.append("window beyond the layers")

@@ -15,9 +15,8 @@ from nanovllm.layers.attention import AttentionMetadata, DecodeMetadata, Prefill
 from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.attention_torch import TorchBackend
 from nanovllm.layers.parallel import ParallelGroup
-from nanovllm.models.qwen3 import Qwen3ForCausalLM
-from nanovllm.models.qwen3_config import Qwen3Config
-from nanovllm.models.rank_heads import rank_heads
+from nanovllm.models import make_model, parse_config
+from nanovllm.models.decoder import DecoderForCausalLM
 from nanovllm.models.stage import StepTensors
 from tests.checkpoints import VOCAB, Shape
 
@@ -36,15 +35,15 @@ class PlanningBackend(TorchBackend):
         return context_lens.astype(np.int32)
 
 
-def model_like(oracle: transformers.Qwen3ForCausalLM) -> Qwen3ForCausalLM:
+def model_like(oracle: transformers.Qwen3ForCausalLM) -> DecoderForCausalLM:
     """Our float32 model with the weights of `oracle`."""
-    config = Qwen3Config.from_dict(oracle.config.to_dict())
+    config = parse_config(oracle.config.to_dict())
     group = ParallelGroup()
-    backend = make_backend("torch", rank_heads(config, group), CPU, BLOCK_SIZE)
-    model = Qwen3ForCausalLM.allocate(config, backend, group, CPU, torch.float32)
+    backend = make_backend("torch", config.rank_heads(group), CPU, BLOCK_SIZE)
+    model = make_model(config, backend, group, CPU, torch.float32)
     weights = oracle.state_dict()
-    for name, slot in model.slots():
-        slot.target.copy_(weights[name])
+    for name, shard in model.weight_shards().items():
+        shard.target.copy_(weights[name])
     return model
 
 

@@ -46,8 +46,6 @@ class FakeDriver:
     Args:
         sms: SMs of the device; they are numbered from 0.
         granularity: minimum and alignment of groups.
-        fields: whether resources tell minimum and alignment: 13 they do, 12 they have no such
-            fields, 0 the fields are there but hold 0.
         unbound: functions that the bindings lack.
         unknown: functions that the bindings have and the driver lacks.
         most_groups: how many groups of a size the device can arrange; default: as many as fit.
@@ -63,7 +61,6 @@ class FakeDriver:
         sms: int = 132,
         granularity: tuple[int, int] = (8, 8),
         *,
-        fields: int = 13,
         unbound: tuple[str, ...] = (),
         unknown: tuple[str, ...] = (),
         most_groups: Callable[[int], int] = lambda size: sys.maxsize,
@@ -71,7 +68,7 @@ class FakeDriver:
         fail_at: int = 0,
         failure: int | BaseException = 0,
     ) -> None:
-        self.sms, self.granularity, self.fields = frozenset(range(sms)), granularity, fields
+        self.sms, self.granularity = frozenset(range(sms)), granularity
         self.unbound, self.unknown, self.most_groups = unbound, unknown, most_groups
         self.errors = errors or {}
         self.fail_at, self.failure = fail_at, failure
@@ -118,12 +115,7 @@ class FakeDriver:
         return self.contexts[self.streams[stream]]
 
     def _resource(self, sms: frozenset[int], split: object) -> SimpleNamespace:
-        sm = SimpleNamespace(smCount=len(sms))
-        if self.fields != 12:
-            sm.minSmPartitionSize, sm.smCoscheduledAlignment = (
-                self.granularity if self.fields == 13 else (0, 0)
-            )
-        return SimpleNamespace(sm=sm, sms=sms, split=split)
+        return SimpleNamespace(sm=SimpleNamespace(smCount=len(sms)), sms=sms, split=split)
 
     def _cuInit(self, flags: int) -> tuple[Any, ...]:
         return (OK,)

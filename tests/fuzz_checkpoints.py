@@ -4,7 +4,8 @@
 
 A sound one must load and say what transformers says. A damaged one must end within the time and
 memory below, run no code, and either be refused with an error that names a file or a field, or say
-what transformers says of it; where transformers does not load it, what was said before the damage.
+what transformers says of it, or nothing where its logits are no numbers there either; where
+transformers does not load it, what was said before the damage.
 Runs happen in a worker process with limited memory, which is ended if one hangs.
 """
 
@@ -33,14 +34,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from nanovllm import LLM  # noqa: E402
-from nanovllm.models.qwen3_config import FIELDS, ROPE_FIELDS, YARN_FIELDS  # noqa: E402
 from tests.checkpoint_mutations import add_tokenizer, mutate  # noqa: E402
 from tests.checkpoint_variants import (  # noqa: E402
     ENGINE,
+    NO_NUMBERS,
     complete,
     oracle_tokens,
     write_variant,
 )
+from tests.checkpoints import FIELD_NAMES  # noqa: E402
 
 SECONDS = 10.0
 MEMORY = 1 << 30
@@ -148,8 +150,10 @@ def run_one(
             longest = llm.model_runner.max_model_len
             if llm.tokenizer is not None:
                 llm.tokenizer.decode(llm.tokenizer.encode("Once upon a time"))
-            if output["finish_reason"] == "error":  # the warnings say why
-                raise ValueError("; ".join(warnings.messages))
+            if output["finish_reason"] == "error":
+                result["tokens"].append(NO_NUMBERS)
+                if any(".safetensors" in message for message in warnings.messages):
+                    raise ValueError("; ".join(warnings.messages))
     except BaseException as error:
         result["error"] = f"{type(error).__name__}: {error}"
         result["kind"] = [base.__name__ for base in type(error).__mro__]
@@ -258,8 +262,8 @@ def write_canary(directory: Path, trace: Path) -> None:
 
 def names_in(base: Path) -> set[str]:
     """What an error about a damaged copy may name: files, fields, tensors."""
-    files = {path.name for path in base.rglob("*") if path.is_file()}
-    fields = {*FIELDS, *ROPE_FIELDS, *YARN_FIELDS, "architecture", "model_type"}
+    files = {path.name for path in base.rglob("*")}  # whatever they are
+    fields = {*FIELD_NAMES, "architecture", "model_type"}
     return files | fields | {".safetensors", "tensor "}
 
 

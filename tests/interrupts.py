@@ -23,6 +23,9 @@ from typing import Any
 
 import torch
 
+if __name__ == "__main__":  # the repository's packages, wherever the script is started
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import nanovllm
 from nanovllm import LLM, SamplingParams
 from tests.checkpoints import VOCAB, Shape

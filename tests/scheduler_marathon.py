@@ -10,6 +10,11 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # the repository's packages, wherever the script is started
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanovllm.engine.scheduler import MAX_PREFILL_STREAK
 from tests.scheduler_world import ALPHABET, World

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanovllm.engine import block_manager
-from nanovllm.engine.block_manager import NO_PREFIX, PADDING_BLOCK, BlockManager
+from nanovllm.engine.block_manager import PADDING_BLOCK, ROOT, BlockManager
 from nanovllm.engine.scheduler import MAX_PREFILL_STREAK, Chunk, Scheduler, Step
 from nanovllm.engine.sequence import Sequence, Status
 from nanovllm.sampling_params import SamplingParams
@@ -75,7 +75,7 @@ class World:
     """A scheduler whose model writes texts into KV slots and says what it is told to say.
 
     As on a device, steps run in the order in which they are launched, one of them perhaps before
-    the scheduler knows the tokens of the one before; these wait in the seats of their sequences.
+    the scheduler knows the tokens of the one before; these wait by request index.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class World:
         self.scheduler = Scheduler(self.blocks, max_num_seqs, budget)
         self.texts = Texts()
         self.kv: dict[int, int] = {}  # slot -> number of the text that ends there
-        self.seats: dict[int, int] = {}  # seat -> token that was last drawn there
+        self.last_tokens: dict[int, int] = {}  # request index -> token that was last drawn there
         self.alive: dict[int, Sequence] = {}
         self.in_flight: Launched | None = None
         self.arrivals = 0
@@ -140,9 +140,9 @@ class World:
         for chunk in step.chunks:
             held = [self.kv.get(self.slot(chunk.seq, i)) for i in range(chunk.end)]
             assert held == self.texts.all_of(self.tokens(chunk))
-        sampling = [chunk.seq.seat for chunk in step.chunks if chunk.samples]
+        sampling = [chunk.seq.request_index for chunk in step.chunks if chunk.needs_sample]
         drawn = draw(len(sampling))
-        self.seats.update(zip(sampling, drawn, strict=True))
+        self.last_tokens.update(zip(sampling, drawn, strict=True))
         return Launched(step, drawn)
 
     def fail(self, draw: Draw, *, ahead: bool) -> None:
@@ -152,7 +152,7 @@ class World:
             launched.append(self.launch(draw, ahead=True))
         for item in launched:
             for chunk in item.step.chunks if item else ():
-                self.seats.pop(chunk.seq.seat, None)
+                self.last_tokens.pop(chunk.seq.request_index, None)
                 if chunk.seq.status is Status.RUNNING:
                     for position in range(chunk.start, chunk.end):
                         self.kv[self.slot(chunk.seq, position)] = RUBBISH
@@ -187,7 +187,11 @@ class World:
     def tokens(self, chunk: Chunk) -> list[int]:
         """The tokens that `chunk` reads to its end; the last may be known on the device only."""
         known = chunk.seq.token_ids[: chunk.end]
-        return known if len(known) == chunk.end else [*known, self.seats[chunk.seq.seat]]
+        return (
+            known
+            if len(known) == chunk.end
+            else [*known, self.last_tokens[chunk.seq.request_index]]
+        )
 
     def slot(self, seq: Sequence, position: int) -> int:
         size = self.blocks.block_size
@@ -199,20 +203,21 @@ class World:
         assert len(step.chunks) <= scheduler.max_num_seqs
         assert len({chunk.seq.request_id for chunk in step.chunks}) == len(step.chunks)
         if not step.is_decode:
-            assert step.num_tokens <= scheduler.max_num_batched_tokens
+            num_tokens = sum(chunk.end - chunk.start for chunk in step.chunks)
+            assert num_tokens <= scheduler.max_num_batched_tokens
         for chunk in step.chunks:
             seq = chunk.seq
             assert seq.status is Status.RUNNING
             assert 0 <= chunk.start < chunk.end <= len(seq.block_table) * size
             # By now its own token is pending too.
-            assert chunk.end <= seq.length - chunk.samples
-            assert chunk.samples == (chunk.end == seq.length - chunk.samples)
+            assert chunk.end <= seq.length - chunk.needs_sample
+            assert chunk.needs_sample == (chunk.end == seq.length - chunk.needs_sample)
             assert chunk.end <= len(seq.token_ids) + 1
             if step.is_decode:
-                assert chunk.samples
+                assert chunk.needs_sample
                 assert chunk.end == chunk.start + 1
             written = seq.block_table[chunk.start // size : -(-chunk.end // size)]
-            assert all(self.blocks.blocks[block].owners == 1 for block in written)
+            assert all(self.blocks.blocks[block].ref_count == 1 for block in written)
 
     def check_progress(self, step: Step) -> None:
         """The oldest is in every step, but for a few in a row that prefill others."""
@@ -248,43 +253,43 @@ class World:
         assert all(len(set(seq.block_table)) == len(seq.block_table) for seq in running)
         assert set(manager.blocks) == set(range(1, manager.num_blocks + 1))
         assert PADDING_BLOCK not in owners
-        assert {i: b.owners for i, b in manager.blocks.items() if b.owners} == dict(owners)
+        assert {i: b.ref_count for i, b in manager.blocks.items() if b.ref_count} == dict(owners)
         assert set(manager.free) == set(manager.blocks) - set(owners)
         for seq in running:
             assert seq.num_computed <= len(seq.block_table) * manager.block_size
             assert seq.num_computed <= seq.num_scheduled < seq.length
             # One more than it needs, if a step that was to need it failed.
             assert len(seq.block_table) <= manager.blocks_for(seq.length + 1)
-        seats = [seq.seat for seq in running] + self.scheduler.free_seats
-        assert sorted(seats) == list(range(self.scheduler.max_num_seqs))
+        indices = [seq.request_index for seq in running] + self.scheduler.free_indices
+        assert sorted(indices) == list(range(self.scheduler.max_num_seqs))
 
     def check_hashes(self) -> None:
         """What the prefix cache believes of a block is what the model has written there."""
         manager, size = self.blocks, self.blocks.block_size
         numbers: dict[int, list[int]] = {}
         for block_id, block in manager.blocks.items():
-            if block.text is None:
+            if block.node is None:
                 continue
             assert manager.enable_prefix_caching
             ends = [self.kv.get(block_id * size + offset) for offset in range(size)]
             text = self.texts.tokens[ends[-1]]
             assert ends == self.texts.all_of(text)[-size:]
             assert len(text) % size == 0
-            assert np.frombuffer(block.text.tokens, np.int32).tolist() == text[-size:]
-            assert block.text.chain_hash == chain_hash(text, size)
+            assert np.frombuffer(block.node.tokens, np.int32).tolist() == text[-size:]
+            assert block.node.chain_hash == chain_hash(text, size)
             # Equal numbers mean equal texts.
-            assert numbers.setdefault(block.text.number, text) == text
+            assert numbers.setdefault(block.node.node_id, text) == text
         for value, block_id in manager.by_hash.items():
-            assert manager.blocks[block_id].text.chain_hash == value
+            assert manager.blocks[block_id].node.chain_hash == value
         for seq in self.scheduler.running:
             assert seq.num_registered <= seq.num_computed // size
             for block_id in seq.block_table[: seq.num_registered]:
-                assert manager.blocks[block_id].text is not None
+                assert manager.blocks[block_id].node is not None
 
 
 def chain_hash(tokens: list[int], block_size: int) -> int:
     """The hash of a text of whole blocks, from its first token on."""
-    value = NO_PREFIX
+    value = ROOT.chain_hash
     for start in range(0, len(tokens), block_size):
         value = block_manager.hash_block(
             value, np.array(tokens[start : start + block_size], np.int32).tobytes()

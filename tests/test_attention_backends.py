@@ -1,13 +1,12 @@
 """Attention back ends: torch against dense attention, flash_attn's calls against torch.
 
-The flash-attn package needs a GPU, so a stand-in with the documented meaning of the two functions
-that we call (signatures and docstrings of flash-attn 2.8) takes its place here.
+The flash-attn package needs a GPU, so a stand-in takes its place: the two functions that we call,
+with the arguments that we pass and their meaning in flash-attn 2.8.
 """
 
 from __future__ import annotations
 
 import os
-import random
 import sys
 from types import ModuleType
 
@@ -26,69 +25,35 @@ from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.attention_flash import FlashAttnBackend
 from nanovllm.layers.attention_torch import TorchBackend
 from tests.checkpoints import Shape, prompts
+from tests.kernels.cases import new_seed
+from tests.paged_sequences import PagedSequences, dense_attention
 
 CPU = torch.device("cpu")
 
 
-def dense(q, k, v, scale):
-    """Causal attention of one sequence whose queries are its last tokens, head by head.
-
-    q [Lq, Hq, D], k and v [Lk, Hkv, D].
-    """
-    out = torch.empty_like(q)
-    group = q.shape[1] // k.shape[1]
-    for head in range(q.shape[1]):
-        for row in range(len(q)):
-            seen = len(k) - len(q) + row + 1
-            scores = k[:seen, head // group] @ q[row, head] * scale
-            out[row, head] = scores.softmax(0) @ v[:seen, head // group]
-    return out
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    return new_seed()
 
 
-class Case:
-    """Sequences of `context` cached tokens, the last `rows` of which are queries."""
+class Case(PagedSequences):
+    """Sequences for the back ends, of which flash-attn's stand-in reads whole block tables."""
 
-    def __init__(self, context, rows, q_heads, kv_heads, head_dim, block_size, seed=0):
-        torch.manual_seed(seed)
-        self.heads = HeadShape(q_heads, kv_heads, head_dim)
-        self.block_size = block_size
-        self.context, self.rows = context, rows
-        self.keys = [torch.randn(length, kv_heads, head_dim) for length in context]
-        self.values = [torch.randn(length, kv_heads, head_dim) for length in context]
-        self.q = torch.randn(sum(rows), q_heads, head_dim)
-        counts = [-(-length // block_size) for length in context]
-        ids = list(range(1, sum(counts) + 3))
-        random.Random(seed).shuffle(ids)
-        # What no sequence has written must not matter.
-        shape = (len(ids) + 1, kv_heads, block_size, head_dim)
-        self.k_cache, self.v_cache = torch.full(shape, 1e4), torch.full(shape, 1e4)
-        width = max(counts) + 1
-        self.tables = torch.zeros(len(context), width, dtype=torch.int32)
-        slots = []
-        for n, length in enumerate(context):
-            for index in range(counts[n]):
-                self.tables[n, index] = ids.pop()
-            for position in range(length):
-                block = self.tables[n, position // block_size]
-                offset = position % block_size
-                self.k_cache[block, :, offset] = self.keys[n][position]
-                self.v_cache[block, :, offset] = self.values[n][position]
-                if position >= length - rows[n]:
-                    slots.append(block * block_size + offset)
-        self.slots = torch.tensor(slots, dtype=torch.int32)
-        self.lengths = torch.tensor(context, dtype=torch.int32)
+    def __init__(self, context, rows, *sizes):
+        super().__init__(context, *sizes, rows, device=CPU, stale=1e4, unused=0)
+        self.heads = HeadShape(*sizes[:3])
 
     def attend(self, backend, num_decode):
         """The first `num_decode` sequences, of one row each, decode; the others are prompts."""
         decode = prefill = None
         if num_decode:
-            lengths = self.lengths[:num_decode]
+            lengths = self.lens[:num_decode]
             plan = torch.from_numpy(backend.plan(lengths.numpy()))
             workspace = backend.make_workspace(CPU, 2)
             decode = DecodeMetadata(self.tables[:num_decode], lengths, plan, workspace)
-        if rows := self.rows[num_decode:]:
+        if rows := self.query_lens[num_decode:]:
             cu = torch.tensor([0, *rows]).cumsum(0).to(torch.int32)
-            lengths = self.lengths[num_decode:]
+            lengths = self.lens[num_decode:]
             prefill = PrefillMetadata(self.tables[num_decode:], lengths, cu, max(rows))
         metadata = AttentionMetadata(self.slots, decode, prefill)
         return backend.attend(self.q, self.k_cache, self.v_cache, metadata)
@@ -97,63 +62,56 @@ class Case:
         return self.attend(backend, 0)
 
     def decode(self, backend):
-        return self.attend(backend, len(self.rows))
-
-    def dense(self):
-        parts = zip(self.q.split(self.rows), self.keys, self.values, strict=True)
-        return torch.cat([dense(q, k, v, self.heads.scale) for q, k, v in parts])
+        return self.attend(backend, len(self.query_lens))
 
 
 HEADS = [(2, 2, 32), (4, 2, 64), (4, 1, 128), (5, 1, 64), (8, 1, 32)]
 
 
 @pytest.mark.parametrize("block_size", [16, 48, 256])
-@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), HEADS)
-def test_torch_prefill_equals_dense_attention(q_heads, kv_heads, head_dim, block_size):
-    case = Case([5, 40, 17, 1], [5, 3, 17, 1], q_heads, kv_heads, head_dim, block_size)
+@pytest.mark.parametrize("heads", HEADS)
+def test_torch_equals_dense_attention(heads, block_size):
+    case = Case([5, 40, 17, 1], [5, 3, 17, 1], *heads, block_size)
     torch.testing.assert_close(case.prefill(TorchBackend(case.heads)), case.dense())
-
-
-@pytest.mark.parametrize("block_size", [16, 48, 256])
-@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), HEADS)
-def test_torch_decode_equals_dense_attention(q_heads, kv_heads, head_dim, block_size):
-    case = Case([1, 40, 16, 49], [1] * 4, q_heads, kv_heads, head_dim, block_size)
+    case = Case([1, 40, 16, 49], [1] * 4, *heads, block_size)
     torch.testing.assert_close(case.decode(TorchBackend(case.heads)), case.dense())
 
 
-# Sequences that decode, a prompt's chunk behind what is cached, whole prompts; a chunk of one row.
-MIXED = Case([300, 1, 256, 40, 17, 1], [1, 1, 1, 3, 17, 1], 4, 2, 64, 256)
+@pytest.fixture
+def mixed() -> Case:
+    """Sequences that decode, a prompt's chunk behind cached tokens, prompts; a chunk of one row."""
+    return Case([300, 1, 256, 40, 17, 1], [1, 1, 1, 3, 17, 1], 4, 2, 64, 256)
 
 
-@pytest.mark.parametrize("num_decode", range(4))
-def test_rows_of_both_kinds_attend_in_one_call(num_decode):
-    torch.testing.assert_close(MIXED.attend(TorchBackend(MIXED.heads), num_decode), MIXED.dense())
-
-
-@pytest.mark.parametrize("num_decode", range(4))
-def test_flash_attn_takes_rows_of_both_kinds(flash_attn, num_decode):
-    torch.testing.assert_close(
-        MIXED.attend(FlashAttnBackend(MIXED.heads, 256), num_decode), MIXED.dense()
-    )
-
-
-@pytest.mark.parametrize("num_decode", range(4))
-def test_triton_takes_rows_of_both_kinds(num_decode):
+def triton_backend(heads: HeadShape):
     pytest.importorskip("triton", reason="Triton is not installed")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton does not interpret here")
     from nanovllm.layers.attention_triton import TritonBackend
 
-    torch.testing.assert_close(
-        MIXED.attend(TritonBackend(MIXED.heads), num_decode), MIXED.dense(), rtol=2e-5, atol=2e-5
-    )
+    return TritonBackend(heads)
+
+
+BACKENDS = {
+    "torch": TorchBackend,
+    "flash_attn": lambda heads: FlashAttnBackend(heads, 256),
+    "triton": triton_backend,
+}
+
+
+@pytest.mark.parametrize("num_decode", range(4))
+@pytest.mark.parametrize("name", BACKENDS)
+def test_rows_of_both_kinds_attend_in_one_call(mixed, flash_attn, name, num_decode):
+    found = mixed.attend(BACKENDS[name](mixed.heads), num_decode)
+    tolerance = {"rtol": 2e-5, "atol": 2e-5} if name == "triton" else {}
+    torch.testing.assert_close(found, mixed.dense(), **tolerance)
 
 
 def test_torch_gives_a_sequence_the_same_bits_alone_and_in_a_batch():
     case = Case([20, 33, 7], [1] * 3, 4, 2, 64, 16)
     together = case.decode(TorchBackend(case.heads))
     for n in range(3):
-        lengths, plan = case.lengths[n : n + 1], torch.empty(0, dtype=torch.int32)
+        lengths, plan = case.lens[n : n + 1], torch.empty(0, dtype=torch.int32)
         metadata = AttentionMetadata(
             case.slots[n : n + 1], DecodeMetadata(case.tables[n : n + 1], lengths, plan, None)
         )
@@ -166,99 +124,36 @@ def test_torch_gives_a_sequence_the_same_bits_alone_and_in_a_batch():
 # ------------------------------------------------------------------ a stand-in for flash-attn
 
 
-def flash_attn_with_kvcache(
-    q,
-    k_cache,
-    v_cache,
-    k=None,
-    v=None,
-    rotary_cos=None,
-    rotary_sin=None,
-    cache_seqlens=None,
-    cache_batch_idx=None,
-    cache_leftpad=None,
-    block_table=None,
-    softmax_scale=None,
-    causal=False,
-    window_size=(-1, -1),
-    softcap=0.0,
-    rotary_interleaved=True,
-    alibi_slopes=None,
-    num_splits=0,
-    return_softmax_lse=False,
-):
-    """q [batch, seqlen, heads, D]; caches [blocks, page, kv heads, D] with a block_table."""
-    assert k is None
-    assert v is None
-    check_paged(k_cache, v_cache, block_table, len(q))
-    assert cache_seqlens.dtype == torch.int32
+def flash_attn_with_kvcache(q, k_cache, v_cache, *, cache_seqlens, **options):
+    """q [batch, rows, heads, D]: the last rows of each sequence."""
     assert cache_seqlens.shape == (len(q),)
-    return torch.stack(
-        [
-            flash(q[n], k_cache, v_cache, block_table[n], int(length), softmax_scale, causal)
-            for n, length in enumerate(cache_seqlens)
-        ]
-    )
+    cu_seqlens_q = torch.arange(len(q) + 1, dtype=torch.int32) * q.shape[1]
+    cu_seqlens_k = torch.tensor([0, *cache_seqlens]).cumsum(0, dtype=cache_seqlens.dtype)
+    options |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    options |= {"max_seqlen_q": q.shape[1], "max_seqlen_k": int(cache_seqlens.max())}
+    return flash_attn_varlen_func(q.flatten(0, 1), k_cache, v_cache, **options).view(q.shape)
 
 
 def flash_attn_varlen_func(
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
-    dropout_p=0.0,
-    softmax_scale=None,
-    causal=False,
-    window_size=(-1, -1),
-    softcap=0.0,
-    alibi_slopes=None,
-    deterministic=False,
-    return_attn_probs=False,
-    block_table=None,
-):
-    """q [total, heads, D]; k and v are paged caches as above if there is a block_table."""
-    batch = len(cu_seqlens_q) - 1
-    check_paged(k, v, block_table, batch)
-    for cu in (cu_seqlens_q, cu_seqlens_k):
-        assert cu.dtype == torch.int32
-        assert cu.shape == (batch + 1,)
-        assert cu[0] == 0
-    assert cu_seqlens_q[-1] == len(q)
-    q_lengths, k_lengths = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
-    assert isinstance(max_seqlen_q, int)
-    assert isinstance(max_seqlen_k, int)
-    assert max_seqlen_q >= max(q_lengths)
-    assert max_seqlen_k >= max(k_lengths)
-    return torch.cat(
-        [
-            flash(part, k, v, block_table[n], k_lengths[n], softmax_scale, causal)
-            for n, part in enumerate(q.split(q_lengths))
-        ]
-    )
-
-
-def check_paged(k, v, block_table, batch):
+    q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+    block_table, softmax_scale, causal,
+):  # fmt: skip
+    """q [total, heads, D]; k and v are paged caches [blocks, page, kv heads, D]."""
+    assert causal
     assert k.shape == v.shape
     assert k.shape[1] % 256 == 0, "Paged KV cache block size must be divisible by 256"
-    assert k.stride(-1) == v.stride(-1) == 1, "last dimension must be contiguous"
-    assert block_table.dtype == torch.int32
-    assert block_table.stride(-1) == 1
-    assert block_table.shape[0] == batch
-
-
-def flash(q, k_cache, v_cache, table, length, scale, causal):
-    """One sequence; the mask is aligned to the bottom right, and `scale` defaults to D**-0.5."""
-    k = torch.cat([k_cache[block] for block in table.tolist()])[:length]
-    v = torch.cat([v_cache[block] for block in table.tolist()])[:length]
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q, k) * (scale or q.shape[-1] ** -0.5)
-    if causal:
-        mask = torch.ones(len(q), length).tril(length - len(q)).bool()
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+    for x in (k, v, block_table):
+        assert x.stride(-1) == 1, "last dimension must be contiguous"
+    for x in (cu_seqlens_q, cu_seqlens_k, block_table):
+        assert x.dtype == torch.int32
+    counts, lengths = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+    assert max(counts) <= max_seqlen_q
+    assert max(lengths) <= max_seqlen_k
+    out = []
+    for rows, table, length in zip(q.split(counts), block_table.tolist(), lengths, strict=True):
+        keys, values = (torch.cat([x[block] for block in table])[:length] for x in (k, v))
+        out.append(dense_attention(rows, keys, values, softmax_scale))
+    return torch.cat(out)
 
 
 @pytest.fixture
@@ -271,19 +166,12 @@ def flash_attn(monkeypatch) -> ModuleType:
 
 
 @pytest.mark.parametrize("block_size", [256, 512])
-@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), HEADS)
-def test_flash_attn_prefill_equals_torch(flash_attn, q_heads, kv_heads, head_dim, block_size):
-    case = Case([5, 300, 257, 1], [5, 3, 257, 1], q_heads, kv_heads, head_dim, block_size)
-    backend = FlashAttnBackend(case.heads, block_size)
-    torch.testing.assert_close(case.prefill(backend), case.prefill(TorchBackend(case.heads)))
-
-
-@pytest.mark.parametrize("block_size", [256, 512])
-@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), HEADS)
-def test_flash_attn_decode_equals_torch(flash_attn, q_heads, kv_heads, head_dim, block_size):
-    case = Case([1, 300, 256, 513], [1] * 4, q_heads, kv_heads, head_dim, block_size)
-    backend = FlashAttnBackend(case.heads, block_size)
-    torch.testing.assert_close(case.decode(backend), case.decode(TorchBackend(case.heads)))
+@pytest.mark.parametrize("heads", HEADS)
+def test_flash_attn_equals_dense_attention(flash_attn, heads, block_size):
+    case = Case([5, 300, 257, 1], [5, 3, 257, 1], *heads, block_size)
+    torch.testing.assert_close(case.prefill(FlashAttnBackend(case.heads, block_size)), case.dense())
+    case = Case([1, 300, 256, 513], [1] * 4, *heads, block_size)
+    torch.testing.assert_close(case.decode(FlashAttnBackend(case.heads, block_size)), case.dense())
 
 
 def test_an_engine_on_flash_attn_says_what_one_on_torch_says(flash_attn, monkeypatch, tmp_path):
@@ -320,27 +208,19 @@ def test_the_cpu_has_no_other(name, tmp_path):
     Shape(layers=1).write(tmp_path)
     with pytest.raises(ValueError, match="not allowed on device cpu") as caught:
         LLM(str(tmp_path), device="cpu", attention_backend=name)
-    assert str(caught.value) == (
-        f"attention_backend='{name}' is not allowed on device cpu: it needs CUDA; use 'auto' or "
-        "'torch'"
-    )
+    for part in (f"attention_backend='{name}'", "cpu", "'auto' or 'torch'"):
+        assert part in str(caught.value)
 
 
 def test_flash_attn_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    with pytest.raises(ImportError) as caught:
+    with pytest.raises(
+        ImportError, match=r"attention_backend='flash_attn' .* pip install flash-attn"
+    ):
         FlashAttnBackend(HeadShape(2, 1, 64), 256)
-    assert str(caught.value) == (
-        "attention_backend='flash_attn' needs the package flash-attn, which is not installed: "
-        "pip install flash-attn, or use 'auto'"
-    )
 
 
 @pytest.mark.parametrize("block_size", [16, 128, 384])
 def test_flash_attn_needs_blocks_of_multiples_of_256(flash_attn, block_size):
-    with pytest.raises(ValueError, match="kvcache_block_size") as caught:
+    with pytest.raises(ValueError, match=f"kvcache_block_size={block_size} .* multiple of 256"):
         FlashAttnBackend(HeadShape(2, 1, 64), block_size)
-    assert str(caught.value) == (
-        f"kvcache_block_size={block_size} is not allowed with attention_backend='flash_attn': it "
-        "must be a multiple of 256"
-    )

@@ -1,350 +1,365 @@
-"""bench_pipeline.py on the CPU with the embedded model, and what its parts promise.
-
-Run with `pytest tests/test_bench.py`; it takes some seconds.
-"""
+"""`bench_pipeline.py` on the CPU with the embedded model: what it measures and prints."""
 
 from __future__ import annotations
 
-import io
 import json
-from contextlib import redirect_stdout
+import random
+import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import bench_pipeline
 from nanovllm import LLM
-from nanovllm.bench import BenchError, nano
-from nanovllm.bench.arms import ArmSpec, arm_specs, choose_split, open_arms
-from nanovllm.bench.command_line import MODES
-from nanovllm.bench.floor import Floor, kv_bytes_per_token, weight_bytes
-from nanovllm.bench.report import format_decode, format_nano
-from nanovllm.bench.shapes import SIZES, published_config, shape_directory
-from nanovllm.bench.workload import DecodeWorkload, fill_cache, run_turn, seat
-from nanovllm.layers.attention import HeadShape
-from nanovllm.layers.attention_torch import TorchBackend
-from nanovllm.layers.parallel import ParallelGroup
-from nanovllm.models.qwen3 import Qwen3ForCausalLM
-from nanovllm.models.qwen3_config import Qwen3Config
+from nanovllm.bench import ceilings, decode, growing, options, power
+from nanovllm.bench.arms import ArmSpec, arm_specs, choose_split, open_arms, rank_options
+from nanovllm.bench.engines import fill_cache
+from nanovllm.bench.report import sms
+from nanovllm.bench.shapes import (
+    SIZES,
+    published_config,
+    shape_directory,
+)
+from nanovllm.bench.turns import DecodeWorkload, run_turn
+from nanovllm.engine.model_runner import ignore
+from nanovllm.models import load_config, parse_config
+from tests.bench_runs import pretend_planner, run
 
-# Parameters of the published checkpoints, a tied output head counted once.
+QUICK = ["--batch", "3", "--context", "9", "--output", "8", "--seconds", "0.02"]
+GROW = ["--workload", "growing", "--batch", "3", "--context", "10", "--until", "60",
+        "--stages", "2", "--output", "6"]  # fmt: skip
+# Parameters of the published checkpoints, a tied output head counted once; norms are few of them.
 PUBLISHED = {
     "0.6B": 596_049_920,
     "1.7B": 1_720_574_976,
     "4B": 4_022_468_096,
     "8B": 8_190_735_360,
     "14B": 14_768_307_200,
+    "32B": 32_762_123_264,
 }
-# For shapes that a CPU runs in no time.
-SMALL_COMMON = {**published_config("0.6B"), "vocab_size": 128, "num_key_value_heads": 1}
-QUICK = ["--device", "cpu", "--batch", "3", "--context", "9", "--output", "8", "--seconds", "0.02"]
+
+Capture = pytest.CaptureFixture[str]
 
 
-@pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str, Any]]:
-    """One run of all modes, for several tests to look at: its table, and its JSON object."""
-    path = tmp_path_factory.mktemp("bench") / "result.json"
-    with redirect_stdout(io.StringIO()) as out:
-        bench_pipeline.main([*QUICK, "--json", str(path)])
-    *lines, last = out.getvalue().splitlines()
-    assert json.loads(last) == json.loads(path.read_text(encoding="utf-8"))
-    return lines, json.loads(last)
-
-
-def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[list[str], dict[str, Any]]:
-    """The lines that bench_pipeline.py prints before the last, and the last, parsed."""
-    bench_pipeline.main(argv)
-    *lines, last = capsys.readouterr().out.splitlines()
-    return lines, json.loads(last)
-
-
-def meta_model(shape: str, layers: int | None = None) -> Qwen3ForCausalLM:
-    """A model of that shape without memory."""
-    config = Qwen3Config.from_dict(published_config(shape, layers))
-    heads = HeadShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    with torch.device("meta"):
-        return Qwen3ForCausalLM(config, TorchBackend(heads), ParallelGroup()).bfloat16()
-
-
-class TestDecodeSteps:
-    def test_the_table_has_a_row_a_mode(self, output: tuple[list[str], dict[str, Any]]) -> None:
-        lines, record = output
-        rows = {line.split()[0]: line for line in lines[-5:]}
-        assert list(rows) == list(MODES)
-        for arm in record["arms"]:
-            if not arm["fell_back"]:
-                assert f"{arm['step_ms']['median']:.3f}" in rows[arm["mode"]]
-        assert "of floor" not in "".join(lines)
-
-    def test_the_record_says_what_was_measured(
-        self, output: tuple[list[str], dict[str, Any]]
-    ) -> None:
-        record = output[1]
-        assert (record["batch"], record["context"], record["output"]) == (3, 9, 8)
-        assert record["mean_context"] == 13.5
+class TestDecode:
+    def test_table_and_record(self, capsys: Capture, tmp_path: Path) -> None:
+        file = tmp_path / "result.json"
+        lines, record = run(capsys, *QUICK, "--json", file)
+        assert json.loads(file.read_text()) == record
+        assert lines == decode.describe(record).splitlines()
         assert record["model"]["name"] == "tiny"
-        assert record["device"]["type"] == "cpu"
-        assert record["floor"] is None
         assert record["versions"]["torch"] == torch.__version__
-        assert {"python", "triton", "cuda", "driver", "transformers"} <= record["versions"].keys()
-        assert record["date"].startswith("20")
-        assert 0 < record["startup_seconds"] < 60
-
-    def test_times_rates_and_ratios_agree(self, output: tuple[list[str], dict[str, Any]]) -> None:
-        arms = {arm["mode"]: arm for arm in output[1]["arms"]}
-        reference = arms["sequential"]["step_ms"]["median"]
+        assert (record["mean_context"], record["floor"]) == (13.5, None)
+        arms = {arm["mode"]: arm for arm in record["arms"]}
+        assert list(arms) == list(options.MODES)
         for mode in ("sequential", "microbatch"):
             arm = arms[mode]
-            times = arm["step_ms"]
-            assert 0 < times["q1"] <= times["median"] <= times["q3"]
-            assert arm["tokens_per_second"] == pytest.approx(3 / times["median"] * 1e3)
-            assert arm["ratio"] == pytest.approx(reference / times["median"])
-            assert arm["runs_as"] == mode
-            assert arm["steps"] >= 12
+            ms = arm["step_ms"]
+            assert 0 < ms["q1"] <= ms["median"] <= ms["q3"]
+            assert arm["tokens_per_second"] == pytest.approx(3 / ms["median"] * 1e3)
+            reference = arms["sequential"]["step_ms"]["median"]
+            assert arm["ratio"] == pytest.approx(reference / ms["median"])
+            assert (arm["runs_as"], arm["fallback_reason"]) == (mode, None)
+            assert any(line.split()[:2] == [mode, "all"] for line in lines)
         assert arms["sequential"]["steps_by_path"]["pipelined"] == 0
         assert arms["microbatch"]["steps_by_path"]["sequential"] == 0
+        for mode in ("streams", "green", "auto"):
+            assert arms[mode]["step_ms"] is None
+            assert "needs a CUDA GPU" in arms[mode]["fallback_reason"]
+            assert any(line.startswith(f"{mode} is not timed, falls back") for line in lines)
 
-    def test_modes_that_fall_back_are_not_timed(
-        self, output: tuple[list[str], dict[str, Any]]
-    ) -> None:
-        lines, record = output
-        for arm in record["arms"][2:]:
-            assert arm["fell_back"]
-            assert "needs a CUDA GPU" in arm["fallback_reason"]
-            assert arm["step_ms"] is arm["ratio"] is arm["tokens_per_second"] is None
-        assert sum("not timed, falls back: " in line for line in lines) == 3
-
-    def test_a_shape_with_fewer_layers_and_chosen_modes(
-        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_small_shape(self, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(SIZES, "0.6B", (64, 128, 28, 2, True))
-        monkeypatch.setattr("nanovllm.bench.shapes.COMMON", SMALL_COMMON)
-        argv = [*QUICK, "--shape", "0.6B", "--layers", "2", "--modes", "microbatch"]
+        small = {"vocab_size": 128, "num_key_value_heads": 1}
+        for name, value in small.items():
+            monkeypatch.setitem(sys.modules["nanovllm.bench.shapes"].COMMON, name, value)
+        argv = [*QUICK, "--shape", "0.6B", "--layers", "2", "--modes", "microbatch", "--sync"]
         lines, record = run(capsys, *argv)
-        assert lines[0].startswith("Qwen3 0.6B: 2 layers")
+        assert lines[0].startswith("Qwen3-0.6B: 2 layers")
         assert [arm["mode"] for arm in record["arms"]] == ["sequential", "microbatch"]
         assert record["options"]["load_format"] == "dummy"
-
-    def test_one_sequence_cannot_be_cut(self, capsys: pytest.CaptureFixture[str]) -> None:
-        _, record = run(capsys, *QUICK, "--batch", "1", "--modes", "microbatch", "--sync")
         assert record["options"]["async_scheduling"] is False
-        reason = record["arms"][1]["fallback_reason"]
-        assert reason == "a batch of 1 is too small for 2 micro-batches"
 
-    def test_columns_of_bandwidth(self) -> None:
-        floor = {"step_ms": 1.0, "weight_bytes": 3e9, "kv_bytes": 1e9, "copy_bandwidth": 4e12}
-        arm = {
-            "mode": "green",
-            "attention_sms": 36,
-            "ffn_sms": 96,
-            "fell_back": False,
-            "step_ms": {"median": 1.25, "q1": 1.2, "q3": 1.3},
-            "tokens_per_second": 1000.0,
-            "ratio": 1.1,
-            "bandwidth": 3.2e12,
-            "floor_share": 0.8,
-            "power": None,
-        }
-        model = {"name": "8B", "layers": 36, "parameters": 8_190_735_360, "dtype": "bfloat16"}
-        record = {"model": model, "device": {"name": "GPU"}, "batch": 8, "context": 1, "output": 9}
-        text = format_decode({**record, "floor": floor, "arms": [arm]})
-        assert "floor 1.000 ms: 3.00 GB of weights and 1.00 GB of KV at 4.00 TB/s (copy)" in text
-        row = " ".join(text.splitlines()[-1].split())
-        assert row == "green 36+96 1.250 1.200 to 1.300 1,000 1.100 3.20 80%"
-        arm["power"] = {"watts": 683.2, "sm_mhz": 1485.4, "samples": 9, "joules_per_step": 0.854}
-        *_, head, row = format_decode({**record, "floor": floor, "arms": [arm]}).splitlines()
-        assert head.split()[-3:] == ["W", "MHz", "J/step"]
-        assert row.split()[-3:] == ["683", "1485", "0.85"]
-
-
-class TestNano:
-    def test_the_workload_is_the_one_of_nano_vllm(self) -> None:
-        prompts, params = nano.draw_requests(256, 151936)
-        assert sum(map(len, prompts)) == 142_827
-        assert sum(param.max_tokens for param in params) == 133_966
-        assert max(map(max, prompts)) <= 10_000
-
-    @pytest.mark.parametrize("mode", ["sequential", "microbatch", "green"])
-    def test_runs(
-        self, mode: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(nano, "SHORTEST", 8)
-        monkeypatch.setattr(nano, "LONGEST", 12)
-        argv = ["--workload", "nano", "--device", "cpu", "--requests", "3", "--mode", mode]
+    def test_several_ranks(self, capsys: Capture) -> None:
+        argv = [*QUICK, "--tensor-parallel-size", "2", "--modes", "microbatch"]
         lines, record = run(capsys, *argv)
-        assert record["benchmark"] == "nano"
-        assert record["requests"] == 3
-        assert 24 <= record["output_tokens"] <= 36
-        rate = record["output_tokens"] / record["seconds"]
-        assert record["output_tokens_per_second"] == pytest.approx(rate)
-        assert record["fell_back"] == (mode == "green")
-        assert record["steps_by_path"]["pipelined" if mode == "microbatch" else "sequential"] > 7
-        assert f"{rate:,.0f} output tokens per second" in lines
-        assert record["gpu_idle_share"] is None
-        assert record["prefill_seconds"] > 0
-        assert record["decode_seconds"] > 0
-        assert record["prefill_seconds"] + record["decode_seconds"] < record["seconds"]
-        assert any(line.startswith("prefill steps take ") for line in lines)
+        assert record["ranks"] == 2
+        assert "2 x " in lines[0]
+        assert all(arm["step_ms"]["median"] > 0 for arm in record["arms"])
 
-    def test_the_time_without_work_is_a_line(self) -> None:
-        record = {
-            "model": {"name": "0.6B", "layers": 28, "parameters": 6e8, "dtype": "bfloat16"},
-            "device": {"name": "GPU"},
-            "requests": 256, "prompt_tokens": 142_827, "output_tokens": 133_966, "seconds": 5.0,
-            "output_tokens_per_second": 26_793.2, "runs_as": "sequential", "fell_back": False,
-            "prefill_seconds": 0.8, "decode_seconds": 4.0,
-            "gpu_idle_share": 0.0123, "gpu_idle_gaps": 1_020,
+    def test_a_batch_too_small(self, capsys: Capture) -> None:
+        _, record = run(capsys, *QUICK, "--batch", "1", "--modes", "microbatch")
+        assert "batch of 1" in record["arms"][1]["fallback_reason"]
+
+    def test_a_timeline_of_the_last_mode(self, capsys: Capture, tmp_path: Path) -> None:
+        file = tmp_path / "steps.json"
+        run(capsys, *QUICK, "--modes", "microbatch", "--timeline", file)
+        events = json.loads(file.read_text())["traceEvents"]
+        assert {e["args"].get("micro_batch") for e in events if e["ph"] == "X"} == {0, 1}
+
+    def test_columns_of_floor_and_power(self) -> None:
+        arm = {
+            "mode": "green", "label": "green", "lane_sms": {"attention": 36, "ffn": 96},
+            "fallback_reason": None, "tokens_per_second": 1000.0, "ratio": 1.1,
+            "step_ms": {"median": 1.25, "q1": 1.2, "q3": 1.3}, "bandwidth": 3.2e12,
+            "floor_share": 0.8,
+            "power": {"watts": 683.2, "sm_mhz": 1485.4, "samples": 9, "joules_per_step": 0.854},
         }  # fmt: skip
-        assert format_nano(record).splitlines()[-2:] == [
-            "prefill steps take 0.80 s of it, decode steps 4.00 s",
-            "between decode steps the GPU is idle for 1.23% of the time (1,020 gaps)",
-        ]
+        record = {
+            "model": {"name": "Qwen3-8B", "layers": 36, "parameters": 8e9, "dtype": "bfloat16"},
+            "device": {"name": "GPU"}, "batch": 8, "context": 1, "output": 9, "arms": [arm],
+            "floor": {"step_ms": 1.0, "weight_bytes": 3e9, "kv_bytes": 1e9, "copy_bandwidth": 4e12},
+        }  # fmt: skip
+        *_, head, row = decode.describe(record).splitlines()
+        cells = "green 36+96 1.250 1.200 to 1.300 1,000 1.100 3.20 80% 683 1485 0.85"
+        assert row.split() == cells.split()
+        assert head.split()[-5:] == ["of", "floor", "W", "MHz", "J/step"]
+
+    def test_sms_of_three_lanes_and_of_old_records(self) -> None:
+        assert sms({"lane_sms": {"attention": 36, "ffn": 80, "qkv": 16}}) == "36+80+16"
+        assert sms({"attention_sms": 36, "ffn_sms": 96}) == "36+96"
+        assert sms({"lane_sms": {}, "attention_sms": None, "ffn_sms": None}) == "all"
 
 
-class TestParts:
-    @pytest.mark.parametrize("shape", SIZES)
-    def test_shapes_have_the_published_size(self, shape: str) -> None:
-        assert sum(weight.numel() for weight in meta_model(shape).parameters()) == PUBLISHED[shape]
+class TestGrowing:
+    def test_table_and_record(self, capsys: Capture) -> None:
+        lines, record = run(capsys, *GROW, "--rounds", "3")
+        assert lines == growing.describe(record).splitlines()
+        assert (record["steps"], record["timed_steps"]) == (50, 2)
+        steps = [stage["steps"] for stage in record["stages"]]
+        assert sum(steps) == 50
+        arms = {arm["label"]: arm for arm in record["arms"]}
+        assert list(arms) == ["sequential", "microbatch", "auto"]
+        assert arms["auto"]["seconds"] is None
+        for label in ("sequential", "microbatch"):
+            seconds = arms[label]["seconds"]
+            assert len(seconds["rounds"]) == 3
+            assert seconds["best"] == min(seconds["rounds"])
+            assert seconds["median"] == sorted(seconds["rounds"])[1]
+            assert all(ms > 0 for ms in arms[label]["stage_ms"])
+        assert record["best_fixed"] in ("sequential", "microbatch")
+        assert record["auto_holds"] is record["auto_of_best"] is None
 
-    def test_a_shape_directory_is_a_model_without_weights(self) -> None:
-        with shape_directory("14B", layers=3) as directory:
-            assert Qwen3Config.from_directory(Path(directory)).num_hidden_layers == 3
-        assert not Path(directory).exists()
+    def test_autos_plan_of_every_range(
+        self, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pretend_planner(monkeypatch)
+        lines, record = run(capsys, *GROW, "--modes", "auto", "--rounds", "2")
+        assert record["arms"][1]["plans"] == [["green 36+96"] * 2] * 2
+        assert record["auto_of_best"] > 0
+        assert any(line.endswith("auto's plan") for line in lines)
+        assert lines[-1].startswith("auto is ")
 
-    def test_the_floor_counts_what_a_step_reads(self) -> None:
-        model = meta_model("8B")
-        model.bind_kv_cache(torch.empty(36, 2, 5, 8, 256, 128, dtype=torch.bfloat16, device="meta"))
-        floor = Floor.of(model, DecodeWorkload(batch=10, context=100, output=19), 1e12)
-        embedding = 151_936 * 4096
-        assert weight_bytes(model) == floor.weight_bytes == 2 * (PUBLISHED["8B"] - embedding)
-        assert kv_bytes_per_token(model) == 36 * 2 * 8 * 128 * 2
-        assert floor.kv_bytes == 10 * 110 * 147_456
-        assert floor.seconds == pytest.approx((floor.weight_bytes + floor.kv_bytes) / 1e12)
-        tied = meta_model("0.6B")
-        assert weight_bytes(tied) == 2 * PUBLISHED["0.6B"]
+    @pytest.mark.parametrize("seed", range(10))
+    def test_ranges_hold_every_step_once_and_turns_lie_in_their_middle(self, seed: int) -> None:
+        rng = random.Random(seed)
+        context = rng.randint(50, 300)
+        until = context * rng.randint(2, 40)
+        ranges = growing.context_ranges(
+            8, context, until, rng.randint(1, 12), output := rng.randint(5, 30)
+        )
+        begin = context
+        for steps, workload in ranges:
+            # A step reads at least one token more than there were.
+            middle = begin + (steps + 1) / 2
+            assert workload.mean_context == pytest.approx(middle, abs=0.6)
+            assert workload.output == output
+            begin += steps
+        assert begin == until
+
+    def test_ranges_have_equal_ratios(self) -> None:
+        contexts = [w.mean_context for _, w in growing.context_ranges(512, 128, 4096, 16, 24)]
+        ratios = [b / a for a, b in pairwise(contexts)]
+        assert ratios == pytest.approx([32 ** (1 / 16)] * 15, rel=0.01)
 
     @pytest.mark.parametrize(
-        ("sms", "attention", "ffn", "split"),
+        ("seconds", "best", "holds"),
+        [
+            ({"sequential": 60.0, "green": 55.0, "auto": 55.5}, "green", True),
+            ({"sequential": 60.0, "green": 55.0, "auto": 55.6}, "green", False),
+            ({"sequential": 50.0, "green": 55.0}, "sequential", None),
+        ],
+    )
+    def test_what_auto_promises(
+        self, seconds: dict[str, float], best: str, holds: bool | None
+    ) -> None:
+        verdict = growing.judge(seconds)
+        assert (verdict["best_fixed"], verdict["auto_holds"]) == (best, holds)
+
+
+class TestPrefill:
+    def test_table_and_record(self, capsys: Capture) -> None:
+        argv = ["--workload", "prefill", "--requests", "3", "--tokens", "20"]
+        lines, record = run(capsys, *argv)
+        seconds = record["seconds"]
+        assert 0 < seconds["min"] <= seconds["median"] <= seconds["max"]
+        assert record["tokens_per_second"] == pytest.approx(60 / seconds["median"])
+        rate = record["flops"] / seconds["median"]
+        assert record["peak_share"] == pytest.approx(rate / record["matmul_peak"])
+        assert record["options"]["max_num_batched_tokens"] == 60
+        assert lines[1].startswith("3 prompts of 20 tokens in one step: ")
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_flops_equal_a_count_product_by_product(self, seed: int) -> None:
+        rng = random.Random(seed)
+        kv_heads = rng.randint(1, 3)
+        config = parse_config(
+            published_config("0.6B") | {
+                "vocab_size": rng.randint(20, 50), "hidden_size": rng.randint(3, 9),
+                "intermediate_size": rng.randint(3, 9), "num_hidden_layers": rng.randint(1, 3),
+                "num_attention_heads": kv_heads * rng.randint(1, 3),
+                "num_key_value_heads": kv_heads, "head_dim": 2 * rng.randint(1, 4),
+            }
+        )  # fmt: skip
+        lengths = [rng.randint(1, 12) for _ in range(rng.randint(1, 4))]
+        hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
+        heads = config.num_attention_heads
+        flops = 0
+        for length in lengths:
+            layer = 2 * length * hidden * dim * (2 * heads + 2 * config.num_key_value_heads)
+            layer += 3 * 2 * length * hidden * inner
+            layer += sum(2 * 2 * heads * dim * (position + 1) for position in range(length))
+            flops += config.num_hidden_layers * layer + 2 * hidden * config.vocab_size
+        assert ceilings.prefill_flops(config, lengths) == flops
+
+
+class TestArms:
+    @pytest.mark.parametrize(
+        ("device_sms", "attention", "ffn", "split"),
         [
             (132, None, None, (36, 96)),
             (132, 40, None, (40, 92)),
             (132, None, 104, (28, 104)),
             (132, 16, 16, (16, 16)),
-            (108, None, None, (28, 80)),
             (0, None, None, None),
         ],
     )
     def test_the_default_split_fills_the_device(
-        self, sms: int, attention: int | None, ffn: int | None, split: tuple[int, int] | None
+        self, device_sms: int, attention: int | None, ffn: int | None, split: Any
     ) -> None:
-        assert choose_split(sms, attention, ffn) == split
+        assert choose_split(device_sms, attention, ffn) == split
+
+    def test_a_split_leaves_some_for_both(self) -> None:
+        for counts in ((132, None), (None, 140)):
+            with pytest.raises(ValueError, match="132 SMs"):
+                choose_split(132, *counts)
 
     def test_green_has_an_arm_a_split(self) -> None:
-        splits = [(28, 104), (60, 72), (28, 104)]
-        specs = arm_specs(["auto", "green", "auto"], splits, (36, 96))
+        specs = arm_specs(["auto", "green", "auto"], [(28, 104), (60, 72), (28, 104)], (36, 96))
         assert [(spec.label, spec.mode, spec.split) for spec in specs] == [
             ("sequential", "sequential", (36, 96)),
             ("auto", "auto", (36, 96)),
             ("green 28+104", "green", (28, 104)),
             ("green 60+72", "green", (60, 72)),
         ]
-        assert arm_specs(["green"], [], (36, 96))[1].label == "green"
 
-    @pytest.mark.parametrize("counts", [(132, None), (None, 140)])
-    def test_a_split_leaves_some_for_both(self, counts: tuple[int | None, int | None]) -> None:
-        with pytest.raises(BenchError, match="none of the device's 132 SMs"):
-            choose_split(132, *counts)
+    def test_several_ranks_have_one_mode_beside_sequential(self) -> None:
+        specs = arm_specs(["green"], [], (36, 96))
+        assert rank_options(specs, 1) == {}
+        assert rank_options(specs, 2) == {
+            "enable_pipeline": True,
+            "pipeline_mode": "green",
+            "pipeline_attention_sm_count": 36,
+            "pipeline_ffn_sm_count": 96,
+        }
+        with pytest.raises(ValueError, match="tensor-parallel-size 2"):
+            rank_options(arm_specs(["lanes3"], [], None), 2)
+
+    def test_leave_the_engine_as_it_was(self) -> None:
+        with LLM(device="cpu", num_kvcache_blocks=4) as engine:
+            runner = engine.model_runner
+            own = runner.step_runner, runner.step_runner.chooser
+            before = engine.generate(["Once upon"], max_tokens=5, temperature=0, use_tqdm=False)
+            with open_arms(engine, [ArmSpec("sequential"), ArmSpec("microbatch")]) as arms:
+                arms[1].activate()
+                assert runner.step_runner is arms[1].step_runner is not own[0]
+            assert (runner.step_runner, runner.step_runner.chooser) == own
+            assert runner.watch is ignore
+            after = engine.generate(["Once upon"], max_tokens=5, temperature=0, use_tqdm=False)
+            assert before == after
 
 
-class TestEngineSide:
-    """What the benchmark does to an engine, and that it leaves it as it was."""
-
-    def test_seated_sequences_are_ready_to_decode(self) -> None:
+class TestTurns:
+    def test_sequences_decode_from_their_context_on(self) -> None:
         workload = DecodeWorkload(batch=4, context=300, output=6)
-        prompts = workload.draw_prompts(1024)
+        seen: list[tuple[bool, int, int, int]] = []
+
+        def watch(moment: str, step: Any) -> None:
+            if moment == "begin":
+                used = workload.blocks(256) - len(engine.scheduler.blocks.free)
+                seen.append((step.is_decode, len(step.chunks), step.chunks[0].end, used))
+
         with LLM(
             device="cpu", num_kvcache_blocks=workload.blocks(256), enable_prefix_caching=False
         ) as engine:
             workload.check_fits(engine)
             fill_cache(engine)
-            seat(engine, workload, prompts)
-            running = engine.scheduler.running
-            blocks = [block for seq in running for block in seq.block_table]
-            assert [seq.token_ids[:-1] for seq in running] == prompts
-            assert [seq.prompt_len for seq in running] == [300] * 4
-            assert len(set(blocks)) == len(blocks) == 8
-            assert [seq.num_computed for seq in running] == [300] * 4
-            cache = engine.model_runner.model.model.layers[-1].self_attn.k_cache
-            assert cache.isfinite().all()
-            assert cache[blocks].std() == pytest.approx(1, abs=0.05)
-            while not engine.is_finished():
-                engine.step()
-            statistics = engine.model_runner.get_pipeline_statistics()
-            assert statistics["steps"] == {"pipelined": 0, "sequential": 6}
-            assert len(run_turn(engine, workload, prompts)) == 2
+            assert engine.model_runner.model.kv_cache.std() == pytest.approx(1, abs=0.05)
+            engine.model_runner.watch = watch
+            assert len(run_turn(engine, workload)) == 2
+            assert seen == [(True, 4, 301 + i, 8) for i in range(6)]
+            assert len(run_turn(engine, workload)) == 2
             assert engine.scheduler.num_preemptions == 0
-
-    def test_arms_leave_the_engine_as_it_was(self) -> None:
-        with LLM(device="cpu", num_kvcache_blocks=4) as engine:
-            own = engine.model_runner.step_runner
-            before = engine.generate(["Once upon"], max_tokens=5, temperature=0, use_tqdm=False)
-            with open_arms(engine, [ArmSpec("sequential"), ArmSpec("microbatch")]) as arms:
-                arms[1].activate()
-                assert engine.model_runner.step_runner is not own
-            assert engine.model_runner.step_runner is own
-            after = engine.generate(["Once upon"], max_tokens=5, temperature=0, use_tqdm=False)
-            assert before == after
-
-
-class TestBadArguments:
-    @pytest.mark.parametrize(
-        ("argv", "message"),
-        [
-            (["--batch", "0"], "--batch: 0 is not above 0"),
-            (["--batch", "many"], "--batch: invalid int value: 'many'"),
-            (["--seconds", "nan"], "--seconds: nan is not above 0"),
-            (["--shape", "7B"], "--shape: invalid choice: '7B'"),
-            (["--modes", "fast"], "--modes: invalid choice: 'fast'"),
-            (["--shape", "8B", "--model", "m"], "give either --shape or --model"),
-            (["--layers", "2"], "--layers needs --shape"),
-            (["--requests", "2"], "--requests is an option of --workload nano and --workload pre"),
-            (["--workload", "nano", "--batch", "2"], "--batch is an option of --workload decode"),
-            (["--workload", "nano", "--map"], "not allowed with argument --workload"),
-            (["--output", "4"], "output=4 is not allowed: it must be at least 5"),
-            (["--context", "4090"], "must be below the model's longest sequence, 4096 tokens"),
-            (["--device", "tpu"], "device='tpu' is not allowed"),
-            (["--json", "nowhere/at/all.json"], "there is no directory nowhere/at"),
-        ],
-    )
-    def test_is_an_error_that_says_why(
-        self, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        with pytest.raises(SystemExit) as exit_info:
-            bench_pipeline.main([*(["--device", "cpu"] if "--device" not in argv else []), *argv])
-        assert exit_info.value.code == 2
-        assert message in capsys.readouterr().err
-
-    def test_a_directory_without_a_model(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        with pytest.raises(SystemExit):
-            bench_pipeline.main(["--device", "cpu", "--model", str(tmp_path)])
-        assert "holds no config.json" in capsys.readouterr().err
+            assert len(engine.scheduler.blocks.free) == engine.model_runner.num_blocks
 
     def test_more_sequences_than_there_is_memory_for(self) -> None:
         workload = DecodeWorkload(batch=4, context=300, output=6)
-        with (
-            LLM(device="cpu", num_kvcache_blocks=7) as engine,
-            pytest.raises(ValueError, match="it needs 10 KV blocks of 256 tokens, and there is"),
-        ):
-            workload.check_fits(engine)
+        with LLM(device="cpu", num_kvcache_blocks=7, enable_prefix_caching=False) as engine:
+            with pytest.raises(ValueError, match=r"needs 10 KV blocks .* for 7"):
+                workload.check_fits(engine)
+            with pytest.raises(ValueError, match="no room"):
+                run_turn(engine, workload)
 
 
-def test_a_timeline_of_the_last_mode_is_written(tmp_path):
-    file = tmp_path / "steps.json"
-    small = ["--batch", "2", "--context", "16", "--output", "6", "--seconds", "0.01"]
-    bench_pipeline.main([*small, "--modes", "microbatch", "--timeline", str(file)])
-    events = json.loads(file.read_text())["traceEvents"]
-    assert {event["args"].get("micro_batch") for event in events if event["ph"] == "X"} == {0, 1}
+class TestShapes:
+    @pytest.mark.parametrize("shape", SIZES)
+    def test_have_the_published_size(self, shape: str) -> None:
+        config = parse_config(published_config(shape))
+        assert config.num_weights == pytest.approx(PUBLISHED[shape], rel=1e-3)
+
+    def test_directories_are_models_without_weights(self) -> None:
+        with shape_directory("14B", layers=3) as directory:
+            assert load_config(Path(directory)).num_hidden_layers == 3
+        assert not Path(directory).exists()
+
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_the_floor_counts_what_a_step_reads(self, tied: bool) -> None:
+        model, config = torch.nn.Module(), parse_config(published_config("8B"))
+        object.__setattr__(config, "tie_word_embeddings", tied)
+        embedding = 151_936 * 4096
+        model.weights = torch.nn.Parameter(
+            torch.empty(3 * embedding, dtype=torch.bfloat16, device="meta")
+        )
+        model.kv_cache = torch.empty(36, 2, 5, 8, 256, 128, dtype=torch.bfloat16, device="meta")
+        runner: Any = type("", (), {"model": model, "model_config": config})
+        runner.config = type("", (), {"tensor_parallel_size": 1})
+        floor = ceilings.decode_floor(runner, DecodeWorkload(10, 100, 19), 1e12)
+        assert floor["weight_bytes"] == (6 if tied else 4) * embedding
+        assert floor["kv_bytes"] == 10 * 110 * 36 * 2 * 8 * 128 * 2
+        assert floor["step_ms"] == pytest.approx(
+            (floor["weight_bytes"] + floor["kv_bytes"]) / 1e12 * 1e3
+        )
+
+
+class TestPower:
+    def test_samples_count_for_the_arm_whose_steps_ran(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        log = object.__new__(power.PowerLog)
+        log.turns = {"a": [(1.0, 2.0), (5.0, 6.0)], "b": [(3.0, 4.0)], "c": [(2.1, 2.2)]}
+        samples = [(t / 2, 100.0 * t, 1500.0) for t in range(14)]
+        monkeypatch.setattr(log, "_samples", lambda: samples, raising=False)
+        readings = log.readings()
+        watts = [100.0 * t for t in (2, 3, 4, 10, 11, 12)]
+        assert readings["a"] == {"watts": sum(watts) / 6, "sm_mhz": 1500.0, "samples": 6}
+        assert readings["b"]["samples"] == 3
+        assert "c" not in readings
+
+    def test_a_line_is_a_sample(self) -> None:
+        line = "2026/11/25 16:01:02.345, 683.21, 1485\n"
+        moment, watts, mhz = power.parse(line) or (0, 0, 0)
+        assert (moment % 60, watts, mhz) == (pytest.approx(2.345), 683.21, 1485.0)
+        for other in ("", "No devices were found", line.replace("1485", "[N/A]"), line + ", 3"):
+            assert power.parse(other) is None

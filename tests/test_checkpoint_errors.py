@@ -13,17 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM
-from nanovllm.models.qwen3_config import Qwen3Config, UnsupportedModelError
+from nanovllm.models import UnsupportedModelError
+from nanovllm.models.loader import INDEX, WeightsError
 from nanovllm.utils import hub
 from nanovllm.utils.hub import resolve_model
-from nanovllm.utils.loader import INDEX, WeightsError
-from tests.checkpoints import VOCAB, Shape
+from tests.checkpoints import VOCAB, Shape, edit_config
 
 SHAPE = Shape(layers=2, heads=2, kv_heads=1, hidden=32, intermediate=64)
 SMALL = {"device": "cpu", "max_model_len": 64, "kvcache_block_size": 16, "num_kvcache_blocks": 8}
 PROMPT = [5, 6, 7]
-
-NOT_FOUND = "a directory nor a model on the hub that you may read"
 
 
 @pytest.fixture(scope="module")
@@ -57,28 +55,11 @@ def error_of(kind: type[Exception], directory: Path | str, **options) -> str:
     return str(caught.value)
 
 
-def edit_config(directory: Path, **changes) -> None:
-    path = directory / "config.json"
-    fields = json.loads(path.read_text())
-    for name, value in changes.items():
-        if value is ...:
-            fields.pop(name, None)
-        else:
-            fields[name] = value
-    path.write_text(json.dumps(fields))
-
-
-def edit_weights(directory: Path, **changes: torch.Tensor | None) -> None:
-    """Replaces, adds or (None) removes tensors; `__` stands for a dot."""
+def edit_weights(directory: Path, changes: dict[str, torch.Tensor | None]) -> None:
+    """Replaces, adds or (None) removes tensors."""
     path = directory / "model.safetensors"
-    tensors = load_file(path)
-    for name, tensor in changes.items():
-        name = name.replace("__", ".")
-        if tensor is None:
-            del tensors[name]
-        else:
-            tensors[name] = tensor
-    save_file(tensors, path)
+    tensors = load_file(path) | changes
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
 
 
 def shard(directory: Path) -> dict[str, str]:
@@ -93,32 +74,35 @@ def shard(directory: Path) -> dict[str, str]:
 # ------------------------------------------------------------------ weights
 
 
-def test_a_missing_tensor_is_named(copy):
-    edit_weights(copy, model__layers__1__mlp__up_proj__weight=None)
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model.layers.1.mlp.up_proj.weight": None}, ["missing", "layers.1.mlp.up_proj.weight'"]),
+        (
+            {"model.norm.weight": None, "model.embed_tokens.weight": None},
+            ["missing", "'model.embed_tokens.weight'", "1 more"],
+        ),
+        ({"lm_head.weight": None}, ["missing", "'lm_head.weight'"]),
+        (
+            {"model.layers.7.mlp.up_proj.weight": torch.zeros(2)},
+            ["surplus", "'model.layers.7.mlp.up_proj.weight'"],
+        ),
+        (
+            {"model.layers.0.self_attn.q_proj.bias": torch.zeros(128)},
+            ["surplus", "'model.layers.0.self_attn.q_proj.bias'"],
+        ),
+    ],
+    ids=["missing", "two missing", "no output head", "surplus", "a bias that the config denies"],
+)
+def test_missing_and_surplus_tensors_are_named(copy, changes, words):
+    edit_weights(copy, changes)
     message = error_of(WeightsError, copy)
-    assert message == f"{copy}: missing tensor 'model.layers.1.mlp.up_proj.weight'"
-
-
-def test_of_several_missing_tensors_one_is_named_and_the_rest_counted(copy):
-    edit_weights(copy, model__norm__weight=None, model__embed_tokens__weight=None)
-    message = error_of(WeightsError, copy)
-    assert message.endswith("missing tensor 'model.embed_tokens.weight' (and 1 more)")
-
-
-def test_a_surplus_tensor_is_named(copy):
-    edit_weights(copy, model__layers__7__mlp__up_proj__weight=torch.zeros(2))
-    message = error_of(WeightsError, copy)
-    assert message == f"{copy}: surplus tensor 'model.layers.7.mlp.up_proj.weight'"
-
-
-def test_biases_that_the_config_does_not_know_are_surplus(copy):
-    edit_weights(copy, model__layers__0__self_attn__q_proj__bias=torch.zeros(128))
-    assert "surplus tensor 'model.layers.0.self_attn.q_proj.bias'" in error_of(WeightsError, copy)
+    assert [word for word in [str(copy), *words] if word not in message] == []
 
 
 @pytest.mark.parametrize("shape", [(VOCAB, 31), (VOCAB - 1, 32), (VOCAB,), (VOCAB, 32, 1), ()])
 def test_a_misshaped_tensor_is_named_with_both_shapes(copy, shape):
-    edit_weights(copy, model__embed_tokens__weight=torch.zeros(shape))
+    edit_weights(copy, {"model.embed_tokens.weight": torch.zeros(shape)})
     message = error_of(WeightsError, copy)
     assert f"tensor 'model.embed_tokens.weight' has shape {shape}" in message
     assert message.endswith(f"expected ({VOCAB}, 32)")
@@ -140,7 +124,9 @@ def test_a_file_of_rubbish_is_named(copy):
 
 def test_a_directory_without_weights_is_named(copy):
     (copy / "model.safetensors").unlink()
-    assert error_of(FileNotFoundError, copy) == f"{copy} holds no *.safetensors file"
+    message = error_of(FileNotFoundError, copy)
+    assert str(copy) in message
+    assert "safetensors" in message
 
 
 def test_a_tensor_in_two_shards_is_named_with_both(copy):
@@ -165,15 +151,10 @@ def test_files_beside_the_weights_are_ignored(copy, tokens):
     assert run(copy) == tokens
 
 
-def test_a_sharded_checkpoint_loads(copy, tokens):
-    shard(copy)
-    assert run(copy) == tokens
-
-
 def test_a_missing_shard_is_named(copy):
     last = sorted(set(shard(copy).values()))[-1]
     (copy / last).unlink()
-    assert error_of(WeightsError, copy) == f"{copy / last} is missing"
+    assert f"{copy / last} is missing" in error_of(WeightsError, copy)
 
 
 def test_a_truncated_shard_is_named(copy):
@@ -189,16 +170,8 @@ def test_a_tensor_that_the_index_promises_in_vain_is_named(copy):
     del tensors["model.norm.weight"]
     save_file(tensors, copy / file)
     message = error_of(WeightsError, copy)
-    assert message == f"{copy / file} lacks 'model.norm.weight', which {INDEX} says it holds"
-
-
-def test_a_tensor_that_the_index_omits_is_found_in_a_file_that_it_names(copy, tokens):
-    """As in transformers, which reads those files whole."""
-    weight_map = shard(copy)
-    file = weight_map.pop("model.norm.weight")
-    assert file in weight_map.values()
-    (copy / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    assert run(copy) == tokens
+    assert [word for word in (str(copy / file), "'model.norm.weight'", INDEX)
+            if word not in message] == []  # fmt: skip
 
 
 def test_a_file_that_the_index_omits_is_missing(copy):
@@ -229,98 +202,27 @@ def test_a_bad_index_is_named(copy, text):
     assert f"{copy / INDEX} is not a safetensors index" in error_of(WeightsError, copy)
 
 
-def test_a_tied_checkpoint_that_repeats_the_output_head_loads(tmp_path):
-    shape = Shape(layers=1, heads=2, kv_heads=1, hidden=32, intermediate=64, tied=True)
-    shape.write(tmp_path)
-    expected = run(tmp_path)
-    embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
-    edit_weights(tmp_path, lm_head__weight=embedding.clone())
-    assert run(tmp_path) == expected
-
-
-def test_rope_frequencies_of_old_checkpoints_are_ignored(copy, tokens):
-    edit_weights(copy, model__layers__0__self_attn__rotary_emb__inv_freq=torch.zeros(32))
-    assert run(copy) == tokens
-
-
-def test_an_untied_checkpoint_needs_its_output_head(copy):
-    edit_weights(copy, lm_head__weight=None)
-    assert "missing tensor 'lm_head.weight'" in error_of(WeightsError, copy)
-
-
 # ------------------------------------------------------------------ config.json
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"architectures": ["LlamaForCausalLM"]}, ["LlamaForCausalLM", "only Qwen3ForCausalLM"]),
-        ({"architectures": "Qwen3Model"}, ["architecture Qwen3Model"]),
-        ({"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}, ["qwen3_moe"]),
-        ({"model_type": "qwen2"}, ["model_type='qwen2'"]),
-        ({"model_type": ...}, ["model_type=None"]),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, ["rope_type='llama3'"]),
-        ({"rope_parameters": ..., "rope_scaling": {"type": "linear"}}, ["rope_type='linear'"]),
-        ({"rope_parameters": ..., "rope_scaling": "yarn"}, ["rope_scaling='yarn'"]),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": "x"}}, ["factor='x'"]),
-        ({"rope_parameters": {"rope_theta": -1}}, ["rope_theta=-1"]),
-        (
-            {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
-            ["rope_parameters={'full_attention'", "flat"],
-        ),
-        (
-            {
-                "use_sliding_window": True,
-                "sliding_window": 16,
-                "max_window_layers": 1,
-                "layer_types": ...,
-            },
-            ["use_sliding_window=True", "must be False", "max_window_layers=1"],
-        ),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types"]),
-        ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "must be 'silu'"]),
-        ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config=", "awq"]),
-        ({"num_key_value_heads": 3}, ["num_attention_heads=2", "num_key_value_heads=3"]),
-        ({"num_attention_heads": 0}, ["num_attention_heads=0", "positive integer"]),
-        ({"num_hidden_layers": True}, ["num_hidden_layers=True", "positive integer"]),
-        ({"vocab_size": None}, ["vocab_size=None", "positive integer"]),
-        ({"hidden_size": 32.0}, ["hidden_size=32.0", "positive integer"]),
-        ({"intermediate_size": "64"}, ["intermediate_size='64'", "positive integer"]),
-        ({"max_position_embeddings": -5}, ["max_position_embeddings=-5", "positive integer"]),
-        ({"head_dim": 63}, ["head_dim=63", "even"]),
-        ({"rms_norm_eps": "small"}, ["rms_norm_eps='small'"]),
-        ({"rms_norm_eps": None}, ["rms_norm_eps=None"]),
-        ({"dtype": "float64"}, ["dtype='float64'", "bfloat16"]),
-        ({"dtype": ..., "torch_dtype": "int8"}, ["dtype='int8'"]),
-        ({"eos_token_id": "1"}, ["eos_token_id='1'"]),
-        ({"eos_token_id": [1, None]}, ["eos_token_id=[1, None]"]),
-    ],
-    ids=str,
-)
-def test_a_model_that_is_not_supported_is_refused_by_name(copy, changes, words):
-    edit_config(copy, **changes)
-    message = error_of(UnsupportedModelError, copy)
-    for word in words:
-        assert word in message
-
-
-@pytest.mark.parametrize("text", ["", "{", "nonsense", '{"model_type": "qwen3",}', "\xff\xfe"])
-def test_broken_json_is_named(copy, text):
-    path = copy / "config.json"
-    path.write_bytes(text.encode("latin-1"))
-    assert f"{path} is not valid JSON" in error_of(UnsupportedModelError, copy)
+def test_a_model_that_is_not_supported_is_refused_by_name(copy):
+    edit_config(copy, hidden_act="gelu")
+    assert "hidden_act='gelu'" in error_of(UnsupportedModelError, copy)
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_json_that_is_no_object_is_named(copy, name):
     (copy / name).write_text("[]")
-    assert error_of(UnsupportedModelError, copy) == f"{copy / name} does not hold a JSON object"
+    message = error_of(UnsupportedModelError, copy)
+    assert str(copy / name) in message
+    assert "JSON object" in message
 
 
 def test_a_directory_without_config_is_named(copy):
     (copy / "config.json").unlink()
     message = error_of(FileNotFoundError, copy)
-    assert message == f"{copy} holds no config.json: not a model directory"
+    assert str(copy) in message
+    assert "config.json" in message
 
 
 def test_dummy_weights_need_config_json_alone(copy):
@@ -344,7 +246,7 @@ def test_dummy_weights_do_not_vary(copy):
 
 def test_dummy_weights_still_need_config_json(copy):
     (copy / "config.json").unlink()
-    assert "holds no config.json" in error_of(FileNotFoundError, copy, load_format="dummy")
+    assert "config.json" in error_of(FileNotFoundError, copy, load_format="dummy")
 
 
 # ------------------------------------------------------------------ code
@@ -373,82 +275,19 @@ def test_code_in_a_checkpoint_never_runs(copy, tmp_path, file, model_type):
         assert model_type in done.stderr
 
 
-# ------------------------------------------------------------------ spellings of config.json
-
-
-def base_fields() -> dict:
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "vocab_size": 512,
-        "hidden_size": 48,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "max_position_embeddings": 256,
-        "rms_norm_eps": 1e-6,
-        "eos_token_id": 1,
-    }
-
-
-YARN = {"factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 16.0}
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        (
-            {"rope_theta": 1e6, "rope_scaling": None, "torch_dtype": "bfloat16"},
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "dtype": "bfloat16"},
-        ),
-        (
-            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "yarn", **YARN}},
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, **YARN}},
-        ),
-        (
-            {"rope_theta": 5e5, "rope_scaling": {"type": "yarn", **YARN}},
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, **YARN}},
-        ),
-        (
-            {"torch_dtype": "float16", "rope_theta": 10000},
-            {"dtype": "float16", "rope_parameters": {"rope_theta": 1e4}},
-        ),
-    ],
-    ids=["default", "yarn", "yarn of old", "no rope_type"],
-)
-def test_old_and_new_spellings_mean_the_same(old, new):
-    first = Qwen3Config.from_dict({**base_fields(), **old})
-    assert first == Qwen3Config.from_dict({**base_fields(), **new})
-    different = {**new, "rope_parameters": {**new["rope_parameters"], "rope_theta": 123.0}}
-    assert first != Qwen3Config.from_dict({**base_fields(), **different})
-
-
-def test_eos_ids_of_both_files_are_joined():
-    config = Qwen3Config.from_dict({**base_fields(), "eos_token_id": [3, 4]}, [4, 5])
-    assert config.eos_token_ids == (3, 4, 5)
-    assert Qwen3Config.from_dict(base_fields(), 7).eos_token_ids == (1, 7)
-    assert Qwen3Config.from_dict({**base_fields(), "eos_token_id": None}).eos_token_ids == ()
-
-
 # ------------------------------------------------------------------ the hub
 
 
 def test_a_hub_id_offline_says_so():
     message = error_of(FileNotFoundError, "nobody/no-such-model")
-    assert message == (
-        "model='nobody/no-such-model' is not a directory, is not in the local hub cache, and the "
-        "hub cannot be reached (offline): download it first, or give a directory"
-    )
+    words = ["model='nobody/no-such-model'", "hub cache", "offline", "download", "a directory"]
+    assert [word for word in words if word not in message] == []
 
 
 @pytest.mark.parametrize("name", ["no such model", "a/b/c", "/no/such/directory", "-x-", "a--b"])
 def test_a_nonsense_name_is_neither_directory_nor_hub_id(name):
     message = error_of(FileNotFoundError, name)
-    assert (
-        message == f"model={name!r} is neither a directory nor a model on the hub that you may read"
-    )
+    assert message.startswith(f"model={name!r} is neither a directory nor a model on the hub")
 
 
 def test_a_model_that_the_hub_does_not_have_is_named(monkeypatch):
@@ -463,12 +302,8 @@ def test_a_model_that_the_hub_does_not_have_is_named(monkeypatch):
         raise NotFoundError
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
-    with pytest.raises(FileNotFoundError) as caught:
+    with pytest.raises(FileNotFoundError, match=r"^model='somebody/typo' .* model on the hub"):
         resolve_model("somebody/typo")
-    assert (
-        str(caught.value)
-        == "model='somebody/typo' is neither a directory nor a model on the hub that you may read"
-    )
 
 
 def test_only_the_files_of_a_model_are_downloaded(monkeypatch, tmp_path):

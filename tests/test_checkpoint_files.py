@@ -12,14 +12,14 @@ import sys
 import pytest
 
 from nanovllm import LLM
-from nanovllm.models.qwen3_config import UnsupportedModelError
+from nanovllm.models import UnsupportedModelError
+from nanovllm.models.loader import INDEX, WeightsError
 from nanovllm.tiny import CHECKPOINT_DIR
 from nanovllm.utils.hub import resolve_model
 from nanovllm.utils.json_files import naming
-from nanovllm.utils.loader import INDEX, WeightsError
 from nanovllm.utils.tokenizer import TokenizerError, load_tokenizer
 from tests.checkpoint_mutations import add_tokenizer
-from tests.checkpoints import Shape
+from tests.checkpoints import Shape, edit_config
 
 SMALL = {"device": "cpu", "max_model_len": 64, "kvcache_block_size": 16, "num_kvcache_blocks": 8}
 SHAPE = Shape(layers=1, heads=2, kv_heads=1, hidden=32, intermediate=64)
@@ -64,11 +64,6 @@ def error_of(directory, kind: type[BaseException] = ValueError, **options) -> st
     with pytest.raises(kind) as caught:
         LLM(str(directory), **SMALL, **options)
     return str(caught.value)
-
-
-def edit_config(directory, **changes) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def put_index(directory, weight_map) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
+import inspect
 import math
 from decimal import Decimal
 from enum import IntEnum
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,6 @@ import torch
 from nanovllm import Config, SamplingParams
 from nanovllm.config import PIPELINE_MODES
 from nanovllm.tiny import CHECKPOINT_DIR
-from nanovllm.utils import options
 
 POSITIVE = "an integer of at least 1"
 BOOLEAN = "True or False"
@@ -89,10 +89,11 @@ def cases(table):
     ]
 
 
-def error_of(action) -> str:
-    with pytest.raises(ValueError, match="is not allowed") as caught:
+def check_refused(action, field, value, allowed) -> None:
+    with pytest.raises(ValueError, match="not allowed") as caught:
         action()
-    return str(caught.value)
+    assert str(caught.value).startswith(f"{field}={value!r} ")
+    assert str(caught.value).endswith(allowed)
 
 
 @pytest.mark.parametrize(
@@ -106,55 +107,36 @@ def test_the_tables_of_bad_values_name_every_field(cls, table):
 
 @pytest.mark.parametrize(("field", "value", "allowed"), cases(BAD_CONFIG))
 def test_config_refuses(field, value, allowed):
-    message = f"{field}={value!r} is not allowed: it must be {allowed}"
-    assert error_of(lambda: Config(**{field: value})) == message
+    check_refused(lambda: Config(**{field: value}), field, value, allowed)
     config = Config()
-    assert error_of(lambda: setattr(config, field, value)) == message
+    check_refused(lambda: setattr(config, field, value), field, value, allowed)
     assert getattr(config, field) == getattr(Config(), field)  # as it was
 
 
 @pytest.mark.parametrize(("field", "value", "allowed"), cases(BAD_SAMPLING))
 def test_sampling_params_refuse(field, value, allowed):
-    message = f"{field}={value!r} is not allowed: it must be {allowed}"
-    assert error_of(lambda: SamplingParams(**{field: value})) == message
-    assert error_of(lambda: dataclasses.replace(SamplingParams(), **{field: value})) == message
+    check_refused(lambda: SamplingParams(**{field: value}), field, value, allowed)
+    replace = dataclasses.replace
+    check_refused(lambda: replace(SamplingParams(), **{field: value}), field, value, allowed)
 
 
-@pytest.mark.parametrize(
-    ("option", "nearest"),
-    [
-        ("max_seqs", "max_num_seqs"),
-        ("max_num_sequences", "max_num_seqs"),
-        ("block_size", "kvcache_block_size"),
-        ("enable_pipelining", "enable_pipeline"),
-        ("Model", "model"),
-    ],
-)
-def test_config_names_an_unknown_option_and_the_nearest_valid_one(option, nearest):
-    message = f"Config has no option '{option}'; the nearest valid one is '{nearest}'"
-    with pytest.raises(TypeError) as caught:
-        Config(**{option: 1})
-    assert str(caught.value) == message
-    with pytest.raises(TypeError) as caught:
-        setattr(Config(), option, 1)
-    assert str(caught.value) == message
-
-
-@pytest.mark.parametrize(
-    ("option", "nearest"),
-    [("max_new_tokens", "max_tokens"), ("temp", "temperature"), ("topk", "top_k")],
-)
-def test_sampling_params_name_an_unknown_option_and_the_nearest_valid_one(option, nearest):
-    with pytest.raises(TypeError) as caught:
-        SamplingParams(**{option: 1})
-    assert str(caught.value) == (
-        f"SamplingParams has no option '{option}'; the nearest valid one is '{nearest}'"
-    )
+@pytest.mark.parametrize("cls", [Config, SamplingParams])
+def test_editors_see_the_options_and_their_defaults(cls):
+    parameters = inspect.signature(cls).parameters
+    assert {name: p.default for name, p in parameters.items()} == dataclasses.asdict(cls())
 
 
 @pytest.mark.parametrize(
     ("cls", "option", "nearest"),
     [
+        (Config, "max_seqs", "max_num_seqs"),
+        (Config, "max_num_sequences", "max_num_seqs"),
+        (Config, "block_size", "kvcache_block_size"),
+        (Config, "enable_pipelining", "enable_pipeline"),
+        (Config, "Model", "model"),
+        (SamplingParams, "max_new_tokens", "max_tokens"),
+        (SamplingParams, "temp", "temperature"),
+        (SamplingParams, "topk", "top_k"),
         (SamplingParams, "topP", "top_p"),
         (SamplingParams, "temprature", "temperature"),
         (SamplingParams, "stop", "stop_token_ids"),
@@ -167,9 +149,13 @@ def test_sampling_params_name_an_unknown_option_and_the_nearest_valid_one(option
         (Config, "pipeline_attn_sm_count", "pipeline_attention_sm_count"),
     ],
 )
-def test_typing_errors_and_shorter_or_longer_names_get_a_hint(cls, option, nearest):
-    with pytest.raises(TypeError, match=f"no option '{option}'; .* is '{nearest}'$"):
-        cls(**{option: 1})
+def test_an_unknown_option_is_named_with_the_nearest_valid_one(cls, option, nearest):
+    for use in (cls, partial(dataclasses.replace, cls())):
+        with pytest.raises(TypeError, match=f"^{cls.__name__} .*'{option}'.*'{nearest}'"):
+            use(**{option: 1})
+    if cls is Config:
+        with pytest.raises(TypeError, match=f"'{option}'.*'{nearest}'"):
+            setattr(Config(), option, 1)
 
 
 # Options that vLLM has, and that nothing here resembles in meaning.
@@ -191,7 +177,7 @@ ELSEWHERE = {
     ("cls", "option"), [(cls, option) for cls, options in ELSEWHERE.items() for option in options]
 )
 def test_an_option_that_resembles_nothing_gets_no_hint(cls, option):
-    with pytest.raises(TypeError, match=f"^{cls.__name__} has no option '{option[:20]}") as caught:
+    with pytest.raises(TypeError, match=f"^{cls.__name__} .*'{option[:20]}") as caught:
         cls(**{option: 1})
     assert "nearest" not in str(caught.value)
     assert len(str(caught.value)) < 200
@@ -257,7 +243,7 @@ def test_real_numbers_of_any_maker_become_floats(value):
     for taken in (params.temperature, params.top_p, Config(gpu_memory_utilization=value)):
         taken = getattr(taken, "gpu_memory_utilization", taken)
         assert (taken, type(taken)) == (0.5, float)
-    with pytest.raises(ValueError, match=r"^max_tokens=.* is not allowed: it must be an integer"):
+    with pytest.raises(ValueError, match=r"^max_tokens=.*[^$]* an integer"):
         SamplingParams(max_tokens=value)
 
 
@@ -272,9 +258,9 @@ def test_arrays_of_token_ids_become_tuples_of_ints(ids):
 def test_booleans_of_any_maker_are_booleans_and_no_numbers(truth):
     assert SamplingParams(ignore_eos=truth).ignore_eos is True
     for field in ("temperature", "top_k", "top_p", "max_tokens", "seed"):
-        with pytest.raises(ValueError, match=f"^{field}=.* is not allowed: it must be"):
+        with pytest.raises(ValueError, match=f"^{field}=.*not allowed"):
             SamplingParams(**{field: truth})
-    with pytest.raises(ValueError, match=r"^stop_token_ids=.* is not allowed"):
+    with pytest.raises(ValueError, match=r"^stop_token_ids=.*not allowed"):
         SamplingParams(stop_token_ids=[truth])
 
 
@@ -316,17 +302,6 @@ def test_words_of_any_maker_become_strings():
     for device in ("cuda:\u0661", "cuda:1\n"):
         with pytest.raises(ValueError, match=r"^device="):
             Config(device=device)
-
-
-def test_options_need_neither_numpy_nor_torch():
-    tree = ast.parse(Path(options.__file__).read_text())
-    imported = {
-        name.name.split(".")[0]
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-        for name in [*node.names, ast.alias(getattr(node, "module", None) or "")]
-    }
-    assert not imported & {"numpy", "torch"}
 
 
 def test_sampling_params_are_frozen():

@@ -1,71 +1,31 @@
-"""Decoders like Llama's and Qwen2's against transformers, on random weights copied by name."""
+"""Decoders of every architecture against transformers, on random weights copied by name."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-import transformers
 
+from nanovllm import LLM
 from nanovllm.layers.attention import AttentionMetadata, DecodeMetadata, PrefillMetadata
-from nanovllm.layers.attention_torch import TorchBackend
-from nanovllm.layers.parallel import ParallelGroup
-from nanovllm.layers.rotary_embedding import cos_sin_table
-from nanovllm.models.decoder import DecoderForCausalLM, DecoderKind
-from nanovllm.models.qwen3_config import Qwen3Config
-from nanovllm.models.rank_heads import rank_heads
+from nanovllm.models import architectures
+from nanovllm.models.architectures import ARCHITECTURES, Architecture
+from nanovllm.models.rules import NULL
+from tests.checkpoints import TABLE, VOCAB, Shape, greedy, prompts
+from tests.decode_cases import model_like
 
-VOCAB, BLOCK, MAX_BLOCKS = 300, 16, 4
-FAMILIES = {
-    "llama": (
-        transformers.LlamaConfig,
-        transformers.LlamaForCausalLM,
-        DecoderKind(qk_norm=False, qkv_bias=False, o_bias=False),
-    ),
-    "qwen2": (
-        transformers.Qwen2Config,
-        transformers.Qwen2ForCausalLM,
-        DecoderKind(qk_norm=False, qkv_bias=True, o_bias=False),
-    ),
-    "qwen3": (
-        transformers.Qwen3Config,
-        transformers.Qwen3ForCausalLM,
-        DecoderKind(qk_norm=True, qkv_bias=False, o_bias=False),
-    ),
-}
+BLOCK, MAX_BLOCKS = 16, 4
+SHAPE = Shape(layers=3, hidden=48, intermediate=80, head_dim=16)
 
 
 class Pair:
     """A transformers model of random weights, ours with the same, and sequences for both."""
 
-    def __init__(self, family: str, *, tied: bool, lengths: list[int]) -> None:
-        config_class, model_class, kind = FAMILIES[family]
-        shape = {
-            "vocab_size": VOCAB,
-            "hidden_size": 48,
-            "intermediate_size": 80,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "max_position_embeddings": BLOCK * MAX_BLOCKS,
-            "tie_word_embeddings": tied,
-        }
-        torch.manual_seed(len(lengths) + tied)
-        self.oracle = model_class(config_class(**shape)).eval()
-        for name, weight in self.oracle.named_parameters():
-            torch.nn.init.normal_(weight, 1.0 if "norm" in name else 0.0, 0.2)
-        fields = transformers.Qwen3Config(**shape).to_dict()
-        config = Qwen3Config.from_dict(fields | {"architectures": ["Qwen3ForCausalLM"]})
-        group = ParallelGroup()
-        backend = TorchBackend(rank_heads(config, group))
-        self.model = DecoderForCausalLM(config, kind, backend, group).eval()
-        self.model.model.cos_sin = cos_sin_table(config.rope, 16, BLOCK * MAX_BLOCKS)
-        weights = self.oracle.state_dict()
-        slots = dict(self.model.slots())
-        assert weights.keys() - slots.keys() <= ({"lm_head.weight"} if tied else set())
-        for name, slot in slots.items():
-            assert weights[name].shape == slot.shape
-            slot.target.copy_(weights[name])
+    def __init__(self, model_type: str, *, tied: bool, lengths: list[int]) -> None:
+        shape = replace(SHAPE, model_type=model_type, tied=tied, seed=len(lengths) + tied)
+        self.oracle = shape.build()
+        self.model = model_like(self.oracle)
         self.texts = [torch.randint(VOCAB, (length,)) for length in lengths]
         blocks = torch.randperm(len(lengths) * MAX_BLOCKS) + 1
         self.tables = blocks.view(len(lengths), MAX_BLOCKS).to(torch.int32)
@@ -112,10 +72,10 @@ class Pair:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_transformers(family, tied):
+@pytest.mark.parametrize("model_type", TABLE)
+def test_logits_are_those_of_transformers(model_type, tied):
     """Prompts in chunks, tokens one by one, and steps in which some do one, some the other."""
-    pair = Pair(family, tied=tied, lengths=[30, 21, 40, 64])
+    pair = Pair(model_type, tied=tied, lengths=[30, 21, 40, 64])
     pair.check([], [(0, 0, 17), (1, 0, 20)])
     pair.check([], [(0, 17, 28), (2, 0, 5)])
     pair.check([(0, 28), (1, 20)], [])
@@ -123,32 +83,35 @@ def test_logits_are_those_of_transformers(family, tied):
     pair.check([(2, 39), (3, 33)], [])
 
 
-@torch.inference_mode()
-@pytest.mark.parametrize("family", FAMILIES)
-def test_whole_sequences_need_no_cache(family):
-    pair = Pair(family, tied=False, lengths=[30, 1, 50])
-    positions = torch.cat([torch.arange(len(text)) for text in pair.texts])
-    logits = pair.model.compute_logits(pair.model(torch.cat(pair.texts), positions))
-    expected = [pair.oracle(text[None]).logits[0] for text in pair.texts]
-    torch.testing.assert_close(logits, torch.cat(expected), rtol=1e-4, atol=1e-4)
-
-
-def test_a_bias_or_norm_that_is_missing_would_be_noticed():
-    """The slots of a family are exactly its tensors, so a checkpoint of another does not load."""
-    names = {
-        family: set(dict(Pair(family, tied=True, lengths=[2]).model.slots())) for family in FAMILIES
-    }
-    assert {name for name in names["qwen2"] if name.endswith("bias")} == {
-        f"model.layers.{layer}.self_attn.{part}_proj.bias" for layer in range(3) for part in "qkv"
-    }
-    assert {name for name in names["qwen3"] - names["llama"] if "layers.0." in name} == {
-        "model.layers.0.self_attn.q_norm.weight",
-        "model.layers.0.self_attn.k_norm.weight",
-    }
+@pytest.mark.parametrize("model_type", TABLE)
+def test_a_checkpoint_of_another_architecture_would_not_load(model_type):
+    """A model's weights are those that transformers has, biases and norms included."""
+    pair = Pair(model_type, tied=True, lengths=[2])
+    assert pair.model.weight_shards().keys() == pair.oracle.state_dict().keys() - {"lm_head.weight"}
 
 
 def test_stages_come_in_the_order_of_execution():
-    model = Pair("llama", tied=True, lengths=[2]).model
+    model = Pair("qwen3", tied=True, lengths=[2]).model
     order = [(stage.layer, stage.name) for stage in model.stages()]
     kinds = ["qkv", "attention", "mlp"]
     assert order == [(-1, "mlp"), *((layer, kind) for layer in range(3) for kind in kinds)]
+
+
+def test_a_new_architecture_is_an_entry_of_the_table(tmp_path, monkeypatch):
+    """Mistral, without its sliding window."""
+    mistral = Architecture(
+        name="MistralForCausalLM",
+        model_type="mistral",
+        ropes=("default",),
+        qkv_bias=False,
+        o_bias=False,
+        own_fields={"sliding_window": (NULL, 4096)},
+        defaults={"vocab_size": 32_000, "intermediate_size": 14_336, "num_key_value_heads": 8},
+    )
+    monkeypatch.setattr(architectures, "ARCHITECTURES", (*ARCHITECTURES, mistral))
+    oracle = replace(SHAPE, model_type="mistral", more={"sliding_window": None}).write(tmp_path)
+    given = prompts(0, count=4)
+    with LLM(str(tmp_path), device="cpu", max_model_len=128) as llm:
+        outputs = llm.generate(given, temperature=0, max_tokens=12, use_tqdm=False)
+    for prompt, output in zip(given, outputs, strict=True):
+        assert output["token_ids"] == greedy(oracle, prompt, 12)

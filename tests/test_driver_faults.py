@@ -27,7 +27,6 @@ OLD_STREAMS = {"unbound": ("cuGreenCtxStreamCreate",)}
 # What a driver tells and lacks, and what is asked of it.
 SETUPS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "new driver": ({}, (16, 32)),
-    "granularity asked for": ({"fields": 12}, (16, 32)),
     "older streams": (OLD_STREAMS, (16, 32)),
     "older streams, known to the bindings": ({"unknown": ("cuGreenCtxStreamCreate",)}, (16, 32)),
     "several units": ({}, (40, 80)),
@@ -35,7 +34,7 @@ SETUPS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "small units": ({"most_groups": lambda size: 1 if size > 16 else 16}, (16, 32)),
     "one lane": ({}, (40,)),
     "whole device": (OLD_STREAMS, (130,)),
-    "three lanes": ({"fields": 0}, (36, 88, 8)),
+    "three lanes": ({}, (36, 88, 8)),
     "three lanes, older streams": (OLD_STREAMS, (36, 88, 8)),
     "four lanes": ({"sms": 108, "granularity": (4, 2)}, (10, 20, 30, 40)),
 }
@@ -119,7 +118,8 @@ def build(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch, **options: Any) -> 
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: handle)
     config = Config(enable_pipeline=True, **options)
     backend = SimpleNamespace(make_workspace=lambda device, num_sms: None)
-    return build_pipelines(config, None, backend, torch.device("cuda:0"), 132)  # type: ignore[arg-type]
+    model: Any = SimpleNamespace(backend=backend)
+    return build_pipelines(config, model, torch.device("cuda:0"), 132)
 
 
 @pytest.mark.parametrize("lack", [(), ("cuGreenCtxStreamCreate",)], ids=["new", "older streams"])

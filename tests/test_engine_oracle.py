@@ -1,55 +1,128 @@
-"""Greedy tokens equal those of transformers, token for token, whatever the scheduler has to do."""
+"""Tokens equal those of transformers, whatever the architecture, the mode and the scheduler do."""
 
 from __future__ import annotations
 
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nanovllm import LLM
-from tests.checkpoints import Shape, greedy, prompts
+from tests.checkpoints import TABLE, Shape, greedy, prompts
 
 MAX_TOKENS = 24
 
+# The modes that a CPU has; all others fall back to the first.
+MODES: dict[str, dict[str, Any]] = {
+    "sequential": {},
+    "microbatch": {
+        "enable_pipeline": True,
+        "pipeline_mode": "microbatch",
+        "pipeline_strict": True,
+    },
+}
+
 # Each makes another part of the engine work: long prompts in chunks, scarce KV blocks with
-# preemption, one sequence at a time, no prefix cache.
-SETTINGS = [
-    {"kvcache_block_size": 16},
-    {"kvcache_block_size": 16, "max_num_batched_tokens": 7},
-    {"kvcache_block_size": 16, "num_kvcache_blocks": 7},
-    {"kvcache_block_size": 16, "num_kvcache_blocks": 6, "max_num_batched_tokens": 13},
+# preemption, few sequences at a time, no prefix cache.
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"max_num_batched_tokens": 7},
+    {"num_kvcache_blocks": 7},
+    {"num_kvcache_blocks": 6, "max_num_batched_tokens": 13},
     {"kvcache_block_size": 32, "max_num_seqs": 2},
+    {"max_num_seqs": 3, "num_kvcache_blocks": 9},
     {"kvcache_block_size": 256},
-    {"kvcache_block_size": 16, "enable_prefix_caching": False},
-    {"kvcache_block_size": 16, "enable_prefix_caching": False, "num_kvcache_blocks": 6},
+    {"enable_prefix_caching": False},
+    {"enable_prefix_caching": False, "num_kvcache_blocks": 6},
 ]
 
-
-@pytest.mark.parametrize("seed", range(24))
-def test_greedy_equals_transformers(tmp_path, seed):
-    model = Shape.random(seed).write(tmp_path)
-    given = prompts(seed, count=6)
-    expected = [greedy(model, prompt, MAX_TOKENS) for prompt in given]
-    settings = random.Random(seed).sample(SETTINGS, 3)
-    for options in settings:
-        with LLM(str(tmp_path), device="cpu", max_model_len=128, **options) as llm:
-            outputs = llm.generate(given, temperature=0, max_tokens=MAX_TOKENS, use_tqdm=False)
-            blocks = llm.scheduler.blocks
-            assert len(blocks.free) == blocks.num_blocks
-        assert [out["token_ids"] for out in outputs] == expected, options
+COUNTS = {"qwen3": 20}
+CASES = [(kind, seed) for kind in TABLE for seed in range(COUNTS.get(kind, 10))]
 
 
-def test_scarce_blocks_do_preempt(tmp_path):
+def engine(directory: Path, mode: str, **options: Any) -> LLM:
+    options = {"kvcache_block_size": 16, "max_model_len": 128} | options
+    return LLM(str(directory), device="cpu", **MODES[mode], **options)
+
+
+def run(llm: LLM, aborts: dict[int, int] | None = None) -> dict[int, list[int]]:
+    """Steps until all is done; the tokens of each request.
+
+    Args:
+        llm: has requests.
+        aborts: the step before which a request is aborted.
+    """
+    done: dict[int, list[int]] = {}
+    step = 0
+    while not llm.is_finished():
+        for request_id, when in (aborts or {}).items():
+            if when == step:
+                llm.abort(request_id)
+        done |= {output["request_id"]: output["token_ids"] for output in llm.step()}
+        step += 1
+    blocks = llm.scheduler.blocks
+    assert len(blocks.free) == blocks.num_blocks
+    return done
+
+
+@pytest.mark.parametrize(("model_type", "seed"), CASES)
+def test_greedy_tokens_equal_those_of_transformers(tmp_path, model_type, seed):
+    """Prompts share beginnings, and their limits differ, so requests finish in mid-batch."""
+    model = Shape.random(seed, model_type).write(tmp_path)
+    rng = random.Random(seed)
+    given = prompts(seed, count=rng.randint(3, 8))
+    limits = [rng.randint(1, MAX_TOKENS) for _ in given]
+    expected = [greedy(model, *pair) for pair in zip(given, limits, strict=True)]
+    settings = rng.sample(SETTINGS, 4)
+    for mode, options in zip(list(MODES) * 2, settings, strict=True):
+        with engine(tmp_path, mode, **options) as llm:
+            ids = [
+                llm.add_request(prompt, temperature=0, max_tokens=limit)
+                for prompt, limit in zip(given, limits, strict=True)
+            ]
+            done = run(llm)
+        assert [done[i] for i in ids] == expected, (mode, options)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_scarce_blocks_do_preempt(tmp_path, mode):
     """The settings above would prove little if blocks never ran out."""
     model = Shape(seed=3).write(tmp_path)
     given = prompts(5, count=6, longest=40)
-    with LLM(
-        str(tmp_path), device="cpu", max_model_len=96, kvcache_block_size=16, num_kvcache_blocks=8
-    ) as llm:
+    with engine(tmp_path, mode, num_kvcache_blocks=8) as llm:
         outputs = llm.generate(
             given, temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, use_tqdm=False
         )
         assert llm.scheduler.num_preemptions > 0
+        pipelined = llm.model_runner.get_pipeline_statistics()["steps"]["pipelined"]
+    assert (pipelined > 0) == (mode != "sequential")
     for prompt, output in zip(given, outputs, strict=True):
         expected = greedy(model, prompt, MAX_TOKENS)
         assert output["token_ids"][: len(expected)] == expected
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("seed", range(3))
+def test_aborts_in_mid_run_leave_the_others_as_they_are(tmp_path, mode, seed):
+    model = Shape(seed=seed).write(tmp_path)
+    rng = random.Random(seed)
+    given = prompts(seed, count=7, longest=40)
+    with engine(tmp_path, mode, num_kvcache_blocks=10) as llm:
+        ids = [llm.add_request(p, temperature=0, max_tokens=MAX_TOKENS) for p in given]
+        doomed = {ids[2]: rng.randint(1, 6), ids[5]: rng.randint(2, 12)}
+        done = run(llm, doomed)
+    assert done.keys() >= set(ids) - doomed.keys()
+    for request_id, tokens in done.items():
+        assert tokens == greedy(model, given[request_id], MAX_TOKENS)
+
+
+def test_sampled_tokens_are_the_same_in_every_mode(tmp_path):
+    Shape(seed=6).write(tmp_path)
+    given = prompts(6, count=5)
+    sampled = []
+    for mode in MODES:
+        with engine(tmp_path, mode) as llm:
+            outputs = llm.generate(given, temperature=0.8, seed=3, max_tokens=16, use_tqdm=False)
+            sampled.append([output["token_ids"] for output in outputs])
+    assert all(tokens == sampled[0] for tokens in sampled)

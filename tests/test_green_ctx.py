@@ -2,8 +2,6 @@
 
 The same checks on a real GPU, where kernels report the SMs they ran on, are in
 tests/gpu/test_green_ctx.py.
-
-Run: `python -m pytest tests/test_green_ctx.py`
 """
 
 from __future__ import annotations
@@ -32,19 +30,18 @@ from green_ctx import (
 from tests.fake_driver import ROOT, FakeDriver, Result, device_with
 
 
-@pytest.mark.parametrize("fields", [13, 12, 0], ids=["told", "no fields", "fields are 0"])
 @pytest.mark.parametrize("sizes", [(8, 8), (4, 2), (2, 2), (1, 1)])
-def test_granularity_is_told_or_found_out(sizes: tuple[int, int], fields: int) -> None:
-    device = device_with(FakeDriver(108, sizes, fields=fields))
+def test_granularity_is_found_out(sizes: tuple[int, int]) -> None:
+    device = device_with(FakeDriver(108, sizes))
     assert device.sm_count == 108
     assert device.granularity() == Granularity(*sizes)
 
 
 def test_granularity_of_a_device_that_makes_one_group_only() -> None:
-    assert device_with(FakeDriver(8, fields=12)).granularity() == Granularity(8, 8)
-    assert device_with(FakeDriver(10, fields=12)).granularity() == Granularity(8, 8)
-    with pytest.raises(GreenContextUnavailable, match="device 0 cannot be split"):
-        device_with(FakeDriver(4, fields=12)).granularity()
+    assert device_with(FakeDriver(8)).granularity() == Granularity(8, 8)
+    assert device_with(FakeDriver(10)).granularity() == Granularity(8, 8)
+    with pytest.raises(GreenContextUnavailable, match="device 0 with 4 SMs cannot be split"):
+        device_with(FakeDriver(4)).granularity()
 
 
 def test_missing_bindings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,13 +209,12 @@ def test_split_that_the_device_cannot_arrange() -> None:
         device_with(FakeDriver(most_groups=lambda size: 1)).split([64, 64])
 
 
-@example(sms=49, alignment=16, minimum_steps=3, fields=13, counts=[2, 1], scarce=None, lack=())
+@example(sms=49, alignment=16, minimum_steps=3, counts=[2, 1], scarce=None, lack=())
 @settings(deadline=None, max_examples=300)  # no deadline: shared machines stall now and then
 @given(
     sms=st.integers(1, 200),
     alignment=st.sampled_from([1, 2, 4, 8, 16]),
     minimum_steps=st.integers(1, 3),
-    fields=st.sampled_from([13, 12, 0]),
     counts=st.lists(st.integers(1, 200) | st.integers(1, 40), min_size=1, max_size=4),
     scarce=st.sampled_from([None, 1, 16]),
     lack=st.sampled_from([(), ("cuGreenCtxStreamCreate",)]),
@@ -227,7 +223,6 @@ def test_any_split_is_disjoint_enough_and_aligned_but_for_one_remainder(
     sms: int,
     alignment: int,
     minimum_steps: int,
-    fields: int,
     counts: list[int],
     scarce: int | None,
     lack: tuple[str, ...],
@@ -236,7 +231,6 @@ def test_any_split_is_disjoint_enough_and_aligned_but_for_one_remainder(
     fake = FakeDriver(
         sms,
         (minimum, alignment),
-        fields=fields,
         unbound=lack,
         most_groups=lambda size: 1 if scarce and size > scarce else sys.maxsize,
     )

@@ -13,7 +13,6 @@ import torch
 
 from green_ctx import Driver, DriverError, GreenContextError
 from nanovllm import LLM, Config
-from nanovllm.engine import pipeline
 from nanovllm.engine.green_manager import GreenContextManager
 from nanovllm.engine.pipeline import Pipelines, PipelineUnavailable, build_pipelines
 from nanovllm.engine.plan import GREEN, LANES3, SEQUENTIAL, Plan
@@ -23,68 +22,26 @@ from nanovllm.engine.step_inputs import decode_first
 from nanovllm.engine.step_runner import FixedPlan, PreparedStep
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.tiny import CHECKPOINT_DIR, PROMPTS
-from tests.checkpoints import VOCAB, Shape, greedy, prompts
+from tests.checkpoints import VOCAB, Shape
 from tests.decode_cases import relative_error
 from tests.fake_driver import FakeDriver, Result
+from tests.seed_spec import FAILED, FALLING_BACK
 
 MAX_TOKENS = 20
-FAILED = "[ModelRunner] Failed to initialize pipeline: "
-FELL_BACK = "[ModelRunner] Falling back to sequential execution"
 NO_GREEN = "[GreenContextManager] Failed to initialize Green Context: "
-
-
-def pipelined_engine(directory, **options: Any) -> LLM:
-    options = {"kvcache_block_size": 16, "max_model_len": 128} | options
-    return LLM(
-        str(directory),
-        device="cpu",
-        enable_pipeline=True,
-        pipeline_mode="microbatch",
-        pipeline_strict=True,
-        **options,
-    )
 
 
 def tokens_of(outputs) -> list[list[int]]:
     return [output["token_ids"] for output in outputs]
 
 
-# The same tokens
-
-# Plain, scarce KV blocks with preemption, long prompts in chunks, few seats, no prefix cache.
-SETTINGS = [
-    {},
-    {"num_kvcache_blocks": 8},
-    {"num_kvcache_blocks": 7, "max_num_batched_tokens": 13},
-    {"max_num_seqs": 3},
-    {"enable_prefix_caching": False, "num_kvcache_blocks": 9},
-]
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_pipelined_tokens_equal_those_of_transformers(tmp_path, seed):
-    """Prompts share beginnings, and their limits differ, so requests finish in mid-batch."""
-    model = Shape.random(seed).write(tmp_path)
-    rng = random.Random(seed)
-    given = prompts(seed, count=rng.randint(2, 9))
-    limits = [rng.randint(1, MAX_TOKENS) for _ in given]
-    expected = [greedy(model, *pair) for pair in zip(given, limits, strict=True)]
-    for options in rng.sample(SETTINGS, 2):
-        with pipelined_engine(tmp_path, **options) as llm:
-            ids = [
-                llm.add_request(prompt, temperature=0, max_tokens=limit)
-                for prompt, limit in zip(given, limits, strict=True)
-            ]
-            done = {}
-            while not llm.is_finished():
-                done |= {output["request_id"]: output["token_ids"] for output in llm.step()}
-            assert [done[i] for i in ids] == expected, options
-            assert len(llm.scheduler.blocks.free) == llm.scheduler.blocks.num_blocks
+# What is pipelined
 
 
 def test_steps_of_two_sequences_or_more_are_pipelined(tmp_path):
     Shape().write(tmp_path)
-    with pipelined_engine(tmp_path) as llm:
+    options = {"enable_pipeline": True, "pipeline_mode": "microbatch", "pipeline_strict": True}
+    with LLM(str(tmp_path), device="cpu", kvcache_block_size=16, **options) as llm:
         for max_tokens in (8, 4):
             llm.add_request([5, 6, 7], temperature=0, max_tokens=max_tokens, ignore_eos=True)
         while not llm.is_finished():
@@ -95,53 +52,6 @@ def test_steps_of_two_sequences_or_more_are_pipelined(tmp_path):
     assert stats["steps"] == {"pipelined": 3, "sequential": 4}
     assert stats["mode"] == "microbatch"
     assert stats["fallback_reason"] is None
-
-
-def test_scarce_blocks_do_preempt(tmp_path):
-    """The settings above would prove little if blocks never ran out."""
-    model = Shape(seed=3).write(tmp_path)
-    given = prompts(5, count=6, longest=40)
-    with pipelined_engine(tmp_path, num_kvcache_blocks=8) as llm:
-        outputs = llm.generate(
-            given, temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, use_tqdm=False
-        )
-        assert llm.scheduler.num_preemptions > 0
-        assert llm.model_runner.get_pipeline_statistics()["steps"]["pipelined"] > 0
-    for prompt, tokens in zip(given, tokens_of(outputs), strict=True):
-        expected = greedy(model, prompt, MAX_TOKENS)
-        assert tokens[: len(expected)] == expected
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_aborts_in_mid_run_leave_the_others_as_they_are(tmp_path, seed):
-    model = Shape(seed=seed).write(tmp_path)
-    rng = random.Random(seed)
-    given = prompts(seed, count=7, longest=40)
-    with pipelined_engine(tmp_path, num_kvcache_blocks=10) as llm:
-        ids = [llm.add_request(p, temperature=0, max_tokens=MAX_TOKENS) for p in given]
-        doomed = {ids[2]: rng.randint(1, 6), ids[5]: rng.randint(2, 12)}  # by step
-        done, step = {}, 0
-        while not llm.is_finished():
-            for request_id, when in doomed.items():
-                if when == step:
-                    llm.abort(request_id)
-            done |= {output["request_id"]: output["token_ids"] for output in llm.step()}
-            step += 1
-        assert len(llm.scheduler.blocks.free) == llm.scheduler.blocks.num_blocks
-    assert done.keys() >= set(ids) - doomed.keys()
-    for request_id, tokens in done.items():
-        assert tokens == greedy(model, given[request_id], MAX_TOKENS)
-
-
-def test_sampled_tokens_are_the_sequential_ones(tmp_path):
-    Shape(seed=6).write(tmp_path)
-    given = prompts(6, count=5)
-    sampled = []
-    for options in ({}, {"enable_pipeline": True, "pipeline_mode": "microbatch"}):
-        with LLM(str(tmp_path), device="cpu", kvcache_block_size=16, **options) as llm:
-            outputs = llm.generate(given, temperature=0.8, seed=3, max_tokens=16, use_tqdm=False)
-            sampled.append(tokens_of(outputs))
-    assert sampled[0] == sampled[1]
 
 
 # Where there is no pipeline
@@ -168,7 +78,7 @@ def test_an_engine_on_the_cpu_falls_back_and_says_so(mode, caplog, capsys, plain
         stats = llm.model_runner.get_pipeline_statistics()
         llm.model_runner.print_pipeline_statistics()
     reason = f"pipeline_mode={mode!r} needs a CUDA GPU, not cpu"
-    assert caplog.messages == [FAILED + reason, FELL_BACK]
+    assert caplog.messages == [FAILED + reason, FALLING_BACK]
     assert tokens_of(outputs) == plain_tokens
     assert stats["mode"] == "sequential"
     assert stats["fallback_reason"] == reason
@@ -202,7 +112,7 @@ def test_modes_that_need_no_gpu_do_not_fall_back(caplog):
 def test_a_strict_engine_raises_instead(mode, caplog):
     with pytest.raises(PipelineUnavailable, match=f"^pipeline_mode='{mode}' needs a CUDA GPU"):
         LLM(device="cpu", enable_pipeline=True, pipeline_mode=mode, pipeline_strict=True)
-    assert not any(FELL_BACK in message for message in caplog.messages)
+    assert not any(FALLING_BACK in message for message in caplog.messages)
 
 
 class OldDriver(FakeDriver):
@@ -240,7 +150,7 @@ DRIVERS = {
     ),
     "a device that cannot be split": (
         lambda: FakeDriver(most_groups=lambda size: 0),
-        "device 0 with 132 SMs cannot make groups of ",
+        "device 0 with 132 SMs cannot be split",
     ),
     "error 914": (
         lambda: failing("cuGreenCtxCreate", INVALID),
@@ -261,7 +171,7 @@ def build(device: str = "cuda:0", plan: Plan | None = None, **options: Any) -> P
     """What an engine on `device` would build; no model is needed for that."""
     config = Config(enable_pipeline=True, **options)
     backend = SimpleNamespace(make_workspace=lambda device, num_sms: f"for {num_sms} SMs")
-    given: Any = (config, None, backend, torch.device(device), 132)
+    given: Any = (config, SimpleNamespace(backend=backend), torch.device(device), 132)
     return build_pipelines(*given, plan)
 
 
@@ -276,7 +186,7 @@ def test_the_log_says_why_there_are_no_green_contexts(cause, mode, monkeypatch, 
     assert built.statistics.fallback_reason.startswith(reason)
     assert built.statistics.mode == "sequential"
     full = built.statistics.fallback_reason
-    assert caplog.messages == [NO_GREEN + full, FAILED + full, FELL_BACK]
+    assert caplog.messages == [NO_GREEN + full, FAILED + full, FALLING_BACK]
     if isinstance(bindings, FakeDriver):
         assert (bindings.contexts, bindings.streams) == ({}, {})
 
@@ -301,7 +211,7 @@ def test_counts_that_do_not_fit_are_named_with_the_device(monkeypatch, caplog):
     reason = build(**counts).statistics.fallback_reason
     assert reason.startswith("pipeline_attention_sm_count=100 and pipeline_ffn_sm_count=40 are not")
     assert reason.endswith("they need 140 SMs, and the device has 132")
-    assert caplog.messages == [FAILED + reason, FELL_BACK]
+    assert caplog.messages == [FAILED + reason, FALLING_BACK]
     with pytest.raises(ValueError, match=r"they need 140 SMs, and the device has 132$"):
         build(**counts, pipeline_strict=True)
     assert bindings.contexts == {}
@@ -313,7 +223,7 @@ def test_several_gpus_fall_back(device, mode, caplog):
     options = {"pipeline_mode": mode, "tensor_parallel_size": 2}
     reason = "tensor_parallel_size=2: lanes with streams of their own run on one GPU"
     assert build(device, **options).statistics.fallback_reason == reason
-    assert caplog.messages == [FAILED + reason, FELL_BACK]
+    assert caplog.messages == [FAILED + reason, FALLING_BACK]
     with pytest.raises(PipelineUnavailable, match=f"^{reason}$"):
         build(device, **options, pipeline_strict=True)
 
@@ -324,7 +234,7 @@ def test_a_pipeline_that_is_not_asked_for_is_not_built(monkeypatch, caplog):
     for options in ({"enable_pipeline": False}, {"pipeline_mode": "sequential"}):
         config = Config(**({"enable_pipeline": True} | options), pipeline_strict=True)
         backend = SimpleNamespace(make_workspace=lambda device, num_sms: None)
-        given: Any = (config, None, backend, torch.device("cuda:0"), 132)
+        given: Any = (config, SimpleNamespace(backend=backend), torch.device("cuda:0"), 132)
         built = build_pipelines(*given)
         assert [scheduler.plan for scheduler in built.schedulers] == [SEQUENTIAL]
         assert built.statistics.fallback_reason is None
@@ -348,7 +258,7 @@ def test_auto_is_green_where_green_contexts_can_be_had(fake_gpu, caplog):
     stats = built.statistics.as_dict()
     assert (stats["mode"], stats["fallback_reason"]) == ("green", None)
     assert (stats["attention_sms"], stats["ffn_sms"], stats["device_sms"]) == (32, 64, 132)
-    assert caplog.messages == ["[ModelRunner] Pipeline: attention on 32 SMs, FFN on 64 of 132"]
+    assert caplog.messages == ["[ModelRunner] Pipeline: attention 32, FFN 64 of 132 SMs"]
     assert [scheduler.workspace for scheduler in built.schedulers] == ["for 132 SMs", "for 32 SMs"]
     assert "  Mode: green (attention 32, FFN 64 of 132 SMs)" in built.statistics.format()
     assert len(fake_gpu.contexts) == 2
@@ -385,7 +295,7 @@ def test_a_third_lane_has_a_partition_of_its_own(fake_gpu):
 def test_auto_has_all_plans_that_the_device_makes(fake_gpu):
     config = Config(enable_pipeline=True)
     backend = SimpleNamespace(make_workspace=lambda device, num_sms: num_sms)
-    given: Any = (config, None, backend, torch.device("cuda:0"), 132)
+    given: Any = (config, SimpleNamespace(backend=backend), torch.device("cuda:0"), 132)
     more = [GREEN.with_sms(sms) for sms in ((36, 96), (10, 16), (90, 90), (44, 88))]
     built = build_pipelines(*given, more=more)
     names = [scheduler.plan.name for scheduler in built.schedulers]
@@ -396,20 +306,33 @@ def test_auto_has_all_plans_that_the_device_makes(fake_gpu):
 
 
 @pytest.mark.parametrize("strict", [True, False])
+def test_a_configured_split_that_does_not_fit_is_one_candidate_less_in_auto(strict, fake_gpu):
+    config = Config(
+        enable_pipeline=True, pipeline_attention_sm_count=90, pipeline_ffn_sm_count=90,
+        pipeline_strict=strict,
+    )  # fmt: skip
+    backend = SimpleNamespace(make_workspace=lambda device, num_sms: num_sms)
+    given: Any = (config, None, backend, torch.device("cuda:0"), 132)
+    built = build_pipelines(*given, more=[GREEN.with_sms((36, 96))])
+    assert [scheduler.plan.name for scheduler in built.schedulers] == ["sequential", "green 36+96"]
+    assert built.statistics.fallback_reason is None
+    built.partitions.close()
+    if strict:
+        with pytest.raises((RuntimeError, ValueError), match="90"):
+            build_pipelines(*given)
+    else:
+        assert "90" in build_pipelines(*given).statistics.fallback_reason
+    assert (fake_gpu.contexts, fake_gpu.streams) == ({}, {})
+
+
+@pytest.mark.parametrize("strict", [True, False])
 def test_partitions_do_not_outlive_a_failure_after_them(strict, fake_gpu, monkeypatch):
     """Whatever goes wrong between the partitions and the finished pipeline."""
 
-    def failing_at(number: int) -> Any:
-        calls = iter(range(1, number + 1))
+    def refuse(handle: int, device: torch.device) -> None:
+        raise DriverError("cuStreamGetCtx", 914, "CUDA_ERROR_INVALID_RESOURCE_TYPE")
 
-        def make(*args: Any) -> Any:
-            if next(calls) == number:
-                raise DriverError("cuStreamGetCtx", 914, "CUDA_ERROR_INVALID_RESOURCE_TYPE")
-            return SimpleNamespace(plan=None)
-
-        return make
-
-    monkeypatch.setattr(pipeline, "PipelineScheduler", failing_at(2))
+    monkeypatch.setattr(torch.cuda, "ExternalStream", refuse)
     if strict:
         with pytest.raises(DriverError, match="914"):
             build(pipeline_strict=True)
@@ -485,18 +408,18 @@ def test_a_step_of_prompts_and_decode_rows_has_the_logits_of_separate_steps(tmp_
         runner = llm.model_runner
         blocks = iter(range(1, runner.num_blocks))
         chunks, before = [], []
-        for seat in range(7):
+        for index in range(7):
             length = rng.randint(2, 60)
             end = rng.choice([length, rng.randint(1, length)])
             start = rng.choice([end - 1, rng.randint(0, end - 1)])
             tokens = [rng.randrange(2, VOCAB) for _ in range(length)]
             if end == length and rng.random() < 0.5:
-                runner.last_tokens[seat] = tokens.pop()
+                runner.last_tokens[index] = tokens.pop()
             table = [next(blocks) for _ in range(-(-length // 16))]
-            seq = Sequence(seat, tokens, SamplingParams(), frozenset(), 128, 0, block_table=table)
-            seq.seat = seat
-            chunks.append(Chunk(seq, start, end, samples=rng.random() < 0.8))
-            before += [Chunk(seq, 0, start, samples=False)] if start else []
+            seq = Sequence(index, tokens, SamplingParams(), frozenset(), 128, 0, block_table=table)
+            seq.request_index = index
+            chunks.append(Chunk(seq, start, end, needs_sample=rng.random() < 0.8))
+            before += [Chunk(seq, 0, start, needs_sample=False)] if start else []
         kinds = {chunk.end - chunk.start > 1 for chunk in chunks}
         steps = runner.step_runner
         if before:
@@ -505,7 +428,7 @@ def test_a_step_of_prompts_and_decode_rows_has_the_logits_of_separate_steps(tmp_
         alone = [
             steps.run(steps.prepare(Step(chunk.end - chunk.start == 1, [chunk])))
             for chunk in chunks
-            if chunk.samples
+            if chunk.needs_sample
         ]
         assert kinds == {True, False}
         assert together.shape == (len(alone), VOCAB)

@@ -3,47 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import itertools
 import random
-import textwrap
 from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
-from nanovllm.engine.plan import (
-    GREEN,
-    LANES3,
-    MAIN,
-    MICROBATCH,
-    SEQUENTIAL,
-    STREAMS,
-    Plan,
-    PlannedLane,
-    Work,
-    list_schedule,
-    make_order,
-    merge,
-    with_events,
-)
+from nanovllm.engine.plan import GREEN, LANES3, MAIN, MICROBATCH, SEQUENTIAL, STREAMS, Plan, Work
 from nanovllm.layers.attention import AttentionMetadata, PrefillMetadata
 from nanovllm.models.stage import MicroBatch, Stage, StepTensors
 from tests.checkpoints import Shape
 from tests.decode_cases import DecodeCase, relative_error
-from tests.simulated_lanes import (
-    Memory,
-    Recording,
-    Tape,
-    Wait,
-    every_order,
-    races,
-    simulate,
-)
+from tests.simulated_lanes import Memory, Recording, every_order, races, simulate
+from tests.two_steps import ChangedModel, TwoSteps, random_steps
 
 THREE_MICRO_BATCHES = dataclasses.replace(MICROBATCH, micro_batches=3)
 
@@ -71,7 +45,7 @@ def layer_by_layer(case: DecodeCase) -> torch.Tensor:
     """The seed's two calls, alternating over the layers."""
     model, inputs = case.model, case.step()
     hidden = inputs.input_ids
-    for layer in range(model.num_layers):
+    for layer in range(model.config.num_hidden_layers):
         hidden, residual = model.forward_attention(hidden, inputs.positions, layer, inputs.metadata)
         hidden = model.forward_ffn(hidden, residual, layer)
     return model.compute_logits(hidden)
@@ -210,125 +184,7 @@ def test_inputs_that_do_not_fit_each_other_are_a_clear_error(wrong):
     assert torch.isfinite(decode(scheduler, case.step())).all()
 
 
-def test_a_stage_without_a_lane_is_a_clear_error():
-    plan = dataclasses.replace(MICROBATCH, lanes=(PlannedLane("attention", ("attention",)),))
-    case = DecodeCase(Shape(layers=1), 2)
-    with pytest.raises(ValueError, match=r"^stage='mlp' has no lane in plan 'microbatch'$"):
-        decode(PipelineScheduler(case.model, plan), case.step())
-
-
-# Orders are data
-
-
-def names(works: list[Work]) -> list[str]:
-    return [
-        "".join(f"{stage.name}{stage.layer} " for stage in work.stages) + "ABCD"[work.micro_batch]
-        for work in works
-        if work.lane != MAIN
-    ]
-
-
-def chain_of(layers: int) -> list[Stage]:
-    kinds = ("qkv", "attention", "mlp")
-    return [Stage(name, layer, lambda batch: None) for layer in range(layers) for name in kinds]
-
-
-def test_the_seeds_pipeline_alternates_the_two_lanes():
-    order = make_order(chain_of(2), STREAMS, 2)
-    assert names(order) == [
-        "qkv0 A", "qkv0 B", "attention0 A", "attention0 B", "mlp0 qkv1 A", "mlp0 qkv1 B",
-        "attention1 A", "attention1 B", "mlp1 A", "mlp1 B",
-    ]  # fmt: skip
-    assert sum(work.waits for work in order) == 1 + 4 * 2 + 1
-    assert [work.micro_batch for work in order if work.lane == MAIN] == [1]
-
-
-def test_a_lane_of_its_own_for_qkv_is_pure_data():
-    order = make_order(chain_of(2), LANES3, 3)
-    lanes = {stage.name: work.lane for work in order for stage in work.stages}
-    assert lanes == {"attention": "attention", "mlp": "ffn", "qkv": "qkv"}
-    assert names(order)[3:9] == [
-        "attention0 A", "attention0 B", "attention0 C", "mlp0 A", "mlp0 B", "mlp0 C"
-    ]  # fmt: skip
-    assert LANES3.with_sms((36, 80, 16)).name == "lanes3 36+80+16"
-
-
-def test_list_scheduling_issues_what_can_begin_first():
-    """Of lanes with several stages a layer, stage by stage would be serial."""
-    lanes = ["attention", "dense", "link", "dense", "link", "dense"] * 8
-    times = [64.0, 10, 35, 58, 35, 12] * 8
-
-    def length(turns: list[tuple[int, int]]) -> float:
-        free, ready = dict.fromkeys(lanes, 0.0), [0.0] * 3
-        for batch, link in turns:
-            lane = lanes[link]
-            free[lane] = ready[batch] = max(free[lane], ready[batch]) + times[link]
-        return max(ready)
-
-    listed = list_schedule(lanes, times, 3)
-    stage_by_stage = [(batch, link) for link in range(len(lanes)) for batch in range(3)]
-    assert sorted(listed) == sorted(stage_by_stage)
-    assert length(listed) < 0.9 * length(stage_by_stage)
-
-
-def test_the_readme_shows_the_loop_as_it_is():
-    loop = textwrap.dedent(inspect.getsource(PipelineScheduler.issue)).rstrip()
-    readme = Path(__file__).resolve().parent.parent / "README.md"
-    assert f"```python\n{loop}\n```" in readme.read_text(encoding="utf-8")
-    assert len(loop.splitlines()) <= 25
-
-
 # What the events allow gives the same bits, and no event is idle
-
-
-class TwoSteps:
-    """The recorded issue of two steps, and the results that they should give."""
-
-    def __init__(
-        self,
-        model: Any,
-        plan: Plan,
-        steps: list[list[Any]],
-        wrong: list[Any],
-        results: list[str] | None = None,
-        order: list[Work] | None = None,
-    ) -> None:
-        recording = Recording(model, plan)
-        if order is not None:
-            works = [dataclasses.replace(work, stages=self._recorded(recording, work.stages))
-                     for work in order]  # fmt: skip
-            recording.scheduler.orders[len(steps[0])] = with_events(works)
-        self.tape, self.wrong = recording.tape, wrong
-        self.expected = [recording.step(inputs, results or ()) for inputs in steps]
-        self.reset: Callable[[], object] = lambda: None
-
-    @staticmethod
-    def _recorded(recording: Recording, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
-        known = {(s.name, s.layer): s for s in recording.scheduler.model.stages()}
-        return tuple(known[stage.name, stage.layer] for stage in stages)
-
-    def agrees(self, choose: Callable[[list[str]], str], tape: Tape | None = None) -> bool:
-        """Whether the simulated device gives the same bits if the lanes take turns like that."""
-        self.reset()
-        memory = Memory(self.wrong)
-        simulate(self.tape if tape is None else tape, memory, choose)
-        return all(map(torch.equal, memory.results, self.expected))
-
-    def adversaries(self) -> list[Callable[[list[str]], str]]:
-        """For every order of the lanes, always the first of them goes on that can."""
-        lanes = sorted({operation.lane for operation in self.tape})
-        return [lambda runnable, lanes=lanes: min(runnable, key=lanes.index)
-                for lanes in itertools.permutations(lanes)]  # fmt: skip
-
-    def without_each_wait(self) -> list[Tape]:
-        waits = [i for i, operation in enumerate(self.tape) if isinstance(operation, Wait)]
-        return [self.tape[:i] + self.tape[i + 1 :] for i in waits]
-
-    def prove(self) -> None:
-        """No two operations race, and without any one of the waits some do."""
-        assert races(self.tape) == []
-        for tape in self.without_each_wait():
-            assert races(tape)
 
 
 def two_model_steps(
@@ -423,16 +279,6 @@ def test_attention_of_each_runs_beside_the_ffn_of_the_other():
         assert first == {True, False}
 
 
-class ChangedModel:
-    """A model with some of its stages replaced."""
-
-    def __init__(self, stages: list[Stage]) -> None:
-        self.list = stages
-
-    def stages(self) -> list[Stage]:
-        return self.list
-
-
 def test_the_proof_notices_memory_that_is_freed_too_early():
     case = DecodeCase(Shape(layers=2), 4)
 
@@ -467,78 +313,6 @@ def test_the_proof_notices_a_field_that_two_lanes_write():
 
 
 # Random stage lists
-
-
-class RandomModel:
-    """Stages that mix what some of the stages before them made; each writes a field of its own."""
-
-    def __init__(self, rng: random.Random) -> None:
-        self.kinds = [f"s{i}" for i in range(rng.randint(2, 6))]
-        self.list: list[Stage] = []
-        for layer in range(rng.randint(1, 3)):
-            # The list may differ from layer to layer.
-            for kind in [k for k in self.kinds if layer == 0 or rng.random() < 0.8]:
-                last = self.list[-1].name if self.list else None
-                others = [k for k in self.kinds if rng.random() < 0.4]
-                self.list.append(Stage(kind, layer, self._stage(kind, last, others, rng.random())))
-
-    @staticmethod
-    def _stage(
-        kind: str, last: str | None, others: list[str], factor: float
-    ) -> Callable[[MicroBatch], None]:
-        def run(batch: MicroBatch) -> None:
-            total = batch.inputs.value * factor
-            for name in {last, *others} - {None}:
-                field = getattr(batch, str(name), None)
-                total = total if field is None else total * 0.7 + field
-            setattr(batch, kind, total.sin())
-
-        return run
-
-    def stages(self) -> list[Stage]:
-        return self.list
-
-
-def random_plan(rng: random.Random, model: RandomModel) -> Plan:
-    """1 to 4 lanes, each with some of the stages, and 1 to 4 micro-batches."""
-    count = rng.randint(1, 4)
-    lanes: list[list[str]] = [[] for _ in range(count)]
-    for kind in model.kinds:
-        rng.choice(lanes).append(kind)
-    planned = [PlannedLane(f"lane{i}", tuple(kinds)) for i, kinds in enumerate(lanes) if kinds]
-    times = tuple((kind, rng.random()) for kind in model.kinds) if rng.random() < 0.3 else ()
-    return Plan("random", rng.randint(1, 4), tuple(planned), streams=True, times=times)
-
-
-def random_order(rng: random.Random, model: RandomModel, plan: Plan) -> list[Work]:
-    """Any topological order, in which some micro-batches may end early."""
-    left = {}
-    for batch in range(plan.micro_batches):
-        chain = merge(model.stages(), plan)
-        left[batch] = chain[: rng.choice([len(chain), rng.randint(1, len(chain))])]
-    works = []
-    while left:
-        batch = rng.choice(list(left))
-        works.append(Work(left[batch][0][0], batch, left[batch].pop(0)[1]))
-        if not left[batch]:
-            del left[batch]
-    return works
-
-
-def random_steps(seed: int) -> TwoSteps:
-    rng = random.Random(seed)
-    model = RandomModel(rng)
-    plan = random_plan(rng, model)
-    # Sometimes the plan's own order.
-    order = random_order(rng, model, plan) if rng.random() < 0.7 else None
-    ends = {work.micro_batch: work.stages[-1].name for work in order or ()}
-    results = [ends.get(batch, model.stages()[-1].name) for batch in range(plan.micro_batches)]
-    torch.manual_seed(seed)
-    steps = [
-        [SimpleNamespace(value=torch.randn(3)) for _ in range(plan.micro_batches)] for _ in range(2)
-    ]
-    wrong = [SimpleNamespace(value=torch.zeros(3))] * plan.micro_batches
-    return TwoSteps(model, plan, steps, wrong, results, order)
 
 
 @pytest.mark.parametrize("seed", range(0, 200, 10))

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm import SamplingParams
-from nanovllm.kernels.reference import find_cut, keep_likely
+from nanovllm.kernels.reference import find_threshold
 from nanovllm.layers.sampler import SamplingBatch, sample
+from tests.kernels.cases import within
 
 CPU = torch.device("cpu")
 
@@ -61,57 +62,17 @@ def distribution(logits, params: SamplingParams) -> torch.Tensor:
     top_k=st.integers(1, 14),
     top_p=st.sampled_from([0.013, 0.21, 0.507, 0.83, 0.971]),
 )
-def test_keep_likely_equals_its_definition(logits, temperature, top_k, top_p):
-    values = [value / 8 for value in logits]
-    kept = keep_likely(
-        torch.tensor([values]),
+def test_the_threshold_leaves_what_the_definition_says(logits, temperature, top_k, top_p):
+    values = torch.tensor([[value / 8 for value in logits]])
+    threshold = find_threshold(
+        values,
         torch.tensor([temperature]),
+        torch.tensor([0]),
         torch.tensor([top_k]),
         torch.tensor([top_p]),
-    )[0]
-    allowed = (kept > -math.inf).nonzero().flatten().tolist()
-    assert set(allowed) == likely(values, temperature, top_k, top_p)
-    assert all(kept[token] == values[token] for token in allowed)
-
-
-def test_keep_likely_treats_rows_apart():
-    logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]]).repeat(3, 1)
-    kept = keep_likely(
-        logits, torch.ones(3), torch.tensor([1, 2, 4]), torch.tensor([1.0, 1.0, 0.0001])
     )
-    assert kept.gt(-math.inf).tolist() == [
-        [False, True, False, False],
-        [False, True, True, False],
-        [False, True, False, False],
-    ]
-
-
-def within(logits, cut) -> torch.Tensor:
-    """Which tokens of each row stay, by a cut."""
-    least, last = (x[:, None] for x in cut)
-    among = torch.arange(logits.shape[1], device=logits.device) <= last
-    return ((logits > least) | ((logits == least) & among)) & (logits > -math.inf)
-
-
-@pytest.mark.parametrize("top_p", [None, 0.4])
-@pytest.mark.parametrize("top_k", [None, 7])
-def test_the_cut_is_where_sorting_ends(top_k, top_p):
-    """Equal logits, rows without a choice, and rows that are not filtered."""
-    logits = torch.randn(6, 300).mul(3).round()
-    logits[1], logits[2], logits[3, 4:] = 0.0, -math.inf, -math.inf
-    logits[4, ::2] = math.nan
-    rows, temperatures = torch.arange(5), torch.full((6,), 0.8)
-    top_ks = None if top_k is None else torch.tensor([top_k, 1, 300, 2, 300])
-    top_ps = None if top_p is None else torch.tensor([top_p, 1.0, top_p, 1e-9, 1.0])
-    kept = keep_likely(
-        logits[rows],
-        temperatures[rows],
-        torch.full((5,), 300) if top_ks is None else top_ks,
-        torch.ones(5) if top_ps is None else top_ps,
-    )
-    stay = within(logits, find_cut(logits, temperatures, rows, top_ks, top_ps))
-    assert torch.equal(stay[:5], kept > -math.inf)
-    assert stay[5].all()
+    allowed = within(values, threshold)[0].nonzero().flatten().tolist()
+    assert set(allowed) == likely(values[0].tolist(), temperature, top_k, top_p)
 
 
 @pytest.mark.parametrize(
@@ -146,14 +107,6 @@ def test_a_draw_depends_on_its_seed_and_step_alone(params):
     for row in range(6):
         alone = draw(logits[row : row + 1], params, seeds[row : row + 1], steps[row : row + 1])
         assert alone == [together[row]]
-
-
-@pytest.mark.parametrize("varied", ["seed", "step"])
-def test_draws_vary_with(varied):
-    logits = torch.zeros(64, 1000)
-    many, same = list(range(64)), [7] * 64
-    seeds, steps = (many, same) if varied == "seed" else (same, many)
-    assert len(set(draw(logits, SamplingParams(), seeds, steps))) > 50
 
 
 def test_greedy_takes_the_likeliest_whatever_the_other_options():

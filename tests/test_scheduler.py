@@ -81,7 +81,7 @@ def test_a_long_prompt_is_read_in_chunks_and_samples_once():
     world = World(num_blocks=20, block_size=4, max_num_seqs=4, budget=5, caching=True)
     world.arrive(STORY[:12], max_tokens=1)
     steps = drive(world)
-    assert [(c.start, c.end, c.samples) for step in steps for c in step.chunks] == [
+    assert [(c.start, c.end, c.needs_sample) for step in steps for c in step.chunks] == [
         (0, 5, False),
         (5, 10, False),
         (10, 12, True),

@@ -25,9 +25,10 @@ from tests.decode_cases import PlanningBackend
 
 MAX_BLOCKS = 9
 RUBBISH = -77
+LAST_TOKENS = torch.arange(20_000, 20_100)  # of requests 0 to 99, on the device
 
 
-def random_chunk(rng: random.Random, block_size: int, seat: int, *, decode: bool) -> Chunk:
+def random_chunk(rng: random.Random, block_size: int, index: int, *, decode: bool) -> Chunk:
     """A part of a sequence that holds just the blocks it needs; its last token may be pending."""
     length = rng.randint(1, MAX_BLOCKS * block_size)
     blocks = rng.sample(range(1, 500), -(-length // block_size))
@@ -35,7 +36,7 @@ def random_chunk(rng: random.Random, block_size: int, seat: int, *, decode: bool
     start = end - 1 if decode else rng.randint(0, end - 1)
     pending = rng.random() < 0.4
     seq = Sequence(
-        request_id=seat,
+        request_id=index,
         token_ids=[rng.randrange(10_000) for _ in range(length - pending)],
         params=SamplingParams(),
         stop_ids=frozenset(),
@@ -43,9 +44,9 @@ def random_chunk(rng: random.Random, block_size: int, seat: int, *, decode: bool
         seed=0,
         block_table=blocks,
         num_pending=int(pending),
-        seat=seat,
+        request_index=index,
     )
-    return Chunk(seq, start, end, samples=end == length)
+    return Chunk(seq, start, end, needs_sample=end == length)
 
 
 def inputs_of(block_size: int = 16) -> StepInputs:
@@ -62,26 +63,24 @@ def mixed_layout(chunks: list[Chunk], parts: list[list[int]]) -> StepLayout:
 
 def token_of(chunk: Chunk, position: int) -> int:
     known = position < len(chunk.seq.token_ids)
-    return chunk.seq.token_ids[position] if known else -1 - chunk.seq.seat
+    return chunk.seq.token_ids[position] if known else int(LAST_TOKENS[chunk.seq.request_index])
 
 
-def expected_rows(rows, chunks, block_size) -> dict[str, list]:
+def expected_rows(decode_rows, chunks, block_size) -> dict[str, list]:
     """What one micro-batch is to hold, in Python's plainest words."""
-    fields: dict[str, list] = {
-        name: []
-        for name in ("input_ids", "positions", "slot_mapping", "context_lens", "block_tables")
-    }
+    names = ("input_ids", "positions", "slot_mapping", "context_lens", "block_tables")
+    fields: dict[str, list] = {name: [] for name in names}
     decoding = [chunk for chunk in chunks if chunk.end - chunk.start == 1]
     prompts = [chunk for chunk in chunks if chunk.end - chunk.start > 1]
     plan, starts = [], [0]  # see `PlanningBackend`
-    padding = [None] * (rows.decode_rows - len(decoding))
+    padding = [None] * (decode_rows - len(decoding))
     for chunk in [*decoding, *padding, *prompts]:
         if chunk is None:
             fields["input_ids"].append(0)
             fields["positions"].append(0)
             fields["slot_mapping"].append(PADDING_BLOCK * block_size)
             fields["context_lens"].append(1)
-            fields["block_tables"].append([PADDING_BLOCK] * rows.max_blocks)
+            fields["block_tables"].append([PADDING_BLOCK] * MAX_BLOCKS)
             plan.append(0)
             continue
         table = chunk.seq.block_table
@@ -91,35 +90,54 @@ def expected_rows(rows, chunks, block_size) -> dict[str, list]:
             slot = table[position // block_size] * block_size + position % block_size
             fields["slot_mapping"].append(slot)
         fields["context_lens"].append(chunk.end)
-        fields["block_tables"].append(table + [PADDING_BLOCK] * (rows.max_blocks - len(table)))
+        fields["block_tables"].append(table + [PADDING_BLOCK] * (MAX_BLOCKS - len(table)))
         if chunk in prompts:
             starts.append(starts[-1] + chunk.end - chunk.start)
         else:
             plan.append(chunk.end)
-    if rows.decode_rows:
-        fields["decode_plan"] = plan
-    if prompts:
-        fields["cu_seqlens_q"] = starts
-    return fields
+    return fields | {"plan": plan, "cu_seqlens_q": starts}
+
+
+def held_by(batch) -> dict[str, list]:
+    """What a micro-batch holds."""
+    inputs, places = batch.inputs, batch.inputs.metadata
+    parts = [part for part in (places.decode, places.prefill) if part is not None]
+    return {
+        "input_ids": inputs.input_ids.tolist(),
+        "positions": inputs.positions.tolist(),
+        "slot_mapping": places.slot_mapping.tolist(),
+        "context_lens": [length for part in parts for length in part.context_lens.tolist()],
+        "block_tables": [table for part in parts for table in part.block_tables.tolist()],
+        "plan": places.decode.plan.tolist() if places.decode else [],
+        "cu_seqlens_q": places.prefill.cu_seqlens_q.tolist() if places.prefill else [0],
+    }
+
+
+def filled(layout, chunks, parts, block_size=16) -> torch.Tensor:
+    flat = torch.full((layout.size,), RUBBISH, dtype=torch.int32)
+    inputs_of(block_size).fill(layout, chunks, parts, flat.numpy())
+    return flat
 
 
 def check(layout, chunks, block_size, parts=None) -> None:
     parts = [range(len(chunks))] if parts is None else parts
-    flat = np.full(layout.size, RUBBISH, np.int32)
-    inputs_of(block_size).fill(layout, chunks, parts, flat)
-    step, *views = layout.views(flat)
-    for rows, part, fields in zip(layout.micro_batches, parts, views, strict=True):
-        expected = expected_rows(rows, [chunks[i] for i in part], block_size)
-        assert {name: view.tolist() for name, view in fields.items()} == expected
-    if "sample_rows" in step:
-        sampled = [chunk for chunk in chunks if chunk.samples]
-        assert len(step["sample_rows"]) == layout.num_samples >= len(sampled)
-        # In the order of the chunks, whatever micro-batch they are in.
-        for chunk, row in zip(sampled, step["sample_rows"].tolist(), strict=False):
-            assert step["input_ids"][row] == token_of(chunk, chunk.end - 1)
-        assert not step["sample_rows"][len(sampled) :].any()
-    else:
+    flat = filled(layout, chunks, parts, block_size)
+    batches, rows = micro_batches(layout, flat, LAST_TOKENS, None)
+    for size, part, batch in zip(layout.micro_batches, parts, batches, strict=True):
+        own = [chunks[i] for i in part]
+        assert held_by(batch) == expected_rows(size.decode_rows, own, block_size)
+        prefill = batch.inputs.metadata.prefill
+        longest = max((chunk.end - chunk.start for chunk in own), default=0)
+        assert longest <= 1 if prefill is None else prefill.max_seqlen_q == longest
+    if rows is None:
         assert layout.is_decode
+    else:
+        sampled = [chunk for chunk in chunks if chunk.needs_sample]
+        assert len(rows) == layout.num_samples >= len(sampled)
+        # In the order of the chunks, whatever micro-batch they are in.
+        ids = torch.cat([batch.inputs.input_ids for batch in batches])[rows].tolist()
+        assert ids[: len(sampled)] == [token_of(chunk, chunk.end - 1) for chunk in sampled]
+        assert not rows[len(sampled) :].any()
     assert RUBBISH not in flat
 
 
@@ -159,15 +177,14 @@ def test_decode_in_micro_batches_with_padding_in_each(count, size, parts):
     rng = random.Random(count)
     chunks = [random_chunk(rng, 16, i, decode=True) for i in range(count)]
     layout = decode_layout(size, parts)
-    lengths = np.array([chunk.end for chunk in chunks])
-    check(layout, chunks, 16, parts=balance(lengths, layout))
+    check(layout, chunks, 16, parts=balance([chunk.end for chunk in chunks], layout))
 
 
 @pytest.mark.parametrize("parts", [2, 3, 4])
 @pytest.mark.parametrize("size", range(4, 12))
 def test_micro_batches_of_equal_sequences_are_as_equal_as_may_be(size, parts):
     for count in range(1, size + 1):
-        dealt = balance(np.full(count, 100), decode_layout(size, parts))
+        dealt = balance([100] * count, decode_layout(size, parts))
         sizes = [len(part) for part in dealt]
         assert sorted(itertools.chain.from_iterable(dealt)) == list(range(count))
         assert max(sizes) - min(sizes) <= 1
@@ -181,7 +198,7 @@ def test_micro_batches_carry_the_same_work(seed, parts):
     size = int(rng.integers(16, 300))
     lengths = rng.integers(1, 4096, int(rng.integers(size * 3 // 4 + 1, size + 1)))
     layout = decode_layout(size, parts)
-    dealt = balance(lengths, layout)
+    dealt = balance(lengths.tolist(), layout)
     assert sorted(itertools.chain.from_iterable(dealt)) == list(range(len(lengths)))
     for part, rows in zip(dealt, layout.micro_batches, strict=True):
         assert len(part) <= rows.decode_rows
@@ -192,8 +209,7 @@ def test_micro_batches_carry_the_same_work(seed, parts):
 
 
 def test_one_long_sequence_is_balanced_by_many_short_ones():
-    lengths = np.array([100, 1000, 100, 100, 100, 100])
-    dealt = balance(lengths, decode_layout(12, 2))
+    dealt = balance([100, 1000, 100, 100, 100, 100], decode_layout(12, 2))
     assert [sorted(part) for part in dealt] == [[1], [0, 2, 3, 4, 5]]
 
 
@@ -206,20 +222,19 @@ def test_prompts_without_samples():
     rng = random.Random(0)
     chunk = random_chunk(rng, 16, 0, decode=False)
     for end in (1, 2):
-        chunks = [Chunk(chunk.seq, 0, end, samples=False)]
+        chunks = [Chunk(chunk.seq, 0, end, needs_sample=False)]
         layout = mixed_layout(chunks, [[0]])
         assert layout.num_samples == 0
         check(layout, chunks, 16)
 
 
-def test_views_of_a_tensor_are_views():
+def test_micro_batches_are_views_of_the_buffer():
+    """So that a captured graph reads what is copied there."""
     layout = decode_layout(5, 2)
-    flat = torch.arange(layout.size, dtype=torch.int32)
-    step, *parts = layout.views(flat)
-    parts[1]["positions"].fill_(-5)
-    parts[0]["input_ids"].fill_(-6)
+    flat = filled(layout, [], [[], []])
+    batches, _ = micro_batches(layout, flat, LAST_TOKENS, None)
+    batches[1].inputs.positions.fill_(-5)
     assert flat.tolist().count(-5) == 2
-    assert step["input_ids"].tolist()[:3] == [-6] * 3
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -234,16 +249,10 @@ def test_a_layout_travels_as_integers_and_names_its_plan(seed):
     assert decode_layout(7, 3, plan=4).to_integers()[0] == 4
 
 
-def filled(layout, chunks, parts) -> torch.Tensor:
-    flat = torch.empty(layout.size, dtype=torch.int32)
-    inputs_of().fill(layout, chunks, parts, flat.numpy())
-    return flat
-
-
 def test_pending_tokens_are_resolved_in_rows_of_both_kinds():
     """Those of decode rows, and one that a prompt's chunk ends in."""
     rng = random.Random(5)
-    chunks = [random_chunk(rng, 16, seat, decode=True) for seat in range(8)]
+    chunks = [random_chunk(rng, 16, index, decode=True) for index in range(8)]
     for chunk in chunks[::2]:
         chunk.start = max(0, chunk.end - 5)
     pending = [bool(chunk.seq.num_pending) for chunk in chunks]
@@ -251,19 +260,12 @@ def test_pending_tokens_are_resolved_in_rows_of_both_kinds():
     assert {*zip(pending, prompts, strict=True)} == {(a, b) for a in (0, 1) for b in (0, 1)}
     numbers = decode_first(chunks)
     parts = [numbers[::2], numbers[1::2]]
-    layout = mixed_layout(chunks, parts)
-    last_tokens = torch.arange(100, 108)
-    batches, rows = micro_batches(layout, filled(layout, chunks, parts), last_tokens, None)
-    ids = torch.cat([batch.inputs.input_ids for batch in batches])
-    assert ids[rows].tolist() == [
-        last_tokens[c.seq.seat] if c.seq.num_pending else c.seq.token_ids[-1] for c in chunks
-    ]
-    assert ids.min() >= 0
+    check(mixed_layout(chunks, parts), chunks, 16, parts=parts)
 
 
 def test_micro_batches_of_decode():
     rng = random.Random(6)
-    chunks = [random_chunk(rng, 16, seat, decode=True) for seat in range(8)]
+    chunks = [random_chunk(rng, 16, index, decode=True) for index in range(8)]
     layout = decode_layout(8)
     (batch,), rows = micro_batches(
         layout, filled(layout, chunks, [range(8)]), torch.zeros(8), "scratch"
@@ -273,28 +275,3 @@ def test_micro_batches_of_decode():
     assert metadata.decode.workspace == "scratch"
     assert metadata.decode.context_lens.tolist() == [chunk.end for chunk in chunks]
     assert rows is None
-
-
-def test_micro_batches_of_prompts_and_of_both_kinds():
-    rng = random.Random(6)
-    chunks = [random_chunk(rng, 16, seat, decode=False) for seat in range(3)]
-    sizes = [chunk.end - chunk.start for chunk in chunks]
-    assert min(sizes) > 1
-    layout = mixed_layout(chunks, [[0, 1, 2]])
-    flat = filled(layout, chunks, [range(3)])
-    (batch,), rows = micro_batches(layout, flat, torch.zeros(8), None)
-    metadata = batch.inputs.metadata
-    assert metadata.decode is None
-    assert metadata.prefill.cu_seqlens_q.diff().tolist() == sizes
-    assert metadata.prefill.max_seqlen_q == max(sizes)
-    assert batch.inputs.positions[0] == chunks[0].start
-    assert len(rows) == sum(chunk.samples for chunk in chunks)
-
-    chunks = [random_chunk(rng, 16, 3, decode=True), *chunks]
-    layout = mixed_layout(chunks, [[0, 1, 2, 3]])
-    flat = filled(layout, chunks, [range(4)])
-    (batch,), _ = micro_batches(layout, flat, torch.zeros(8), None)
-    metadata = batch.inputs.metadata
-    assert metadata.decode.context_lens.tolist() == [chunks[0].end]
-    assert metadata.prefill.cu_seqlens_q.diff().tolist() == sizes
-    assert len(metadata.slot_mapping) == 1 + sum(sizes)

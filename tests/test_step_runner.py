@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm import LLM
+from nanovllm import LLM, Config
 from nanovllm.engine import calibration, step_timer
-from nanovllm.engine.cuda_graphs import GraphMemory, batch_sizes
+from nanovllm.engine.auto_plan import AutoPlan
+from nanovllm.engine.cost_table import CostTable
+from nanovllm.engine.graph_memory import GraphMemory, batch_sizes
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.plan import MICROBATCH
-from nanovllm.engine.planned_decode import AutoPlan
 from nanovllm.engine.planner import Planner
+from nanovllm.engine.step_inputs import StepLayout
 from nanovllm.engine.step_runner import PreparedStep, StepRunner
 from nanovllm.tiny import PROMPTS
 
@@ -55,8 +57,8 @@ class Graph:
 def _graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     capture = StepRunner._capture
 
-    def captured(self: StepRunner, layout: Any, profiled: bool) -> Any:
-        graph, timer = capture(self, layout, profiled)
+    def captured(self: StepRunner, layout: Any) -> Any:
+        graph, timer = capture(self, layout)
         step = PreparedStep(layout, self.memory.inputs[: layout.size])
         graph.replay = lambda: self.run(step, self.memory.logits[: layout.num_samples], timer)
         return graph, timer
@@ -93,10 +95,43 @@ def test_replayed_steps_of_any_batch_have_the_tokens_of_issued_ones(parts, monke
             assert {count: tokens_of(llm, count) for count in expected} == expected
         steps = runner.step_runner
         assert steps.statistics.profiled_steps == 44
-        assert {layout.num_samples for layout, _ in steps.graphs} >= {1, 4, 8}
+        assert {layout.num_samples for layout in steps.graphs} >= {1, 4, 8}
         assert steps.statistics.steps["pipelined"] == (66 if parts > 1 else 0)
         memory = runner.graph_memory
     assert memory.num_graphs == 0  # what was captured went with the runner
+
+
+def test_a_rank_that_is_sent_a_step_captures_what_rank_0_captures(monkeypatch):
+    """A capture runs a step, with its collectives: one rank alone in it would wait for good."""
+    with engine("microbatch") as llm:
+        runner = llm.model_runner
+        steps, other = runner.step_runner, runner.make_step_runner(Config(device="cpu"), MICROBATCH)
+
+        def send(layout: StepLayout, flat: Any) -> None:
+            received = StepLayout.from_integers(layout.to_integers())
+            other.run(PreparedStep(received, torch.from_numpy(flat.copy())))
+
+        monkeypatch.setattr(runner.ranks, "send_step", send)
+        for profiled in (False, True, False):
+            llm.config.pipeline_enable_profiling = profiled
+            tokens_of(llm, 3)
+            assert {layout for layout in steps.graphs if layout.timed} == {
+                layout for layout in other.graphs if layout.timed
+            }
+        assert any(layout.timed for layout in other.graphs)
+        other.close()
+
+
+def test_statistics_are_those_of_the_runner_in_use():
+    with engine("sequential") as llm:
+        runner = llm.model_runner
+        first, second = runner.step_runner, runner.make_step_runner(llm.config, MICROBATCH)
+        for steps, mode in ((second, "microbatch"), (first, "sequential")):
+            runner.use(steps)
+            tokens_of(llm, 3)
+            said = runner.get_pipeline_statistics()
+            assert (said["mode"], sum(said["steps"].values())) == (mode, 11)
+        second.close()
 
 
 class ClockEvent:
@@ -121,6 +156,7 @@ def test_auto_measures_chooses_and_keeps_the_tokens(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: str(device))
     monkeypatch.setattr(calibration, "SIZE_STEP", 4)
     monkeypatch.setattr(calibration, "LEAST_GAIN", 0.0)  # whatever a pipeline may gain here
+    monkeypatch.setattr(calibration, "GIVE_UP_RATIO", 1e9)
     monkeypatch.setattr(step_timer, "READING_SECONDS", 0.0)
     monkeypatch.setattr(step_timer, "MOST_READINGS", 3)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -134,17 +170,18 @@ def test_auto_measures_chooses_and_keeps_the_tokens(monkeypatch, tmp_path):
         ]
         steps.chooser = auto = AutoPlan(steps, runner._calibration(llm.config, steps))
         auto.capture(steps, show_progress=False)
-        assert set(auto.calibration.table.plans) == {"sequential", "microbatch"}
+        assert all(auto.calibration.table.curves(plan) for plan in (0, 1))
+        planned: Any = steps.statistics.as_dict()["planner"]
+        assert list(planned["plans"]) == ["sequential", "microbatch"]
         assert list(tmp_path.rglob("plans-*.json"))
-        sizes = dict(zip(auto.plans, (auto.sizes, [4, 8]), strict=True))
-        for better, pipelined in (("sequential", 0), ("microbatch", 33)):
-            for name in ("sequential", "microbatch"):
-                seconds = 1e-3 if name == better else 1.0
+        for better, pipelined in ((0, 0), (1, 33)):
+            table = CostTable()
+            for plan in (0, 1):
                 for size in (2, 4, 8):
-                    auto.calibration.table.add(name, size, [(size, seconds), (800, seconds)])
-            auto.planner = Planner(auto.calibration.table, sizes)
+                    table.add(plan, size, size, 1e-3 if plan == better else 1.0)
+            auto.planner = Planner(table, auto.plans, [auto.sizes, [4, 8]])
             before = dict(steps.statistics.steps)
             assert {count: tokens_of(llm, count) for count in expected} == expected
             ran = {path: steps.statistics.steps[path] - before[path] for path in before}
             assert ran == {"pipelined": pipelined, "sequential": 44 - pipelined}
-        assert auto.planner.records[auto.plans[1]].measured == pipelined
+        assert auto.planner.records[1].timed == pipelined

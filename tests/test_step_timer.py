@@ -47,7 +47,7 @@ def test_what_never_settles_is_a_median(seed: int) -> None:
 def test_made_up_sequences_are_a_steady_batch(context: int, blocks: int) -> None:
     chunks = list(steady_chunks(6, context, blocks, 256))
     assert [(chunk.start, chunk.end) for chunk in chunks] == [(context - 1, context)] * 6
-    assert all(chunk.samples for chunk in chunks)
+    assert all(chunk.needs_sample for chunk in chunks)
     used = -(-context // 256)
     tables = [chunk.seq.block_table for chunk in chunks]
     assert {len(table) for table in tables} == {used}

@@ -11,28 +11,23 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import Qwen3Config
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine import process_groups
-from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.ranks import RankDiedError, Ranks, devices_for
-from nanovllm.layers.parallel import ParallelGroup, Shard
+from nanovllm.engine.processes import RankDiedError
 from tests import scripts
-from tests.checkpoints import Shape, prompts
+from tests.checkpoints import TABLE, Shape, prompts
 
 ODD_VOCAB = 509  # a prime
 LISTEN = "0A"  # in /proc/net/tcp
 SECONDS = 10.0  # "within seconds", on a busy machine
+NO_HANG = pytest.mark.timeout(60)  # collectives themselves have half an hour
 GREEDY = {"temperature": 0.0, "max_tokens": 10}
 
 OPTIONS = [
@@ -118,6 +113,7 @@ def on_one_rank(case: dict) -> list:
 def shapes_for_two() -> list[Shape]:
     drawn = [Shape.random(seed) for seed in range(6)]
     odd = [OddVocabShape(tied=True, seed=50), OddVocabShape(bias=True, seed=51)]
+    odd += [OddVocabShape(model_type=kind, seed=n) for n, kind in enumerate(TABLE, 52)]
     return odd + [shape for shape in drawn if shape.heads % 2 == 0]
 
 
@@ -195,11 +191,12 @@ def generate(engine: LLM) -> None:
     engine.generate([[5, 6, 7]] * 3, max_tokens=20, ignore_eos=True, use_tqdm=False)
 
 
+@NO_HANG
 @pytest.mark.parametrize(
     ("place", "death", "message"),
     [
         ("process_groups.gloo_group", scripts.KILL, "was killed by SIGKILL"),
-        ("model_runner.ModelRunner._load", scripts.KILL, "was killed by SIGKILL"),
+        ("model_runner.load_model", scripts.KILL, "was killed by SIGKILL"),
         ("model_runner.PreparedStep", scripts.KILL, "was killed by SIGKILL"),
         ("model_runner.PreparedStep", scripts.RAISE, "ended with exit status 1; its own messa"),
     ],
@@ -209,19 +206,16 @@ def test_worker_dies(model, tmp_path, monkeypatch, capfd, place, death, message)
     """The engines of later tests also show that what this one leaves disturbs nobody."""
     interpreter = scripts.broken_interpreter(tmp_path, place, death)
     monkeypatch.setattr(sys, "executable", str(interpreter))
-    start = time.monotonic()
     with pytest.raises(RankDiedError, match=f"rank 1 of 2 {message}"):
         generate(make_engine(model))
-    assert time.monotonic() - start < SECONDS
     assert ("ValueError: broken on purpose" in capfd.readouterr().err) == (death == scripts.RAISE)
 
 
+@NO_HANG
 def test_worker_dies_before_it_joins(model, monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    start = time.monotonic()
     with pytest.raises(RankDiedError, match="rank 1 of 2 ended with exit status 1"):
         make_engine(model)
-    assert time.monotonic() - start < SECONDS
 
 
 def listening_sockets() -> dict[str, str]:
@@ -253,20 +247,20 @@ def test_only_this_machine_can_reach_the_ranks_and_exit_ends_them(model):
     assert opened == {socket.inet_aton("127.0.0.1")[::-1].hex().upper()}
 
 
+@NO_HANG
 def test_worker_killed_between_steps(model):
     with make_engine(model, size=2) as engine:
         generate(engine)
         (worker,) = engine.model_runner.ranks.workers.processes
         worker.kill()
         worker.wait()
-        start = time.monotonic()
         with pytest.raises(RankDiedError, match="rank 1 of 2 was killed by SIGKILL"):
             generate(engine)
-        assert time.monotonic() - start < SECONDS
         with pytest.raises(RuntimeError, match="this engine has exited"):
             generate(engine)
 
 
+@NO_HANG
 def test_interrupted_step_ends_the_engine(model, monkeypatch):
     """The worker is then in the middle of a step that rank 0 will never join."""
     engine = make_engine(model)
@@ -276,13 +270,11 @@ def test_interrupted_step_ends_the_engine(model, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(engine.model_runner.step_runner, "run", interrupted)
-    start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         generate(engine)
     assert worker.returncode == -signal.SIGKILL
     with pytest.raises(RuntimeError, match="this engine has exited"):
         generate(engine)
-    assert time.monotonic() - start < SECONDS
 
 
 ENDLESS = """
@@ -357,96 +349,7 @@ def test_crash_of_a_rank_ends_torchrun(model, tmp_path):
     job = scripts.start(script, model, processes=2)
     assert job.stdout is not None
     assert job.stdout.readline() == "serving\n"
-    start = time.monotonic()
     out, err = job.communicate(timeout=60)
-    assert time.monotonic() - start < SECONDS
     assert job.returncode != 0
     assert out == ""
     assert "ValueError: broken on purpose" in err
-
-
-@pytest.fixture
-def no_processes(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("a process was started")
-
-    monkeypatch.setattr(subprocess, "Popen", refuse)
-
-
-@pytest.mark.usefixtures("no_processes")
-def test_sizes_that_do_not_divide_the_model_are_refused(model):
-    with pytest.raises(
-        ValueError, match="tensor_parallel_size=3 does not divide num_attention_heads=4"
-    ):
-        make_engine(model, size=3)
-
-
-@pytest.mark.usefixtures("no_processes")
-def test_torchrun_with_another_number_of_processes_is_refused(model, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(
-        ValueError,
-        match="tensor_parallel_size=2 is not allowed under torchrun with 4 processes: it must be 4",
-    ):
-        make_engine(model)
-
-
-@pytest.mark.parametrize("death", [True, False], ids=["death", "close"])
-def test_nccl_is_aborted_when_a_worker_dies_and_at_the_end(monkeypatch, death):
-    """What CUDA adds, without CUDA: the thread that frees rank 0 from a kernel without a peer."""
-    aborted: list[object] = []
-    monkeypatch.setattr(process_groups, "abort_nccl", aborted.append)
-    rank_0 = Ranks()
-    worker = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
-    rank_0.workers.processes.append(worker)
-    guard = threading.Thread(target=rank_0._abort_at_end, args=("the group",))
-    guard.start()
-    time.sleep(0.2)
-    assert aborted == []
-    if death:
-        worker.kill()
-    else:
-        rank_0._ended.set()
-    guard.join(SECONDS)
-    assert aborted == ["the group"]
-    rank_0.workers.end(patience=0)
-
-
-def test_more_ranks_than_devices_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert devices_for(torch.device("cuda", 0), 2)[1] == torch.device("cuda", 1)
-    with pytest.raises(ValueError, match="tensor_parallel_size=2 is not allowed with device="):
-        devices_for(torch.device("cuda", 1), 2)
-
-
-@pytest.mark.parametrize("full", [1, 5, 8, 509])
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_vocabulary_shards_cover_everything_once(full, size):
-    shards = [Shard.ceil(full, ParallelGroup(rank, size)) for rank in range(size)]
-    held = [entry for s in shards for entry in range(s.start, s.start + s.size)]
-    assert held == list(range(full))
-
-
-def test_each_rank_has_the_kv_head_of_its_query_heads():
-    """8 query heads on 4 ranks: rank r has 2r and 2r + 1, which share KV head (2r) // 4."""
-    groups = [ParallelGroup(rank, 4) for rank in range(4)]
-    starts = [Shard.kv_heads(2, 64, group).start // 64 for group in groups]
-    assert starts == [0, 0, 1, 1]
-    assert [Shard.kv_heads(8, 64, group).size // 64 for group in groups] == [2] * 4
-
-
-def test_one_rank_needs_no_collectives():
-    x = torch.randn(3, 4)
-    assert ParallelGroup().all_reduce(x) is x
-    assert ParallelGroup().concat_last_dim(x) is x
-
-
-def test_runner_and_engine_close_once(model, monkeypatch):
-    closed = []
-    close = ModelRunner.close
-    monkeypatch.setattr(ModelRunner, "close", lambda self: (closed.append(self), close(self)))
-    engine = LLM(model, device="cpu", max_model_len=64)
-    engine.exit()
-    engine.exit()
-    assert len(closed) == 1

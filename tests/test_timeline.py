@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
-from itertools import pairwise
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from nanovllm.models.stage import Stage
 from nanovllm.utils.timeline import save_timeline, trace_events
 from tests.checkpoints import Shape
 from tests.decode_cases import DecodeCase
+from tests.traces import check_trace
 
 LAST_MS = 40
 
@@ -114,21 +113,23 @@ def test_only_the_last_steps_are_kept():
     assert statistics.profiled_steps == KEPT_STEPS + 5
 
 
-def test_times_are_from_the_beginning_of_the_step():
+def test_times_are_from_the_beginning_of_the_step(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
     timer = StageTimer(torch.device("cpu"))
     stages = tuple(Stage(name, 3, lambda batch: None) for name in ("mlp", "qkv"))
     for _ in range(2):  # a step forgets the one before
+        now = 5.0
         timer.begin_step()
-        time.sleep(0.01)
+        now = 5.01
         begin = timer.mark()
-        time.sleep(0.02)
+        now = 5.03
         timer.add(Work("ffn", 1, stages), begin)
+        now = 5.06
         timer.end_step()
     (only,), total_ms = timer.read()
     assert (only.lane, only.micro_batch, only.stages) == ("ffn", 1, (("mlp", 3), ("qkv", 3)))
-    assert only.start_ms >= 10
-    assert only.end_ms - only.start_ms >= 20
-    assert only.end_ms <= total_ms
+    assert (only.start_ms, only.end_ms, total_ms) == pytest.approx((10, 30, 60))
 
 
 LAYERS = 3
@@ -144,37 +145,6 @@ def steps() -> list[list[Span]]:
         scheduler.decode_token(inputs.input_ids, inputs.positions, inputs.metadata)
         case.append_tokens()
     return list(scheduler.statistics.recent)
-
-
-def check_trace(events: list[dict], layers: int, micro_batches: int) -> int:
-    """Checks that a Chrome trace shows every stage of every step; returns how many steps."""
-    names = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
-    assert list(names.values()) == ["attention", "ffn"]
-    boxes = [event for event in events if event["ph"] == "X"]
-    assert len(boxes) + len(names) == len(events)
-    for row, lane in names.items():
-        inside = sorted((b for b in boxes if b["tid"] == row), key=lambda box: box["ts"])
-        assert {box["cat"] for box in inside} == {lane}
-        for box, following in pairwise(inside):
-            assert box["dur"] >= 0
-            assert box["ts"] + box["dur"] <= following["ts"] + 1e-3, "boxes of a row overlap"
-    drawn = Counter(
-        (b["args"]["step"], stage, b["args"]["micro_batch"])
-        for b in boxes
-        for stage in b["args"]["stages"]
-    )
-    num_steps = 1 + max(box["args"]["step"] for box in boxes)
-    # Whatever the model does before attention of layer 0 may be one stage or several.
-    expected = {f"{kind}{layer}" for kind in ("qkv", "attention", "mlp") for layer in range(layers)}
-    stages = {stage for _, stage, _ in drawn}
-    assert stages >= expected
-    assert drawn == Counter(
-        (step, stage, micro_batch)
-        for step in range(num_steps)
-        for stage in stages
-        for micro_batch in range(micro_batches)
-    )
-    return num_steps
 
 
 def test_a_trace_has_a_box_for_every_stage_layer_and_micro_batch(steps, tmp_path):

@@ -2,86 +2,116 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from nanovllm import LLM
 from nanovllm.engine.block_manager import PADDING_BLOCK
-from nanovllm.engine.warm_up import warm_up
+from nanovllm.engine.graph_memory import batch_sizes
+from nanovllm.engine.warm_up import MOST_ROWS, SAMPLING, warm_up
+from nanovllm.kernels import fused_gemm, paged_prefill, small_gemm
 from nanovllm.layers.sampler import SamplingBatch
-from nanovllm.tiny import CHECKPOINT_DIR
-
-LENGTHS = [1, 2, 4, 8, 16, 32, 64]
 
 
-class FakeEngine:
-    """Notes the steps that it is asked for."""
-
-    def __init__(self):
-        self.prefills, self.decodes, self.draws = [], [], []
-
-    def prefill(self, sizes):
-        self.prefills.append(sizes)
-        return torch.zeros(len(sizes), 50)
-
-    def draw(self, logits, params):
-        assert len(logits) == len(params)
-        self.draws += params
-
-    def warm_up(self, *, draws=True, eager=False, max_num_seqs=512, max_num_tokens=4096):
-        warm_up(
-            self.prefill,
-            LENGTHS,
-            self.draw if draws else None,
-            self.decodes.append if eager else None,
-            max_num_seqs,
-            max_num_tokens,
-        )
-        return self
+@pytest.fixture(scope="module")
+def llm():
+    with LLM(device="cpu", num_kvcache_blocks=6) as engine:
+        yield engine
 
 
-def test_every_length_is_prefilled_once():
-    assert FakeEngine().warm_up().prefills == [[length] for length in LENGTHS]
+@pytest.fixture
+def warmed(llm, monkeypatch):
+    """Warms up, and notes the rows of every prompt, of every decode step, and all draws."""
+
+    def run(max_prompt=4096, draws=True, **options):
+        runner = llm.model_runner
+        steps, config = runner.step_runner, dataclasses.replace(llm.config, **options)
+        prompts, decodes, draws_seen = [], [], []
+        prepare, pad = steps.prepare_prompts, steps.run_padding
+
+        def prepare_prompts(chunks):
+            prompts.append([chunk.end - chunk.start for chunk in chunks])
+            return prepare(chunks)
+
+        def run_padding(size):
+            decodes.append(size)
+            return pad(size)
+
+        def draw(logits, params):
+            assert logits.shape == (1, runner.model_config.vocab_size)
+            draws_seen.append(params)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(steps, "prepare_prompts", prepare_prompts)
+            patch.setattr(steps, "run_padding", run_padding)
+            warm_up(steps, config, max_prompt, draw if draws else None)
+        return prompts, decodes, draws_seen
+
+    return run
 
 
-def test_no_step_is_longer_than_allowed():
-    assert FakeEngine().warm_up(max_num_tokens=20).prefills[-2:] == [[16], [20]]
+def test_prompts_of_a_ladder_of_lengths_are_run(warmed):
+    prompts, _, draws = warmed()
+    assert prompts == [[rows] for rows in batch_sizes(MOST_ROWS)]
+    assert draws == SAMPLING
+
+
+def test_no_prompt_is_longer_than_allowed(warmed):
+    assert warmed(max_prompt=20)[0][-2:] == [[16], [20]]
+
+
+@pytest.mark.parametrize("num_sms", [16, 78, 132])
+@pytest.mark.parametrize("features", [1024, 2048, 3072, 4096])
+def test_the_ladder_meets_the_tiles_that_any_step_takes(num_sms, features):
+    tiles = features // fused_gemm._FEATURES
+
+    def kernels_of(rows: int) -> set:
+        found = {("prefill", paged_prefill._tiling(128, 2, rows))}
+        if rows <= small_gemm.MAX_ROWS:
+            found.add(("small", 1 << (rows - 1).bit_length()))
+        elif rows <= fused_gemm._MAX_ROWS_HEADS:
+            found.add(("paired", fused_gemm.pick_tiles(rows, tiles // 2, num_sms)))
+            if rows <= fused_gemm._MAX_ROWS_SPLIT:
+                found.add(("split", fused_gemm.pick_splits(rows, features, num_sms)))
+        return found
+
+    met = set().union(*map(kernels_of, batch_sizes(MOST_ROWS)))
+    assert set().union(*map(kernels_of, range(1, 4096))) <= met
 
 
 def test_all_kinds_of_limits_are_drawn_with():
     """Each combination that the sampler tells apart, so that it launches other kernels."""
     kinds = set()
-    for params in FakeEngine().warm_up().draws:
+    for params in SAMPLING:
         batch = SamplingBatch.of([params], [0], [0], [0], 50, torch.device("cpu"))
         kinds.add((batch.top_k is not None, batch.top_p is not None))
     assert kinds == {(False, False), (True, False), (False, True), (True, True)}
 
 
-def test_ranks_run_the_same_steps_whether_they_draw_or_not():
-    first, other = FakeEngine().warm_up(eager=True), FakeEngine().warm_up(eager=True, draws=False)
-    assert (first.prefills, first.decodes) == (other.prefills, other.decodes)
-    assert other.draws == []
+def test_ranks_run_the_same_steps_whether_they_draw_or_not(warmed):
+    first, other = warmed(enforce_eager=True), warmed(enforce_eager=True, draws=False)
+    assert first[:2] == other[:2]
+    assert other[2] == []
 
 
 @pytest.mark.parametrize(
     ("max_num_seqs", "sizes"),
     [(512, [1, 2, 4, 8, 16, 512]), (16, [1, 2, 4, 8, 16]), (3, [1, 2, 3]), (1, [1])],
 )
-def test_decode_is_run_where_it_is_not_captured(max_num_seqs, sizes):
-    assert FakeEngine().warm_up(max_num_seqs=max_num_seqs).decodes == []
-    assert FakeEngine().warm_up(max_num_seqs=max_num_seqs, eager=True).decodes == sizes
+def test_decode_is_run_where_it_is_not_captured(warmed, max_num_seqs, sizes):
+    assert warmed(max_prompt=1, max_num_seqs=max_num_seqs)[1] == []
+    assert warmed(max_prompt=1, max_num_seqs=max_num_seqs, enforce_eager=True)[1] == sizes
 
 
 @torch.inference_mode()
-def test_only_the_padding_block_is_written():
-    with LLM(str(CHECKPOINT_DIR), device="cpu", num_kvcache_blocks=6) as engine:
-        runner = engine.model_runner
-        logits = runner._prefill_padding([5, 1, 40])
-        assert logits.shape == (3, runner.model_config.vocab_size)
-        assert runner.step_runner.run_padding(3).shape == logits.shape
-        for layer in runner.model.model.layers:
-            for cache in (layer.self_attn.k_cache, layer.self_attn.v_cache):
-                assert cache[PADDING_BLOCK].any()
-                cache[PADDING_BLOCK] = 0
-                assert not cache.any()
-        assert runner.statistics.as_dict()["total_tokens"] == 0
+def test_only_the_padding_block_is_written(llm, warmed):
+    runner = llm.model_runner
+    runner.model.kv_cache.zero_()
+    warmed(max_prompt=40, enforce_eager=True)
+    runner._run_largest_step()
+    cache = runner.model.kv_cache
+    assert cache[:, :, PADDING_BLOCK].any()
+    assert not cache[:, :, PADDING_BLOCK + 1 :].any()
+    assert runner.statistics.as_dict()["total_tokens"] == 0

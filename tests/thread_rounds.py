@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
 import torch
+
+if __name__ == "__main__":  # the repository's packages, wherever the script is started
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanovllm import LLM
 from tests.checkpoints import Shape

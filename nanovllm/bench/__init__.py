@@ -1,24 +1,21 @@
 """What `bench_pipeline.py` measures with; the engine itself imports nothing of this.
 
-command_line.py  its options, and what they are where nothing is said
-engines.py       the engine to measure
-shapes.py        Qwen3's published shapes, to be filled with random weights
-arms.py          the pipeline modes beside each other on one engine
-workload.py      decode steps at a given batch and context, without a prefill before them
-compare.py       the arms in turn: their step times
-power.py         ... and what the GPU drew meanwhile
-floor.py         the time below which no step can be: bytes over bandwidth
-nano.py          nano-vllm's own benchmark
-idle.py          ... and the time in which the GPU waits for its next step
-prefill.py       prefill alone
-curves.py        attention bandwidth and GEMM rate against SM count
-report.py        tables, and one JSON object
-sweep.py         the map: all arms over shapes, batches and contexts
-gains.py         ... what it says of each point, and in sum
-map_report.py    ... as a table
-heat_map.py      ... as a picture
-growing.py       all arms on sequences that grow from a short context to a long one
-growing_report.py ... as a table
+options.py     the command line: which options each workload has, and their defaults
+shapes.py      published shapes, to be filled with random weights
+engines.py     starts the engine that is measured
+arms.py        pipeline modes beside each other on one engine: the arms of a comparison
+turns.py       the arms in turn: decode steps at a given batch and context, without a prefill
+ceilings.py    what a device can do at best, and what a step needs
+report.py      tables, and what a JSON object says of machine and engine
+
+The workloads, each with `run`, which yields ever more complete records, and `describe`, its table:
+
+decode.py      step times of the arms; power.py adds what the GPU draws
+growing.py     the arms on contexts that grow
+throughput.py  whole runs of requests (requests.py), step by step (step_log.py)
+prefill.py     prompts alone
+gain_map.py    where the pipeline pays (gains.py, pictures.py)
+curves.py      what SMs are worth to each stage (curves_work.py, pictures.py)
 """
 
 
@@ -27,4 +24,4 @@ class BenchError(ValueError):
 
 
 class DoesNotFit(BenchError):
-    """... because there is not enough memory, or the model is not made for so long sequences."""
+    """There is not enough memory, or the model is not made for so long sequences."""

@@ -1,9 +1,5 @@
 """What SMs are worth to each stage: attention bandwidth and GEMM rate against SM count.
 
-    record = measure_curves(torch.device("cuda", 0), shape="8B")
-    print(format_curves(record))
-    draw_curves(record, Path("curves.png"))
-
 One green-context split after the other, as a pipeline would make them: dense products run on the
 aligned group, planned for its SMs; decode attention, and a plain read beside it, on all that is
 left. The last point is the whole device without a split, as sequential decode has it. Every rate is
@@ -13,99 +9,52 @@ partition is idle.
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from green_ctx import Granularity, GreenContextError, GreenDevice
-from nanovllm.bench import BenchError, DoesNotFit
+from nanovllm.bench import BenchError, DoesNotFit, report
 from nanovllm.bench.arms import Split
-from nanovllm.bench.curves_picture import draw_curves, library_of
-from nanovllm.bench.curves_work import (
-    AttentionWork,
-    DenseWork,
-    ReadWork,
-    Work,
-    dense_library,
-    random_layers,
-)
-from nanovllm.bench.floor import measure_copy_bandwidth
-from nanovllm.bench.prefill import measure_matmul_peak
-from nanovllm.bench.report import describe_machine
-from nanovllm.bench.shapes import SIZES, published_config
-from nanovllm.bench.timing import steady_seconds
+from nanovllm.bench.ceilings import copy_bandwidth, matmul_peak, steady_seconds
+from nanovllm.bench.pictures import draw_curves as draw
+from nanovllm.bench.report import Record
+from nanovllm.bench.shapes import published_config
 from nanovllm.engine.green_manager import GreenContextManager
-from nanovllm.engine.model_runner import sm_count
-from nanovllm.models.qwen3_config import Qwen3Config
+from nanovllm.engine.pipeline import MIN_DENSE_SMS
+from nanovllm.models import parse_config
 
-__all__ = ["draw_curves", "format_curves", "measure_curves"]
+if TYPE_CHECKING:
+    from nanovllm.bench.curves_work import Work
 
-BENCHMARK = "curves"
+__all__ = ["describe", "draw", "run"]
+
+SHAPE = "8B"
 SECONDS = 0.4
 MOST_SPLITS = 10
 # Enough sequences for any device, and many times its L2 cache.
 SEQUENCES, CONTEXT = 256, 1024
 # Rows of the dense products, as the micro-batches of a pipeline have.
 TOKENS = (256, 512, 1024)
-# NOTE: on fewer, kernels of cuBLAS that launch clusters of thread blocks fail.
-FEWEST_DENSE_SMS = 16
 # Of the work in each graph, so that what lies between two replays does not count.
 LAUNCHES = 4
 
-# SMs as "sms", and by the name of each work its rate, in bytes or flops per second.
-Point = dict[str, Any]
 
-
-@torch.inference_mode()
-def measure_curves(
-    device: torch.device, shape: str = "8B", seconds: float = SECONDS, progress: bool = True
-) -> dict[str, Any]:
-    """Measures all curves; returns their record. Takes under a minute.
-
-    Args:
-        device: a CUDA device with nothing else running on it.
-        shape: one of `SIZES`, whose heads and layers are taken.
-        seconds: of work in a row for each point.
-        progress: whether to show a progress bar.
-
-    Raises:
-        DoesNotFit: there is not enough memory.
-        BenchError: there is no such shape, no CUDA device, no green contexts or no Triton.
-    """
-    start = time.perf_counter()
-    if shape not in SIZES:
-        raise BenchError(f"shape={shape!r} is not allowed: it must be one of {', '.join(SIZES)}")
-    with plain_errors():
-        splits = choose_splits(*device_sizes(device))
-        with torch.cuda.device(device):
-            curves = sweep_splits(shape, splits, device, seconds, progress)
-            ceilings = {
-                "copy_bandwidth": measure_copy_bandwidth(device),
-                "matmul_peak": measure_matmul_peak(device, torch.bfloat16),
-            }
-    return {
-        **describe_machine(device, BENCHMARK),
-        "shape": shape,
-        "sequences": SEQUENCES,
-        "context": CONTEXT,
-        "seconds_per_point": seconds,
-        "dense_library": dense_library(),
-        **curves,
-        **ceilings,
-        "curves_seconds": time.perf_counter() - start,
-    }
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """Makes what a machine lacks a BenchError."""
+def run(args: argparse.Namespace) -> Iterator[Record]:
+    """Measures all curves and yields their record after each split, or reads it from a file."""
+    if args.stored is not None:
+        yield report.read_record(args.stored[0], "curves")
+        return
     try:
-        yield
+        splits = choose_splits(*device_sizes(args.device))
+        with torch.inference_mode(), torch.cuda.device(args.device):
+            yield from measure(args.device, splits)
     except GreenContextError as error:
         raise BenchError(f"curves need green contexts: {error}") from error
     except ImportError as error:
@@ -123,12 +72,8 @@ def device_sizes(device: torch.device) -> tuple[int, Granularity]:
 
 
 def choose_splits(total: int, granularity: Granularity) -> list[Split]:
-    """SMs of attention and of the dense side, all of the device, evenly spread.
-
-    Raises:
-        BenchError: there is no such split.
-    """
-    smallest = granularity.round_up(FEWEST_DENSE_SMS)
+    """SMs of attention and of the dense side, all of the device, evenly spread."""
+    smallest = granularity.round_up(MIN_DENSE_SMS)
     largest = total - granularity.minimum
     sizes = range(smallest, largest + 1, granularity.alignment)
     if not sizes:
@@ -137,41 +82,72 @@ def choose_splits(total: int, granularity: Granularity) -> list[Split]:
     return [(total - sizes[i], sizes[i]) for i in chosen.tolist()]
 
 
-def sweep_splits(
-    shape: str, splits: Sequence[Split], device: torch.device, seconds: float, progress: bool
-) -> dict[str, list[Point]]:
-    """The points of both stages, few SMs first."""
-    config = Qwen3Config.from_dict(published_config(shape))
-    layers, device_sms = random_layers(config, device), sm_count(device)
-    streaming = [AttentionWork(config, SEQUENCES, CONTEXT, device), ReadWork(device)]
-    dense = [DenseWork(tokens, layers, device_sms) for tokens in TOKENS]
-    bandwidth: list[Point] = []
-    gemm: list[Point] = []
-    total = (len(splits) + 1) * (len(streaming) + len(dense))
-    with tqdm(desc="Curves", total=total, unit="point", disable=not progress) as bar:
+def measure(device: torch.device, splits: Sequence[Split]) -> Iterator[Record]:
+    """The record so far, after each split and then after the whole device."""
+    from nanovllm.bench import curves_work
 
-        def measure(works: Sequence[Work], stream: torch.cuda.Stream, num_sms: int) -> Point:
-            bar.set_postfix_str(f"{num_sms} SMs")
-            point: Point = {"sms": num_sms}
-            for work in works:
-                with captured(work.prepare(num_sms), stream) as graph:
-                    once = steady_seconds(graph.replay, device, seconds) / LAUNCHES
-                point[work.name] = work.amount / once
-                bar.update()
-            return point
+    start = time.perf_counter()
+    total = sum(splits[0])
+    config = parse_config(published_config(SHAPE))
+    weights = curves_work.random_weights(config, device)
+    streaming = [
+        curves_work.attention_work(config, SEQUENCES, CONTEXT, device),
+        curves_work.read_work(device),
+    ]
+    dense = [curves_work.dense_work(tokens, weights, total) for tokens in TOKENS]
+    record = report.describe_machine(device, "curves") | {
+        "shape": SHAPE,
+        "sequences": SEQUENCES,
+        "context": CONTEXT,
+        "seconds_per_point": SECONDS,
+        "dense_library": curves_work.dense_library(),
+        **ceilings(device),
+    }
+    bandwidth: list[Record] = []
+    gemm: list[Record] = []
 
+    def so_far() -> Record:
+        points = {"bandwidth": bandwidth, "gemm": gemm}
+        in_order = {name: sorted(of, key=lambda point: point["sms"]) for name, of in points.items()}
+        return record | in_order | {"curves_seconds": time.perf_counter() - start}
+
+    with tqdm(desc="Curves", total=len(splits) + 1, unit="split") as bar:
         for split in splits:
+            bar.set_postfix_str(f"{split[0]}+{split[1]} SMs")
             with GreenContextManager(device, *split) as manager:
                 attention, ffn = manager.get_attention_stream(), manager.get_ffn_stream()
-                bandwidth.append(measure(streaming, attention, manager.attention_sms))
-                gemm.append(measure(dense, ffn, manager.ffn_sms))
+                point = measure_point(streaming, device, attention, manager.attention_sms)
+                bandwidth.append(point)
+                gemm.append(measure_point(dense, device, ffn, manager.ffn_sms))
             # cuBLAS keeps a workspace for every stream it has seen, also for those now closed.
             torch._C._cuda_clearCublasWorkspaces()
+            bar.update()
+            yield so_far()
         stream = torch.cuda.Stream(device)
-        bandwidth.append(measure(streaming, stream, device_sms))
-        gemm.append(measure(dense, stream, device_sms))
-    by_sms = {"bandwidth": bandwidth, "gemm": gemm}
-    return {name: sorted(points, key=lambda p: p["sms"]) for name, points in by_sms.items()}
+        bandwidth.append(measure_point(streaming, device, stream, total))
+        gemm.append(measure_point(dense, device, stream, total))
+        bar.update()
+    record |= ceilings(device)  # again, as warm as it was for the points
+    yield so_far()
+
+
+def ceilings(device: torch.device) -> Record:
+    return {
+        "copy_bandwidth": copy_bandwidth(device),
+        "matmul_peak": matmul_peak(device, torch.bfloat16),
+    }
+
+
+def measure_point(
+    works: Sequence[Work], device: torch.device, stream: torch.cuda.Stream, num_sms: int
+) -> Record:
+    """The rate of each work in bytes or flops per second, by its name, and the SMs as "sms"."""
+    point: Record = {"sms": num_sms}
+    for work in works:
+        with captured(work.prepare(num_sms), stream) as graph:
+            seconds = steady_seconds(graph.replay, device, SECONDS) / LAUNCHES
+        point[work.name] = work.amount / seconds
+    return point
 
 
 @contextmanager
@@ -196,37 +172,30 @@ def captured(issue: Callable[[], object], stream: torch.cuda.Stream) -> Iterator
         graph.reset()
 
 
-def format_curves(record: dict[str, Any]) -> str:
+def describe(record: Record) -> str:
     """A table for each stage, with the ceilings of the whole device."""
     copy, peak = record["copy_bandwidth"], record["matmul_peak"]
     tokens = [name for name in record["gemm"][0] if name != "sms"]
-    head = f"{'SMs':>5}" + "".join(f"{name:>9}" for name in tokens) + f"{'of peak':>10}"
+    streaming = [["SMs", "TB/s", "GB/s an SM", "read, TB/s", "of copy"]]
+    for point in record["bandwidth"]:
+        sms, rate = point["sms"], point["attention"]
+        cells = f"{rate / 1e12:.2f}", f"{rate / sms / 1e9:.1f}", f"{point['read'] / 1e12:.2f}"
+        streaming.append([str(sms), *cells, f"{rate / copy:.0%}"])
+    dense = [["SMs", *tokens, "of peak"]]
+    for point in record["gemm"]:
+        rates = [f"{point[name] / 1e12:.0f}" for name in tokens]
+        dense.append([str(point["sms"]), *rates, f"{point[tokens[-1]] / peak:.0%}"])
     return "\n".join(
         [
-            f"Qwen3 {record['shape']} on {record['device']['name']}, "
-            f"measured in {record['curves_seconds']:.0f} s",
+            f"Layers of {record['shape']} on {record['device']['name']}, measured in "
+            f"{record['curves_seconds']:.0f} s",
             "",
             f"Decode attention, {record['sequences']} sequences of {record['context']} tokens; "
             f"a copy on all SMs reaches {copy / 1e12:.2f} TB/s",
-            f"{'SMs':>5}{'TB/s':>9}{'GB/s an SM':>12}{'read, TB/s':>12}{'of copy':>10}",
-            *(format_bandwidth(point, copy) for point in record["bandwidth"]),
+            *report.table(streaming),
             "",
-            f"Dense products of a layer by {library_of(record)}, TFLOP/s, for so many tokens; "
-            f"a large product on all SMs reaches {peak / 1e12:.0f}",
-            head,
-            *(format_gemm(point, tokens, peak) for point in record["gemm"]),
+            f"Dense products of a layer by {record.get('dense_library', 'cuBLAS')}, TFLOP/s, for "
+            f"so many tokens; a large product on all SMs reaches {peak / 1e12:.0f}",
+            *report.table(dense),
         ]
     )
-
-
-def format_bandwidth(point: Point, copy_bandwidth: float) -> str:
-    sms, attention = point["sms"], point["attention"]
-    return (
-        f"{sms:>5}{attention / 1e12:>9.2f}{attention / sms / 1e9:>12.1f}"
-        f"{point['read'] / 1e12:>12.2f}{attention / copy_bandwidth:>10.0%}"
-    )
-
-
-def format_gemm(point: Point, tokens: Sequence[str], peak: float) -> str:
-    rates = "".join(f"{point[name] / 1e12:>9.0f}" for name in tokens)
-    return f"{point['sms']:>5}{rates}{point[tokens[-1]] / peak:>10.0%}"

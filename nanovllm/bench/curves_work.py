@@ -1,148 +1,127 @@
-"""The work whose rate the curves show: decode attention, a plain read, and dense products."""
+"""The work whose rate the curves show: decode attention, a plain read, and dense products.
+
+Each is a name in the record, an amount of bytes or flops, and a function that, for a number of SMs,
+gives a function which issues it once on the current stream.
+"""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 
-from nanovllm.bench.prefill import layer_matrices, layer_weights
-from nanovllm.kernels.library_sms import can_limit_sms, limited_to
-from nanovllm.models.qwen3_config import Qwen3Config
+from nanovllm.bench.ceilings import layer_matrices, layer_weights
+from nanovllm.kernels.gpu import can_limit_cublas_sms, cublas_sm_limit
+from nanovllm.kernels.paged_decode import DecodeWorkspace, paged_decode_attention, tile_offsets
+from nanovllm.models import ModelConfig
 
 BLOCK_SIZE = 256
 READ_BYTES = 1 << 29
 # Weights of at least this size are used in turn, so that no L2 cache holds them.
 WEIGHT_BYTES = 1 << 29
+# Of the reading kernel; on each SM 8 programs that have 16 KiB under way.
+PROGRAMS_PER_SM, TILE = 8, 4096
 
 
-class Work(ABC):
-    """Something to be timed on so many SMs.
+class Work(NamedTuple):
+    """Something to be timed on so many SMs."""
 
-    Args:
-        name: what it is called in the record.
-        amount: bytes or flops of issuing it once.
-    """
-
-    def __init__(self, name: str, amount: int) -> None:
-        self.name = name
-        self.amount = amount
-
-    @abstractmethod
-    def prepare(self, num_sms: int) -> Callable[[], object]:
-        """A function that issues it once on the current stream, which has `num_sms` SMs."""
+    name: str
+    amount: int
+    prepare: Callable[[int], Callable[[], object]]
 
 
-class AttentionWork(Work):
-    """Paged decode attention over random keys and values; `amount` is their bytes.
+def attention_work(
+    config: ModelConfig,
+    sequences: int,
+    context: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Work:
+    """Paged decode attention over random keys and values, whose bytes count."""
+    heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    q_heads, kv_heads, head_dim = heads
+    blocks = -(-context // BLOCK_SIZE)
+    shape = (sequences * blocks, kv_heads, BLOCK_SIZE, head_dim)
+    keys, values = (torch.randn(shape, dtype=dtype, device=device) for _ in range(2))
+    query = torch.randn(sequences, q_heads, head_dim, dtype=dtype, device=device)
+    # In any order, as after many requests have come and gone.
+    order = torch.randperm(sequences * blocks, device=device)
+    tables = order.to(torch.int32).view(sequences, blocks)
+    counts = np.full(sequences, context, np.int32)
+    lengths = torch.from_numpy(counts).to(device)
+    offsets = torch.from_numpy(tile_offsets(counts)).to(device)
 
-    Args:
-        config: the model, whose heads are taken.
-        sequences: of one new token each.
-        context: tokens of each.
-        device: where.
-        dtype: of the KV cache.
-    """
-
-    def __init__(
-        self,
-        config: Qwen3Config,
-        sequences: int,
-        context: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.bfloat16,
-    ) -> None:
-        self.heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        q_heads, kv_heads, head_dim = self.heads
-        token_bytes = 2 * kv_heads * head_dim * dtype.itemsize
-        super().__init__("attention", sequences * context * token_bytes)
-        blocks = -(-context // BLOCK_SIZE)
-        shape = (sequences * blocks, kv_heads, BLOCK_SIZE, head_dim)
-        self.keys, self.values = (torch.randn(shape, dtype=dtype, device=device) for _ in range(2))
-        self.query = torch.randn(sequences, q_heads, head_dim, dtype=dtype, device=device)
-        # In any order, as after many requests have come and gone.
-        order = torch.randperm(sequences * blocks, device=device)
-        self.tables = order.to(torch.int32).view(sequences, blocks)
-        self.lengths = np.full(sequences, context, np.int32)
-
-    def prepare(self, num_sms: int) -> Callable[[], torch.Tensor]:
-        # Here, because a machine without a GPU need not have Triton.
-        from nanovllm.kernels.paged_decode import (
-            DecodeWorkspace,
-            paged_decode_attention,
-            tile_offsets,
-        )
-
-        device = self.query.device
-        lengths = torch.from_numpy(self.lengths).to(device)
-        offsets = torch.from_numpy(tile_offsets(self.lengths)).to(device)
-        workspace = DecodeWorkspace(num_sms, *self.heads, device)
-        scale = self.query.shape[2] ** -0.5
+    def prepare(num_sms: int) -> Callable[[], torch.Tensor]:
+        workspace = DecodeWorkspace(num_sms, *heads, device)
         return lambda: paged_decode_attention(
-            self.query, self.keys, self.values, self.tables, lengths, scale, offsets, workspace
+            query, keys, values, tables, lengths, head_dim**-0.5, offsets, workspace
         )
 
-
-class ReadWork(Work):
-    """Reading random numbers and nothing else; `amount` is their bytes."""
-
-    def __init__(self, device: torch.device, num_bytes: int = READ_BYTES) -> None:
-        super().__init__("read", num_bytes)
-        self.source = torch.randn(num_bytes // 4, device=device)
-
-    def prepare(self, num_sms: int) -> Callable[[], torch.Tensor]:
-        from nanovllm.bench.read_kernel import PROGRAMS_PER_SM, read_all
-
-        sums = self.source.new_zeros(num_sms * PROGRAMS_PER_SM)
-        return lambda: read_all(self.source, sums, num_sms)
+    return Work(
+        "attention", sequences * context * 2 * kv_heads * head_dim * dtype.itemsize, prepare
+    )
 
 
-class DenseWork(Work):
-    """The dense products of several layers, as a pipeline's FFN lane issues them.
+def read_work(device: torch.device, num_bytes: int = READ_BYTES) -> Work:
+    """Reading random numbers and nothing else: what each program has read, added up.
 
-    `amount` is their flops.
-
-    Args:
-        tokens: rows of every product.
-        layers: weights of each layer, [outputs, inputs]; different works may share them.
-        device_sms: SMs of the whole device.
+    torch has none: its reductions have too few bytes under way per SM for a small partition.
     """
+    source = torch.randn(num_bytes // 4, device=device)
 
-    def __init__(
-        self, tokens: int, layers: Sequence[Sequence[torch.Tensor]], device_sms: int
-    ) -> None:
-        weights = [weight for layer in layers for weight in layer]
-        super().__init__(str(tokens), 2 * tokens * sum(weight.numel() for weight in weights))
-        widths = {weight.shape[1] for weight in weights}
-        self.weights = weights
-        self.device_sms = device_sms
-        self.inputs = {width: weights[0].new_empty(tokens, width).normal_() for width in widths}
+    def prepare(num_sms: int) -> Callable[[], torch.Tensor]:
+        sums = source.new_zeros(num_sms * PROGRAMS_PER_SM)
 
-    def prepare(self, num_sms: int) -> Callable[[], None]:
-        return partial(self._multiply, num_sms)
+        def read() -> torch.Tensor:
+            _read_kernel[(len(sums),)](source, sums, len(source) // TILE, TILE=TILE, num_warps=4)
+            return sums
 
-    def _multiply(self, num_sms: int) -> None:
-        with limited_to(num_sms, self.device_sms):
-            for weight in self.weights:
-                F.linear(self.inputs[weight.shape[1]], weight)
+        return read
+
+    return Work("read", num_bytes, prepare)
+
+
+@triton.jit
+def _read_kernel(source, sums, num_tiles, TILE: tl.constexpr):
+    column = tl.arange(0, TILE)
+    total = tl.zeros([TILE], tl.float32)
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        total += tl.load(source + tile * TILE + column)
+    tl.store(sums + tl.program_id(0), tl.sum(total))
+
+
+def dense_work(tokens: int, weights: Sequence[torch.Tensor], device_sms: int) -> Work:
+    """Products of [tokens, inputs] and all `weights`, as a pipeline's FFN lane issues them."""
+    widths = {weight.shape[1] for weight in weights}
+    inputs = {width: weights[0].new_empty(tokens, width).normal_() for width in widths}
+
+    def prepare(num_sms: int) -> Callable[[], None]:
+        def multiply() -> None:
+            with cublas_sm_limit(num_sms, device_sms):
+                for weight in weights:
+                    F.linear(inputs[weight.shape[1]], weight)
+
+        return multiply
+
+    return Work(str(tokens), 2 * tokens * sum(weight.numel() for weight in weights), prepare)
 
 
 def dense_library() -> str:
     """What multiplies on a partition; on the whole device it is torch's default."""
-    return "cuBLASLt told its SMs" if can_limit_sms() else "cuBLAS"
+    return "cuBLASLt told its SMs" if can_limit_cublas_sms() else "cuBLAS"
 
 
-def random_layers(
-    config: Qwen3Config, device: torch.device, num_bytes: int = WEIGHT_BYTES
-) -> list[list[torch.Tensor]]:
+def random_weights(
+    config: ModelConfig, device: torch.device, num_bytes: int = WEIGHT_BYTES
+) -> list[torch.Tensor]:
     """Random bfloat16 weights of as many layers as fill `num_bytes`, at least two."""
-    count = max(2, math.ceil(num_bytes / (2 * layer_weights(config))))
-    return [
-        [torch.randn(size, dtype=torch.bfloat16, device=device) for size in layer_matrices(config)]
-        for _ in range(count)
-    ]
+    layers = max(2, math.ceil(num_bytes / (2 * layer_weights(config))))
+    sizes = layer_matrices(config) * layers
+    return [torch.randn(size, dtype=torch.bfloat16, device=device) for size in sizes]

@@ -1,181 +1,130 @@
 """Sequences that grow: what each arm takes for the whole way from one context to another.
 
-    growth = Growth(batch=512, context=128, until=4096, stages=16, output=24)
-    passages = run_passages(engine, arms, growth, rounds=2)
-    record = growing_record(growth, arms, passages)
-
-Thousands of steps an arm would take minutes. So the way is cut into stages, and of each only some
-steps in its middle are run; the median of their times stands for all steps of the stage. Stages
-have equal ratios: with enough of them, the next one is near enough for a planner to see contexts
-that grow, and not a jump. An arm runs all of its stages before the next arm's turn, and remains the
-same object, so what auto has learned at one stage it knows at the next.
+Thousands of steps an arm would take minutes. So the way is cut into ranges of contexts, and of each
+only some steps in its middle are run; the median of their times stands for all steps of the range.
+Ranges have equal ratios: with enough of them, the next one is near enough for a planner to see
+contexts that grow, and not a jump. An arm runs all of its ranges before the next arm's turn, and
+remains the same object, so what auto has learned in one range it knows in the next.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
-from typing import Any
 
 from tqdm import tqdm
 
 from nanovllm.bench import BenchError, report
-from nanovllm.bench.arms import AUTO, Arm
-from nanovllm.bench.compare import in_order, timed_arms
-from nanovllm.bench.workload import EDGE_STEPS, DecodeWorkload, run_turn
+from nanovllm.bench.arms import AUTO, Arm, specs_of
+from nanovllm.bench.gains import short_label
+from nanovllm.bench.report import Record
+from nanovllm.bench.turns import (
+    EDGE_STEPS,
+    DecodeWorkload,
+    in_order,
+    run_turn,
+    start_arms,
+    timed_arms,
+)
 from nanovllm.engine.llm_engine import LLMEngine
 
 # Auto keeps its promise if it takes at most this much longer than the best other arm.
 TOLERANCE = 0.01
-ESTIMATE = "sum over stages of the median time of some steps in the middle times steps of the stage"
+ESTIMATE = "sum over ranges of the median time of some steps in the middle times steps of the range"
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A part of the way: `steps` steps, in whose place the turn `workload` is run."""
+def context_ranges(
+    batch: int, context: int, until: int, stages: int, output: int
+) -> list[tuple[int, DecodeWorkload]]:
+    """Ranges from `context` to `until` tokens: their steps, and the turn that is run of them.
 
-    steps: int
-    workload: DecodeWorkload
-
-
-@dataclass(frozen=True)
-class Growth:
-    """The way of `batch` sequences from `context` to `until` tokens, a step a token.
-
-    Attributes:
-        batch, context, until: as above.
-        stages: parts into which it is cut.
-        output: steps to run of each; the first and the last `EDGE_STEPS` do not count.
-
-    Raises:
-        BenchError: there are no such stages.
+    A turn has `output` steps, of which the first and the last `EDGE_STEPS` do not count.
     """
-
-    batch: int
-    context: int
-    until: int
-    stages: int
-    output: int
-
-    def __post_init__(self) -> None:
-        if self.until <= self.context:
-            raise BenchError(f"until={self.until} must be above context={self.context}")
-        if min(stage.steps for stage in self) < 1:
-            raise BenchError(
-                f"stages={self.stages} are too many: some have not one of the "
-                f"{self.until - self.context} steps from {self.context} to {self.until} tokens"
-            )
-
-    def __iter__(self) -> Iterator[Stage]:
-        """The stages, short contexts first."""
-        ratio = self.until / self.context
-        bounds = [round(self.context * ratio ** (i / self.stages)) for i in range(self.stages + 1)]
-        for begin, end in pairwise(bounds):
-            context = max((begin + end - self.output) // 2, 1)
-            yield Stage(end - begin, DecodeWorkload(self.batch, context, self.output))
-
-    @property
-    def largest(self) -> DecodeWorkload:
-        """The turn that needs the most room."""
-        return list(self)[-1].workload
+    if until <= context:
+        raise BenchError(f"until={until} must be above context={context}")
+    bounds = [round(context * (until / context) ** (i / stages)) for i in range(stages + 1)]
+    if min(end - begin for begin, end in pairwise(bounds)) < 1:
+        raise BenchError(
+            f"stages={stages} are too many: some have not one of the {until - context} steps from "
+            f"{context} to {until} tokens"
+        )
+    middles = [max((begin + end - output) // 2, 1) for begin, end in pairwise(bounds)]
+    steps = [end - begin for begin, end in pairwise(bounds)]
+    works = [DecodeWorkload(batch, middle, output) for middle in middles]
+    return list(zip(steps, works, strict=True))
 
 
-@dataclass(frozen=True)
-class Passage:
-    """One arm on the whole way, once: at each stage a step's median seconds, and the plan then."""
-
-    step_seconds: list[float]
-    plans: list[str | None]
-
-    def seconds(self, growth: Growth) -> float:
-        """What all steps would have taken."""
-        return sum(s.steps * once for s, once in zip(growth, self.step_seconds, strict=True))
+# One sweep of an arm over all ranges: of each a step's median seconds, and the plan at its end.
+Sweep = list[tuple[float, str | None]]
+Ranges = Sequence[tuple[int, DecodeWorkload]]
 
 
-def run_passages(
-    engine: LLMEngine, arms: Sequence[Arm], growth: Growth, rounds: int
-) -> dict[str, list[Passage]]:
-    """By label, as many passages as `rounds` of each arm that does not fall back."""
-    timed = timed_arms(arms, growth.batch)
-    passages: dict[str, list[Passage]] = {arm.label: [] for arm in timed}
-    first = next(iter(growth)).workload
-    for arm in tqdm(timed, "Warming up", unit="turn"):
+def run(args: argparse.Namespace) -> Iterator[Record]:
+    """Measures all arms; yields the record after each round."""
+    ranges = context_ranges(args.batch, args.context, args.until, args.stages, args.output)
+    with start_arms(args, specs_of(args), ranges[-1][1]) as (engine, arms, about):
+        base = (
+            report.describe_machine(args.device, "growing")
+            | about
+            | {
+                "batch": args.batch,
+                "context": args.context,
+                "until": args.until,
+                "steps": args.until - args.context,
+                "timed_steps": args.output - 2 * EDGE_STEPS,
+                "estimate": ESTIMATE,
+                "stages": [{"context": work.context, "steps": steps} for steps, work in ranges],
+            }
+        )
+        for sweeps in run_sweeps(engine, timed_arms(arms, args.batch), ranges, args.rounds):
+            records = [describe_arm(arm, ranges, sweeps.get(arm.label)) for arm in arms]
+            seconds = {arm["label"]: arm["seconds"]["median"] for arm in records if arm["seconds"]}
+            yield base | {"arms": records, **judge(seconds)}
+
+
+def run_sweeps(
+    engine: LLMEngine, arms: Sequence[Arm], ranges: Ranges, rounds: int
+) -> Iterator[dict[str, list[Sweep]]]:
+    """All sweeps so far by label, after each round."""
+    sweeps: dict[str, list[Sweep]] = {arm.label: [] for arm in arms}
+    for arm in tqdm(arms, "Warming up", unit="turn"):
         arm.activate()
-        run_stage(engine, first)
-    with tqdm(desc="Growing", total=rounds * len(timed) * growth.stages, unit="stage") as bar:
+        run_turn(engine, ranges[0][1])
+    with tqdm(desc="Growing", total=rounds * len(arms) * len(ranges), unit="turn") as bar:
         for number in range(rounds):
-            for arm in in_order(timed, number):
+            for arm in in_order(arms, number):
                 bar.set_postfix_str(arm.label)
                 arm.activate()
-                passages[arm.label].append(run_passage(engine, arm, growth, bar))
-    return passages
+                sweep: Sweep = []
+                for _, workload in ranges:
+                    sweep.append((median(run_turn(engine, workload)), arm.plan))
+                    bar.update()
+                sweeps[arm.label].append(sweep)
+            yield sweeps
 
 
-def run_passage(engine: LLMEngine, arm: Arm, growth: Growth, bar: tqdm[Any]) -> Passage:
-    passage = Passage([], [])
-    for stage in growth:
-        passage.step_seconds.append(run_stage(engine, stage.workload))
-        passage.plans.append(arm.plan)
-        bar.update()
-    return passage
-
-
-def run_stage(engine: LLMEngine, workload: DecodeWorkload) -> float:
-    """Median seconds of a step of one turn."""
-    prompts = workload.draw_prompts(engine.model_runner.model_config.vocab_size)
-    return median(run_turn(engine, workload, prompts))
-
-
-def growing_record(
-    growth: Growth, arms: Sequence[Arm], passages: Mapping[str, Sequence[Passage]]
-) -> dict[str, Any]:
-    """The JSON fields of what `run_passages` measured."""
-    records = [arm_record(arm, growth, passages.get(arm.label)) for arm in arms]
-    return {
-        "batch": growth.batch,
-        "context": growth.context,
-        "until": growth.until,
-        "steps": growth.until - growth.context,
-        "timed_steps": growth.output - 2 * EDGE_STEPS,
-        "estimate": ESTIMATE,
-        "stages": [{"context": s.workload.context, "steps": s.steps} for s in growth],
-        "arms": records,
-        **judge_growing({r["label"]: r["seconds"]["median"] for r in records if r["seconds"]}),
-    }
-
-
-def arm_record(arm: Arm, growth: Growth, passages: Sequence[Passage] | None) -> dict[str, Any]:
-    """One arm; without passages it fell back, and nothing of it is measured.
-
-    "plans" holds, for each round, the plan in use at the end of each stage.
-    """
-    record: dict[str, Any] = {
-        **report.describe_arm(arm),
-        "fallback_reason": arm.fallback_reason(growth.batch),
-        "stage_ms": None,
-        "seconds": None,
-        "plans": None,
-    }
-    if passages is None:
+def describe_arm(arm: Arm, ranges: Ranges, sweeps: Sequence[Sweep] | None) -> Record:
+    """The record of an arm; without sweeps it fell back, and nothing of it is measured."""
+    record: Record = arm.describe(ranges[0][1].batch)
+    record |= dict.fromkeys(("stage_ms", "seconds", "plans"))
+    if not sweeps:
         return record
-    rounds = [passage.seconds(growth) for passage in passages]
-    by_stage = zip(*(passage.step_seconds for passage in passages), strict=True)
-    record["stage_ms"] = [median(times) * 1e3 for times in by_stage]
+    steps = [count for count, _ in ranges]
+    once = [[seconds for seconds, _ in sweep] for sweep in sweeps]
+    rounds = [sum(n * s for n, s in zip(steps, times, strict=True)) for times in once]
+    record["stage_ms"] = [median(times) * 1e3 for times in zip(*once, strict=True)]
     record["seconds"] = {"best": min(rounds), "median": median(rounds), "rounds": rounds}
-    if any(passage.plans[-1] is not None for passage in passages):
-        record["plans"] = [passage.plans for passage in passages]
+    plans = [[plan for _, plan in sweep] for sweep in sweeps]
+    record["plans"] = plans if any(row[-1] is not None for row in plans) else None
     return record
 
 
-def judge_growing(seconds: Mapping[str, float]) -> dict[str, Any]:
-    """The fields that follow from the whole way's seconds by label.
+def judge(seconds: Mapping[str, float]) -> Record:
+    """The fastest arm but auto, auto's speed over it, and whether that is enough.
 
-    Returns:
-        best_fixed: the fastest arm but auto.
-        auto_of_best: speed of auto over it; None without auto.
-        auto_holds: whether auto beats it, or nearly; None without auto.
+    `seconds` are those of the whole way, by label; without auto its fields are None.
     """
     fixed = {label: time for label, time in seconds.items() if label != AUTO}
     best = min(fixed, key=lambda label: fixed[label])
@@ -185,3 +134,41 @@ def judge_growing(seconds: Mapping[str, float]) -> dict[str, Any]:
         "auto_of_best": of_best,
         "auto_holds": None if of_best is None else of_best >= 1 / (1 + TOLERANCE),
     }
+
+
+def describe(record: Record) -> str:
+    """Ranges as rows, arms as columns, the whole way below, and whether auto keeps its promise."""
+    timed = [arm for arm in record["arms"] if arm["seconds"]]
+    plans = next((a["plans"][-1] for a in timed if a["label"] == AUTO and a["plans"]), None)
+    rows = [["context", "steps", *(short_label(arm["label"]) for arm in timed)]]
+    for i, stage in enumerate(record["stages"]):
+        times = [f"{arm['stage_ms'][i]:.3f}" for arm in timed]
+        rows.append([str(stage["context"]), str(stage["steps"]), *times])
+    if plans:
+        names = ["auto's plan", *(short_label(plan or "-") for plan in plans)]
+        rows = [[*row, name] for row, name in zip(rows, names, strict=True)]
+    reference = timed[0]["seconds"]["median"]
+    totals = [["whole way", *(short_label(arm["label"]) for arm in timed)]]
+    for name in ("best", "median"):
+        totals.append([f"{name}, s", *(f"{arm['seconds'][name]:.2f}" for arm in timed)])
+    totals.append(["ratio", *(f"{reference / arm['seconds']['median']:.3f}" for arm in timed)])
+    lines = [
+        report.title(record),
+        f"{record['batch']} sequences grow from {record['context']} to {record['until']} tokens "
+        f"in {record['steps']:,} steps",
+        f"ms/step: median of {record['timed_steps']} steps at each context, which stands for the "
+        "steps around it",
+        *report.fallbacks(record["arms"]),
+        "",
+        *report.table(rows),
+        "",
+        f"estimated from that, {len(timed[0]['seconds']['rounds'])} times:",
+        *report.table(totals),
+    ]
+    if record["auto_of_best"] is not None:
+        verdict = "kept" if record["auto_holds"] else "not kept"
+        lines.append(
+            f"{AUTO} is {record['auto_of_best']:.3f} times as fast as the best fixed arm, "
+            f"{record['best_fixed']}; at most {TOLERANCE:.0%} slower: {verdict}"
+        )
+    return "\n".join(lines)

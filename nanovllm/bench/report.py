@@ -1,98 +1,43 @@
-"""What a benchmark prints: a table for people, and one JSON object for everything else."""
+"""Tables for people, and what a JSON object says of machine, engine and model."""
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from nanovllm.bench.arms import Arm
-from nanovllm.bench.compare import StepTimes
-from nanovllm.bench.engines import StartedEngine
-from nanovllm.bench.floor import Floor
-from nanovllm.bench.nano import NanoResult
-from nanovllm.bench.power import Reading
-from nanovllm.bench.workload import DecodeWorkload
-from nanovllm.config import Config
-from nanovllm.engine.model_runner import ModelRunner, sm_count
-from nanovllm.engine.pipeline_statistics import PipelineStatistics
+from nanovllm.bench import BenchError
+from nanovllm.engine.model_runner import sm_count
 
+Record = dict[str, Any]
 PACKAGES = ("torch", "triton", "transformers", "cuda-bindings")
 
 
-def describe_run(started: StartedEngine, benchmark: str) -> dict[str, Any]:
-    """What was measured, where, when, and with what."""
-    device = started.engine.model_runner.device
-    return describe_machine(device, benchmark) | describe_engine(started)
-
-
-def describe_machine(device: torch.device, benchmark: str) -> dict[str, Any]:
-    """Where and when; `benchmark` is the record's kind."""
+def describe_machine(device: torch.device, benchmark: str) -> Record:
+    """Where and when; `benchmark` is the record's kind. None for what is not known."""
+    name, memory = platform.processor() or platform.machine(), None
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, memory = properties.name, round(properties.total_memory / 2**30, 1)
+    sms = sm_count(device) or None
     return {
         "benchmark": benchmark,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": describe_device(device),
-        "versions": describe_versions(),
-    }
-
-
-def describe_engine(started: StartedEngine) -> dict[str, Any]:
-    """The model, the engine's options, and how long it took to start."""
-    model = started.engine.model_runner.model
-    weight = model.model.embed_tokens.weight
-    return {
-        "model": {
-            "name": started.name,
-            "layers": model.num_layers,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "dtype": str(weight.dtype).removeprefix("torch."),
+        "device": {"type": device.type, "name": name, "sms": sms, "memory_gib": memory},
+        "versions": {
+            "python": platform.python_version(),
+            **{name.replace("-", "_"): installed_version(name) for name in PACKAGES},
+            "cuda": torch.version.cuda,
+            "driver": driver_version(),
         },
-        "options": changed_options(started.engine.config),
-        "startup_seconds": started.startup_seconds,
-    }
-
-
-def describe_arm(arm: Arm) -> dict[str, Any]:
-    """What an arm was to be, and the SMs that it was granted."""
-    statistics = arm.step_runner.statistics
-    return {
-        "label": arm.label,
-        "mode": arm.mode,
-        "attention_sms": statistics.attention_sms,
-        "ffn_sms": statistics.ffn_sms,
-        "fallback_reason": statistics.fallback_reason,
-    }
-
-
-def describe_device(device: torch.device) -> dict[str, Any]:
-    """Name and size of a device; None for what is not known."""
-    if device.type != "cuda":
-        name = platform.processor() or platform.machine()
-        return {"type": device.type, "name": name, "sms": None, "memory_gib": None}
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        "type": device.type,
-        "name": properties.name,
-        "sms": sm_count(device),
-        "memory_gib": round(properties.total_memory / 2**30, 1),
-    }
-
-
-def describe_versions() -> dict[str, str | None]:
-    """Versions of everything that times depend on; None for what is not installed."""
-    packages = {name.replace("-", "_"): installed_version(name) for name in PACKAGES}
-    return {
-        "python": platform.python_version(),
-        **packages,
-        "cuda": torch.version.cuda,
-        "driver": driver_version(),
     }
 
 
@@ -113,171 +58,61 @@ def driver_version() -> str | None:
     return answer.stdout.split("\n")[0].strip() or None if answer.returncode == 0 else None
 
 
-def changed_options(config: Config) -> dict[str, Any]:
-    """The engine's options that are not the defaults, but for the model."""
-    return {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(Config)
-        if field.name != "model" and getattr(config, field.name) != field.default
-    }
-
-
-def decode_record(
-    workload: DecodeWorkload,
-    floor: Floor | None,
-    arms: list[Arm],
-    times: dict[str, StepTimes],
-    readings: Mapping[str, Reading],
-) -> dict[str, Any]:
-    """The JSON fields of compared decode steps; `times` has "sequential"."""
-    reference = times["sequential"].median
-    return {
-        "batch": workload.batch,
-        "context": workload.context,
-        "output": workload.output,
-        "mean_context": workload.mean_context,
-        "floor": None if floor is None else floor_record(floor),
-        "arms": [
-            arm_record(arm, workload.batch, floor, times.get(arm.label), reference)
-            | {"power": power_record(readings.get(arm.label), times.get(arm.label))}
-            for arm in arms
-        ],
-    }
-
-
-def floor_record(floor: Floor) -> dict[str, float]:
-    return {
-        "weight_bytes": floor.weight_bytes,
-        "kv_bytes": floor.kv_bytes,
-        "copy_bandwidth": floor.copy_bandwidth,
-        "step_ms": floor.seconds * 1e3,
-    }
-
-
-def arm_record(
-    arm: Arm, batch: int, floor: Floor | None, times: StepTimes | None, reference: float
-) -> dict[str, Any]:
-    """One arm; `times` is None if it fell back, and then so is everything measured."""
-    record = {
-        "mode": arm.mode,
-        **pipeline_record(arm.step_runner.statistics),
-        "fell_back": times is None,
-        "fallback_reason": arm.fallback_reason(batch),
-    }
-    measured: dict[str, Any] = dict.fromkeys(
-        ("steps", "step_ms", "tokens_per_second", "ratio", "bandwidth", "floor_share")
-    )
-    if times is not None:
-        measured["steps"] = times.count
-        measured["step_ms"] = {
-            "median": times.median * 1e3,
-            "q1": times.low * 1e3,
-            "q3": times.high * 1e3,
-        }
-        measured["tokens_per_second"] = batch / times.median
-        measured["ratio"] = reference / times.median
-        if floor is not None:
-            measured["bandwidth"] = floor.total_bytes / times.median
-            measured["floor_share"] = floor.seconds / times.median
-    return {**record, **measured}
-
-
-def power_record(reading: Reading | None, times: StepTimes | None) -> dict[str, Any] | None:
-    """What a GPU drew during an arm's steps; None if that was not measured."""
-    if reading is None or times is None:
-        return None
-    return {**dataclasses.asdict(reading), "joules_per_step": reading.watts * times.median}
-
-
-def pipeline_record(statistics: PipelineStatistics) -> dict[str, Any]:
-    """How decode steps really ran: mode, SMs granted, and steps by path so far."""
-    return {
-        "runs_as": statistics.mode,
-        "attention_sms": statistics.attention_sms,
-        "ffn_sms": statistics.ffn_sms,
-        "steps_by_path": dict(statistics.steps),
-    }
-
-
-def nano_record(runner: ModelRunner, result: NanoResult) -> dict[str, Any]:
-    """The JSON fields of a run of nano-vllm's benchmark."""
-    statistics = runner.step_runner.statistics
-    fields = dataclasses.asdict(result)
-    totals = fields.pop("steps")
-    return {
-        **fields,
-        **totals,
-        "output_tokens_per_second": result.tokens_per_second,
-        **pipeline_record(statistics),
-        "fell_back": statistics.fallback_reason is not None,
-        "fallback_reason": statistics.fallback_reason,
-    }
-
-
-def format_title(record: dict[str, Any]) -> str:
-    """Model and device in a line."""
-    model, device = record["model"], record["device"]
+def title(record: Record) -> str:
+    """Model and devices in a line."""
+    model, ranks = record["model"], record.get("ranks", 1)
     return (
-        f"Qwen3 {model['name']}: {model['layers']} layers, {model['parameters'] / 1e6:,.0f} M "
-        f"parameters in {model['dtype']}, on {device['name']}"
+        f"{model['name']}: {model['layers']} layers, {model['parameters'] / 1e6:,.0f} M "
+        f"parameters in {model['dtype']}, on {f'{ranks} x ' * (ranks > 1)}"
+        f"{record['device']['name']}"
     )
 
 
-def format_decode(record: dict[str, Any]) -> str:
-    """The table of compared decode steps."""
-    floor = record["floor"]
-    head = f"{'mode':<11}{'SMs':>9}{'ms/step':>10}{'q1 to q3':>18}{'tokens/s':>11}{'ratio':>7}"
-    lines = [
-        format_title(record),
-        f"{record['batch']} sequences, context {record['context']} to "
-        f"{record['context'] + record['output']}, beginning again every turn",
+def sms(arm: Record) -> str:
+    """SMs that were granted to each lane; records of before there were lanes know two."""
+    lanes = arm.get("lane_sms") or {lane: arm.get(f"{lane}_sms") for lane in ("attention", "ffn")}
+    return "+".join(map(str, lanes.values())) if all(lanes.values()) else "all"
+
+
+def fallbacks(arms: Sequence[Record]) -> list[str]:
+    """A line for each arm that is not timed."""
+    return [
+        f"{arm['label']} is not timed, falls back: {arm['fallback_reason']}"
+        for arm in arms
+        if arm["fallback_reason"] is not None
     ]
-    if floor is not None:
-        gigabytes = (floor["weight_bytes"] / 1e9, floor["kv_bytes"] / 1e9)
-        lines.append(
-            f"floor {floor['step_ms']:.3f} ms: {gigabytes[0]:.2f} GB of weights and "
-            f"{gigabytes[1]:.2f} GB of KV at {floor['copy_bandwidth'] / 1e12:.2f} TB/s (copy)"
-        )
-        head += f"{'TB/s':>7}{'of floor':>10}"
-    if any(arm["power"] for arm in record["arms"]):
-        head += f"{'W':>6}{'MHz':>7}{'J/step':>8}"
-    return "\n".join([*lines, "", head, *map(format_arm, record["arms"])])
 
 
-def format_arm(arm: dict[str, Any]) -> str:
-    """A row of that table."""
-    sms = "all" if arm["attention_sms"] is None else f"{arm['attention_sms']}+{arm['ffn_sms']}"
-    if arm["fell_back"]:
-        return f"{arm['mode']:<11}{'-':>9}  not timed, falls back: {arm['fallback_reason']}"
-    step_ms = arm["step_ms"]
-    spread = f"{step_ms['q1']:.3f} to {step_ms['q3']:.3f}"
-    row = (
-        f"{arm['mode']:<11}{sms:>9}{step_ms['median']:>10.3f}{spread:>18}"
-        f"{arm['tokens_per_second']:>11,.0f}{arm['ratio']:>7.3f}"
-    )
-    if arm["bandwidth"] is not None:
-        row += f"{arm['bandwidth'] / 1e12:>7.2f}{arm['floor_share']:>10.0%}"
-    if power := arm["power"]:
-        row += f"{power['watts']:>6.0f}{power['sm_mhz']:>7.0f}{power['joules_per_step']:>8.2f}"
-    return row
-
-
-def format_nano(record: dict[str, Any]) -> str:
-    """A run of nano-vllm's benchmark in a few lines."""
-    lines = [
-        format_title(record),
-        f"{record['requests']} requests: {record['prompt_tokens']:,} tokens in, "
-        f"{record['output_tokens']:,} out, in {record['seconds']:.2f} s, decode "
-        f"{record['runs_as']}",
-        f"{record['output_tokens_per_second']:,.0f} output tokens per second",
-        f"prefill steps take {record['prefill_seconds']:.2f} s of it, decode steps "
-        f"{record['decode_seconds']:.2f} s",
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of as many cells each as aligned lines: the first column to the left, others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
     ]
-    if record["gpu_idle_share"] is not None:
-        lines.append(
-            f"between decode steps the GPU is idle for {record['gpu_idle_share']:.2%} of the time "
-            f"({record['gpu_idle_gaps']:,} gaps)"
-        )
-    if record["fell_back"]:
-        lines.append(f"The pipeline fell back: {record['fallback_reason']}")
-    return "\n".join(lines)
+
+
+def write_record(record: Record, path: Path | None) -> None:
+    """Writes a record as one line of JSON, all of it or nothing; does nothing without a path."""
+    if path is not None:
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        part.replace(path)
+
+
+def read_record(path: Path, benchmark: str) -> Record:
+    """A record that `write_record` wrote.
+
+    Raises:
+        BenchError: there is no such file, or it holds no record of that benchmark.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BenchError(f"--from {path} cannot be read: {error}") from error
+    if not isinstance(record, dict) or record.get("benchmark") != benchmark:
+        raise BenchError(f"--from {path} does not hold the JSON object of a --{benchmark} run")
+    return record

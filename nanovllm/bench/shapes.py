@@ -1,4 +1,4 @@
-"""Qwen3's published shapes, as directories that hold nothing but a config.json.
+"""Published shapes of Qwen3, as the fields of a config.json; their weights are drawn at random.
 
 with shape_directory("8B", layers=4) as directory:
     LLM(directory, load_format="dummy")
@@ -13,11 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-# What the config.json files of all sizes have in common.
 COMMON: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
     "attention_bias": False,
-    "attention_dropout": 0.0,
     "bos_token_id": 151643,
     "eos_token_id": 151645,
     "head_dim": 128,
@@ -29,10 +27,7 @@ COMMON: dict[str, Any] = {
     "rms_norm_eps": 1e-06,
     "rope_scaling": None,
     "rope_theta": 1000000,
-    "sliding_window": None,
     "torch_dtype": "bfloat16",
-    "transformers_version": "4.51.0",
-    "use_cache": True,
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
@@ -44,6 +39,7 @@ SIZES: dict[str, tuple[int, int, int, int, bool]] = {
     "4B": (2560, 9728, 36, 32, True),
     "8B": (4096, 12288, 36, 32, False),
     "14B": (5120, 17408, 40, 40, False),
+    "32B": (5120, 25600, 64, 64, False),
 }
 
 
@@ -54,7 +50,6 @@ def published_config(shape: str, layers: int | None = None) -> dict[str, Any]:
         **COMMON,
         "hidden_size": hidden,
         "intermediate_size": intermediate,
-        "max_window_layers": all_layers,
         "num_attention_heads": heads,
         "num_hidden_layers": layers or all_layers,
         "tie_word_embeddings": tied,

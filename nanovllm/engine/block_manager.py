@@ -20,32 +20,31 @@ from nanovllm.engine.sequence import Sequence
 
 # Block 0 of the cache belongs to no sequence: the padding rows of captured graphs write there.
 PADDING_BLOCK = 0
-NO_PREFIX = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
-    """What a registered block holds: `tokens`, after the text that has the number `prefix`.
+class PrefixNode:
+    """What a registered block holds: `tokens`, after those of the node with the id `parent`.
 
     There may be one for every block of the cache, hence `tokens` as bytes of int32: 4 bytes each,
     where a tuple and its integers take 36.
     """
 
-    number: int
-    prefix: int
+    node_id: int
+    parent: int
     tokens: bytes
     chain_hash: int
 
 
-EMPTY = Text(number=0, prefix=0, tokens=b"", chain_hash=NO_PREFIX)
+ROOT = PrefixNode(node_id=0, parent=0, tokens=b"", chain_hash=0)
 
 
 @dataclass(slots=True)
 class Block:
     """A block: how many sequences own it, and what the prefix cache knows of it."""
 
-    owners: int = 0
-    text: Text | None = None
+    ref_count: int = 0
+    node: PrefixNode | None = None
 
 
 def hash_block(prefix_hash: int, tokens: bytes) -> int:
@@ -60,7 +59,7 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self.numbers = count(EMPTY.number + 1)
+        self.node_ids = count(ROOT.node_id + 1)
         self.blocks = {i: Block() for i in range(PADDING_BLOCK + 1, PADDING_BLOCK + 1 + num_blocks)}
         self.reset()
 
@@ -68,11 +67,11 @@ class BlockManager:
         """Takes back all blocks, whoever owns them; the prefix cache keeps what it knows."""
         self.by_hash: dict[int, int] = {}
         for block_id, block in self.blocks.items():
-            block.owners = 0
-            if block.text is not None:
-                self.by_hash.setdefault(block.text.chain_hash, block_id)
-        # Blocks without owners, the longest unused first.
-        by_use = sorted(self.blocks, key=lambda block_id: self.blocks[block_id].text is not None)
+            block.ref_count = 0
+            if block.node is not None:
+                self.by_hash.setdefault(block.node.chain_hash, block_id)
+        # Blocks that nobody owns, the longest unused first.
+        by_use = sorted(self.blocks, key=lambda block_id: self.blocks[block_id].node is not None)
         self.free: OrderedDict[int, None] = OrderedDict.fromkeys(by_use)
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -93,7 +92,7 @@ class BlockManager:
             return False
         for block_id in cached:
             self.free.pop(block_id, None)
-            self.blocks[block_id].owners += 1
+            self.blocks[block_id].ref_count += 1
         seq.block_table = cached + [self._take() for _ in range(fresh)]
         seq.num_computed = seq.num_scheduled = len(cached) * self.block_size
         seq.num_registered = len(cached)
@@ -117,15 +116,15 @@ class BlockManager:
             return
         while seq.num_registered < seq.num_computed // self.block_size:
             index = seq.num_registered
-            prefix = self.blocks[seq.block_table[index - 1]].text if index else EMPTY
-            assert prefix is not None  # blocks are registered in order
+            parent = self.blocks[seq.block_table[index - 1]].node if index else ROOT
+            assert parent is not None  # blocks are registered in order
             tokens = self._tokens_of(seq.token_ids, index)
-            chain_hash = hash_block(prefix.chain_hash, tokens)
+            chain_hash = hash_block(parent.chain_hash, tokens)
             # Of equal blocks, the first stays the one to be found.
             found = self.by_hash.setdefault(chain_hash, seq.block_table[index])
-            text = self._text_if(found, prefix, tokens)
-            self.blocks[seq.block_table[index]].text = text or Text(
-                next(self.numbers), prefix.number, tokens, chain_hash
+            node = self._node_if(found, parent, tokens)
+            self.blocks[seq.block_table[index]].node = node or PrefixNode(
+                next(self.node_ids), parent.node_id, tokens, chain_hash
             )
             seq.num_registered += 1
 
@@ -134,8 +133,8 @@ class BlockManager:
         # The end of a sequence is the least likely to be shared, so it is to be reused first.
         for block_id in reversed(seq.block_table):
             block = self.blocks[block_id]
-            block.owners -= 1
-            if block.owners == 0:
+            block.ref_count -= 1
+            if block.ref_count == 0:
                 self.free[block_id] = None
         seq.block_table = []
         seq.num_computed = seq.num_scheduled = seq.num_registered = 0
@@ -144,31 +143,31 @@ class BlockManager:
         tokens = token_ids[index * self.block_size : (index + 1) * self.block_size]
         return np.array(tokens, np.int32).tobytes()
 
-    def _text_if(self, block_id: int, prefix: Text, tokens: bytes) -> Text | None:
-        """The text of a block if it is `tokens` after `prefix`; a hash alone proves nothing."""
-        text = self.blocks[block_id].text
-        same = text is not None and (text.prefix, text.tokens) == (prefix.number, tokens)
-        return text if same else None
+    def _node_if(self, block_id: int, parent: PrefixNode, tokens: bytes) -> PrefixNode | None:
+        """The node of a block if it is `tokens` after `parent`; a hash alone proves nothing."""
+        node = self.blocks[block_id].node
+        same = node is not None and (node.parent, node.tokens) == (parent.node_id, tokens)
+        return node if same else None
 
     def _cached_prefix(self, token_ids: list[int]) -> list[int]:
         """The registered blocks that begin `token_ids`, but never one with its last token."""
         found: list[int] = []
-        prefix = EMPTY
+        parent = ROOT
         for index in range((len(token_ids) - 1) // self.block_size):
             tokens = self._tokens_of(token_ids, index)
-            block_id = self.by_hash.get(hash_block(prefix.chain_hash, tokens))
-            text = None if block_id is None else self._text_if(block_id, prefix, tokens)
-            if block_id is None or text is None:
+            block_id = self.by_hash.get(hash_block(parent.chain_hash, tokens))
+            node = None if block_id is None else self._node_if(block_id, parent, tokens)
+            if block_id is None or node is None:
                 break
             found.append(block_id)
-            prefix = text
+            parent = node
         return found
 
     def _take(self) -> int:
         """Removes the longest unused block from the free list, forgetting what it held."""
         block_id, _ = self.free.popitem(last=False)
-        text = self.blocks[block_id].text
-        if text is not None and self.by_hash.get(text.chain_hash) == block_id:
-            del self.by_hash[text.chain_hash]
-        self.blocks[block_id] = Block(owners=1)
+        node = self.blocks[block_id].node
+        if node is not None and self.by_hash.get(node.chain_hash) == block_id:
+            del self.by_hash[node.chain_hash]
+        self.blocks[block_id] = Block(ref_count=1)
         return block_id

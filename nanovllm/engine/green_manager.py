@@ -5,21 +5,17 @@
 
 `GreenContextManager` is the same for two lanes: attention, and everything dense (the FFN).
 
-The design in a few lines:
-- `GreenDevice.split` rounds the counts up to what the device makes. At most one lane gets the
-  remainder, all that the others' groups leave: the first, if it can be. So attention comes first,
-  and dense lanes have aligned groups, for on a small remainder some kernels of cuBLAS fail.
-- All partitions come from one driver split, so they share no SM. An owner keeps no state outside
-  itself: several with different splits may live on one device, to switch between.
-
-Needs a CUDA GPU and driver 12.4 or newer; `python green_ctx.py` says what the device grants.
+Counts are rounded up to what the device makes. At most one lane gets the remainder: attention, if
+it can be, for on a small remainder some kernels of cuBLAS fail. Several owners with different
+splits may live on one device.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import torch
 
 from green_ctx import (
     Driver,
@@ -27,13 +23,13 @@ from green_ctx import (
     GreenContexts,
     GreenContextUnavailable,
     GreenDevice,
-    PartitionClosed,
 )
 
-if TYPE_CHECKING:
-    import torch
-
 logger = logging.getLogger(__name__)
+
+
+class PartitionClosed(RuntimeError):
+    """A partition was used after it had been closed."""
 
 
 class Partitions(GreenContexts):
@@ -75,8 +71,6 @@ class Partitions(GreenContexts):
         """The stream of each partition, which torch never destroys; PartitionClosed after close."""
         if self.closed:
             raise PartitionClosed(f"{type(self).__name__} of {self.sms} SMs is closed")
-        import torch
-
         device = torch.device("cuda", self.device.ordinal)
         return tuple(torch.cuda.ExternalStream(s, device=device) for s in self.stream_handles)
 
@@ -106,11 +100,11 @@ class GreenContextManager(Partitions):
         return self.sms[1]
 
     def get_attention_stream(self) -> torch.cuda.ExternalStream:
-        """The stream of the attention partition; PartitionClosed after `close()`."""
+        """The stream of the attention partition."""
         return self.streams[0]
 
     def get_ffn_stream(self) -> torch.cuda.ExternalStream:
-        """The stream of the FFN partition; PartitionClosed after `close()`."""
+        """The stream of the FFN partition."""
         return self.streams[1]
 
 
@@ -118,8 +112,6 @@ def _ordinal(device: torch.device) -> int:
     """Number of a CUDA device; torch's current one if `device` names none."""
     if device.index is not None:
         return device.index
-    import torch
-
     if not torch.cuda.is_available():
         raise GreenContextUnavailable("torch sees no CUDA device")
     return torch.cuda.current_device()

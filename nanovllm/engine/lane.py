@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nanovllm.kernels.library_sms import limited_to
+from nanovllm.kernels.gpu import cublas_sm_limit
 
 
 class Lane:
@@ -44,7 +44,7 @@ class Lane:
         if self.stream is None:
             yield
             return
-        with torch.cuda.stream(self.stream), limited_to(self.sms, self.device_sms):
+        with torch.cuda.stream(self.stream), cublas_sm_limit(self.sms, self.device_sms):
             yield
 
     def record(self) -> Any:

@@ -10,46 +10,40 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import random
-import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, ParamSpec, TypedDict, TypeVar
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypedDict
 
-import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.model_runner import LaunchedStep, ModelRunner
-from nanovllm.engine.prompts import Prompt, list_prompts, list_token_ids
+from nanovllm.engine.prompts import Prompt, TextProcessor, list_prompts
 from nanovllm.engine.ranks import Ranks
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence as EngineSequence
+from nanovllm.engine.transactions import Transactions
 from nanovllm.layers.parallel import ParallelGroup
-from nanovllm.models.qwen3_config import Qwen3Config
-from nanovllm.models.rank_heads import rank_heads
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.models import load_config
+from nanovllm.sampling_params import SamplingParams, params_per_prompt
+from nanovllm.utils.device import resolve_device
 from nanovllm.utils.hub import resolve_model
 from nanovllm.utils.locks import exclusive
-from nanovllm.utils.options import check_names
 from nanovllm.utils.tokenizer import load_tokenizer
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-# How long the end of the interpreter waits for a step that another thread runs.
-EXIT_SECONDS = 10.0
-
 
 class Completion(TypedDict):
-    """What `generate` returns for a prompt; `finish_reason` is "stop" or "length"."""
+    """What `generate` returns for a prompt.
+
+    `finish_reason` is "stop" or "length"; "abort" after `abort`; "error" where logits were not
+    numbers or the tokens have no text.
+    """
 
     text: str
     token_ids: list[int]
@@ -84,39 +78,32 @@ class LLMEngine:
 
     def __init__(self, model: str | Config | None = None, **options: Any) -> None:
         if isinstance(model, Config):
-            check_names(Config, options)
             self.config = dataclasses.replace(model, **options) if options else model
         else:
             self.config = Config(**options) if model is None else Config(model, **options)
         directory = resolve_model(self.config.model)
         # Before anything else is read, and before other processes start and all stumble over it.
-        tensor_parallel_size = self.config.tensor_parallel_size
-        rank_heads(Qwen3Config.from_directory(directory), ParallelGroup(size=tensor_parallel_size))
+        group = ParallelGroup(size=self.config.tensor_parallel_size)
+        load_config(directory).rank_heads(group)
         self.tokenizer = load_tokenizer(directory)
-        device = resolve_device(self.config.device)
-        if dist.is_torchelastic_launched() and tensor_parallel_size > 1:
-            ranks = Ranks.join_torchrun(self.config, device)
-        else:
-            ranks = Ranks.spawn(self.config, directory, device)
-        try:
-            with ranks.in_step():
-                runner = ModelRunner(self.config, directory, device, ranks)
-                if not ranks.is_first:
-                    runner.serve()
-        except BaseException:
-            ranks.close()
-            raise
-        if not ranks.is_first:
-            runner.close()
-            raise SystemExit(0)
-        self.model_runner = runner
-        self.process_id = os.getpid()
-        # Held a step at a time by whatever thread wants something of the engine.
-        self.lock = threading.RLock()
-        self.callers: list[object] = []  # what has the lock or waits for it, loops of steps aside
-        self.tokenizer_lock = threading.RLock()
+        self.model_runner = runner = _start_runner(self.config, directory)
+        self.transactions = Transactions()
         # Closes at garbage collection or interpreter exit at the latest, without keeping us alive.
-        self._finalizer = weakref.finalize(self, _close_in, self.process_id, self.lock, runner)
+        self._finalizer = weakref.finalize(self, self.transactions.call_at_exit, runner.close)
+        self.max_len = min(runner.max_model_len, runner.capacity)
+        self.texts = TextProcessor(
+            self.config.model,
+            self.tokenizer,
+            runner.model_config.vocab_size,
+            {
+                "max_model_len": runner.max_model_len,
+                "the KV cache, all of its blocks together,": runner.capacity,
+            },
+        )
+        # From config.json, generation_config.json and the tokenizer together.
+        self.eos_ids = set(runner.model_config.eos_token_ids)
+        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
+            self.eos_ids.add(self.tokenizer.eos_token_id)
         blocks = BlockManager(
             runner.num_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching
         )
@@ -127,13 +114,10 @@ class LLMEngine:
         # Until their completions have been put where they belong.
         self.requests: dict[int, EngineSequence] = {}
         # Completions of `add_request`, until `step` returns them.
-        self.unclaimed: dict[int, RequestOutput] = {}
+        self.unclaimed: dict[int, Completion] = {}
         self.next_request_id = 0
-        self.closed = False
-        self.settled = True  # no change was broken off
         self.in_step = False
         self.aborted: list[EngineSequence] = []  # by calls from within the step
-        self.eos_ids = self._find_eos_ids()
 
     def __enter__(self) -> LLMEngine:
         return self
@@ -146,11 +130,11 @@ class LLMEngine:
 
         Waits for a step that another thread runs. Requests that are left are dropped.
         """
-        if os.getpid() == self.process_id:  # in a forked child everything is still the parent's
-            self._exclusive(self._close)
+        if self.transactions.is_own_process():
+            self.transactions.call(self._close)
 
     def _close(self) -> None:
-        self.closed = True
+        self.transactions.closed = True
         self.requests, self.unclaimed, self.in_flight = {}, {}, None
         if not self.model_runner.closed:
             self.model_runner.close()
@@ -182,23 +166,17 @@ class LLMEngine:
             RuntimeError: the engine has exited, or exits meanwhile.
         """
         prompts = list_prompts(prompts)
-        params = _params_per_prompt(sampling_params, len(prompts), sampling)
-        ids = [self._check_prompt(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
-        results: dict[int, RequestOutput] = {}
+        params = params_per_prompt(sampling_params, len(prompts), sampling)
+        self.transactions.check_open()
+        ids = [self.texts.encode(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+        results: dict[int, Completion] = {}
         try:
-            requests = self._exclusive(self._queue, ids, params, results)
+            requests = self.transactions.call(self._queue, ids, params, results)
             self._run(results, len(requests), use_tqdm)
         finally:
             # After an interrupt or an error, nothing of this call stays behind.
-            self._exclusive(self._drop, results)
-        return [
-            Completion(
-                text=results[i]["text"],
-                token_ids=results[i]["token_ids"],
-                finish_reason=results[i]["finish_reason"],
-            )
-            for i in requests
-        ]
+            self.transactions.call(self._drop, results)
+        return [results[request_id] for request_id in requests]
 
     def add_request(
         self,
@@ -212,10 +190,39 @@ class LLMEngine:
             TypeError, ValueError: the prompt or an option is not allowed, or the prompt can never
                 fit; other requests are not affected.
         """
-        (params,) = _params_per_prompt(sampling_params, 1, sampling)
-        token_ids = self._check_prompt(prompt, "prompt")
-        (request,) = self._exclusive(self._queue, [token_ids], [params], None)
+        (params,) = params_per_prompt(sampling_params, 1, sampling)
+        self.transactions.check_open()
+        token_ids = self.texts.encode(prompt, "prompt")
+        (request,) = self.transactions.call(self._queue, [token_ids], [params], None)
         return request
+
+    def add_computed_request(
+        self, token_ids: list[int], sampling_params: SamplingParams | None = None, **sampling: Any
+    ) -> int:
+        """Adds a request that decodes at once: all its tokens but the last count as computed.
+
+        For benchmarks: it owns KV blocks like any other, but what they hold is left as it is.
+
+        NOTE: neither the token ids nor the length are checked.
+
+        Raises:
+            ValueError: there is no room for it beside the others, or the engine caches prefixes and
+                so would hand on what was never computed.
+        """
+        if self.config.enable_prefix_caching:
+            raise ValueError("enable_prefix_caching=True is not allowed with computed requests")
+        (params,) = params_per_prompt(sampling_params, 1, sampling)
+        return self.transactions.call(self._add_computed, token_ids, params)
+
+    def _add_computed(self, token_ids: list[int], params: SamplingParams) -> int:
+        with self.transactions.changing():
+            seq = self._make_sequence(list(token_ids), params, None)
+            has_room = self.scheduler.add_computed(seq)
+            if has_room:
+                self.requests[seq.request_id] = seq
+        if not has_room:
+            raise ValueError(f"a computed request of {len(token_ids)} tokens has no room")
+        return seq.request_id
 
     def step(self) -> list[RequestOutput]:
         """Runs one step of the batch; returns the requests that finished with it.
@@ -226,17 +233,17 @@ class LLMEngine:
 
         If it raises, nothing is lost: the next call goes on, or says that the engine has exited.
         """
-        outputs: dict[int, RequestOutput] = {}
+        outputs: dict[int, Completion] = {}
         try:
-            self._exclusive(self._step)
-            self._give_way()
-            self._exclusive(self._claim, outputs)
-            return list(outputs.values())
+            self.transactions.call(self._step)
+            self.transactions.give_way()
+            self.transactions.call(self._claim, outputs)
+            return [RequestOutput(request_id=i, **output) for i, output in outputs.items()]
         except BaseException:
             self.unclaimed = {**outputs, **self.unclaimed}  # the caller did not get them
             raise
 
-    def _claim(self, outputs: dict[int, RequestOutput]) -> None:
+    def _claim(self, outputs: dict[int, Completion]) -> None:
         outputs.update(self.unclaimed)
         self.unclaimed = {}
 
@@ -253,7 +260,7 @@ class LLMEngine:
         Raises:
             KeyError: there never was such a request.
         """
-        return self._exclusive(self._abort, request_id)
+        return self.transactions.call(self._abort, request_id)
 
     def _abort(self, request_id: int) -> bool:
         if not 0 <= request_id < self.next_request_id:
@@ -264,40 +271,15 @@ class LLMEngine:
         if seq is None or seq.finish_reason is not None:
             return False
         if self.in_step:  # which calls us; it takes the request out at its end
-            self.settled = False
+            self.transactions.settled = False
             seq.finish("abort")
             self.aborted.append(seq)
             return True
         self._mend()
-        with self._changing():
+        with self.transactions.changing():
             seq.finish("abort")
             self._take_out([seq])
         return True
-
-    def _exclusive(self, function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
-        """Calls a method while no other thread is in one."""
-        self._check_process()  # in a forked child nobody may ever release the lock
-        self.callers.append(function)
-        try:
-            return exclusive(self.lock, function, *args, **options)
-        finally:
-            self.callers.pop()
-
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Surrounds every change of requests, queues or blocks.
-
-        If it is broken off, `settled` stays False, and `_mend` knows.
-        """
-        self._check_open()
-        settled, self.settled = self.settled, False
-        yield
-        self.settled = settled
-
-    def _give_way(self) -> None:
-        """Lets others have the lock, which a thread that steps in a loop would keep for itself."""
-        if self.callers:
-            time.sleep(1e-4)
 
     def _mend(self) -> None:
         """After an error or interrupt that broke off a change: back to what is certain.
@@ -305,7 +287,7 @@ class LLMEngine:
         That is the tokens of each request; all else is made anew. A token that was drawn and lost
         is drawn again, and is the same.
         """
-        if self.settled:
+        if self.transactions.settled:
             return
         self.in_flight, self.aborted = None, []
         try:
@@ -315,14 +297,14 @@ class LLMEngine:
             raise
         self.scheduler.restart(self.requests.values())
         self._take_out([seq for seq in self.requests.values() if seq.finish_reason is not None])
-        self.settled = True
+        self.transactions.settled = True
 
     def _step(self) -> None:
         """Runs one step; completions go where their requests say."""
-        self._check_open()
+        self.transactions.check_open()
         self._mend()
         try:
-            with self._changing(), self.model_runner.ranks.in_step():
+            with self.transactions.changing(), self.model_runner.ranks.collective_region():
                 self.in_step = True
                 finished: list[EngineSequence] = []
                 current = self.in_flight or self._launch(ahead=False)
@@ -333,7 +315,7 @@ class LLMEngine:
                 aborted, self.aborted = self.aborted, []
                 self._take_out(finished + aborted)
         except BaseException:
-            if self.model_runner.ranks.parted:
+            if self.model_runner.ranks.broken:
                 self.exit()
             raise
         finally:
@@ -356,13 +338,13 @@ class LLMEngine:
             and config.tensor_parallel_size == 1
         )
 
-    def _run(self, results: dict[int, RequestOutput], count: int, use_tqdm: bool) -> None:
+    def _run(self, results: dict[int, Completion], count: int, use_tqdm: bool) -> None:
         """Steps until there are `count` results."""
         seen, tokens, start = 0, 0, time.perf_counter()
         with tqdm(total=count, desc="Generating", disable=not use_tqdm) as bar:
             while len(results) < count:
-                exclusive(self.lock, self._step)
-                self._give_way()
+                exclusive(self.transactions.lock, self._step)
+                self.transactions.give_way()
                 if new := list(results.values())[seen:]:
                     seen += len(new)
                     tokens += sum(len(output["token_ids"]) for output in new)
@@ -370,7 +352,7 @@ class LLMEngine:
                     bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
                     bar.update(len(new))
 
-    def _drop(self, results: dict[int, RequestOutput]) -> None:
+    def _drop(self, results: dict[int, Completion]) -> None:
         """Ends all requests whose completions were to go to `results`."""
         for seq in [seq for seq in self.requests.values() if seq.results is results]:
             self._abort(seq.request_id)
@@ -379,33 +361,32 @@ class LLMEngine:
         self,
         prompts: list[list[int]],
         params: list[SamplingParams],
-        results: dict[int, RequestOutput] | None,
+        results: dict[int, Completion] | None,
     ) -> list[int]:
-        with self._changing():
-            return [self._queue_one(*pair, results) for pair in zip(prompts, params, strict=True)]
+        requests = []
+        with self.transactions.changing():
+            for token_ids, wanted in zip(prompts, params, strict=True):
+                seq = self._make_sequence(token_ids, wanted, results)
+                self.requests[seq.request_id] = seq
+                self.scheduler.add(seq)
+                requests.append(seq.request_id)
+        return requests
 
-    def _queue_one(
-        self,
-        token_ids: list[int],
-        params: SamplingParams,
-        results: dict[int, RequestOutput] | None,
-    ) -> int:
+    def _make_sequence(
+        self, token_ids: list[int], params: SamplingParams, results: dict[int, Completion] | None
+    ) -> EngineSequence:
         request_id = self.next_request_id
         self.next_request_id += 1
-        seq = EngineSequence(
+        stop_ids = set(params.stop_token_ids)
+        return EngineSequence(
             request_id=request_id,
             token_ids=token_ids,
             params=params,
-            stop_ids=frozenset(params.stop_token_ids).union(
-                () if params.ignore_eos else self.eos_ids
-            ),
-            max_len=min(self.model_runner.max_model_len, self.model_runner.capacity),
+            stop_ids=frozenset(stop_ids if params.ignore_eos else stop_ids | self.eos_ids),
+            max_len=self.max_len,
             seed=random.getrandbits(63) if params.seed is None else params.seed,
             results=results,
         )
-        self.requests[request_id] = seq
-        self.scheduler.add(seq)
-        return request_id
 
     def _take_out(self, ended: list[EngineSequence]) -> None:
         """Hands over the completions of requests, then forgets them; may be repeated."""
@@ -417,7 +398,7 @@ class LLMEngine:
                 results[seq.request_id] = self._output(seq)
             self.requests.pop(seq.request_id, None)
 
-    def _output(self, seq: EngineSequence) -> RequestOutput:
+    def _output(self, seq: EngineSequence) -> Completion:
         token_ids, reason = seq.token_ids[seq.prompt_len :], seq.finish_reason
         assert reason is not None
         if reason == "error":
@@ -427,117 +408,26 @@ class LLMEngine:
                 len(token_ids),
             )
         try:
-            text = self._decode(token_ids)
+            text = self.texts.decode(token_ids)
         except Exception as error:  # of the tokenizer, which comes with the checkpoint
             logger.warning("Request %d: its text cannot be decoded: %r", seq.request_id, error)
             text, reason = "", "error"
-        return RequestOutput(
-            request_id=seq.request_id, text=text, token_ids=token_ids, finish_reason=reason
-        )
-
-    def _decode(self, token_ids: list[int]) -> str:
-        if self.tokenizer is None:
-            return ""
-        decode = self.tokenizer.decode
-        return str(exclusive(self.tokenizer_lock, decode, token_ids, skip_special_tokens=True))
-
-    def _check_prompt(self, prompt: Prompt, name: str) -> list[int]:
-        """The token ids of a prompt that this engine can run."""
-        self._check_open()
-        token_ids = self._tokenize(prompt, name)
-        limits = {
-            "max_model_len": self.model_runner.max_model_len,
-            "the KV cache, all of its blocks together,": self.model_runner.capacity,
-        }
-        if not token_ids:
-            raise ValueError(f"{name} is empty: it must have at least one token")
-        for limit, tokens in limits.items():
-            if len(token_ids) > tokens:
-                raise ValueError(f"{name} has {len(token_ids)} tokens, but {limit} allows {tokens}")
-        vocab_size = self.model_runner.model_config.vocab_size
-        if not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
-            bad = next(token for token in token_ids if not 0 <= token < vocab_size)
-            raise ValueError(
-                f"{name} holds token id {bad}, which is outside the vocabulary: ids are from 0 "
-                f"to {vocab_size - 1}"
-            )
-        return token_ids
-
-    def _tokenize(self, prompt: Prompt, name: str) -> list[int]:
-        if not isinstance(prompt, str):
-            return list_token_ids(prompt, name)
-        if self.tokenizer is None:
-            raise ValueError(
-                f"{name} is a text, but model={self.config.model!r} has no tokenizer: give token "
-                "ids"
-            )
-        try:
-            return list(exclusive(self.tokenizer_lock, self.tokenizer.encode, prompt))
-        except Exception as error:  # of the tokenizer, which comes with the checkpoint
-            raise ValueError(f"{name}={prompt!r:.80} cannot be encoded: {error!r}") from error
-
-    def _find_eos_ids(self) -> frozenset[int]:
-        """From config.json, generation_config.json and the tokenizer together."""
-        ids = set(self.model_runner.model_config.eos_token_ids)
-        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
-            ids.add(self.tokenizer.eos_token_id)
-        return frozenset(ids)
-
-    def _check_open(self) -> None:
-        self._check_process()
-        if self.closed:
-            raise RuntimeError("this engine has exited; make a new one")
-
-    def _check_process(self) -> None:
-        if os.getpid() != self.process_id:
-            raise RuntimeError(
-                f"this engine belongs to process {self.process_id}, and process {os.getpid()} "
-                "was forked from it: make a new one"
-            )
+        return Completion(text=text, token_ids=token_ids, finish_reason=reason)
 
 
-def _close_in(process_id: int, lock: threading.RLock, runner: ModelRunner) -> None:
-    """Closes `runner`, unless this is a forked child or a step never ends."""
-    if os.getpid() == process_id and lock.acquire(timeout=EXIT_SECONDS):
-        try:
-            runner.close()
-        finally:
-            lock.release()
-
-
-def resolve_device(wanted: str) -> torch.device:
-    """The device that option `wanted` means; under torchrun "cuda" is this rank's own.
-
-    Raises:
-        ValueError: CUDA is wanted, but not there.
-    """
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={wanted!r} is not allowed: this machine has no usable CUDA GPU")
-    if wanted == "cuda":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device(wanted)
-
-
-def _params_per_prompt(
-    given: SamplingParams | Sequence[SamplingParams] | None, count: int, fields: dict[str, Any]
-) -> list[SamplingParams]:
-    """One `SamplingParams` for each of `count` prompts."""
-    if fields and given is not None:
-        raise TypeError(
-            f"give either sampling_params or single options ({', '.join(fields)}), not both"
-        )
-    if given is None or isinstance(given, SamplingParams):
-        return [given or SamplingParams(**fields)] * count
-    if not isinstance(given, Iterable):
-        raise TypeError(f"sampling_params={given!r} is neither a SamplingParams nor a list of them")
-    params = list(given)
-    for item in params:
-        if not isinstance(item, SamplingParams):
-            raise TypeError(f"sampling_params holds {item!r}, which is no SamplingParams")
-    if len(params) != count:
-        raise ValueError(
-            f"sampling_params has {len(params)} entries for {count} prompts: give one, or one each"
-        )
-    return params
+def _start_runner(config: Config, directory: Path) -> ModelRunner:
+    """The runner of rank 0, all ranks ready; other ranks serve it and never return."""
+    device = resolve_device(config.device)
+    ranks = Ranks.start(config, directory, device)
+    try:
+        with ranks.collective_region():
+            runner = ModelRunner(config, directory, device, ranks)
+            if not ranks.is_first:
+                runner.serve()
+    except BaseException:
+        ranks.close()
+        raise
+    if not ranks.is_first:
+        runner.close()
+        raise SystemExit(0)
+    return runner

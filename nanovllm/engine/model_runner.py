@@ -14,34 +14,23 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine import kv_cache
+from nanovllm.engine.auto_plan import AutoPlan, plans_to_try
 from nanovllm.engine.calibration import Calibration, calibration_key
-from nanovllm.engine.cuda_graphs import GraphMemory, batch_sizes
+from nanovllm.engine.graph_memory import GraphMemory, batch_sizes
 from nanovllm.engine.pipeline import build_pipelines
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.plan import SEQUENTIAL, Plan
-from nanovllm.engine.planned_decode import AutoPlan, plans_to_try
 from nanovllm.engine.ranks import Ranks
 from nanovllm.engine.scheduler import Step
-from nanovllm.engine.step_inputs import StepInputs, made_up_chunk
-from nanovllm.engine.step_runner import PreparedStep, StepRunner
+from nanovllm.engine.step_inputs import StepInputs, dummy_chunk
+from nanovllm.engine.step_runner import FixedPlan, PreparedStep, StepRunner
 from nanovllm.engine.step_timer import DeviceTimer
 from nanovllm.engine.warm_up import warm_up
 from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.sampler import SamplingBatch, sample
-from nanovllm.layers.slots import Slot
-from nanovllm.models.qwen3 import Qwen3ForCausalLM
-from nanovllm.models.qwen3_config import Qwen3Config
-from nanovllm.models.rank_heads import rank_heads
+from nanovllm.models import Checkpoint, load_config, load_model
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.loader import (
-    StoredTensor,
-    fill_randomly,
-    find_tensors,
-    first_dtype,
-    load_weights,
-    match_tensors,
-)
-from nanovllm.utils.memory import check_fits
+from nanovllm.utils.device import resolve_dtype, sm_count
 from nanovllm.utils.timeline import save_timeline
 
 
@@ -55,8 +44,17 @@ class LaunchedStep:
     done: torch.cuda.Event | None
 
 
+def ignore(moment: str, step: Step) -> None:
+    """Watches nothing; see `ModelRunner.watch`."""
+
+
 class ModelRunner:
-    """Owns model, KV cache and step runner of one rank; a context manager that closes them."""
+    """Owns model, KV cache and step runner of one rank; a context manager that closes them.
+
+    Attributes:
+        watch: called on rank 0 at four moments of every step: "begin" before its work is issued,
+            "issued" after the model's, "end" after all of it, "tokens" once these are on the host.
+    """
 
     @torch.inference_mode()
     def __init__(self, config: Config, model_dir: Path, device: torch.device, ranks: Ranks) -> None:
@@ -65,44 +63,45 @@ class ModelRunner:
         self.device_sms = sm_count(device)
         self.ranks = ranks
         self.block_size = config.kvcache_block_size
-        self.model_config = Qwen3Config.from_directory(model_dir)
+        self.model_config = load_config(model_dir)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        stored = {} if config.load_format == "dummy" else find_tensors(model_dir)
-        checkpoint_dtype = self.model_config.dtype or first_dtype(stored)
-        dtype = resolve_dtype(config.dtype, checkpoint_dtype, device)
-        heads = rank_heads(self.model_config, ranks.group)
+        checkpoint = None if config.load_format == "dummy" else Checkpoint.open(model_dir)
+        stored_dtype = "float32" if checkpoint is None else checkpoint.dtype
+        dtype = resolve_dtype(config.dtype, self.model_config.dtype or stored_dtype, device)
+        heads = self.model_config.rank_heads(ranks.group)
         self.backend = make_backend(config.attention_backend, heads, device, self.block_size)
         self.max_model_len = min(config.max_model_len, self.model_config.usable_length)
-        self.model = self._load(model_dir, stored, dtype)
+        self.model = load_model(
+            self.model_config, checkpoint, self.backend, ranks.group, device, dtype,
+            max_length=self.max_model_len, show_progress=ranks.is_first,
+            on_tensor=ranks.workers.check,
+        )  # fmt: skip
         max_blocks = -(-self.max_model_len // self.block_size)
         self.inputs = StepInputs(self.block_size, max_blocks, self.backend)
         self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
-        layers = self.model_config.num_hidden_layers
-
-        def bind_cache(num_blocks: int) -> None:
-            cache = kv_cache.allocate(layers, num_blocks, self.block_size, heads, dtype, device)
-            self.model.bind_kv_cache(cache)
-
-        bind_cache(0)  # for the measurement: the padding block alone
         self.graph_memory: GraphMemory | None = None
+        self._bind_cache(0, dtype)  # for the measurement: the padding block alone
         self.step_runner = self.make_step_runner(config, SEQUENTIAL)
-        block_bytes = (
-            2 * layers * heads.num_kv_heads * self.block_size * heads.head_dim * dtype.itemsize
+        num_blocks = kv_cache.count_blocks(
+            config,
+            self.model.kv_cache.nbytes,
+            self.max_model_len,
+            device,
+            self._run_largest_step,
         )
-        self.num_blocks = ranks.minimum(
-            kv_cache.count_blocks(
-                config, block_bytes, self.max_model_len, device, self._run_largest_step
-            )
-        )
-        bind_cache(self.num_blocks)
+        self.num_blocks = ranks.minimum(num_blocks)
+        self._bind_cache(self.num_blocks, dtype)
         self.graph_memory = self._make_graph_memory(dtype)
         self.step_runner = self.make_step_runner(config)
+        self.watch: Callable[[str, Step], None] = ignore
         self.statistics = self.step_runner.statistics
         self.closed = False
         try:
             if device.type == "cuda":
-                self._warm_up(dtype)
+                longest = min(config.max_num_batched_tokens, self.max_model_len)
+                draw = self._draw_one if ranks.is_first else None
+                warm_up(self.step_runner, config, longest, draw)
             self.step_runner.chooser.capture(self.step_runner, show_progress=ranks.is_first)
         except BaseException:
             self.step_runner.close()
@@ -118,7 +117,7 @@ class ModelRunner:
         """Frees the device's memory and ends the other ranks; may be called twice."""
         if self.closed:
             return
-        if not self.ranks.parted:
+        if not self.ranks.broken:
             self.synchronize()  # a step launched ahead may still run
         self.step_runner.close()
         self.ranks.close()
@@ -157,6 +156,16 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def use(self, step_runner: StepRunner, chooser: FixedPlan | None = None) -> None:
+        """Runs the next steps by a runner of `make_step_runner` and a chooser of its plans.
+
+        Waits for the steps before; none may be launched but not collected.
+        """
+        self.synchronize()
+        self.step_runner, self.statistics = step_runner, step_runner.statistics
+        if chooser is not None:
+            step_runner.chooser = chooser
+
     def launch(self, step: Step) -> LaunchedStep:
         """Issues `step` on all ranks, without waiting for it."""
         if self.device.type == "cuda":
@@ -164,13 +173,18 @@ class ModelRunner:
         with torch.inference_mode():
             prepared = self.step_runner.prepare(step)
             self.ranks.send_step(prepared.layout, prepared.flat.numpy())
+            self.watch("begin", step)
             logits = self.step_runner.run(prepared)
-            return LaunchedStep(step, prepared, *self._sample(step, logits))
+            self.watch("issued", step)
+            launched = LaunchedStep(step, prepared, *self._sample(step, logits))
+            self.watch("end", step)
+            return launched
 
     def collect(self, launched: LaunchedStep) -> list[int]:
         """Waits for a step; returns the drawn tokens, one per sampling chunk."""
         if launched.done is not None:
             self.ranks.wait(launched.done)
+        self.watch("tokens", launched.step)
         if launched.step.is_decode:
             self.step_runner.finish(launched.prepared, len(launched.step.chunks))
         return launched.tokens.tolist()
@@ -185,19 +199,15 @@ class ModelRunner:
     def _sample(
         self, step: Step, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Draws the next token of each sampling chunk, whose logits are the first rows.
-
-        Returns:
-            The tokens on the host, valid after the event.
-        """
-        seqs = [chunk.seq for chunk in step.chunks if chunk.samples]
+        """Draws the next token of each sampling chunk, whose logits are the first rows."""
+        seqs = [chunk.seq for chunk in step.chunks if chunk.needs_sample]
         if not seqs:
             return torch.empty(0, dtype=torch.int64), None
         batch = SamplingBatch.of(
             [seq.params for seq in seqs],
             [seq.seed for seq in seqs],
             [seq.num_generated - 1 for seq in seqs],  # the draw itself is pending already
-            [seq.seat for seq in seqs],
+            [seq.request_index for seq in seqs],
             self.model_config.vocab_size,
             self.device,
         )
@@ -206,9 +216,12 @@ class ModelRunner:
     def _draw(
         self, logits: torch.Tensor, batch: SamplingBatch
     ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Draws a token from each row, keeps it for the next step, and sends it to the host."""
+        """Draws a token from each row, keeps it for the next step, and sends it to the host.
+
+        Returns the tokens there, valid after the event.
+        """
         tokens = sample(logits, batch)
-        self.last_tokens[batch.seats] = tokens
+        self.last_tokens[batch.request_index] = tokens
         if self.device.type != "cuda":
             return tokens, None
         host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
@@ -217,45 +230,21 @@ class ModelRunner:
         done.record()
         return host, done
 
-    def _load(
-        self, model_dir: Path, stored: dict[str, StoredTensor], dtype: torch.dtype
-    ) -> Qwen3ForCausalLM:
-        """The model with its weights; its sizes are known to be true before it has memory."""
-        config, group = self.model_config, self.ranks.group
-        is_dummy = self.config.load_format == "dummy"
-        weights = f"the weights of {config.sizes()}"
-        if is_dummy:
-            num_bytes = config.num_weights // group.size * dtype.itemsize
-            check_fits(num_bytes, self.device, weights)
+    def _draw_one(self, logits: torch.Tensor, params: SamplingParams) -> None:
+        vocab_size = self.model_config.vocab_size
+        self._draw(logits, SamplingBatch.of([params], [0], [0], [0], vocab_size, self.device))
 
-        def check(slots: dict[str, Slot]) -> None:
-            if not is_dummy:
-                match_tensors(slots, stored, model_dir)
-            num_bytes = sum(slot.target.numel() for slot in slots.values()) * dtype.itemsize
-            check_fits(num_bytes, self.device, weights)
-
-        model = Qwen3ForCausalLM.allocate(
-            config,
-            self.backend,
-            group,
-            self.device,
-            dtype,
-            max_length=self.max_model_len,
-            check=check,
-        )
-        slots = dict(model.slots())
-        if is_dummy:
-            fill_randomly(slots)
-        else:
-            ranks = self.ranks
-            load_weights(slots, model_dir, show_progress=ranks.is_first, between=ranks.check)
-        return model
+    def _bind_cache(self, num_blocks: int, dtype: torch.dtype) -> None:
+        """Gives the model a KV cache of so many blocks beside the padding block."""
+        layers, heads = self.model_config.num_hidden_layers, self.backend.heads
+        cache = kv_cache.allocate(layers, num_blocks, self.block_size, heads, dtype, self.device)
+        self.model.bind_kv_cache(cache)
 
     def make_step_runner(self, config: Config, plan: Plan | None = None) -> StepRunner:
         """Runs steps of this model as `config` says, or decode by `plan`; the caller closes it."""
         is_auto = plan is None and config.enable_pipeline and config.pipeline_mode == "auto"
         built = build_pipelines(
-            config, self.model, self.backend, self.device, self.device_sms, plan,
+            config, self.model, self.device, self.device_sms, plan,
             plans_to_try(self.device_sms) if is_auto else (),
         )  # fmt: skip
         runner = StepRunner(config, built, self.last_tokens, self.graph_memory, self.inputs)
@@ -269,14 +258,11 @@ class ModelRunner:
 
     def _calibration(self, config: Config, runner: StepRunner) -> Calibration:
         cache = self.model.kv_cache
-        token_bytes = cache[:, :, 0, :, 0].nbytes
-        weight_bytes = sum(weight.nbytes for weight in self.model.parameters())
         return Calibration(
             DeviceTimer(runner, list(cache), self.num_blocks, self.block_size),
             config.max_num_seqs,
             self.capacity,
             self.max_model_len,
-            weight_bytes / token_bytes,
             calibration_key(
                 self.model_config,
                 self.device,
@@ -296,52 +282,14 @@ class ModelRunner:
         return GraphMemory(sizes, layout.size, vocab_size, dtype, self.device)
 
     def _run_largest_step(self) -> None:
-        """A prefill and a decode step as large as the options allow, all in the padding block."""
+        """Prefill as large as the options allow, in the padding block, and decode's own memory."""
         tokens, longest = self.config.max_num_batched_tokens, self.max_model_len
         sizes = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
-        sizes = sizes[: self.config.max_num_seqs]
-        self._prefill_padding(sizes)
+        chunks = [dummy_chunk(0, size) for size in sizes[: self.config.max_num_seqs]]
+        self.step_runner.run(self.step_runner.prepare_prompts(chunks))
         # What decode needs at most beyond that: logits, a copy of those that are drawn from, and
         # room for the graphs' own memory.
         logits = torch.zeros(
             self.config.max_num_seqs, self.model_config.vocab_size, device=self.device
         )
         logits.softmax(-1)
-
-    def _prefill_padding(self, sizes: list[int]) -> torch.Tensor:
-        """Prefills sequences of these lengths in the padding block; returns their logits."""
-        chunks = [made_up_chunk(0, size) for size in sizes]
-        return self.step_runner.run(self.step_runner.prepare_prompts(chunks))
-
-    def _warm_up(self, dtype: torch.dtype) -> None:
-        config, device, vocab_size = self.config, self.device, self.model_config.vocab_size
-
-        def draw(logits: torch.Tensor, params: list[SamplingParams]) -> None:
-            zeros = [0] * len(params)
-            self._draw(logits, SamplingBatch.of(params, zeros, zeros, zeros, vocab_size, device))
-
-        decode: Callable[[int], object] | None = None
-        if config.enforce_eager:
-            decode = self.step_runner.run_padding
-        warm_up(
-            self._prefill_padding,
-            self.model.linear_row_counts() + self.backend.prefill_lengths(dtype),
-            draw if self.ranks.is_first else None,
-            decode,
-            config.max_num_seqs,
-            min(config.max_num_batched_tokens, self.max_model_len),
-        )
-
-
-def resolve_dtype(wanted: str, checkpoint: str, device: torch.device) -> torch.dtype:
-    """The dtype that option `wanted` means; "auto": the checkpoint's on CUDA, else float32."""
-    if wanted == "auto":
-        wanted = checkpoint if device.type == "cuda" else "float32"
-    return getattr(torch, wanted)
-
-
-def sm_count(device: torch.device) -> int:
-    """Streaming multiprocessors of a CUDA device; 0 for any other."""
-    if device.type != "cuda":
-        return 0
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -13,9 +13,10 @@ If what is asked for cannot be had, the engine runs sequential decode, at no cos
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -25,7 +26,6 @@ from nanovllm.engine.green_manager import Partitions
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.pipeline_statistics import PipelineStatistics, format_sms
 from nanovllm.engine.plan import ATTENTION, SEQUENTIAL, Plan
-from nanovllm.layers.attention import AttentionBackend
 from nanovllm.models.stage import Model
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Pipelines:
 
     schedulers: list[PipelineScheduler]
     statistics: PipelineStatistics
-    partitions: ExitStack = field(default_factory=ExitStack)
+    partitions: ExitStack
 
 
 def wanted_plan(config: Config) -> Plan:
@@ -72,76 +72,73 @@ def wanted_plan(config: Config) -> Plan:
 def build_pipelines(
     config: Config,
     model: Model,
-    backend: AttentionBackend,
     device: torch.device,
     device_sms: int,
     plan: Plan | None = None,
-    more: Iterable[Plan] = (),
+    more: Sequence[Plan] = (),
 ) -> Pipelines:
     """Builds sequential decode and what `config` asks for; logs why and falls back if it must.
 
     Args:
         config: the mode, its SMs, and whether to fall back.
         model: its KV cache bound.
-        backend: of attention.
         device: where.
         device_sms: SMs of the device.
         plan: default: what `config` names.
-        more: plans to have beside it; those that the device does not make are left out.
+        more: plans to choose from beside it; those that cannot be made are left out.
 
     Raises:
         PipelineUnavailable, GreenContextError, RuntimeError, ValueError: instead, with
             `pipeline_strict`.
     """
     plan = plan or wanted_plan(config)
-    statistics = PipelineStatistics(mode=plan.mode)
-    built = Pipelines([], statistics)
+    partitions = ExitStack()
+    ready: list[tuple[Plan, Sequence[torch.cuda.Stream], Any]] = []  # with their workspaces
+    fallback_reason = None
 
     def add(plan: Plan) -> None:
         with ExitStack() as undo:
             granted, streams = _make_lanes(config, plan, device, device_sms, undo)
-            if granted in [scheduler.plan for scheduler in built.schedulers]:
+            if granted in [known for known, *_ in ready]:
                 return  # another request was rounded to the same
             sms = granted.lane_of(ATTENTION).sms or device_sms
-            workspace = backend.make_workspace(device, sms)
-            built.schedulers.append(
-                PipelineScheduler(model, granted, streams, workspace, statistics, device_sms)
-            )
-            built.partitions.push(undo.pop_all())
+            ready.append((granted, streams, model.backend.make_workspace(device, sms)))
+            partitions.push(undo.pop_all())
 
     try:
         add(SEQUENTIAL)
-        if plan is SEQUENTIAL:
-            return built
-        try:
-            add(plan)
-        # Of the pipeline's own errors, the driver's and torch's, all are RuntimeErrors.
-        except (RuntimeError, ValueError) as error:
-            if config.pipeline_strict:
-                raise
-            logger.warning("[ModelRunner] Failed to initialize pipeline: %s", error)
-            logger.warning("[ModelRunner] Falling back to sequential execution")
-            statistics.mode, statistics.fallback_reason = SEQUENTIAL.mode, str(error)
-            return built
-        _describe(built.schedulers[-1].plan, device_sms, statistics)
-        for other in more:
+        errors = []
+        for each in (plan, *more):
             try:
-                add(other)
+                add(each)
+            # Of the pipeline's own errors, the driver's and torch's, all are RuntimeErrors.
             except (RuntimeError, ValueError) as error:
-                logger.info("[ModelRunner] No plan %s: %s", other.name, error)
-        return built
+                logger.info("[ModelRunner] No plan %s: %s", each.name, error)
+                errors.append(error)
+        if errors and len(ready) == 1:
+            if config.pipeline_strict:
+                raise errors[0]
+            fallback_reason = str(errors[0])
+            logger.warning("[ModelRunner] Failed to initialize pipeline: %s", fallback_reason)
+            logger.warning("[ModelRunner] Falling back to sequential execution")
+        plan = ready[min(1, len(ready) - 1)][0]
+        statistics = _describe(plan, device_sms, fallback_reason)
+        if more and fallback_reason is None:  # of several plans, so it names no single split
+            statistics = PipelineStatistics("auto")
+        schedulers = [PipelineScheduler(model, *each, statistics, device_sms) for each in ready]
+        return Pipelines(schedulers, statistics, partitions)
     except BaseException:
-        built.partitions.close()
+        partitions.close()
         raise
 
 
-def _describe(plan: Plan, device_sms: int, statistics: PipelineStatistics) -> None:
-    """Says in the log and the statistics which SMs were granted."""
+def _describe(plan: Plan, device_sms: int, fallback_reason: str | None) -> PipelineStatistics:
+    """Statistics of steps by this plan; says in the log which SMs were granted."""
     sms = {lane.name: lane.sms for lane in plan.lanes if lane.sms is not None}
-    if sms:
-        statistics.lane_sms, statistics.device_sms = sms, device_sms
-        words = format_sms(sms, " on ").replace(",", " SMs,", 1)
-        logger.info("[ModelRunner] Pipeline: %s of %d", words, device_sms)
+    if not sms:
+        return PipelineStatistics(plan.mode, fallback_reason=fallback_reason)
+    logger.info("[ModelRunner] Pipeline: %s of %d SMs", format_sms(sms), device_sms)
+    return PipelineStatistics(plan.mode, sms, device_sms)
 
 
 def _make_lanes(

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
-from typing import Any
 
+from nanovllm.engine.plan import ATTENTION
+from nanovllm.engine.planner import Planner
 from nanovllm.engine.stage_times import Span
 
 # Steps whose works are kept for a timeline.
 KEPT_STEPS = 32
-ATTENTION_LANE = "attention"
 
 
 @dataclass
 class PipelineStatistics:
     """Counts and times of the decode steps of one engine.
 
-    Attributes:
+    What steps run by is set once:
         mode: how steps are issued, one of `Config.pipeline_mode`'s values.
         lane_sms: SMs granted to each lane, by name; empty without partitions, and with several.
         device_sms: of the device; None where `lane_sms` is empty.
         fallback_reason: why there is no pipeline although one was asked for.
-        planner: chooses how each step is issued, in mode "auto"; has `as_dict` and `lines`.
+        planner: chooses how each step is issued, in mode "auto".
+
+    What is counted:
         steps, tokens: of pipelined and of sequential decode steps.
         profiled_steps: steps whose works were timed.
         lane_ms, total_ms, overlap_ms: sums over the profiled steps: the works of each lane, the
@@ -34,7 +36,7 @@ class PipelineStatistics:
     lane_sms: dict[str, int] = field(default_factory=dict)
     device_sms: int | None = None
     fallback_reason: str | None = None
-    planner: Any = None
+    planner: Planner | None = None
     steps: dict[str, int] = field(default_factory=lambda: {"pipelined": 0, "sequential": 0})
     tokens: dict[str, int] = field(default_factory=lambda: {"pipelined": 0, "sequential": 0})
     profiled_steps: int = 0
@@ -46,13 +48,12 @@ class PipelineStatistics:
     @property
     def attention_sms(self) -> int | None:
         """SMs of the attention lane; None without partitions."""
-        return self.lane_sms.get(ATTENTION_LANE)
+        return self.lane_sms.get(ATTENTION)
 
     @property
     def ffn_sms(self) -> int | None:
         """SMs of all other lanes together; None without partitions."""
-        others = [sms for lane, sms in self.lane_sms.items() if lane != ATTENTION_LANE]
-        return sum(others) if others else None
+        return sum(self.lane_sms.values()) - self.lane_sms[ATTENTION] if self.lane_sms else None
 
     def count_step(self, num_tokens: int, *, pipelined: bool) -> None:
         """Counts a decode step of `num_tokens` sequences."""
@@ -71,7 +72,7 @@ class PipelineStatistics:
 
     def times(self) -> dict[str, float | None]:
         """Mean ms a profiled step of attention, of all else and of the step; None without any."""
-        attention = self.lane_ms[ATTENTION_LANE]
+        attention = self.lane_ms.get(ATTENTION, 0.0)
         sums = {
             "attention": attention,
             "FFN": sum(self.lane_ms.values()) - attention,
@@ -108,7 +109,8 @@ class PipelineStatistics:
             lines.append(
                 f"  Avg {name} time: {'not profiled' if mean is None else f'{mean:.2f} ms'}"
             )
-        lines.append(f"  Mode: {self.mode}{self._format_sms()}")
+        sms = f" ({format_sms(self.lane_sms)} of {self.device_sms} SMs)" if self.lane_sms else ""
+        lines.append(f"  Mode: {self.mode}{sms}")
         for path, steps in self.steps.items():
             lines.append(
                 f"  {path.capitalize()} decode: {self.tokens[path]} tokens in {steps} steps"
@@ -122,14 +124,11 @@ class PipelineStatistics:
             lines.append(f"  Fallback reason: {self.fallback_reason}")
         return "\n".join(lines)
 
-    def _format_sms(self) -> str:
-        return f" ({format_sms(self.lane_sms)} of {self.device_sms} SMs)" if self.lane_sms else ""
 
-
-def format_sms(lane_sms: dict[str, int], link: str = " ") -> str:
+def format_sms(lane_sms: dict[str, int]) -> str:
     """Such as "attention 36, FFN 96"."""
     names = {"ffn": "FFN", "qkv": "QKV"}
-    return ", ".join(f"{names.get(lane, lane)}{link}{sms}" for lane, sms in lane_sms.items())
+    return ", ".join(f"{names.get(lane, lane)} {sms}" for lane, sms in lane_sms.items())
 
 
 def overlap(spans: list[Span]) -> float:

@@ -114,10 +114,10 @@ def make_order(stages: Iterable[Stage], plan: Plan, micro_batches: int) -> list[
     if plan.times:
         seconds = dict(plan.times)
         times = [sum(seconds[stage.name] for stage in group) for _, group in chain]
-        turns = list_schedule([lane for lane, _ in chain], times, micro_batches)
+        issued = list_schedule([lane for lane, _ in chain], times, micro_batches)
     else:
-        turns = [(batch, i) for i in range(len(chain)) for batch in range(micro_batches)]
-    return with_events([Work(chain[i][0], batch, chain[i][1]) for batch, i in turns])
+        issued = [(batch, i) for i in range(len(chain)) for batch in range(micro_batches)]
+    return with_events([Work(chain[i][0], batch, chain[i][1]) for batch, i in issued])
 
 
 def merge(stages: Iterable[Stage], plan: Plan) -> list[tuple[str, tuple[Stage, ...]]]:
@@ -144,7 +144,7 @@ def list_schedule(
     """
     free = dict.fromkeys(lanes, 0.0)
     ready, links = [0.0] * micro_batches, [0] * micro_batches
-    turns = []
+    issued = []
     for _ in range(len(lanes) * micro_batches):
         begin, link, batch = min(
             (max(ready[batch], free[lanes[link]]), link, batch)
@@ -153,8 +153,8 @@ def list_schedule(
         )
         free[lanes[link]] = ready[batch] = begin + times[link]
         links[batch] += 1
-        turns.append((batch, link))
-    return turns
+        issued.append((batch, link))
+    return issued
 
 
 def with_events(works: Iterable[Work]) -> list[Work]:

@@ -69,7 +69,7 @@ class Workers:
             process.stdin.write(json.dumps(dataclasses.asdict(task)).encode() + b"\n")
             process.stdin.flush()
 
-    def death(self) -> RankDiedError | None:
+    def dead_worker(self) -> RankDiedError | None:
         """An error that describes the first worker that has ended, if one has."""
         for rank, process in enumerate(self.processes, start=1):
             if process.poll() is not None:
@@ -79,15 +79,15 @@ class Workers:
 
     def check(self) -> None:
         """Raises RankDiedError if a worker has ended."""
-        death = self.death()
+        death = self.dead_worker()
         if death is not None:
             raise death
 
-    def await_death(self, seconds: float) -> RankDiedError | None:
-        """As `death`, but gives a worker that is about to end some time to do so."""
+    def await_dead_worker(self, seconds: float) -> RankDiedError | None:
+        """As `dead_worker`, but gives a worker that is about to end some time to do so."""
         deadline = time.monotonic() + seconds
         while self.processes and time.monotonic() < deadline:
-            death = self.death()
+            death = self.dead_worker()
             if death is not None:
                 return death
             time.sleep(POLL_SECONDS)
@@ -110,5 +110,6 @@ class Workers:
 
 def _describe_end(status: int) -> str:
     if status < 0:
-        return f"was killed by {signal.Signals(-status).name}"
+        names = {known.value: known.name for known in signal.Signals}  # not of all real-time ones
+        return f"was killed by {names.get(-status, f'signal {-status}')}"
     return f"ended with exit status {status}; its own message is above"

@@ -36,8 +36,6 @@ from nanovllm.engine.processes import POLL_SECONDS, RankDiedError, Workers, Work
 from nanovllm.engine.step_inputs import StepLayout
 from nanovllm.layers.parallel import ParallelGroup
 
-__all__ = ["RankDiedError", "Ranks"]
-
 # How long processes may take to start and to meet, to be seen dead after an error, and to end.
 JOIN_SECONDS = 300.0
 DEATH_SECONDS = 2.0
@@ -57,9 +55,16 @@ class Ranks:
         self.control: dist.ProcessGroup | None = None
         self.device = torch.device("cpu")
         self.workers = Workers()
-        self.parted = False
+        self.broken = False
         self._ended = threading.Event()
-        self._guard: threading.Thread | None = None
+        self._nccl_watchdog: threading.Thread | None = None
+
+    @classmethod
+    def start(cls, config: Config, model_dir: Path, device: torch.device) -> Ranks:
+        """Joins the ranks of torchrun if it runs and there is more than one; else starts them."""
+        if dist.is_torchelastic_launched() and config.tensor_parallel_size > 1:
+            return cls.join_torchrun(config, device)
+        return cls.spawn(config, model_dir, device)
 
     @classmethod
     def spawn(cls, config: Config, model_dir: Path, device: torch.device) -> Ranks:
@@ -85,7 +90,7 @@ class Ranks:
             with process_groups.surviving_nccl_errors():
                 ranks._while_workers_live(lambda: ranks._connect(store, 0, size, device))
         except BaseException:
-            ranks._part()
+            ranks._break()
             raise
         return ranks
 
@@ -156,10 +161,6 @@ class Ranks:
         dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self.control)
         return int(tensor)
 
-    def check(self) -> None:
-        """Raises RankDiedError if a worker has ended."""
-        self.workers.check()
-
     def wait(self, event: torch.cuda.Event) -> None:
         """Waits for `event`, which a collective with a dead rank would never let happen.
 
@@ -170,14 +171,14 @@ class Ranks:
             event.synchronize()
             return
         while not event.query():
-            self.check()
-        self.check()
+            self.workers.check()
+        self.workers.check()
 
     @contextmanager
-    def in_step(self) -> Iterator[None]:
+    def collective_region(self) -> Iterator[None]:
         """Surrounds what all ranks do together.
 
-        Whatever breaks it off leaves them at different places for good, so then `parted` is set,
+        Whatever breaks it off leaves them at different places for good, so then `broken` is set,
         the workers are killed, and `close` is all that can follow.
 
         Raises:
@@ -190,8 +191,8 @@ class Ranks:
                 raise
             # A collective fails a moment before the worker that broke it is seen dead.
             unexplained = isinstance(error, RuntimeError) and not isinstance(error, RankDiedError)
-            death = self.workers.await_death(DEATH_SECONDS) if unexplained else None
-            self._part()
+            death = self.workers.await_dead_worker(DEATH_SECONDS) if unexplained else None
+            self._break()
             if death is None:
                 raise
             raise death from error
@@ -203,11 +204,11 @@ class Ranks:
         """
         if self.control is None:
             return
-        if not self.parted:
+        if not self.broken:
             self._finish()
         self._ended.set()
-        if self._guard is not None:
-            self._guard.join(END_SECONDS)
+        if self._nccl_watchdog is not None:
+            self._nccl_watchdog.join(END_SECONDS)
         # The store lives here and goes last: workers look at it to their end.
         self.workers.end(END_SECONDS)
         self.control = None
@@ -229,8 +230,10 @@ class Ranks:
         if device.type == "cuda":
             torch.cuda.set_device(device)
             model = process_groups.nccl_group(dist.PrefixStore("model", store), rank, size)
-            self._guard = threading.Thread(target=self._abort_at_end, args=(model,), daemon=True)
-            self._guard.start()
+            self._nccl_watchdog = threading.Thread(
+                target=self._abort_at_end, args=(model,), daemon=True
+            )
+            self._nccl_watchdog.start()
             # Makes the communicator, here where `spawn` watches over the workers.
             dist.all_reduce(torch.zeros(1, device=device), group=model)
             torch.cuda.synchronize(device)
@@ -253,11 +256,11 @@ class Ranks:
         threading.Thread(target=run, daemon=True).start()
         deadline = monotonic() + JOIN_SECONDS
         while not wait([outcome], POLL_SECONDS).done:
-            self.check()
+            self.workers.check()
             if monotonic() > deadline:
                 raise RankDiedError(f"the ranks did not meet within {JOIN_SECONDS:.0f} s")
         if outcome.exception() is not None:
-            death = self.workers.await_death(DEATH_SECONDS)
+            death = self.workers.await_dead_worker(DEATH_SECONDS)
             if death is not None:
                 raise death from outcome.exception()
         outcome.result()
@@ -268,12 +271,12 @@ class Ranks:
         The only place that does so, in a thread of its own: the main thread may be inside a CUDA
         call that waits for such a kernel.
         """
-        while not self._ended.wait(POLL_SECONDS) and self.workers.death() is None:
+        while not self._ended.wait(POLL_SECONDS) and self.workers.dead_worker() is None:
             pass
         process_groups.abort_nccl(model)
 
-    def _part(self) -> None:
-        self.parted = True
+    def _break(self) -> None:
+        self.broken = True
         self._ended.set()
         self.workers.end(patience=0)
 
@@ -289,7 +292,7 @@ class Ranks:
                 torch.cuda.synchronize(self.device)
             dist.all_reduce(stop, group=self.control, async_op=True).wait(patience)
         except RuntimeError:  # one has died or does not listen
-            self._part()
+            self._break()
 
     def _broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         dist.broadcast(tensor, group=self.control, group_src=0)

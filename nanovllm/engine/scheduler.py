@@ -28,14 +28,15 @@ ADMISSION_RESERVE = 0.01
 class Chunk:
     """The part of a sequence that a step computes: tokens `start` to `end`.
 
-    `samples` says whether that reads the sequence to its end, so that its next token is drawn.
+    `needs_sample` says whether that reads the sequence to its end, so that its next token is
+    drawn.
     Not frozen, since a decode step makes one per sequence and frozen ones take three times as long.
     """
 
     seq: Sequence
     start: int
     end: int
-    samples: bool
+    needs_sample: bool
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,6 @@ class Step:
 
     is_decode: bool
     chunks: list[Chunk]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(chunk.end - chunk.start for chunk in self.chunks)
 
 
 class Scheduler:
@@ -70,6 +67,17 @@ class Scheduler:
         """Queues a sequence whose prompt fits in all blocks together."""
         self.waiting.append(seq)
 
+    def add_computed(self, seq: Sequence) -> bool:
+        """Lets a sequence run ahead of all that wait, all its tokens but the last as computed.
+
+        Returns False, and takes nothing, if there is no room for it.
+        """
+        if len(self.running) >= self.max_num_seqs or not self.blocks.admit(seq):
+            return False
+        self._start(seq)
+        seq.num_computed = seq.num_scheduled = len(seq.token_ids) - 1
+        return True
+
     def restart(self, seqs: Iterable[Sequence]) -> None:
         """Begins anew with these sequences, in order of arrival, from the prefix cache at best.
 
@@ -78,7 +86,7 @@ class Scheduler:
         """
         self.blocks.reset()
         self.running: list[Sequence] = []
-        self.free_seats = list(range(self.max_num_seqs))
+        self.free_indices = list(range(self.max_num_seqs))
         self.prefill_streak = 0
         self.waiting: deque[Sequence] = deque()
         for seq in seqs:
@@ -104,23 +112,23 @@ class Scheduler:
                 pending go on, as if it would not end them, and none is preempted. None then means
                 that the last step has to be updated first.
         """
-        reading, ready = self._split_running()
-        if self.prefill_streak < MAX_PREFILL_STREAK or not ready:
-            chunks = self._prefill_chunks(reading)
+        prefilling, decodable = self._split_running()
+        if self.prefill_streak < MAX_PREFILL_STREAK or not decodable:
+            chunks = self._prefill_chunks(prefilling)
             if chunks:
                 self.prefill_streak += 1
-                return self._plan(Step(False, chunks))
-        chunks = self._decode_chunks(ready, may_preempt=not ahead)
+                return self._mark_scheduled(Step(False, chunks))
+        chunks = self._decode_chunks(decodable, may_preempt=not ahead)
         if chunks:
             self.prefill_streak = 0
-            return self._plan(Step(True, chunks))
+            return self._mark_scheduled(Step(True, chunks))
         if ahead or self.is_idle:
             return None
-        # All that were ready gave way to older ones that still read their prompts.
-        reading, _ = self._split_running()
-        chunks = self._prefill_chunks(reading)
+        # All that could decode gave way to older ones that still read their prompts.
+        prefilling, _ = self._split_running()
+        chunks = self._prefill_chunks(prefilling)
         assert chunks, "requests are left, but none of them can run"
-        return self._plan(Step(False, chunks))
+        return self._mark_scheduled(Step(False, chunks))
 
     def update(self, step: Step, tokens: list[int]) -> list[Sequence]:
         """Takes the tokens drawn by `step`, one per sampling chunk; returns the finished ones.
@@ -130,7 +138,7 @@ class Scheduler:
         finished: list[Sequence] = []
         drawn = iter(tokens)
         for chunk in step.chunks:
-            token = next(drawn) if chunk.samples else None
+            token = next(drawn) if chunk.needs_sample else None
             seq = chunk.seq
             if seq.status is not Status.RUNNING:
                 continue  # aborted while the step ran
@@ -147,66 +155,61 @@ class Scheduler:
                     finished.append(seq)
         return finished
 
-    def _plan(self, step: Step) -> Step:
+    def _mark_scheduled(self, step: Step) -> Step:
         for chunk in step.chunks:
             chunk.seq.num_scheduled = chunk.end
-            chunk.seq.num_pending += chunk.samples
+            chunk.seq.num_pending += chunk.needs_sample
         return step
 
     def _split_running(self) -> tuple[list[Sequence], list[Sequence]]:
-        """The running sequences that still read their prompt, and those that are ready for decode.
+        """The running sequences that still read their prompt, and those that can decode.
 
         Those that end with a token that is pending are neither.
         """
-        reading: list[Sequence] = []
-        ready: list[Sequence] = []
+        prefilling: list[Sequence] = []
+        decodable: list[Sequence] = []
         for seq in self.running:
             length = seq.length
             if length - seq.num_scheduled > 1:
-                reading.append(seq)
+                prefilling.append(seq)
             elif length < seq.end_len:
-                ready.append(seq)
-        return reading, ready
+                decodable.append(seq)
+        return prefilling, decodable
 
-    def _prefill_chunks(self, reading: list[Sequence]) -> list[Chunk]:
+    def _prefill_chunks(self, prefilling: list[Sequence]) -> list[Chunk]:
         """Chunks of sequences that still read their prompt, then of newly admitted ones."""
         chunks: list[Chunk] = []
-        budget = self.max_num_batched_tokens
-
-        def take(seq: Sequence) -> None:
-            nonlocal budget
+        budget, following = self.max_num_batched_tokens, iter(prefilling)
+        while budget and (seq := next(following, None) or self._admit_next()):
             start, unscheduled = seq.num_scheduled, seq.num_unscheduled
             size = min(unscheduled, budget)
-            chunks.append(Chunk(seq, start, start + size, samples=size == unscheduled))
+            chunks.append(Chunk(seq, start, start + size, needs_sample=size == unscheduled))
             budget -= size
-
-        for seq in reading:
-            if budget:
-                take(seq)
-        while budget and self._admit_next():
-            take(self.running[-1])
         return chunks
 
-    def _admit_next(self) -> bool:
-        """Lets the first waiting sequence run, if there is a seat and there are blocks for it."""
+    def _admit_next(self) -> Sequence | None:
+        """Lets the first waiting sequence run, if there is room and there are blocks for it."""
         if not self.waiting or len(self.running) >= self.max_num_seqs:
-            return False
+            return None
         reserve = int(self.blocks.num_blocks * ADMISSION_RESERVE) + 1 if self.running else 0
         if not self.blocks.admit(self.waiting[0], reserve):
-            return False
-        seq = self.waiting.popleft()
-        seq.status = Status.RUNNING
-        seq.seat = self.free_seats.pop()
-        self.running.append(seq)
-        return True
+            return None
+        return self._start(self.waiting.popleft())
 
-    def _decode_chunks(self, ready: list[Sequence], *, may_preempt: bool) -> list[Chunk]:
-        """One token for each sequence that is `ready`, the oldest first.
+    def _start(self, seq: Sequence) -> Sequence:
+        """Lets a sequence run that has its blocks."""
+        seq.status = Status.RUNNING
+        seq.request_index = self.free_indices.pop()
+        self.running.append(seq)
+        return seq
+
+    def _decode_chunks(self, decodable: list[Sequence], *, may_preempt: bool) -> list[Chunk]:
+        """One token for each sequence that is `decodable`, the oldest first.
 
         Without preemption there are no chunks at all if one sequence lacks a block.
         """
         chunks: list[Chunk] = []
-        for seq in ready:
+        for seq in decodable:
             if seq.status is not Status.RUNNING:
                 break  # preempted, as are all after it
             while not self.blocks.extend(seq):
@@ -217,7 +220,7 @@ class Scheduler:
                     break  # it was the youngest itself
             else:
                 start = seq.num_scheduled
-                chunks.append(Chunk(seq, start, start + 1, samples=True))
+                chunks.append(Chunk(seq, start, start + 1, needs_sample=True))
         return chunks
 
     def _preempt(self, seq: Sequence) -> None:
@@ -228,6 +231,6 @@ class Scheduler:
 
     def _leave(self, seq: Sequence) -> None:
         self.running.remove(seq)
-        self.free_seats.append(seq.seat)
+        self.free_indices.append(seq.request_index)
         self.blocks.release(seq)
         seq.num_pending = 0

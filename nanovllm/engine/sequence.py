@@ -35,7 +35,7 @@ class Sequence:
         num_computed: tokens whose keys and values are cached.
         num_scheduled: those, and the ones that steps in flight compute.
         num_pending: tokens that steps in flight draw, so that their values are not known yet.
-        seat: row of its last token on the device, while it runs.
+        request_index: where the device keeps its last token, while it runs.
         num_registered: leading blocks that the prefix cache knows.
         finish_reason: "stop", "length", "abort" or "error" once finished.
         results: where the engine puts its completion; None: where `LLMEngine.step` finds it.
@@ -55,17 +55,12 @@ class Sequence:
     num_computed: int = 0
     num_scheduled: int = 0
     num_pending: int = 0
-    seat: int = -1
+    request_index: int = -1
     num_registered: int = 0
     finish_reason: str | None = None
 
     def __post_init__(self) -> None:
-        self.set_prompt(self.token_ids)
-
-    def set_prompt(self, token_ids: list[int]) -> None:
-        """Makes this its prompt; to be called before any of it is scheduled."""
-        self.token_ids = token_ids
-        self.prompt_len = len(token_ids)
+        self.prompt_len = len(self.token_ids)
         end_len = min(self.prompt_len + self.params.max_tokens, self.max_len)
         self.end_len = max(end_len, self.prompt_len + 1)
 
@@ -104,7 +99,7 @@ class Sequence:
     def rewind(self) -> None:
         """Forgets what was computed and planned of it, but none of its tokens."""
         self.num_computed = self.num_scheduled = self.num_registered = self.num_pending = 0
-        self.block_table, self.seat = [], -1
+        self.block_table, self.request_index = [], -1
         if self.finish_reason is None:
             self.judge()
         self.status = Status.WAITING if self.finish_reason is None else Status.FINISHED

@@ -12,12 +12,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from nanovllm.config import Config
-from nanovllm.engine.cuda_graphs import GraphMemory
+from nanovllm.engine.graph_memory import GraphMemory
 from nanovllm.engine.pipeline import Pipelines
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler, hidden_states
 from nanovllm.engine.scheduler import Chunk, Step
@@ -89,7 +88,7 @@ class StepRunner:
     Args:
         config: pipeline_enable_profiling is looked up at every step.
         pipelines: its partitions are closed with the runner, after the graphs.
-        last_tokens: the last token of each seat, on the device.
+        last_tokens: the last token of each running request, on the device.
         memory: for CUDA graphs; None: run eagerly.
         inputs: lays steps out and fills them.
 
@@ -112,21 +111,21 @@ class StepRunner:
         self.last_tokens, self.device = last_tokens, last_tokens.device
         self.memory = memory
         self.inputs = inputs
-        self.layouts: dict[tuple[int, int], StepLayout] = {}  # of decode, by plan and size
-        # By layout, and by whether they are timed.
-        self.graphs: dict[tuple[StepLayout, bool], tuple[Any, StageTimer | None]] = {}
+        # Of decode, by plan, size, and whether it is timed.
+        self.layouts: dict[tuple[int, int, bool], StepLayout] = {}
+        self.graphs: dict[StepLayout, tuple[Any, StageTimer | None]] = {}
         self.timer: StageTimer | None = None  # of the last step
 
     def prepare(self, step: Step) -> PreparedStep:
         """Chooses how a step will run, and fills its inputs."""
         if not step.is_decode:
             return self.prepare_prompts(step.chunks)
-        lengths = np.array([chunk.end for chunk in step.chunks])
-        choice = self.chooser.choose(len(lengths), int(lengths.sum()))
+        lengths = [chunk.end for chunk in step.chunks]
+        choice = self.chooser.choose(len(lengths), sum(lengths))
         return self.prepare_decode(choice, step.chunks, lengths)
 
     def prepare_decode(
-        self, choice: Choice, chunks: Sequence[Chunk], lengths: np.ndarray
+        self, choice: Choice, chunks: Sequence[Chunk], lengths: Sequence[int]
     ) -> PreparedStep:
         """A step of chunks of one token, which all are sampled, with padding."""
         layout = self.layout(choice)
@@ -146,10 +145,11 @@ class StepRunner:
     def layout(self, choice: Choice) -> StepLayout:
         """Of a decode step."""
         plan, size, _ = choice
-        if (plan, size) not in self.layouts:
+        key = plan, size, self.config.pipeline_enable_profiling
+        if key not in self.layouts:
             batches = self.schedulers[plan].plan.micro_batches
-            self.layouts[plan, size] = self.inputs.decode_layout(plan, size, batches)
-        return self.layouts[plan, size]
+            self.layouts[key] = self.inputs.decode_layout(plan, size, batches, timed=key[-1])
+        return self.layouts[key]
 
     def run(
         self,
@@ -166,10 +166,9 @@ class StepRunner:
         """
         layout = step.layout
         if logits is None:
-            profiled = self.config.pipeline_enable_profiling and layout.is_decode
             if self.memory is not None and layout.is_decode:
-                return self._replay(step, profiled)
-            timer = self.timer = StageTimer(self.device) if profiled else None
+                return self._replay(step)
+            timer = self.timer = StageTimer(self.device) if layout.timed else None
         if timer:
             timer.begin_step()
         scheduler = self.schedulers[layout.plan]
@@ -185,7 +184,7 @@ class StepRunner:
     def run_padding(self, size: int) -> torch.Tensor:
         """Runs a decode step of `size` rows, all of them padding."""
         choice = self.chooser.choose(size, size)
-        return self.run(self.prepare_decode(choice, [], np.empty(0, np.int64)))
+        return self.run(self.prepare_decode(choice, [], []))
 
     def finish(self, step: PreparedStep, num_seqs: int) -> None:
         """Counts a decode step, which must be complete, and hands on how long it took."""
@@ -204,9 +203,9 @@ class StepRunner:
         if largest_first:
             bar = tqdm(largest_first, desc="Capturing CUDA graphs", disable=not show_progress)
             for choice in bar:
-                key = self.layout(choice), self.config.pipeline_enable_profiling
-                if key not in self.graphs:
-                    self._capture(*key)
+                layout = self.layout(choice)
+                if layout not in self.graphs:
+                    self._capture(layout)
             # The steps that were run before their captures leave memory in sizes of their own.
             torch.cuda.empty_cache()
 
@@ -219,10 +218,9 @@ class StepRunner:
         self.graphs = {}
         self.partitions.close()
 
-    def _replay(self, step: PreparedStep, profiled: bool) -> torch.Tensor:
+    def _replay(self, step: PreparedStep) -> torch.Tensor:
         assert self.memory is not None
-        key = step.layout, profiled
-        graph, self.timer = self.graphs.get(key) or self._capture(*key)
+        graph, self.timer = self.graphs.get(step.layout) or self._capture(step.layout)
         if step.events is not None:
             step.events[0].record()
         self.memory.inputs[: step.layout.size].copy_(step.flat, non_blocking=True)
@@ -232,19 +230,22 @@ class StepRunner:
         return self.memory.logits[: step.layout.num_samples]
 
     @torch.inference_mode()
-    def _capture(self, layout: StepLayout, profiled: bool) -> tuple[Any, StageTimer | None]:
-        """Makes the graph of a step, and its timer if it is timed."""
+    def _capture(self, layout: StepLayout) -> tuple[Any, StageTimer | None]:
+        """Makes the graph of a step, and its timer if it is timed.
+
+        NOTE: it runs the step once, collectives included, so all ranks must capture the same.
+        """
         assert self.memory is not None
         padding = self._fill(layout, [], [[] for _ in layout.micro_batches])
         inputs = self.memory.inputs[: layout.size]
         inputs.copy_(padding)
         step, logits = PreparedStep(layout, inputs), self.memory.logits[: layout.num_samples]
         self.run(step, logits)  # outside: compiles kernels, makes handles
-        timer = StageTimer(self.device, in_graph=True) if profiled else None
+        timer = StageTimer(self.device, in_graph=True) if layout.timed else None
         graph = torch.cuda.CUDAGraph()
         with self.memory.capturing(graph):
             self.run(step, logits, timer)
-        self.graphs[layout, profiled] = graph, timer
+        self.graphs[layout] = graph, timer
         return graph, timer
 
     def _fill(

@@ -1,8 +1,7 @@
-"""How long a decode step takes, apart from all others: on made-up inputs, at settled clocks.
+"""Times single decode steps, on dummy inputs and at settled clocks.
 
-A GPU at its power limit takes 0.2 s to slow down after a pause, and dips now and then. On an H200,
-8B shape, 1,024 sequences: 39 ms for the first step, 41.5 from the fifth on, and up to 50 for some
-steps once in 0.9 s. So a step is timed until it takes the same several times in a row.
+At its power limit a GPU slows down some steps after a pause, and dips now and then. So a step is
+timed until it takes the same several times in a row.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 
 from nanovllm.engine.scheduler import Chunk
-from nanovllm.engine.step_inputs import made_up_chunk
+from nanovllm.engine.step_inputs import dummy_chunk
 from nanovllm.engine.step_runner import Choice, StepRunner
 
 # A reading is the mean of as many steps as take so long, and at least one.
@@ -69,7 +68,7 @@ class DeviceTimer:
         while self.unfilled:  # zeros would take less power, hence less time
             self.unfilled.pop().normal_()
         chunks = list(steady_chunks(batch, tokens // batch, self.num_blocks, self.block_size))
-        lengths = np.full(batch, tokens // batch)
+        lengths = [tokens // batch] * batch
         step = self.runner.prepare_decode(Choice(plan, batch), chunks, lengths)
 
         def read(count: int) -> float:
@@ -101,4 +100,4 @@ def steady_chunks(count: int, context: int, num_blocks: int, block_size: int) ->
     rng = np.random.default_rng(0)
     blocks = 1 + np.resize(rng.permutation(num_blocks), count * needed).reshape(count, needed)
     for table in blocks.tolist():
-        yield made_up_chunk(context - 1, context, table)
+        yield dummy_chunk(context - 1, context, table)

@@ -1,12 +1,12 @@
 """Runs every kernel once at start-up, so that no request waits for one to be compiled.
 
-Triton compiles a kernel when it first meets some sizes. Which sizes those are, the kernels say:
-tilings of prefill attention, and row counts of the linear layers up to some hundred tokens.
-Captured decode steps need nothing here, as each is run before it is captured. All ranks run the
-same steps, since steps contain collectives; only the first rank draws tokens.
+Triton compiles a kernel when it first meets some sizes. What tiles a kernel takes changes at powers
+of two and at multiples of 16 rows, up to some hundred, so prompts of these lengths meet all; two
+layers stand for the others. Captured decode steps need nothing here, as each is run before it is
+captured. All ranks run the same steps, since steps contain collectives; only rank 0 draws tokens.
 
-What is not met: a pipeline without CUDA graphs plans its linear layers for the FFN's SMs, and where
-that makes other tiles than all SMs do, they are compiled in its first step of that size.
+What is not met: a pipeline without CUDA graphs plans its linear layers for the SMs of a lane, and
+where that makes other tiles than all SMs do, they are compiled in its first step of that size.
 """
 
 from __future__ import annotations
@@ -15,10 +15,17 @@ from collections.abc import Callable
 
 import torch
 
-from nanovllm.engine.cuda_graphs import batch_sizes
+from nanovllm.config import Config
+from nanovllm.engine.graph_memory import batch_sizes
+from nanovllm.engine.pipeline_scheduler import hidden_states
+from nanovllm.engine.step_inputs import dummy_chunk, micro_batches
+from nanovllm.engine.step_runner import StepRunner
+from nanovllm.models.stage import BEFORE_LAYERS
 from nanovllm.sampling_params import SamplingParams
 
-# All that is drawn in different ways: without a limit, with one of them, with both.
+# Rows from which on the tiles of no kernel change any more.
+MOST_ROWS = 512
+# One for each way through the sampler.
 SAMPLING = [
     SamplingParams(temperature=0),
     SamplingParams(top_k=1),
@@ -27,31 +34,41 @@ SAMPLING = [
 ]
 
 
+@torch.inference_mode()
 def warm_up(
-    prefill: Callable[[list[int]], torch.Tensor],
-    lengths: list[int],
-    draw: Callable[[torch.Tensor, list[SamplingParams]], object] | None,
-    decode: Callable[[int], object] | None,
-    max_num_seqs: int,
-    max_num_tokens: int,
+    steps: StepRunner,
+    config: Config,
+    max_prompt: int,
+    draw: Callable[[torch.Tensor, SamplingParams], object] | None,
 ) -> None:
-    """Runs prefill steps, decode steps and draws of all kinds.
+    """Runs prompts, decode steps and the sampler, all in the padding block.
 
     Args:
-        prefill: runs a step of sequences of these lengths; returns their logits.
-        lengths: of sequences, so that every kernel of a prefill step is met.
-        draw: draws a token from every row of logits, with the options of each; None: on ranks that
-            do not draw.
-        decode: runs a step of so many sequences; None: they are captured later.
-        max_num_seqs: sequences of a step.
-        max_num_tokens: tokens of a prefill step.
+        steps: runs them.
+        config: says how decode will run.
+        max_prompt: tokens of the longest prompt of a step.
+        draw: draws a token from logits [1, vocab_size]; None: on ranks that do not draw.
     """
-    for length in sorted({min(length, max_num_tokens) for length in lengths}):
-        logits = prefill([length])
-    if decode is not None:
-        sizes = batch_sizes(max_num_seqs)
+    for rows in batch_sizes(min(MOST_ROWS, max_prompt)):
+        logits = _run_outer_layers(steps, rows)
+    if config.enforce_eager:
+        sizes = batch_sizes(config.max_num_seqs)
         for size in [*sizes[:5], *sizes[5:][-1:]]:
-            decode(size)
+            steps.run_padding(size)
     if draw is not None:
         for params in SAMPLING:
-            draw(logits, [params])
+            draw(logits, params)
+
+
+def _run_outer_layers(steps: StepRunner, rows: int) -> torch.Tensor:
+    """Runs a prompt through the first and the last layer; returns logits [1, vocab_size]."""
+    model = steps.schedulers[0].model
+    step = steps.prepare_prompts([dummy_chunk(0, rows)])
+    inputs = step.flat.to(steps.device)
+    workspace = steps.schedulers[0].workspace  # a prompt of one token is a decode row
+    (batch,), sampled = micro_batches(step.layout, inputs, steps.last_tokens, workspace)
+    stages = model.stages()
+    for stage in stages:
+        if stage.layer in (BEFORE_LAYERS, 0, stages[-1].layer):
+            stage.run(batch)
+    return model.compute_logits(hidden_states([batch])[sampled])

@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.dependent_launch import launch_options, let_next_begin, wait_for_previous
+from nanovllm.kernels.pdl import pdl_options, pdl_trigger, pdl_wait
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps) * weight`` for ``x [..., H]``; see ``reference.rms_norm``."""
+    """See ``reference.rms_norm``."""
     x = x.contiguous()
     y = torch.empty_like(x)
     _launch(x, None, weight, y, None, eps)
@@ -22,7 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``rms_norm(x + residual), x + residual``; see ``reference.add_rms_norm``."""
+    """See ``reference.add_rms_norm``."""
     x, residual = x.contiguous(), residual.contiguous()
     y, total = torch.empty_like(x), torch.empty_like(x)
     _launch(x, residual, weight, y, total, eps)
@@ -56,34 +56,17 @@ def _launch(
     # 8 elements a thread are one 16-byte load of a 16-bit dtype.
     warps = min(max(block // 256, 1), 8)
     _rms_norm_kernel[(rows,)](
-        x,
-        residual,
-        weight,
-        y,
-        total,
-        eps,
-        HIDDEN=hidden,
-        BLOCK=block,
-        PARTS=num_parts,
-        num_warps=warps,
-        **launch_options(),
-    )
+        x, residual, weight, y, total, eps,
+        HIDDEN=hidden, BLOCK=block, PARTS=num_parts, num_warps=warps, **pdl_options(),
+    )  # fmt: skip
 
 
 @triton.jit
 def _rms_norm_kernel(
-    x,
-    residual,
-    weight,
-    y,
-    total,
-    eps,
-    HIDDEN: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    wait_for_previous(OVERLAP)
+    x, residual, weight, y, total, eps,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    pdl_wait(PDL)
     row = tl.program_id(0).to(tl.int64) * HIDDEN
     column = tl.arange(0, BLOCK)
     inside = column < HIDDEN
@@ -98,6 +81,6 @@ def _rms_norm_kernel(
         rounded = (values + added.to(tl.float32)).to(added.dtype)
         tl.store(total + row + column, rounded, mask=inside)
         values = rounded.to(tl.float32)
-    let_next_begin(OVERLAP)
+    pdl_trigger(PDL)
     inverse = tl.rsqrt(tl.sum(values * values, axis=0) / HIDDEN + eps)
     tl.store(y + row + column, (values * inverse * scale).to(y.dtype.element_ty), mask=inside)

@@ -1,4 +1,4 @@
-"""What fused operations hand on: a norm that may not be finished, and the arguments of heads."""
+"""Arguments of several tensors that the fused operations take or return."""
 
 from __future__ import annotations
 
@@ -9,33 +9,41 @@ from torch import Tensor
 
 
 class Normed(NamedTuple):
-    """The output of an RMS norm, whose division by the root mean square may still be due.
+    """The output of an RMS norm, whose division by the root mean square may be deferred.
 
     The division is a factor of the whole row, so it commutes with a linear layer. Where no program
     has seen a whole row yet, the linear layer after the norm divides its own output.
 
     Attributes:
-        values: ``[T, H]``, ``x / rms(x) * weight``; or ``x * weight`` if there are ``squares``.
-        squares: float32 ``[T, P]``; the sum of a row's P values is the row's sum of ``x^2``.
+        values: ``[T, H]``, ``x / rms(x) * weight``; or ``x * weight`` if there is a `sum_sq`.
+        sum_sq: float32 ``[T, P]``; the sum of a row's P values is the row's sum of ``x^2``.
         eps: of the norm.
     """
 
     values: Tensor
-    squares: Tensor | None = None
+    sum_sq: Tensor | None = None
     eps: float = 0.0
 
-    def divided(self) -> Tensor:
+    def materialize(self) -> Tensor:
         """``[T, H]``, the division done."""
-        if self.squares is None:
+        if self.sum_sq is None:
             return self.values
-        mean = self.squares.sum(1, keepdim=True) / self.values.shape[1]
+        mean = self.sum_sq.sum(1, keepdim=True) / self.values.shape[1]
         return (self.values.float() * torch.rsqrt(mean + self.eps)).to(self.values.dtype)
 
 
 class HeadInputs(NamedTuple):
-    """The arguments of ``qk_norm_rope_store`` after its projection, in their order.
+    """What the heads of T tokens need between QKV projection and attention.
 
-    ``q_weight`` and ``k_weight`` are None where a model does not normalise its heads.
+    Attributes:
+        q_weight, k_weight: ``[D]``, RMS norm weights shared by all heads of their kind; None where
+            a model does not normalise its heads.
+        eps: of these norms.
+        cos_sin: ``[max_pos, D]`` float32, D/2 cosines and then D/2 sines of every position.
+        positions: ``[T]`` int64.
+        slot_mapping: ``[T]``, cache slot of each token.
+        k_cache, v_cache: ``[num_blocks, Hkv, block_size, D]``.
+        num_q_heads, num_kv_heads: Hq and Hkv.
     """
 
     q_weight: Tensor | None

@@ -2,21 +2,21 @@
 
 Decoding reads every cached key and value once and computes little, so the floor is
 ``2 * sum(context_lens) * Hkv * D`` elements over the memory bandwidth. Reaching it takes every SM
-busy to the end, whatever the lengths. The work is therefore cut into equal shares of KV tiles,
-not into sequences:
+busy to the end, whatever the lengths. So the work is divided as in stream-K: into equal ranges of
+KV tiles, not into sequences.
 
-- An item is one (sequence, KV head) pair, ``ceil(context_len / TILE)`` tiles of keys and values
-  which serve all query heads of the group. All tiles of all items are numbered in order.
+- A tile group is one (sequence, KV head) pair: ``ceil(context_len / TILE)`` tiles of keys and
+  values, which serve all query heads of the KV head. All tiles are numbered in order.
 - A fixed grid of ``num_sms * ctas_per_sm`` programs divides these numbers into equal contiguous
-  shares; with fewer tiles than programs, the last ones exit. A program finds its place from
+  ranges; with fewer tiles than programs, the last ones exit. A program finds its place from
   ``tile_offsets``, a prefix sum that the host computes once a step, and then runs one loop over
-  its tiles, so that it keeps loading from item to item.
-- An item inside one share is finished on the spot. An item cut by share borders leaves one
-  partial result in each share it touches. The program that stores the last of them joins them,
-  weighted by their softmax sums (Dao et al., "Flash-Decoding", 2023; equal shares and joining by
-  the last arriver as in "Stream-K", Osama et al., 2023, arXiv:2301.03598).
+  its tiles, so that it keeps loading from group to group.
+- A group inside one range is finished on the spot. A group that is split by range borders leaves
+  one partial result in each range it touches. The program that stores the last of them combines
+  them, weighted by their softmax sums (Dao et al., "Flash-Decoding", 2023; equal ranges and the
+  last arriver as in "Stream-K", Osama et al., 2023, arXiv:2301.03598).
 
-A share begins and ends inside at most two cut items, so two partials a program are enough. The
+A range begins and ends inside at most two split groups, so two partials a program are enough. The
 grid and every shape are fixed: in a replayed CUDA graph only the values of ``context_lens``,
 ``tile_offsets`` and ``block_tables`` change. All of it is one launch.
 """
@@ -31,95 +31,64 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanovllm.kernels.dependent_launch import launch_options, let_next_begin, wait_for_previous
-from nanovllm.kernels.device import is_hopper_or_newer
+from nanovllm.kernels.gpu import is_hopper_or_newer
 from nanovllm.kernels.paging import block_of, tile_rows
-from nanovllm.kernels.shares import find_sequence, join_cut_items, share_begin, tile_after
+from nanovllm.kernels.pdl import pdl_options, pdl_trigger, pdl_wait
+from nanovllm.kernels.stream_k import combine_partials, find_sequence, range_begin, tile_after
 
 TILE = 64
 
 
 @dataclass(frozen=True)
 class DecodeTuning:
-    """How the decode kernel is compiled and spread over the SMs.
-
-    Args:
-        ctas_per_sm: programs per SM of the partition.
-        num_warps: warps of a program.
-        num_stages: depth of Triton's software pipeline over the tiles.
-        tma: load tiles with the bulk copy engine (Hopper).
-        keys_first: multiply with keys and values as the left operands, whose rows are tokens and
-            head dimensions; the right ones' columns are query heads. The tensor cores take 16 rows
-            and 8 columns at a time, so the group of query heads is padded to 8 instead of 16.
-    """
+    """How the decode kernel is compiled and spread over the SMs."""
 
     ctas_per_sm: int
     num_warps: int
-    num_stages: int
-    tma: bool
+    num_stages: int  # of Triton's software pipeline over the tiles
+    tma: bool  # tiles come by the bulk copy engine (Hopper)
+    # Keys and values are the left operands: their rows are tokens and head dimensions, and query
+    # heads are the right ones' columns. Tensor cores take 16 rows and 8 columns at a time, so the
+    # query heads of a KV head are padded to 8 instead of 16.
     keys_first: bool = False
 
 
 PLAIN = DecodeTuning(ctas_per_sm=3, num_warps=4, num_stages=3, tma=False)
 TMA = DecodeTuning(ctas_per_sm=6, num_warps=2, num_stages=2, tma=True)
 KEYS_FIRST = DecodeTuning(ctas_per_sm=6, num_warps=1, num_stages=2, tma=True, keys_first=True)
-# Where so many SMs share few items, joining their parts is what counts; measured on 32 and on 132.
+# Where so many SMs share few groups, combining their parts is what counts.
 MANY_SMS = 80
 
 
-def tuning_for(num_sms: int, num_items: int, group: int) -> DecodeTuning:
-    """The fastest of the three for a launch.
+def tuning_for(num_sms: int, num_groups: int, gqa: int) -> DecodeTuning:
+    """The fastest for `num_groups` (sequence, KV head) pairs with `gqa` query heads a KV head.
 
-    Args:
-        num_sms: SMs that it may use.
-        num_items: (sequence, KV head) pairs.
-        group: query heads of a KV head.
-
-    TB/s of keys and values on an H200 (bf16, 8 KV heads of 128, ``group`` query heads each):
-
-    ===================================  =====  =====  ==========
-    sequences x tokens, group, SMs       PLAIN  TMA    KEYS_FIRST
-    ===================================  =====  =====  ==========
-    256 x 600, 2, 32                     1.77   2.68   2.99
-    256 x 519, 5, 52                            2.15   3.54
-    256 x 800, 2, 132                    4.21   4.20   4.22
-    256 x 1030, 5, 132                          3.52   4.20
-    32 x 519, 4, 132                     2.53   2.84   2.92
-    4 x 32768, 2, 132                    4.15   4.15   4.04
-    4 x 32768, 2, 32                     1.92   2.87   3.09
-    1 x 670, 2, 132 (us)                 6.6    5.5    6.2
-    ===================================  =====  =====  ==========
-
-    A small partition lacks bytes in flight, which bulk copies keep up with few threads. Keys first
-    halves the tensor cores' work, for their least number of columns is 8 and of rows 16, and a
-    program of one warp waits for no other at its barriers. On many SMs few items are cut into many
-    parts each, and to join them more threads do better (keys first was measured with joins in
-    chunks of 2 shares, before ``JOIN_PAD``). Where all read at the memory's rate, steps at the
-    power limit are still 1.2 to 1.6 % shorter with keys first (8B shape, 1024 sequences).
+    `keys_first` halves the tensor cores' work, and a program of one warp waits for no other at its
+    barriers. But where many SMs share few groups, each group has many partial results, which more
+    threads combine faster.
     """
     if not is_hopper_or_newer():
         return PLAIN
-    many_parts = num_sms > MANY_SMS and num_items <= num_sms
-    return TMA if many_parts and group <= 4 else KEYS_FIRST
+    many_parts = num_sms > MANY_SMS and num_groups <= num_sms
+    return TMA if many_parts and gqa <= 4 else KEYS_FIRST
 
 
 class DecodeWorkspace:
-    """The decode kernel's share of the GPU and its buffers for partial results.
+    """How many SMs the decode kernel may use, and its buffers for partial results.
+
+    NOTE: launches that may run at the same time (two streams) need a workspace each.
 
     Args:
-        num_sms: SMs that the kernel may use, the partition's or the whole device's.
-        num_q_heads: Hq.
-        num_kv_heads: Hkv, a divisor of Hq.
+        num_sms: the partition's or the whole device's.
+        num_q_heads, num_kv_heads: Hq and Hkv, its divisor.
         head_dim: D, a power of two from 32 to 256.
-        device: where the buffers live: for each of the most programs that a launch may have
-            ``2 * Hq / Hkv * (D + 1)`` float32 and one int32.
-        tuning: for every launch; default ``tuning_for`` its size.
+        device: of the buffers.
+        tuning: for every launch; None: ``tuning_for`` its size.
 
     Raises:
         ValueError: for a size outside these limits.
     """
 
-    # NOTE: launches that may run at the same time (two streams) need a workspace each.
     def __init__(
         self,
         num_sms: int,
@@ -138,13 +107,13 @@ class DecodeWorkspace:
         self.num_sms = num_sms
         self.tuning = tuning
         programs = num_sms * max(t.ctas_per_sm for t in (PLAIN, TMA, KEYS_FIRST, tuning or PLAIN))
-        group = num_q_heads // num_kv_heads
+        gqa = num_q_heads // num_kv_heads
         self.partial_out = torch.empty(
-            2 * programs, group, head_dim, dtype=torch.float32, device=device
+            2 * programs, gqa, head_dim, dtype=torch.float32, device=device
         )
-        self.partial_lse = torch.empty(2 * programs, group, dtype=torch.float32, device=device)
-        # Partials stored so far of the cut item that begins in a program's share; 0 between
-        # launches, because whoever joins an item resets its count.
+        self.partial_lse = torch.empty(2 * programs, gqa, dtype=torch.float32, device=device)
+        # Partials stored so far of the split group that begins in a program's range; 0 between
+        # launches, because whoever combines a group resets its count.
         self.arrivals = torch.zeros(programs, dtype=torch.int32, device=device)
 
 
@@ -159,7 +128,7 @@ def tile_offsets(context_lens: np.ndarray) -> np.ndarray:
     if context_lens.min(initial=0) < 0:
         raise ValueError(f"context_lens has {context_lens.min()}; every length must be at least 0")
     offsets = np.zeros(len(context_lens) + 1, dtype=np.int32)
-    np.cumsum((context_lens + (TILE - 1)) // TILE, out=offsets[1:])
+    ((context_lens + (TILE - 1)) // TILE).cumsum(out=offsets[1:])
     return offsets
 
 
@@ -177,20 +146,15 @@ def paged_decode_attention(
     """Attention of one new token per sequence; see ``reference.paged_decode_attention``.
 
     NOTE: tables, lengths and offsets must not come from the kernel issued just before. They are
-    read before it has ended; see ``dependent_launch``.
+    read before it has ended; see ``pdl``.
+
+    Besides what is said there, the caches and `out` are contiguous.
 
     Args:
-        q: ``[N, Hq, D]``.
-        k_cache, v_cache: ``[num_blocks, Hkv, block_size, D]``, contiguous.
-        block_tables: ``[N, max_blocks]`` int32.
-        context_lens: ``[N]`` int32.
         tile_offsets: ``[N + 1]`` int32, ``tile_offsets(context_lens)`` on the device. The last
             sequences may have no tiles: they are padding, and their output is left undefined.
         workspace: made for these head counts; used by one launch at a time.
-        out: for the result, contiguous; default: a new tensor.
-
-    Returns:
-        ``[N, Hq, D]`` in q's dtype.
+        out: for the result ``[N, Hq, D]``; None: a new tensor.
     """
     num_seqs, num_q_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
@@ -198,8 +162,8 @@ def paged_decode_attention(
     out = torch.empty_like(q) if out is None else out
     if num_seqs == 0:
         return out
-    group = num_q_heads // num_kv_heads
-    tuning = workspace.tuning or tuning_for(workspace.num_sms, num_seqs * num_kv_heads, group)
+    gqa = num_q_heads // num_kv_heads
+    tuning = workspace.tuning or tuning_for(workspace.num_sms, num_seqs * num_kv_heads, gqa)
     if tuning.tma and block_size % TILE:
         tuning = PLAIN  # tiles straddle blocks
     keys, values = (_descriptor(c) if tuning.tma else c for c in (k_cache, v_cache))
@@ -207,8 +171,8 @@ def paged_decode_attention(
         q, keys, values, out, workspace.partial_out, workspace.partial_lse, workspace.arrivals,
         block_tables, context_lens, tile_offsets,
         scale * math.log2(math.e), num_seqs, block_tables.stride(0),
-        **kernel_options(tuning, num_kv_heads, group, head_dim, block_size, q.element_size()),
-        **launch_options(),
+        **kernel_options(tuning, num_kv_heads, gqa, head_dim, block_size, q.element_size()),
+        **pdl_options(),
     )  # fmt: skip
     return out
 
@@ -216,26 +180,26 @@ def paged_decode_attention(
 def kernel_options(
     tuning: DecodeTuning,
     num_kv_heads: int,
-    group: int,
+    gqa: int,
     head_dim: int,
     block_size: int,
     element_size: int,
 ) -> dict[str, int]:
     """What the kernel is compiled for: its constants and the compiler's options."""
-    join_pad = triton.next_power_of_2(group)
+    combine_pad = triton.next_power_of_2(gqa)
     threads = 32 * tuning.num_warps
     return {
         "KV_HEADS": num_kv_heads,
-        "GROUP": group,
-        "GROUP_PAD": max(join_pad, 8 if tuning.keys_first else 1),
+        "GQA": gqa,
+        "GQA_PAD": max(combine_pad, 8 if tuning.keys_first else 1),
         "HEAD_DIM": head_dim,
         "BLOCK_SIZE": block_size,
         "TILE": TILE,
         "TMA": tuning.tma,
         # The axis of a tile's tokens in scores, and of the head dimension in sums.
         "AXIS": 0 if tuning.keys_first else 1,
-        "JOIN_PAD": join_pad,
-        "JOIN_CHUNK": max(16 * tuning.num_warps // join_pad, 1),
+        "COMBINE_PAD": combine_pad,
+        "COMBINE_CHUNK": max(16 * tuning.num_warps // combine_pad, 1),
         "num_warps": tuning.num_warps,
         # So that all programs of an SM fit into its 65536 registers.
         "maxnreg": min(65536 // (threads * tuning.ctas_per_sm) // 8 * 8, 248),
@@ -259,20 +223,20 @@ def _descriptor(cache: Tensor) -> TensorDescriptor:
 def _decode_kernel(
     q, k_cache, v_cache, out, partial_out, partial_lse, arrivals,
     block_tables, context_lens, tile_offsets, scale_log2, num_seqs, table_stride,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
+    KV_HEADS: tl.constexpr, GQA: tl.constexpr, GQA_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr, AXIS: tl.constexpr,
-    JOIN_PAD: tl.constexpr, JOIN_CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
+    COMBINE_PAD: tl.constexpr, COMBINE_CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     total = tl.load(tile_offsets + num_seqs) * KV_HEADS
-    begin = share_begin(program, total)
-    end = share_begin(program + 1, total)
+    begin = range_begin(program, total)
+    end = range_begin(program + 1, total)
     if begin == end:
-        wait_for_previous(OVERLAP)
+        pdl_wait(PDL)
         return
     seq = find_sequence(tile_offsets, num_seqs, begin // KV_HEADS)
 
-    # The loads of an item's first tiles are under way while the last tiles of the one before are
+    # The loads of a group's first tiles are under way while the last tiles of the one before are
     # computed. The lengths and blocks that a tile's addresses depend on are looked up one more
     # step ahead.
     context_len = tl.load(context_lens + seq)
@@ -280,7 +244,7 @@ def _decode_kernel(
     within = begin - tl.load(tile_offsets + seq) * KV_HEADS
     head = within // first_tiles
     tile = within % first_tiles
-    first_item = seq * KV_HEADS + head
+    first_group = seq * KV_HEADS + head
     first_begin = begin - tile
     block = block_of(block_tables + seq.to(tl.int64) * table_stride, tile * TILE, BLOCK_SIZE)
     next_seq, next_head, next_tile = tile_after(
@@ -291,23 +255,23 @@ def _decode_kernel(
     next_block = block_of(next_table, next_tile * TILE, BLOCK_SIZE)
 
     # So far only inputs of the step were read; from here on, queries, keys and values are.
-    wait_for_previous(OVERLAP)
-    peak, weight, acc = _nothing_attended(GROUP_PAD, HEAD_DIM, TILE, AXIS)
+    pdl_wait(PDL)
+    peak, weight, acc = _nothing_attended(GQA_PAD, HEAD_DIM, TILE, AXIS)
     # NOTE: no nested `while`: Triton 3.6 gave its result `seq` the value from before the loop.
     for position in range(begin, end):
         peak, weight, acc = _attend_tile(
             q, k_cache, v_cache, block_tables + seq.to(tl.int64) * table_stride, block, seq, head,
             tile * TILE, context_len, scale_log2, peak, weight, acc,
-            KV_HEADS, GROUP, GROUP_PAD, HEAD_DIM, BLOCK_SIZE, TILE, TMA, AXIS,
+            KV_HEADS, GQA, GQA_PAD, HEAD_DIM, BLOCK_SIZE, TILE, TMA, AXIS,
         )  # fmt: skip
-        item_ends = (tile + 1) * TILE >= context_len
-        if item_ends | (position == end - 1):
+        group_ends = (tile + 1) * TILE >= context_len
+        if group_ends | (position == end - 1):
             begins_here = position - tile >= begin
             _store_result(
-                out, partial_out, partial_lse, seq * KV_HEADS + head, item_ends & begins_here,
-                begins_here, peak, weight, acc, GROUP, GROUP_PAD, HEAD_DIM, AXIS,
+                out, partial_out, partial_lse, seq * KV_HEADS + head, group_ends & begins_here,
+                begins_here, peak, weight, acc, GQA, GQA_PAD, HEAD_DIM, AXIS,
             )  # fmt: skip
-            peak, weight, acc = _nothing_attended(GROUP_PAD, HEAD_DIM, TILE, AXIS)
+            peak, weight, acc = _nothing_attended(GQA_PAD, HEAD_DIM, TILE, AXIS)
         # NOTE: not plain assignments, for which Triton would not pipeline the loop.
         more = position < end - 1
         seq = tl.where(more, next_seq, seq)
@@ -322,26 +286,26 @@ def _decode_kernel(
         next_table = block_tables + next_seq.to(tl.int64) * table_stride
         next_block = block_of(next_table, next_tile * TILE, BLOCK_SIZE)
 
-    let_next_begin(OVERLAP)
-    join_cut_items(
-        out, partial_out, partial_lse, arrivals, total, first_item, first_begin, first_tiles,
+    pdl_trigger(PDL)
+    combine_partials(
+        out, partial_out, partial_lse, arrivals, total, first_group, first_begin, first_tiles,
         seq * KV_HEADS + head, end - 1 - tile, (context_len + TILE - 1) // TILE,
-        GROUP, JOIN_PAD, HEAD_DIM, JOIN_CHUNK,
+        GQA, COMBINE_PAD, HEAD_DIM, COMBINE_CHUNK,
     )  # fmt: skip
 
 
 @triton.jit
 def _nothing_attended(
-    GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, AXIS: tl.constexpr
+    GQA_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, AXIS: tl.constexpr
 ):
-    """Peak, weight and accumulator before an item's first tile."""
-    peak = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    """Peak, weight and accumulator before a group's first tile."""
+    peak = tl.full([GQA_PAD], float("-inf"), tl.float32)
     if AXIS == 0:
-        weight = tl.zeros([TILE, GROUP_PAD], tl.float32)
-        acc = tl.zeros([HEAD_DIM, GROUP_PAD], tl.float32)
+        weight = tl.zeros([TILE, GQA_PAD], tl.float32)
+        acc = tl.zeros([HEAD_DIM, GQA_PAD], tl.float32)
     else:
-        weight = tl.zeros([GROUP_PAD, TILE], tl.float32)
-        acc = tl.zeros([GROUP_PAD, HEAD_DIM], tl.float32)
+        weight = tl.zeros([GQA_PAD, TILE], tl.float32)
+        acc = tl.zeros([GQA_PAD, HEAD_DIM], tl.float32)
     return peak, weight, acc
 
 
@@ -349,18 +313,18 @@ def _nothing_attended(
 def _attend_tile(
     q, k_cache, v_cache, table, block, seq, head, start, context_len, scale_log2,
     peak, weight, acc,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
+    KV_HEADS: tl.constexpr, GQA: tl.constexpr, GQA_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax, in base 2: returns the new peak, weight and accumulator.
 
-    ``weight`` keeps a sum for each token of a tile; adding them up can wait to the item's end.
+    ``weight`` keeps a sum for each token of a tile; adding them up can wait to the group's end.
     """
-    member = tl.arange(0, GROUP_PAD)
+    member = tl.arange(0, GQA_PAD)
     column = tl.arange(0, HEAD_DIM)
-    q_row = (seq.to(tl.int64) * KV_HEADS + head) * GROUP + member
+    q_row = (seq.to(tl.int64) * KV_HEADS + head) * GQA + member
     q_place = tl.expand_dims(q_row, AXIS) * HEAD_DIM + tl.expand_dims(column, 1 - AXIS)
-    query = tl.load(q + q_place, mask=tl.expand_dims(member < GROUP, AXIS), other=0.0)
+    query = tl.load(q + q_place, mask=tl.expand_dims(member < GQA, AXIS), other=0.0)
     base, offsets = tile_rows(table, block, start, head, context_len, KV_HEADS, BLOCK_SIZE, TILE)
     if TMA:
         # A tile that the context ends in is read from as many rows before its beginning as it
@@ -394,21 +358,21 @@ def _attend_tile(
 
 @triton.jit
 def _store_result(
-    out, partial_out, partial_lse, item, is_whole, begins_here, peak, weight, acc,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, AXIS: tl.constexpr,
+    out, partial_out, partial_lse, group, is_whole, begins_here, peak, weight, acc,
+    GQA: tl.constexpr, GQA_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
-    """Write an item's output, or what this share knows of it: to slot 1 if it begins here."""
-    member = tl.arange(0, GROUP_PAD)
+    """Write a group's output, or this program's partial: to slot 1 if the group begins here."""
+    member = tl.arange(0, GQA_PAD)
     column = tl.expand_dims(tl.arange(0, HEAD_DIM), 1 - AXIS)
-    real = tl.expand_dims(member < GROUP, AXIS)
+    real = tl.expand_dims(member < GQA, AXIS)
     total = tl.sum(weight, axis=AXIS)
     acc = acc / tl.expand_dims(total, AXIS)
     if is_whole:
-        q_row = item.to(tl.int64) * GROUP + member
+        q_row = group.to(tl.int64) * GQA + member
         out_place = out + tl.expand_dims(q_row, AXIS) * HEAD_DIM + column
         tl.store(out_place, acc.to(out.dtype.element_ty), mask=real)
     else:
-        slot_row = (2 * tl.program_id(0) + begins_here.to(tl.int32)) * GROUP + member
+        slot_row = (2 * tl.program_id(0) + begins_here.to(tl.int32)) * GQA + member
         place = partial_out + tl.expand_dims(slot_row, AXIS) * HEAD_DIM + column
         tl.store(place, acc, mask=real)
-        tl.store(partial_lse + slot_row, peak + tl.log2(total), mask=member < GROUP)
+        tl.store(partial_lse + slot_row, peak + tl.log2(total), mask=member < GQA)

@@ -32,17 +32,8 @@ def paged_prefill_attention(
 ) -> Tensor:
     """Causal attention over cached keys; see ``reference.paged_prefill_attention``.
 
-    Args:
-        q: ``[T, Hq, D]``.
-        k_cache, v_cache: ``[num_blocks, Hkv, block_size, D]``, contiguous.
-        block_tables: ``[N, max_blocks]`` int32.
-        cu_seqlens_q: ``[N + 1]`` int32.
-        context_lens: ``[N]`` int32.
-        max_seqlen_q: most query rows of a sequence; sets the grid.
-        out: for the result, contiguous; default: a new tensor.
-
-    Returns:
-        ``[T, Hq, D]`` in q's dtype; rows that belong to no sequence are undefined.
+    Besides what is said there, the caches are contiguous, as is `out`, where the result
+    ``[T, Hq, D]`` goes if it is given.
     """
     _, num_q_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
@@ -54,33 +45,17 @@ def paged_prefill_attention(
     tile_q, tile_k, num_warps, num_stages = _tiling(head_dim, q.element_size(), max_seqlen_q)
     grid = (num_q_heads, triton.cdiv(max_seqlen_q, tile_q), num_seqs)
     _prefill_kernel[grid](
-        q,
-        k_cache,
-        v_cache,
-        out,
-        block_tables,
-        cu_seqlens_q,
-        context_lens,
-        scale * math.log2(math.e),
-        block_tables.stride(0),
-        KV_HEADS=num_kv_heads,
-        GROUP=num_q_heads // num_kv_heads,
-        HEAD_DIM=head_dim,
-        BLOCK_SIZE=block_size,
-        TILE_Q=tile_q,
-        TILE_K=tile_k,
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
+        q, k_cache, v_cache, out, block_tables, cu_seqlens_q, context_lens,
+        scale * math.log2(math.e), block_tables.stride(0),
+        KV_HEADS=num_kv_heads, GQA=num_q_heads // num_kv_heads, HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size, TILE_Q=tile_q, TILE_K=tile_k,
+        num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
     return out
 
 
 def _tiling(head_dim: int, itemsize: int, max_seqlen_q: int) -> tuple[int, int, int, int]:
-    """Queries and keys of a tile, warps and pipeline stages: what fits an SM.
-
-    On an H200 (16 and 8 heads of 128, TFLOP/s for 1 x 4096, 16 x 1024, 8 x 512 after 4096 and
-    64 x 256 tokens): 64x64 by 4 warps 435, 316, 451, 149; 128x128 by 8 warps 415, 281, 447, 113.
-    """
+    """Queries and keys of a tile, warps and pipeline stages: what fits an SM."""
     tile_q = next((tile for tile in _TILES_Q if tile >= max_seqlen_q), _TILES_Q[-1])
     if itemsize == 4:  # exact products, not on the tensor cores: for tests, not for speed
         return 16, 16, 4, 2
@@ -89,30 +64,13 @@ def _tiling(head_dim: int, itemsize: int, max_seqlen_q: int) -> tuple[int, int, 
     return tile_q, 64, 4, 3
 
 
-def lengths_of_tilings(head_dim: int, itemsize: int) -> list[int]:
-    """A ``max_seqlen_q`` for every tiling there is, each of which is compiled on its own."""
-    return list({_tiling(head_dim, itemsize, length): length for length in _TILES_Q}.values())
-
-
 # The alignment of tables and lengths varies with the batch, as they are views into one buffer.
 @triton.jit(do_not_specialize=["block_tables", "cu_seqlens_q", "context_lens", "table_stride"])
 def _prefill_kernel(
-    q,
-    k_cache,
-    v_cache,
-    out,
-    block_tables,
-    cu_seqlens_q,
-    context_lens,
-    scale_log2,
-    table_stride,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE_Q: tl.constexpr,
-    TILE_K: tl.constexpr,
-):
+    q, k_cache, v_cache, out, block_tables, cu_seqlens_q, context_lens, scale_log2, table_stride,
+    KV_HEADS: tl.constexpr, GQA: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
     q_head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     seq = tl.program_id(2)
@@ -126,7 +84,7 @@ def _prefill_kernel(
     row = tile * TILE_Q + tl.arange(0, TILE_Q)
     column = tl.arange(0, HEAD_DIM)
     real = (row < num_rows)[:, None]
-    q_row = (row_begin + row).to(tl.int64) * (KV_HEADS * GROUP) + q_head
+    q_row = (row_begin + row).to(tl.int64) * (KV_HEADS * GQA) + q_head
     element = q_row[:, None] * HEAD_DIM + column[None, :]
     query = tl.load(q + element, mask=real, other=0.0)
 
@@ -142,14 +100,14 @@ def _prefill_kernel(
     for start in range(0, whole, TILE_K):
         following = block_of(table, tl.minimum(start + TILE_K, end - 1), BLOCK_SIZE)
         peak, weight, acc = _attend_tile(
-            query, k_cache, v_cache, table, block, q_head // GROUP, position, start, context_len,
+            query, k_cache, v_cache, table, block, q_head // GQA, position, start, context_len,
             scale_log2, peak, weight, acc, KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE_K, False,
         )  # fmt: skip
         block = following
     for start in range(whole, end, TILE_K):
         following = block_of(table, tl.minimum(start + TILE_K, end - 1), BLOCK_SIZE)
         peak, weight, acc = _attend_tile(
-            query, k_cache, v_cache, table, block, q_head // GROUP, position, start, context_len,
+            query, k_cache, v_cache, table, block, q_head // GQA, position, start, context_len,
             scale_log2, peak, weight, acc, KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE_K, True,
         )  # fmt: skip
         block = following
@@ -159,25 +117,11 @@ def _prefill_kernel(
 
 @triton.jit
 def _attend_tile(
-    query,
-    k_cache,
-    v_cache,
-    table,
-    block,
-    head,
-    position,
-    start,
-    context_len,
-    scale_log2,
-    peak,
-    weight,
-    acc,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE_K: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    query, k_cache, v_cache, table, block, head, position, start, context_len, scale_log2,
+    peak, weight, acc,
+    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    TILE_K: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """One step of the online softmax, in base 2: returns the new peak, weight and accumulator."""
     column = tl.arange(0, HEAD_DIM)
     base, offsets = tile_rows(table, block, start, head, context_len, KV_HEADS, BLOCK_SIZE, TILE_K)

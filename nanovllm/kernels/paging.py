@@ -18,23 +18,13 @@ def block_of(block_table, start, BLOCK_SIZE: tl.constexpr):
 
 @triton.jit
 def tile_rows(
-    block_table,
-    block,
-    start,
-    head,
-    context_len,
-    KV_HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    block_table, block, start, head, context_len,
+    KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Rows, in the cache seen as ``[num_blocks * Hkv * block_size, D]``, of tokens start + 0..TILE.
 
-    Args:
-        block: ``block_of(block_table, start)``.
-
-    Returns:
-        ``base`` (a scalar int64) and ``offsets [TILE]``; a token's row is their sum. A tile inside
-        one block has offsets 0..TILE; one that straddles blocks looks every token's block up.
+    A row is ``base`` (a scalar int64) plus one of ``offsets [TILE]``. A tile inside ``block``,
+    which is ``block_of(start)``, has offsets 0..TILE; one that straddles blocks looks all up.
     """
     if BLOCK_SIZE % TILE == 0:
         base = (block * KV_HEADS + head) * BLOCK_SIZE + start % BLOCK_SIZE

@@ -2,9 +2,8 @@
 
 Each function has the name and the meaning of its fast counterpart: the tests hold the Triton
 kernels against these, and the CPU engine runs on them, but for ``linear``, where it takes torch's.
-Arithmetic is in float32 and rounded once,
-on the way out. Nothing here loops over tokens; attention loops over sequences, so that a
-sequence's result depends on no other sequence of its batch.
+Arithmetic is in float32 and rounded once, on the way out. Nothing here loops over tokens; attention
+loops over sequences, so that a sequence's result depends on no other sequence of its batch.
 
 Shapes: T tokens, N sequences, Hq query heads, Hkv key/value heads, D head_dim. A layer's cache is
 ``k_cache, v_cache [num_blocks, Hkv, block_size, D]``; a token's slot is
@@ -85,8 +84,8 @@ def linear_add_norm(
 def linear_norm_rope_store(
     x: Tensor, weight: Tensor, bias: Tensor | None, inputs: HeadInputs
 ) -> Tensor:
-    """``qk_norm_rope_store(linear(x, weight, bias), *inputs)``."""
-    return qk_norm_rope_store(linear(x, weight, bias), *inputs)
+    """``qk_norm_rope_store(linear(x, weight, bias), inputs)``."""
+    return qk_norm_rope_store(linear(x, weight, bias), inputs)
 
 
 # ------------------------------------------------------------------ between QKV and attention
@@ -104,15 +103,8 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Split a QKV projection; normalise (if there are weights) and rotate q and k head by head.
 
-    Args:
-        qkv: ``[T, (Hq + 2 Hkv) * D]``.
-        q_weight, k_weight: ``[D]``, RMS norm weights shared by all heads of their kind; None:
-            these heads are rotated as they are.
-        cos_sin: ``[max_pos, D]`` float32, D/2 cosines and then D/2 sines of every position.
-        positions: ``[T]`` int64.
-
-    Returns:
-        ``q [T, Hq, D]``, ``k [T, Hkv, D]``, ``v [T, Hkv, D]`` in qkv's dtype.
+    ``qkv [T, (Hq + 2 Hkv) * D]`` -> ``q [T, Hq, D]``, ``k [T, Hkv, D]``, ``v [T, Hkv, D]``; all
+    else as in ``HeadInputs``.
 
     The rotation pairs element i with element i + D/2, as Hugging Face transformers does, not
     neighbours as in the paper (Su et al., "RoFormer", 2021, arXiv:2104.09864).
@@ -137,24 +129,12 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     v_cache[block, :, offset] = v
 
 
-def qk_norm_rope_store(
-    qkv: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    eps: float,
-    cos_sin: Tensor,
-    positions: Tensor,
-    slot_mapping: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    num_q_heads: int,
-    num_kv_heads: int,
-) -> Tensor:
+def qk_norm_rope_store(qkv: Tensor, inputs: HeadInputs) -> Tensor:
     """``qk_norm_rope`` and then ``store_kv``; returns ``q [T, Hq, D]``."""
-    q, k, v = qk_norm_rope(
-        qkv, q_weight, k_weight, eps, cos_sin, positions, num_q_heads, num_kv_heads
-    )
-    store_kv(k, v, k_cache, v_cache, slot_mapping)
+    i = inputs
+    norms, heads = (i.q_weight, i.k_weight, i.eps), (i.num_q_heads, i.num_kv_heads)
+    q, k, v = qk_norm_rope(qkv, *norms, i.cos_sin, i.positions, *heads)
+    store_kv(k, v, i.k_cache, i.v_cache, i.slot_mapping)
     return q
 
 
@@ -243,43 +223,29 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def resolve_tokens(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
-    """Replace every id below 0, which is ``-1 - seat``, by that seat's last token (-1: token 0).
+    """Replace every id below 0, which is ``-1 - request_index``, by that request's last token.
 
-    Args:
-        input_ids: ``[N]`` integers.
-        last_tokens: ``[seats]`` int64.
-
-    Returns:
-        ``[N]`` int64.
+    ``input_ids [N]``, ``last_tokens [requests]`` int64 -> ``[N]`` int64. Where nothing could be
+    drawn, the last token is -1, and 0 takes its place: the row still needs a token to go on.
     """
-    seats = (-1 - input_ids).clamp(min=0).long()
-    return torch.where(input_ids < 0, last_tokens[seats], input_ids.long()).clamp(min=0)
+    requests = (-1 - input_ids).clamp(min=0).long()
+    return torch.where(input_ids < 0, last_tokens[requests], input_ids.long()).clamp(min=0)
 
 
 # ------------------------------------------------------------------ sampling
 
 
-def keep_likely(logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Sets all but the likeliest logits of each row [F, V] to -inf, by sorting.
-
-    Of the `top_k` [F] likeliest, those stay that are needed to reach probability `top_p` [F] among
-    them at `temperatures` [F]; the likeliest always stays. Of equals, the lowest tokens stay.
-    NaN is never likely.
-    """
-    logits = torch.where(logits.isnan(), float("-inf"), logits)
-    ordered, order = logits.float().sort(dim=-1, descending=True, stable=True)
-    dropped = ~_are_likely(ordered, temperatures, top_k, top_p)
-    return logits.masked_fill(dropped.scatter(1, order, dropped), float("-inf"))
-
-
-def find_cut(
+def find_threshold(
     logits: Tensor,
     temperatures: Tensor,
     rows: Tensor,
     top_k: Tensor | None,
     top_p: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Where the tokens end that ``keep_likely`` keeps of the rows in `rows`.
+    """The least logit that may be drawn, of the rows in `rows`.
+
+    Of the `top_k` likeliest tokens, those stay that are needed to reach probability `top_p` among
+    them; the likeliest always stays. Of equals, the lowest tokens stay. NaN is never likely.
 
     Args:
         logits: ``[N, V]``.
@@ -289,8 +255,10 @@ def find_cut(
         top_p: ``[F]`` float32; None: no row has one.
 
     Returns:
-        The least logit that stays, ``[N]`` float32, and of those equal to it the last token that
-        stays, ``[N]`` int32; -inf and V in rows that are not filtered.
+        The threshold, ``[N]`` float32, and the last token that stays of those equal to it, ``[N]``
+        int32 (or any after it, if all of them stay); -inf and V in rows that are not filtered.
+
+    Probabilities add up in float64, as a sum that the vocabulary's tail is lost in ends too late.
     """
     vocab = logits.shape[1]
     values = logits[rows].float()
@@ -298,29 +266,20 @@ def find_cut(
     top_k = torch.full_like(rows, vocab) if top_k is None else top_k
     top_p = temperatures.new_ones(len(rows)) if top_p is None else top_p
     ordered = values.topk(min(int(top_k.max()), vocab)).values
-    likely = _are_likely(ordered, temperatures[rows], top_k, top_p)
+    ranks = torch.arange(ordered.shape[1], device=ordered.device)
+    ordered = ordered.masked_fill(ranks >= top_k[:, None], float("-inf"))
+    scores = ordered.double().clamp(max=torch.finfo(torch.float32).max)
+    probabilities = ((scores - scores[:, :1]) / temperatures[rows, None]).softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    enough = (before >= top_p[:, None]) & (top_p[:, None] < 1)
+    likely = ~enough & ~ordered.isneginf()
     least = ordered.gather(1, (likely.sum(-1, keepdim=True) - 1).clamp(min=0))
     # Of those equal to the least, so many stay as are among the likely.
     stay = (likely & (ordered == least)).sum(-1, keepdim=True)
-    last = ((values == least).cumsum(-1) < stay).sum(-1)
-    floors = logits.new_full((len(logits),), float("-inf"), dtype=torch.float32)
-    lasts = logits.new_full((len(logits),), vocab, dtype=torch.int32)
-    return floors.index_copy(0, rows, least[:, 0]), lasts.index_copy(0, rows, last.int())
-
-
-def _are_likely(ordered: Tensor, temperatures: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Which of the logits ``[F, K]``, in falling order, are likely; see ``keep_likely``.
-
-    Probabilities add up in float64, as a sum that the vocabulary's tail is lost in ends too late.
-    """
-    ranks = torch.arange(ordered.shape[1], device=ordered.device)
-    ordered = ordered.masked_fill(ranks >= top_k[:, None], float("-inf"))
-    below_peak = ordered.double().clamp(max=torch.finfo(torch.float32).max)
-    below_peak = below_peak - below_peak[:, :1]
-    probabilities = (below_peak / temperatures[:, None]).softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    enough = (before >= top_p[:, None]) & (top_p[:, None] < 1)
-    return ~enough & ~ordered.isneginf()
+    tie_end = ((values == least).cumsum(-1) < stay).sum(-1)
+    thresholds = logits.new_full((len(logits),), float("-inf"), dtype=torch.float32)
+    tie_ends = logits.new_full((len(logits),), vocab, dtype=torch.int32)
+    return thresholds.index_copy(0, rows, least[:, 0]), tie_ends.index_copy(0, rows, tie_end.int())
 
 
 def sample(
@@ -328,7 +287,7 @@ def sample(
     temperatures: Tensor,
     seeds: Tensor,
     steps: Tensor,
-    cut: tuple[Tensor, Tensor] | None = None,
+    threshold: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Draw one token per row from ``softmax(logits / temperature)``.
 
@@ -337,7 +296,7 @@ def sample(
         temperatures: ``[N]`` float32; 0 takes the most likely token (of equals, the lowest).
         seeds: ``[N]`` int64, the request's seed.
         steps: ``[N]`` int64, which token of the request this is.
-        cut: where each row's tokens end, see ``find_cut``; None: they may all be drawn.
+        threshold: of each row, see ``find_threshold``; None: all its tokens may be drawn.
 
     Returns:
         ``[N]`` int64; -1 for a row that has a NaN, or nothing but -inf.
@@ -352,9 +311,9 @@ def sample(
     other tiles is never needed.
     """
     broken = logits.isnan().any(1) | (logits == float("-inf")).all(1)
-    if cut is not None:
-        least, last = (x[:, None] for x in cut)
-        among = torch.arange(logits.shape[1], device=logits.device) <= last
+    if threshold is not None:
+        least, tie_end = (x[:, None] for x in threshold)
+        among = torch.arange(logits.shape[1], device=logits.device) <= tie_end
         stays = (logits > least) | ((logits == least) & among)
         logits = logits.masked_fill(~stays, float("-inf"))
     num_tiles = -(-logits.shape[1] // SAMPLE_TILE)

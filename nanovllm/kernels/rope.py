@@ -1,10 +1,9 @@
 """Everything between the QKV projection and attention, in one kernel.
 
 RMS norm of each head of q and k where a model has one, rotary embedding, and the copy of k and v to
-their cache slots.
-One program takes a few heads of one token. Query, key and value heads run through the same
-arithmetic, with values selected per head at the end, so a program may hold heads of all three
-kinds. A head is read as two halves, because the rotation pairs element i with i + D/2.
+their cache slots. One program takes a few heads of one token. Query, key and value heads run
+through the same arithmetic, with values selected per head at the end, so a program may hold heads
+of all three kinds. A head is read as two halves, because the rotation pairs element i with i + D/2.
 Floor: read and write T (Hq + 2 Hkv) D elements.
 """
 
@@ -13,87 +12,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.dependent_launch import launch_options, let_next_begin, wait_for_previous
+from nanovllm.kernels.normed import HeadInputs
 from nanovllm.kernels.paging import row_of_slot
+from nanovllm.kernels.pdl import pdl_options, pdl_trigger, pdl_wait
 
 _HEADS_PER_PROGRAM = 8
 
 
-def qk_norm_rope_store(
-    qkv: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    eps: float,
-    cos_sin: Tensor,
-    positions: Tensor,
-    slot_mapping: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    num_q_heads: int,
-    num_kv_heads: int,
-) -> Tensor:
-    """Norm, rotate and store; see ``reference.qk_norm_rope_store``.
-
-    Args:
-        qkv: ``[T, (Hq + 2 Hkv) * D]``; rows may be strided, a row may not.
-        q_weight, k_weight: ``[D]``, or both None: no norm.
-        cos_sin: ``[max_pos, D]`` float32, contiguous.
-        k_cache, v_cache: ``[num_blocks, Hkv, block_size, D]``, contiguous, written in place.
-
-    Returns:
-        ``q [T, Hq, D]`` in qkv's dtype.
-    """
-    num_tokens, head_dim = qkv.shape[0], cos_sin.shape[1]
-    q = torch.empty(num_tokens, num_q_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+def qk_norm_rope_store(qkv: Tensor, inputs: HeadInputs) -> Tensor:
+    """See ``reference.qk_norm_rope_store``; rows of `qkv` may be strided, all else may not."""
+    num_tokens, head_dim = qkv.shape[0], inputs.cos_sin.shape[1]
+    q_heads, kv_heads, half = inputs.num_q_heads, inputs.num_kv_heads, head_dim // 2
+    q = torch.empty(num_tokens, q_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     if num_tokens == 0:
         return q
-    num_heads, half = num_q_heads + 2 * num_kv_heads, head_dim // 2
-    _norm_rope_store_kernel[(num_tokens, triton.cdiv(num_heads, _HEADS_PER_PROGRAM))](
-        qkv,
-        q_weight,
-        k_weight,
-        cos_sin,
-        positions,
-        slot_mapping,
-        q,
-        k_cache,
-        v_cache,
-        eps,
-        qkv.stride(0),
-        Q_HEADS=num_q_heads,
-        KV_HEADS=num_kv_heads,
-        BLOCK_SIZE=k_cache.shape[2],
-        HALF=half,
-        HEADS=_HEADS_PER_PROGRAM,
+    _norm_rope_store_kernel[num_tokens, triton.cdiv(q_heads + 2 * kv_heads, _HEADS_PER_PROGRAM)](
+        qkv, inputs.q_weight, inputs.k_weight, inputs.cos_sin, inputs.positions,
+        inputs.slot_mapping, q, inputs.k_cache, inputs.v_cache, inputs.eps, qkv.stride(0),
+        Q_HEADS=q_heads, KV_HEADS=kv_heads, BLOCK_SIZE=inputs.k_cache.shape[2],
+        HALF=half, HEADS=_HEADS_PER_PROGRAM,
         # One 16-byte load of a 16-bit dtype per thread and half.
         num_warps=max(_HEADS_PER_PROGRAM * half // 256, 1),
-        **launch_options(),
-    )
+        **pdl_options(),
+    )  # fmt: skip
     return q
 
 
 # The alignment of positions and slots, read one by one, varies with the batch.
 @triton.jit(do_not_specialize=["positions", "slot_mapping"])
 def _norm_rope_store_kernel(
-    qkv,
-    q_weight,
-    k_weight,
-    cos_sin,
-    positions,
-    slot_mapping,
-    q,
-    k_cache,
-    v_cache,
-    eps,
+    qkv, q_weight, k_weight, cos_sin, positions, slot_mapping, q, k_cache, v_cache, eps,
     qkv_stride,
-    Q_HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HALF: tl.constexpr,
-    HEADS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    wait_for_previous(OVERLAP)
+    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HALF: tl.constexpr,
+    HEADS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    pdl_wait(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     is_q = head < Q_HEADS
@@ -113,16 +66,17 @@ def _norm_rope_store_kernel(
     x1 = raw1.to(tl.float32)
     x2 = raw2.to(tl.float32)
 
-    let_next_begin(OVERLAP)
+    pdl_trigger(PDL)
     position = tl.load(positions + token)
     cos = tl.load(cos_sin + position * (2 * HALF) + column)
     sin = tl.load(cos_sin + position * (2 * HALF) + HALF + column)
     if q_weight is not None:
-        inverse = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, axis=1) / (2 * HALF) + eps)[:, None]
+        inverse = inverse_rms(x1, x2, eps, 2 * HALF, 1)
         x1 = x1 * inverse * weight1.to(tl.float32)
         x2 = x2 * inverse * weight2.to(tl.float32)
-    y1 = (x1 * cos - x2 * sin).to(raw1.dtype)
-    y2 = (x2 * cos + x1 * sin).to(raw1.dtype)
+    y1, y2 = rotate(x1, x2, cos, sin)
+    y1 = y1.to(raw1.dtype)
+    y2 = y2.to(raw1.dtype)
 
     q_out = q + (token * Q_HEADS + head[:, None]) * (2 * HALF) + column
     tl.store(q_out, y1, mask=is_q[:, None])
@@ -135,3 +89,16 @@ def _norm_rope_store_kernel(
     v_out = v_cache + row_of_slot(slot, v_head, KV_HEADS, BLOCK_SIZE)[:, None] * (2 * HALF)
     tl.store(v_out + column, raw1, mask=is_v[:, None])
     tl.store(v_out + HALF + column, raw2, mask=is_v[:, None])
+
+
+@triton.jit
+def inverse_rms(x1, x2, eps, HEAD_DIM: tl.constexpr, AXIS: tl.constexpr):
+    """``1 / rms`` of heads given as halves along an axis, which stays with size 1."""
+    squares = tl.sum(x1 * x1 + x2 * x2, axis=AXIS)
+    return tl.expand_dims(tl.rsqrt(squares / HEAD_DIM + eps), AXIS)
+
+
+@triton.jit
+def rotate(x1, x2, cos, sin):
+    """Rotary embedding of heads given as halves."""
+    return x1 * cos - x2 * sin, x2 * cos + x1 * sin

@@ -24,19 +24,9 @@ def sample(
     temperatures: Tensor,
     seeds: Tensor,
     steps: Tensor,
-    cut: tuple[Tensor, Tensor] | None = None,
+    threshold: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Draw one token per row; see ``reference.sample``.
-
-    Args:
-        logits: ``[N, V]``, any float dtype; rows may be strided, a row may not.
-        temperatures: ``[N]`` float32, 0 for greedy.
-        seeds, steps: ``[N]`` int64.
-        cut: ``[N]`` float32 and ``[N]`` int32, see ``likely.find_cut``; None: draw of all tokens.
-
-    Returns:
-        ``[N]`` int64; -1 where a logit is NaN or none is above -inf.
-    """
+    """See ``reference.sample``; rows of the logits may be strided, a row may not."""
     rows, vocab = logits.shape
     tiles = triton.cdiv(vocab, SAMPLE_TILE)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
@@ -44,34 +34,16 @@ def sample(
         return tokens
     weights = torch.empty(rows, tiles, dtype=torch.float32, device=logits.device)
     stride = logits.stride(0)
-    floors, lasts = cut or (None, None)
+    thresholds, tie_ends = threshold or (None, None)
     _weigh_kernel[(rows, tiles)](
-        logits,
-        temperatures,
-        floors,
-        lasts,
-        weights,
-        stride,
-        VOCAB=vocab,
-        TILE=SAMPLE_TILE,
-        num_warps=8,
-    )
+        logits, temperatures, thresholds, tie_ends, weights, stride,
+        VOCAB=vocab, TILE=SAMPLE_TILE, num_warps=8,
+    )  # fmt: skip
     _draw_kernel[(rows,)](
-        logits,
-        temperatures,
-        seeds,
-        steps,
-        floors,
-        lasts,
-        weights,
-        tokens,
-        stride,
-        VOCAB=vocab,
-        TILE=SAMPLE_TILE,
-        NUM_TILES=tiles,
-        TILES_PAD=triton.next_power_of_2(tiles),
+        logits, temperatures, seeds, steps, thresholds, tie_ends, weights, tokens, stride,
+        VOCAB=vocab, TILE=SAMPLE_TILE, NUM_TILES=tiles, TILES_PAD=triton.next_power_of_2(tiles),
         num_warps=8,
-    )
+    )  # fmt: skip
     return tokens
 
 
@@ -79,15 +51,9 @@ def sample(
 # specialised on that, a kernel would be compiled in the middle of a run.
 @triton.jit(do_not_specialize=["temperatures"])
 def _weigh_kernel(
-    logits,
-    temperatures,
-    floors,
-    lasts,
-    weights,
-    row_stride,
-    VOCAB: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    logits, temperatures, thresholds, tie_ends, weights, row_stride,
+    VOCAB: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """The log-sum-exp of one row's logits in one tile, or their maximum at temperature 0.
 
     NaN if one of them is.
@@ -95,7 +61,7 @@ def _weigh_kernel(
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     temperature = tl.load(temperatures + row)
-    score = _scores(logits, row, row_stride, tile, temperature, floors, lasts, VOCAB, TILE)
+    score = _scores(logits, row, row_stride, tile, temperature, thresholds, tie_ends, VOCAB, TILE)
     broken = tl.max((score != score).to(tl.int32), axis=0) > 0
     score = tl.where(score == score, score, float("-inf"))
     weight = tl.max(score, axis=0)
@@ -109,20 +75,9 @@ def _weigh_kernel(
 
 @triton.jit(do_not_specialize=["temperatures", "seeds", "steps"])
 def _draw_kernel(
-    logits,
-    temperatures,
-    seeds,
-    steps,
-    floors,
-    lasts,
-    weights,
-    tokens,
-    row_stride,
-    VOCAB: tl.constexpr,
-    TILE: tl.constexpr,
-    NUM_TILES: tl.constexpr,
-    TILES_PAD: tl.constexpr,
-):
+    logits, temperatures, seeds, steps, thresholds, tie_ends, weights, tokens, row_stride,
+    VOCAB: tl.constexpr, TILE: tl.constexpr, NUM_TILES: tl.constexpr, TILES_PAD: tl.constexpr,
+):  # fmt: skip
     """Draw a tile of one row by its weight, then a token of the tile; of equals the lowest."""
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperatures + row)
@@ -140,7 +95,7 @@ def _draw_kernel(
         weight += _gumbel(seed, step, NUM_TILES * TILE + tiles)
     _, tile = tl.max(weight, axis=0, return_indices=True)
 
-    score = _scores(logits, row, row_stride, tile, temperature, floors, lasts, VOCAB, TILE)
+    score = _scores(logits, row, row_stride, tile, temperature, thresholds, tie_ends, VOCAB, TILE)
     if temperature > 0:
         score += _gumbel(seed, step, tile * TILE + tl.arange(0, TILE))
     score = tl.where(score == score, score, float("-inf"))
@@ -150,26 +105,19 @@ def _draw_kernel(
 
 @triton.jit
 def _scores(
-    logits,
-    row,
-    row_stride,
-    tile,
-    temperature,
-    floors,
-    lasts,
-    VOCAB: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    logits, row, row_stride, tile, temperature, thresholds, tie_ends,
+    VOCAB: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """``logits / temperature * log2(e)`` of a tile, or just the logits at temperature 0.
 
-    What is beyond the row's cut, if there is one, is -inf; NaN stays NaN.
+    What is below the row's threshold, if there is one, is -inf; NaN stays NaN.
     """
     token = tile * TILE + tl.arange(0, TILE)
     place = logits + row * row_stride + token
     score = tl.load(place, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
-    if floors is not None:
-        least = tl.load(floors + row)
-        stays = (score > least) | ((score == least) & (token <= tl.load(lasts + row)))
+    if thresholds is not None:
+        least = tl.load(thresholds + row)
+        stays = (score > least) | ((score == least) & (token <= tl.load(tie_ends + row)))
         score = tl.where(stays | (score != score), score, float("-inf"))
     return score * tl.where(temperature > 0, _LOG2_E / tl.maximum(temperature, 1e-30), 1.0)
 

@@ -10,10 +10,6 @@ Products are added up in float32 and rounded once. Floor: read M K elements of w
 An RMS norm between two layers costs no launch: the layer before it adds the residual, multiplies
 with the norm's weight and writes its sums of squares; the layer after it adds these up, while its
 weights are on their way, and divides its output. See ``Normed``.
-
-On an H200 (bf16; QKV, output, gate and up with SiLU, down; us, then cuBLAS): Qwen3-0.6B, 1 token
-4.4, 3.7, 5.6, 4.5 (4.9, 5.9, 7.7, 7.4), 8 tokens 4.7, 3.7, 6.1, 4.6 (5.3, 5.9, 7.5, 7.5);
-Qwen3-8B, 1 token 15.6, 10.9, 52.9, 28.0 (16.1, 13.4, 51.7, 31.4).
 """
 
 from typing import NamedTuple
@@ -23,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.dependent_launch import launch_options, let_next_begin, wait_for_previous
 from nanovllm.kernels.normed import Normed
+from nanovllm.kernels.pdl import pdl_options, pdl_trigger, pdl_wait
 
 MAX_ROWS = 8
 _WARPS = 4
@@ -41,18 +37,13 @@ def supports(x: Tensor) -> bool:
     return rows <= MAX_ROWS and inner % (_WARPS * _BLOCK) == 0 and x.element_size() == 2
 
 
-def row_counts() -> list[int]:
-    """A number of rows for every form of the kernel, each of which is compiled on its own."""
-    return [1 << power for power in range(MAX_ROWS.bit_length())]
-
-
 def linear(x: Normed, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` for ``x [N, K]``, N up to MAX_ROWS, and ``weight [M, K]``."""
+    """See ``reference.linear``, for N up to MAX_ROWS."""
     return _launch(x, weight, bias, weight.shape[0])
 
 
 def linear_silu_mul(x: Normed, gate_up_weight: Tensor) -> Tensor:
-    """``silu(x @ gate.T) * (x @ up.T)`` for ``[2I, K]``, whose first half is the gate."""
+    """See ``reference.linear_silu_mul``, for N up to MAX_ROWS."""
     return _launch(x, gate_up_weight, None, gate_up_weight.shape[0] // 2, gated=True)
 
 
@@ -64,18 +55,18 @@ def linear_add_norm(
     norm_weight: Tensor,
     eps: float,
 ) -> tuple[Normed, Tensor]:
-    """``s = linear(x) + residual; return rms_norm(s), s``, the norm's division still due.
+    """See ``reference.linear_add_norm``; the norm's division is still due.
 
     NOTE: until then ``s * norm_weight`` is stored in x's dtype, and float16 ends at 65504.
     """
     features = weight.shape[0]
     values = torch.empty(len(x), features, dtype=x.dtype, device=x.device)
-    squares = torch.empty(
+    sum_sq = torch.empty(
         len(x), triton.cdiv(features, _rows(features)), dtype=torch.float32, device=x.device
     )
-    after = _NormAfter(residual.contiguous(), norm_weight, values, squares)
+    after = _NormAfter(residual.contiguous(), norm_weight, values, sum_sq)
     total = _launch(Normed(x), weight, bias, features, after=after)
-    return Normed(values, squares, eps), total
+    return Normed(values, sum_sq, eps), total
 
 
 class _NormAfter(NamedTuple):
@@ -84,7 +75,7 @@ class _NormAfter(NamedTuple):
     residual: Tensor
     norm_weight: Tensor
     scaled: Tensor
-    squares: Tensor
+    sum_sq: Tensor
 
 
 def _rows(features: int, gated: bool = False) -> int:
@@ -110,56 +101,24 @@ def _launch(
     out = torch.empty(tokens, features, dtype=values.dtype, device=values.device)
     if tokens > 0:
         rows = _rows(features, gated)
-        num_squares = 0 if x.squares is None else x.squares.shape[1]
+        num_sum_sq = 0 if x.sum_sq is None else x.sum_sq.shape[1]
         _linear_kernel[(triton.cdiv(features, rows),)](
-            values,
-            x.squares,
-            weight,
-            bias,
-            out,
-            *(after or (None, None, None, None)),
-            x.eps,
-            tokens,
-            FEATURES=features,
-            INNER=inner,
-            NUM_SQUARES=num_squares,
-            SQUARES_BLOCK=triton.next_power_of_2(num_squares),
-            TOKENS=triton.next_power_of_2(tokens),
-            ROWS=rows,
-            SPLIT=_WARPS,
-            BLOCK=_BLOCK,
-            GATED=gated,
-            num_warps=_WARPS,
-            num_stages=_STAGES,
-            **launch_options(),
-        )
+            values, x.sum_sq, weight, bias, out, *(after or (None,) * 4), x.eps, tokens,
+            FEATURES=features, INNER=inner, TOKENS=triton.next_power_of_2(tokens), ROWS=rows,
+            NUM_SUM_SQ=num_sum_sq, SUM_SQ_BLOCK=triton.next_power_of_2(num_sum_sq),
+            SPLIT=_WARPS, BLOCK=_BLOCK, GATED=gated,
+            num_warps=_WARPS, num_stages=_STAGES, **pdl_options(),
+        )  # fmt: skip
     return out
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _linear_kernel(
-    x,
-    x_squares,
-    weight,
-    bias,
-    out,
-    residual,
-    norm_weight,
-    scaled,
-    squares,
-    eps,
-    tokens,
-    FEATURES: tl.constexpr,
-    INNER: tl.constexpr,
-    NUM_SQUARES: tl.constexpr,
-    SQUARES_BLOCK: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GATED: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    x, x_sum_sq, weight, bias, out, residual, norm_weight, scaled, sum_sq, eps, tokens,
+    FEATURES: tl.constexpr, INNER: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    NUM_SUM_SQ: tl.constexpr, SUM_SQ_BLOCK: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     # Tensors are [SPLIT, tokens or features, BLOCK]; a step takes SPLIT * BLOCK inner elements.
     token = tl.arange(0, TOKENS)
     feature = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -171,12 +130,12 @@ def _linear_kernel(
     is_feature = feature < FEATURES
     place = token[:, None] * FEATURES + feature[None, :]
     wanted = (token < tokens)[:, None] & is_feature[None, :]
-    wait_for_previous(OVERLAP)
+    pdl_wait(PDL)
     # What the end needs is asked for now.
-    if x_squares is not None:
-        part = tl.arange(0, SQUARES_BLOCK)[None, :]
-        there = (token < tokens)[:, None] & (part < NUM_SQUARES)
-        parts = tl.load(x_squares + token[:, None] * NUM_SQUARES + part, mask=there, other=0.0)
+    if x_sum_sq is not None:
+        part = tl.arange(0, SUM_SQ_BLOCK)[None, :]
+        there = (token < tokens)[:, None] & (part < NUM_SUM_SQ)
+        parts = tl.load(x_sum_sq + token[:, None] * NUM_SUM_SQ + part, mask=there, other=0.0)
     if residual is not None:
         added = tl.load(residual + place, mask=wanted, other=0.0)
         norm_scale = tl.load(norm_weight + feature, mask=is_feature, other=0.0)
@@ -191,10 +150,10 @@ def _linear_kernel(
             w_up = tl.load(weight + FEATURES * INNER + w_place + start)
             acc_up = tl.dot(values, tl.trans(w_up, (0, 2, 1)), acc_up, input_precision="ieee")
 
-    let_next_begin(OVERLAP)
+    pdl_trigger(PDL)
     result = tl.sum(acc, axis=0)
     up = tl.sum(acc_up, axis=0)
-    if x_squares is not None:
+    if x_sum_sq is not None:
         inverse = tl.rsqrt(tl.sum(parts, axis=1) / INNER + eps)[:, None]
         result *= inverse
         up *= inverse
@@ -214,5 +173,5 @@ def _linear_kernel(
             (result * norm_scale.to(tl.float32)[None, :]).to(out.dtype.element_ty),
             mask=wanted,
         )
-        square = squares + token * tl.num_programs(0) + tl.program_id(0)
-        tl.store(square, tl.sum(result * result, axis=1), mask=token < tokens)
+        place = sum_sq + token * tl.num_programs(0) + tl.program_id(0)
+        tl.store(place, tl.sum(result * result, axis=1), mask=token < tokens)

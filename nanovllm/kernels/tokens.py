@@ -1,4 +1,4 @@
-"""Input ids of a decode step of which some are known on the device only, in one small launch."""
+"""Input ids of a decode step, some of which only the device knows."""
 
 import torch
 import triton
@@ -9,7 +9,7 @@ BLOCK = 256
 
 
 def resolve_tokens(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
-    """Replace ids below 0 by the last token of a seat; see ``reference.resolve_tokens``."""
+    """See ``reference.resolve_tokens``."""
     count = input_ids.shape[0]
     out = torch.empty(count, dtype=torch.int64, device=input_ids.device)
     _resolve_kernel[(triton.cdiv(count, BLOCK),)](input_ids, last_tokens, out, count, BLOCK=BLOCK)
@@ -22,5 +22,4 @@ def _resolve_kernel(input_ids, last_tokens, out, count, BLOCK: tl.constexpr):
     given = tl.load(input_ids + index, mask=index < count, other=0).to(tl.int64)
     pending = given < 0
     drawn = tl.load(last_tokens - 1 - given, mask=pending & (index < count), other=0)
-    # Where nothing could be drawn there is -1, and the row still needs a token to go on.
     tl.store(out + index, tl.maximum(tl.where(pending, drawn, given), 0), mask=index < count)

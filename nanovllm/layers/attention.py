@@ -110,10 +110,6 @@ class AttentionBackend(ABC):
         """
         return np.empty(0, np.int32)
 
-    def prefill_lengths(self, dtype: torch.dtype) -> list[int]:
-        """Lengths of sequences in prefill for each of which other kernels run."""
-        return [1]
-
     def attend(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata
     ) -> Tensor:

@@ -1,18 +1,16 @@
 """Attention by the flash-attn package (an optional extra).
 
-Its paged cache is [blocks, block_size, kv_heads, head_dim]; it takes any strides, so it is given
-a transposed view of ours.
+Its paged cache is [blocks, block_size, kv_heads, head_dim], of any strides: a view of ours.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, HeadShape, PrefillMetadata
 
-# flash-attn 2 reads pages of whole multiples of this many tokens.
-PAGE_MULTIPLE = 256
+PAGE_MULTIPLE = 256  # tokens; flash-attn 2 takes no other pages
 
 
 class FlashAttnBackend(AttentionBackend):
@@ -38,31 +36,20 @@ class FlashAttnBackend(AttentionBackend):
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: DecodeMetadata, out: Tensor
     ) -> None:
         result = self.flash_attn.flash_attn_with_kvcache(
-            q.unsqueeze(1),
-            k_cache.transpose(1, 2),
-            v_cache.transpose(1, 2),
-            cache_seqlens=metadata.context_lens,
-            block_table=metadata.block_tables,
-            softmax_scale=self.heads.scale,
-            causal=True,
-        )
+            q.unsqueeze(1), k_cache.transpose(1, 2), v_cache.transpose(1, 2),
+            cache_seqlens=metadata.context_lens, block_table=metadata.block_tables,
+            softmax_scale=self.heads.scale, causal=True,
+        )  # fmt: skip
         out[:] = result.squeeze(1)
 
     def prefill(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: PrefillMetadata, out: Tensor
     ) -> None:
-        lengths = metadata.context_lens
-        cu_seqlens_k = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        longest = metadata.block_tables.shape[1] * k_cache.shape[2]
+        m = metadata
         out[:] = self.flash_attn.flash_attn_varlen_func(
-            q,
-            k_cache.transpose(1, 2),
-            v_cache.transpose(1, 2),
-            cu_seqlens_q=metadata.cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            max_seqlen_q=metadata.max_seqlen_q,
-            max_seqlen_k=longest,
-            block_table=metadata.block_tables,
-            softmax_scale=self.heads.scale,
-            causal=True,
-        )
+            q, k_cache.transpose(1, 2), v_cache.transpose(1, 2),
+            cu_seqlens_q=m.cu_seqlens_q, max_seqlen_q=m.max_seqlen_q,
+            cu_seqlens_k=pad(m.context_lens.cumsum(0, dtype=m.context_lens.dtype), (1, 0)),
+            max_seqlen_k=m.block_tables.shape[1] * k_cache.shape[2],
+            block_table=m.block_tables, softmax_scale=self.heads.scale, causal=True,
+        )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels.paged_decode import DecodeWorkspace, paged_decode_attention, tile_offsets
-from nanovllm.kernels.paged_prefill import lengths_of_tilings, paged_prefill_attention
+from nanovllm.kernels.paged_prefill import paged_prefill_attention
 from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, PrefillMetadata
 
 
@@ -28,9 +28,6 @@ class TritonBackend(AttentionBackend):
 
     def plan(self, context_lens: np.ndarray) -> np.ndarray:
         return tile_offsets(context_lens)
-
-    def prefill_lengths(self, dtype: torch.dtype) -> list[int]:
-        return lengths_of_tilings(self.heads.head_dim, dtype.itemsize)
 
     def decode(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: DecodeMetadata, out: Tensor

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovllm.layers.parallel import ParallelGroup, Shard
-from nanovllm.layers.slots import Slot, Slots
+from nanovllm.layers.parallel import ParallelGroup, Shard, WeightShard, WeightShards
 
 
 class VocabEmbedding(nn.Module):
@@ -42,5 +41,5 @@ class VocabEmbedding(nn.Module):
             local = F.linear(hidden_states, self.weight)
             out.copy_(self.group.concat_last_dim(local)[:, : self.shard.full])
 
-    def slots(self, prefix: str) -> Slots:
-        yield f"{prefix}.weight", Slot.sharded(self.weight[: self.shard.size], 0, self.shard)
+    def weight_shards(self, path: str) -> WeightShards:
+        yield f"{path}.weight", WeightShard(self.weight[: self.shard.size], self.shard)

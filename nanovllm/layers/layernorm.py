@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm import kernels
-from nanovllm.layers.slots import Slot, Slots
+from nanovllm.layers.parallel import WeightShard, WeightShards
 
 
 class RMSNorm(nn.Module):
@@ -18,12 +18,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[T, size] to [T, size]."""
+        """The norm of x, [T, size]."""
         return kernels.rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (norm of x + residual, x + residual), both [T, size]."""
         return kernels.add_rms_norm(x, residual, self.weight, self.eps)
 
-    def slots(self, prefix: str) -> Slots:
-        yield f"{prefix}.weight", Slot.whole(self.weight)
+    def weight_shards(self, path: str) -> WeightShards:
+        yield f"{path}.weight", WeightShard(self.weight)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from nanovllm import kernels
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.parallel import ParallelGroup, Shard
-from nanovllm.layers.slots import Slot, Slots
+from nanovllm.layers.parallel import ParallelGroup, Shard, WeightShard, WeightShards
 
 
 class PackedColumnLinear(nn.Module):
@@ -31,14 +30,14 @@ class PackedColumnLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
 
-    def slots(self, prefix: str) -> Slots:
-        """`prefix`: of the module that this one is in, for checkpoints have the parts apart."""
-        row = 0
+    def weight_shards(self, path: str) -> WeightShards:
+        """`path`: of this module; checkpoints have the parts in its place."""
+        prefix, row = path.rpartition(".")[0], 0
         for name, shard in self.parts.items():
             rows = slice(row, row + shard.size)
-            yield f"{prefix}.{name}.weight", Slot.sharded(self.weight[rows], 0, shard)
+            yield f"{prefix}.{name}.weight", WeightShard(self.weight[rows], shard)
             if self.bias is not None:
-                yield f"{prefix}.{name}.bias", Slot.sharded(self.bias[rows], 0, shard)
+                yield f"{prefix}.{name}.bias", WeightShard(self.bias[rows], shard)
             row += shard.size
 
 
@@ -70,7 +69,7 @@ class RowLinear(nn.Module):
             return kernels.Normed(y), total
         return kernels.linear_add_norm(x, self.weight, self.bias, residual, norm.weight, norm.eps)
 
-    def slots(self, prefix: str) -> Slots:
-        yield f"{prefix}.weight", Slot.sharded(self.weight, 1, self.shard)
+    def weight_shards(self, path: str) -> WeightShards:
+        yield f"{path}.weight", WeightShard(self.weight, self.shard, dim=1)
         if self.bias is not None:
-            yield f"{prefix}.bias", Slot.whole(self.bias)
+            yield f"{path}.bias", WeightShard(self.bias)

@@ -1,7 +1,8 @@
-"""The ranks that share one model, and the few collectives that tensor parallelism needs."""
+"""The ranks that share one model: their collectives, and which part of each weight is whose."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -62,3 +63,37 @@ class Shard:
             return cls.even(num_heads * head_dim, group)
         head = group.rank * num_heads // group.size
         return cls(num_heads * head_dim, head * head_dim, head_dim)
+
+
+@dataclass(frozen=True)
+class WeightShard:
+    """Where this rank's part of a checkpoint tensor goes.
+
+    Attributes:
+        target: view into a parameter.
+        shard: the part of dimension `dim` that `target` takes; None: it takes all of the tensor.
+    """
+
+    target: torch.Tensor
+    shard: Shard | None = None
+    dim: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        shape = list(self.target.shape)
+        if self.shard is not None:
+            shape[self.dim] = self.shard.full
+        return tuple(shape)
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """Where `target` is in the whole tensor."""
+        index = [slice(None)] * self.target.dim()
+        if self.shard is not None:
+            index[self.dim] = slice(self.shard.start, self.shard.start + self.shard.size)
+        return tuple(index)
+
+
+# A layer's checkpoint tensors by name.
+WeightShards = Iterator[tuple[str, WeightShard]]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ class SamplingBatch:
         temperatures: float32 [S].
         seeds: int64 [S].
         steps: int64 [S], tokens that the request has drawn before.
-        seats: int64 [S], where the token is kept for the next step.
+        request_index: int64 [S], place of the token among the last tokens of all requests.
         filtered: rows with a top-k or top-p, int64 [F]; None if there are none.
         top_k: int64 [F], the vocabulary's size where there is no limit; None if there is nowhere.
         top_p: float32 [F], 1 where there is no limit; None if there is nowhere.
@@ -33,7 +34,7 @@ class SamplingBatch:
     temperatures: torch.Tensor
     seeds: torch.Tensor
     steps: torch.Tensor
-    seats: torch.Tensor
+    request_index: torch.Tensor
     filtered: torch.Tensor | None = None
     top_k: torch.Tensor | None = None
     top_p: torch.Tensor | None = None
@@ -41,47 +42,45 @@ class SamplingBatch:
     @classmethod
     def of(
         cls,
-        params: list[SamplingParams],
+        params: Sequence[SamplingParams],
         seeds: list[int],
         steps: list[int],
-        seats: list[int],
+        request_index: list[int],
         vocab_size: int,
         device: torch.device,
     ) -> SamplingBatch:
         """Brings the options of S requests to `device`."""
         values = [p.temperature if p.temperature >= LOWEST_TEMPERATURE else 0.0 for p in params]
-        temperatures = upload(values, device, np.float32)
-        integers = upload([seeds, steps, seats], device, np.int64)
+        temperatures = _upload(values, device, np.float32)
+        batch = cls(temperatures, *_upload([seeds, steps, request_index], device, np.int64))
         rows = [
             i
             for i, p in enumerate(params)
             if (0 < p.top_k < vocab_size or p.top_p < 1) and values[i] > 0
         ]
         if not rows:
-            return cls(temperatures, integers[0], integers[1], integers[2])
-        filtered = upload(rows, device, np.int64)
+            return batch
         top_k = [k if 0 < (k := params[i].top_k) < vocab_size else vocab_size for i in rows]
         top_p = [params[i].top_p for i in rows]
-        return cls(
-            temperatures,
-            integers[0],
-            integers[1],
-            integers[2],
-            filtered,
-            upload(top_k, device, np.int64) if min(top_k) < vocab_size else None,
-            upload(top_p, device, np.float32) if min(top_p) < 1 else None,
+        return replace(
+            batch,
+            filtered=_upload(rows, device, np.int64),
+            top_k=_upload(top_k, device, np.int64) if min(top_k) < vocab_size else None,
+            top_p=_upload(top_p, device, np.float32) if min(top_p) < 1 else None,
         )
 
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     """Logits [S, vocab_size] to tokens, int64 [S]."""
-    cut = None
+    threshold = None
     if batch.filtered is not None:
-        cut = kernels.find_cut(logits, batch.temperatures, batch.filtered, batch.top_k, batch.top_p)
-    return kernels.sample(logits, batch.temperatures, batch.seeds, batch.steps, cut)
+        threshold = kernels.find_threshold(
+            logits, batch.temperatures, batch.filtered, batch.top_k, batch.top_p
+        )
+    return kernels.sample(logits, batch.temperatures, batch.seeds, batch.steps, threshold)
 
 
-def upload(values: ArrayLike, device: torch.device, dtype: DTypeLike | None = None) -> torch.Tensor:
+def _upload(values: ArrayLike, device: torch.device, dtype: DTypeLike) -> torch.Tensor:
     """Copies numbers to `device` without waiting for it."""
     host = torch.from_numpy(np.asarray(values, dtype))
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

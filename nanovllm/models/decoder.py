@@ -6,12 +6,12 @@
     mlp         output projection + residual + norm; gate, up, SiLU; down + residual + next norm
 
 Each line of a stage is one fused kernel where there is one for its sizes. The stages are cut where
-nothing can be fused, so that the norm of a layer ends the MLP of the layer before.
+nothing can be fused, so that the norm of a layer ends the MLP of the layer before. Which norms and
+biases a layer has is in its config, out of the table in architectures.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -22,26 +22,12 @@ from nanovllm.layers.attention import AttentionBackend, AttentionMetadata, HeadS
 from nanovllm.layers.embedding import VocabEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import PackedColumnLinear, RowLinear
-from nanovllm.layers.parallel import ParallelGroup, Shard
-from nanovllm.layers.slots import Slots
-from nanovllm.models.qwen3_config import Qwen3Config
+from nanovllm.layers.parallel import ParallelGroup, Shard, WeightShard
+from nanovllm.layers.rotary_embedding import cos_sin_table
+from nanovllm.models.config import ModelConfig
 from nanovllm.models.stage import BEFORE_LAYERS, MicroBatch, Stage, StepTensors
 from nanovllm.models.throwaway_cache import throwaway_cache
-
-
-@dataclass(frozen=True)
-class DecoderKind:
-    """In what the architectures differ.
-
-    Attributes:
-        qk_norm: RMS norm of every query and key head.
-        qkv_bias: bias of the QKV projection.
-        o_bias: bias of the output projection.
-    """
-
-    qk_norm: bool
-    qkv_bias: bool
-    o_bias: bool
+from nanovllm.utils.memory import cpu_memory_errors
 
 
 class Attention(nn.Module):
@@ -51,19 +37,17 @@ class Attention(nn.Module):
     k_cache: Tensor
     v_cache: Tensor
 
-    def __init__(
-        self, config: Qwen3Config, kind: DecoderKind, heads: HeadShape, group: ParallelGroup
-    ) -> None:
+    def __init__(self, config: ModelConfig, heads: HeadShape, group: ParallelGroup) -> None:
         super().__init__()
         self.heads = heads
         self.eps = config.rms_norm_eps
         kv = Shard.kv_heads(config.num_key_value_heads, config.head_dim, group)
         q_width = config.num_attention_heads * config.head_dim
         parts = {"q_proj": Shard.even(q_width, group), "k_proj": kv, "v_proj": kv}
-        self.qkv_proj = PackedColumnLinear(config.hidden_size, parts, kind.qkv_bias)
-        self.o_proj = RowLinear(q_width, config.hidden_size, group, kind.o_bias)
-        self.q_norm = RMSNorm(config.head_dim, self.eps) if kind.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, self.eps) if kind.qk_norm else None
+        self.qkv_proj = PackedColumnLinear(config.hidden_size, parts, config.qkv_bias)
+        self.o_proj = RowLinear(q_width, config.hidden_size, group, config.o_bias)
+        self.q_norm = RMSNorm(config.head_dim, self.eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, self.eps) if config.qk_norm else None
 
     def project(
         self, x: kernels.Normed, positions: Tensor, slots: Tensor, cos_sin: Tensor
@@ -96,7 +80,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: Qwen3Config, group: ParallelGroup) -> None:
+    def __init__(self, config: ModelConfig, group: ParallelGroup) -> None:
         super().__init__()
         shard = Shard.even(config.intermediate_size, group)
         parts = {"gate_proj": shard, "up_proj": shard}
@@ -111,12 +95,10 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """The weights of one layer."""
 
-    def __init__(
-        self, config: Qwen3Config, kind: DecoderKind, heads: HeadShape, group: ParallelGroup
-    ) -> None:
+    def __init__(self, config: ModelConfig, heads: HeadShape, group: ParallelGroup) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, kind, heads, group)
+        self.self_attn = Attention(config, heads, group)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, group)
 
@@ -126,13 +108,11 @@ class Decoder(nn.Module):
 
     layers: list[DecoderLayer]
 
-    def __init__(
-        self, config: Qwen3Config, kind: DecoderKind, heads: HeadShape, group: ParallelGroup
-    ) -> None:
+    def __init__(self, config: ModelConfig, heads: HeadShape, group: ParallelGroup) -> None:
         super().__init__()
         self.embed_tokens = VocabEmbedding(config.vocab_size, config.hidden_size, group)
         self.layers = nn.ModuleList(  # type: ignore[assignment]
-            DecoderLayer(config, kind, heads, group) for _ in range(config.num_hidden_layers)
+            DecoderLayer(config, heads, group) for _ in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.register_buffer("cos_sin", torch.empty(0), persistent=False)
@@ -146,21 +126,18 @@ class DecoderForCausalLM(nn.Module):
     """
 
     def __init__(
-        self,
-        config: Qwen3Config,
-        kind: DecoderKind,
-        backend: AttentionBackend,
-        group: ParallelGroup,
+        self, config: ModelConfig, backend: AttentionBackend, group: ParallelGroup
     ) -> None:
         super().__init__()
         self.config = config
         self.backend = backend
-        self.model = Decoder(config, kind, backend.heads, group)
+        self.model = Decoder(config, backend.heads, group)
         self.lm_head = (
             None
             if config.tie_word_embeddings
             else VocabEmbedding(config.vocab_size, config.hidden_size, group)
         )
+        self.max_length = 0  # until `allocate`
         self.bind_kv_cache(torch.empty(config.num_hidden_layers, 2, 0))
 
     def stages(self) -> list[Stage]:
@@ -194,9 +171,44 @@ class DecoderForCausalLM(nn.Module):
         assert batch.x is not None
         return batch.x
 
-    @property
-    def num_layers(self) -> int:
-        return len(self.model.layers)
+    def forward_attention(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        layer: int = 0,
+        metadata: AttentionMetadata | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """A layer up to its output projection; with `forward_ffn`, a layer in two calls.
+
+        The engine runs `stages` instead, which fuse more and leave in attention only what reads
+        the KV cache; where nothing is fused, as on the CPU, both give the same bits.
+
+        Args:
+            x: token ids, integer [T], at layer 0; hidden states [T, hidden_size] after it.
+            positions: integer [T].
+            layer: from 0.
+            metadata: as in `forward`.
+
+        Returns:
+            (hidden_states, residual), both [T, hidden_size].
+        """
+        if metadata is None:
+            with throwaway_cache(self, positions) as metadata:
+                return self.forward_attention(x, positions, layer, metadata)
+        residual = self.model.embed_tokens(x) if layer == 0 else x
+        block = self.model.layers[layer]
+        attention = block.self_attn
+        normed = kernels.Normed(block.input_layernorm(residual))
+        q = attention.project(normed, positions, metadata.slot_mapping, self.model.cos_sin)
+        out = self.backend.attend(q, attention.k_cache, attention.v_cache, metadata)
+        return attention.o_proj(out.flatten(1)), residual
+
+    def forward_ffn(self, hidden_states: Tensor, residual: Tensor, layer: int = 0) -> Tensor:
+        """Residual, norm and MLP of `layer`: [T, hidden_size]; after the last, the final norm."""
+        block = self.model.layers[layer]
+        normed, residual = block.post_attention_layernorm.add(hidden_states, residual)
+        hidden_states = block.mlp.down_proj(block.mlp.gated(kernels.Normed(normed))) + residual
+        return self.model.norm(hidden_states) if block is self.model.layers[-1] else hidden_states
 
     def compute_logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
         """[T, hidden_size] to logits [T, vocab_size], in `out` if it is given."""
@@ -212,21 +224,33 @@ class DecoderForCausalLM(nn.Module):
         for layer, (k_cache, v_cache) in zip(self.model.layers, cache, strict=True):
             layer.self_attn.k_cache, layer.self_attn.v_cache = k_cache, v_cache
 
-    def linear_row_counts(self) -> list[int]:
-        """See `kernels.linear_row_counts`."""
-        attention, mlp = self.model.layers[0].self_attn, self.model.layers[0].mlp
-        return kernels.linear_row_counts(
-            paired=[attention.qkv_proj.weight, mlp.gate_up_proj.weight],
-            split=[attention.o_proj.weight, mlp.down_proj.weight],
-        )
+    def weight_shards(self) -> dict[str, WeightShard]:
+        """Every tensor that a checkpoint must hold, by name, and where this rank's part goes."""
+        return {
+            name: shard
+            for path, module in self.named_modules()
+            if isinstance(module, (PackedColumnLinear, RowLinear, RMSNorm, VocabEmbedding))
+            for name, shard in module.weight_shards(path)
+        }
 
-    def slots(self) -> Slots:
-        """Every tensor that a checkpoint must hold, with its destination."""
-        for path, module in self.named_modules():
-            if isinstance(module, PackedColumnLinear):
-                yield from module.slots(path.rpartition(".")[0])
-            elif isinstance(module, (VocabEmbedding, RMSNorm, RowLinear)):
-                yield from module.slots(path)
+    def allocate(self, device: torch.device, max_length: int | None) -> None:
+        """Gives the weights memory, not yet filled, on `device`, and rope a table.
+
+        Args:
+            device: of both.
+            max_length: see `make_model`.
+
+        Raises:
+            MemoryError: they do not fit into the CPU's memory.
+        """
+        config = self.config
+        if max_length is None:
+            max_length = config.usable_length
+        with cpu_memory_errors(device, f"the weights of {config.sizes()}"):
+            self.to_empty(device=device)
+            self.max_length = max_length
+            table = cos_sin_table(config.rope, config.head_dim, max_length)
+            self.model.cos_sin = table.to(device)
 
     # The stages. NOTE: a stage writes no field but those that `MicroBatch` says are its own.
 
@@ -271,4 +295,33 @@ class DecoderForCausalLM(nn.Module):
             return
         norm = self.model.layers[layer + 1].input_layernorm
         x, batch.residual = down_proj.add_norm(gated, residual, norm)
-        batch.x, batch.x_squares = x.values, x.squares
+        batch.x, batch.x_squares = x.values, x.sum_sq
+
+
+def make_model(
+    config: ModelConfig,
+    backend: AttentionBackend,
+    group: ParallelGroup,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    max_length: int | None = None,
+) -> DecoderForCausalLM:
+    """Builds a model with uninitialised weights; a loader fills `weight_shards()`.
+
+    Args:
+        config: of the model.
+        backend: attention back end of all layers.
+        group: this rank and the others.
+        device: of the weights; "meta": they have no memory until `allocate`.
+        dtype: of the weights.
+        max_length: positions that the model will see; None: all that it was made for.
+
+    Raises:
+        MemoryError: the weights do not fit into the CPU's memory.
+    """
+    with torch.device("meta"):
+        model = DecoderForCausalLM(config, backend, group).to(dtype)
+    if device.type != "meta":
+        model.allocate(device, max_length)
+    return model.eval()

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from nanovllm.layers.attention import AttentionBackend, AttentionMetadata
-from nanovllm.layers.slots import Slots
 
 # Layer number of the work before the first layer.
 BEFORE_LAYERS = -1
@@ -24,18 +23,16 @@ BEFORE_LAYERS = -1
 
 @dataclass(frozen=True)
 class StepTensors:
-    """What a model is called with: T tokens, of which S are sampled after.
+    """What a model is called with: T tokens.
 
     Attributes:
         input_ids, positions: integer [T].
         metadata: where the tokens stand in the KV cache.
-        sample_rows: int32 [S], tokens whose logits are wanted, in that order; None: all.
     """
 
     input_ids: Tensor
     positions: Tensor
     metadata: AttentionMetadata
-    sample_rows: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -87,16 +84,15 @@ class Model(Protocol):
     Attributes:
         backend: of its attention.
         kv_cache: as bound, [layers, 2, blocks, kv_heads, block_size, head_dim].
+        max_length: positions are below it.
     """
 
     backend: AttentionBackend
     kv_cache: Tensor
+    max_length: int
 
     def stages(self) -> list[Stage]:
         """All stages in the order of execution; `x` of the last is the hidden states."""
-
-    def __call__(self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """Runs all stages: T tokens to their hidden states [T, hidden_size]."""
 
     def compute_logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
         """[T, hidden_size] to logits [T, vocab_size], in `out` if it is given."""
@@ -106,9 +102,3 @@ class Model(Protocol):
 
     def bind_kv_cache(self, cache: Tensor) -> None:
         """Gives each layer its part of [layers, 2, blocks, kv_heads, block_size, head_dim]."""
-
-    def slots(self) -> Slots:
-        """Every tensor that a checkpoint must hold, with its destination."""
-
-    def linear_row_counts(self) -> list[int]:
-        """Numbers of tokens that meet every kernel of the linear layers."""

@@ -30,11 +30,16 @@ def throwaway_cache(model: Model, positions: Tensor) -> Iterator[AttentionMetada
         Metadata of the T tokens.
 
     Raises:
-        ValueError: positions that do not count up from 0 in each sequence.
+        ValueError: positions that do not count up from 0 in each sequence, or go too far.
     """
     starts = sequence_starts(positions)
     lengths = starts.diff()
     sequence, longest = torch.repeat_interleave(lengths), int(lengths.max())
+    if longest > model.max_length:
+        raise ValueError(
+            f"positions up to {longest - 1} are not allowed: they must be below "
+            f"{model.max_length}, the length of the longest sequence"
+        )
     block_size = -(-longest // BLOCK_MULTIPLE) * BLOCK_MULTIPLE
     tables = torch.arange(len(lengths), dtype=torch.int32, device=positions.device)[:, None]
     slots = (sequence * block_size + positions).to(torch.int32)

@@ -2,8 +2,8 @@
 
     from nanovllm.tiny import CHECKPOINT_DIR, PROMPTS
 
-`stories.py` is the language the model speaks, `train.py` makes the checkpoint, `report.py` checks
-one. This module only says where things are, so it imports neither torch nor transformers.
+`tools/train_tiny` in the repository is how it was made. This module only says where things are,
+so it imports neither torch nor transformers.
 """
 
 from pathlib import Path

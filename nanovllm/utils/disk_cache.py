@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 import stat
 import tempfile
@@ -57,16 +56,15 @@ class DiskCache:
     def path(self, key: Mapping[str, Any]) -> Path:
         """The file of that key, whether it exists or not."""
         digest = hashlib.sha256(_canonical(key).encode()).hexdigest()
-        folder = cache_folder() if self.folder is None else self.folder
-        return folder / f"{self.name}-{digest[:16]}.json"
+        return (self.folder or cache_folder()) / f"{self.name}-{digest[:16]}.json"
 
     def read(self, key: Mapping[str, Any]) -> Any:
         """The value written under that key; None if there is none or it cannot be read.
 
-        Whoever may write to the folder may have changed it, but its numbers are finite.
+        NOTE: whoever may write to the folder may have changed it.
         """
         try:
-            entry = _parse(_read(self.path(key)))
+            entry = json.loads(_read(self.path(key)))
             if not isinstance(entry, dict) or entry.keys() != {"key", "value"}:
                 raise ValueError("the file does not hold a key and a value")
             if _canonical(entry["key"]) != _canonical(key):
@@ -122,21 +120,6 @@ def _replace(path: Path, text: str) -> None:
         with suppress(OSError):  # what is on its way says more
             os.unlink(temporary)
         raise
-
-
-def _parse(text: bytes) -> Any:
-    """JSON whose numbers are finite: not NaN, and not too large for a float."""
-
-    def finite(number: str) -> float:
-        if not math.isfinite(value := float(number)):
-            raise ValueError(f"{number:.40} is not allowed: numbers must be finite")
-        return value
-
-    def whole(number: str) -> int:
-        finite(number)  # before an int of a million digits is made
-        return int(number)
-
-    return json.loads(text, parse_float=finite, parse_int=whole, parse_constant=finite)
 
 
 def _canonical(key: Any) -> str:

@@ -1,46 +1,61 @@
-"""Checked options: a rule a field, and errors that name field, value and what is allowed.
+"""Checked options: errors name the field, its value and what is allowed.
 
-`Config` and `SamplingParams` declare each field as `option(default, rule)`. A rule takes a value
-and returns it, perhaps normalised, or raises `ValueError` with the words for "what is allowed".
+A dataclass of options has a table of rules, one for each field. A rule takes a value and returns
+it, perhaps normalised, or raises `ValueError` with the words for "what is allowed".
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from decimal import Decimal
 from numbers import Real
 from reprlib import Repr
-from typing import Any
+from typing import Any, TypeVar
 
 Rule = Callable[[Any], Any]
+T = TypeVar("T")
 
 
-def option(default: Any, rule: Rule) -> Any:
-    """A dataclass field whose values pass through `rule`."""
-    return dataclasses.field(default=default, metadata={"rule": rule})
+def check(options: object, rules: Mapping[str, Rule], name: str, value: Any) -> Any:
+    """Returns a value for field `name` of `options` as its rule normalises it.
 
-
-def check_value(owner: type, name: str, value: Any) -> Any:
-    """Returns `value` as the rule of field `name` of dataclass `owner` normalises it."""
-    rule: Rule = next(f for f in dataclasses.fields(owner) if f.name == name).metadata["rule"]
+    Raises:
+        TypeError: there is no such field.
+        ValueError: the value is not allowed.
+    """
+    if name not in rules:
+        raise unknown(type(options), name)
     try:
-        return rule(value)
+        return rules[name](value)
     except ValueError as allowed:
         raise ValueError(f"{name}={short(value)} is not allowed: it must be {allowed}") from None
 
 
-def check_names(owner: type, names: Iterable[str]) -> None:
-    """Raises TypeError for the first name that is no field of dataclass `owner`."""
-    known = [f.name for f in dataclasses.fields(owner)]
-    for name in names:
-        if name not in known:
-            nearest = nearest_name(name, known)
-            hint = f"; the nearest valid one is {nearest!r}" if nearest else ""
-            raise TypeError(f"{owner.__name__} has no option {short(name)}{hint}")
+def hinting(cls: type[T]) -> type[T]:
+    """Makes the error of a dataclass about an unknown option name the nearest valid one."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def __init__(self: T, *args: Any, **options: Any) -> None:
+        for name in options:
+            if name not in cls.__dataclass_fields__:  # type: ignore[attr-defined]
+                raise unknown(cls, name)
+        init(self, *args, **options)
+
+    cls.__init__ = __init__  # type: ignore[method-assign, assignment]
+    return cls
+
+
+def unknown(cls: Any, name: str) -> TypeError:
+    """The error for an option that dataclass `cls` does not have."""
+    nearest = nearest_name(name, [field.name for field in dataclasses.fields(cls)])
+    hint = f"; the nearest valid one is {nearest!r}" if nearest else ""
+    return TypeError(f"{cls.__name__} has no option {short(name)}{hint}")
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
@@ -100,11 +115,6 @@ def real(value: Any) -> float | None:
         return None if (integer := whole(value)) is None else float(integer)
     except Exception:
         return None
-
-
-def is_int(value: object) -> bool:
-    """Whether `value` is a whole number; True and False are not."""
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def integer(minimum: int, also: int | None = None, multiple_of: int = 1) -> Rule:

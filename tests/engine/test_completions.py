@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from nanovllm import LLM, Config, LLMEngine, SamplingParams
-from nanovllm.engine.llm_engine import resolve_device
 from nanovllm.tiny import CHECKPOINT_DIR
 from tests.checkpoints import VOCAB, Shape, greedy
 from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, check_empty, drain, tokens
@@ -74,7 +73,6 @@ def test_cuda_where_there_is_none_is_refused(directory, monkeypatch, device):
     assert str(caught.value) == (
         f"device='{device}' is not allowed: this machine has no usable CUDA GPU"
     )
-    assert resolve_device("auto") == torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -409,3 +407,24 @@ def test_generate_does_not_swallow_requests_that_were_added_before(llm, expected
     assert [ids[:8] for ids in tokens(outputs)] == expected[2:]
     assert not llm.is_finished()
     assert drain(llm) == dict(zip(before, expected[:2], strict=True))
+
+
+def test_computed_requests_leave_the_callers_list_as_it_is(directory):
+    with LLM(str(directory), **{**OPTIONS, "enable_prefix_caching": False}) as engine:
+        token_ids = [5] * 20
+        for _ in range(2):
+            engine.add_computed_request(token_ids, GREEDY)
+        assert [len(ids) for ids in drain(engine).values()] == [8, 8]
+        assert token_ids == [5] * 20
+
+
+def test_computed_requests_may_take_every_block(directory):
+    options = {**OPTIONS, "enable_prefix_caching": False, "num_kvcache_blocks": 6}
+    with LLM(str(directory), **options, max_num_seqs=3) as engine:
+        for _ in range(3):
+            engine.add_computed_request([5] * 17, GREEDY)
+        for length in (1, 17):
+            with pytest.raises(ValueError, match=f"a computed request of {length} tokens has no"):
+                engine.add_computed_request([5] * length, GREEDY)
+        assert [len(ids) for ids in drain(engine).values()] == [8, 8, 8]
+        check_empty(engine)

@@ -20,42 +20,23 @@ def test_all_prompts_of_generate_are_checked_before_any_runs(llm):
     assert llm.next_request_id == first
 
 
+NO_TOKEN_IDS = [
+    *(None, 5, b"bytes", bytearray(b"x"), memoryview(b"x"), {"prompt": [1]}, {1: 2}, {1: 2}.keys()),
+    *([1.0], ["a"], [[1]], [True], [1, True], [1, 2.0], [None], {5}, frozenset({5})),
+    *(np.array(5), np.ones((1, 2), int), np.ones(2, bool), [np.array([5])], [5, np.bool_(True)]),
+    *(torch.tensor(5), torch.tensor([[1, 2]]), torch.tensor([True]), torch.tensor([1.0])),
+    *([torch.tensor([5])], [torch.tensor(True)]),
+]
+# What the error names besides the prompt.
 BAD_PROMPTS = [
-    ([], ValueError, "is empty: it must have at least one token"),
-    ((), ValueError, "is empty: it must have at least one token"),
-    ([5, -1], ValueError, "holds token id -1, which is outside the vocabulary: ids are from 0 to"),
-    ([VOCAB], ValueError, f"holds token id {VOCAB}, which is outside the vocabulary"),
-    ([2**70, 5], ValueError, f"holds token id {2**70}, which is outside the vocabulary"),
-    ([1] * 65, ValueError, "has 65 tokens, but max_model_len allows 64"),
-    ("text", ValueError, "is a text, but model="),
-    (None, TypeError, "=None is neither a text nor a list of token ids"),
-    (5, TypeError, "=5 is neither a text nor a list of token ids"),
-    (b"bytes", TypeError, "=b'bytes' is neither a text nor a list of token ids"),
-    (bytearray(b"x"), TypeError, "=bytearray(b'x') is neither a text nor a list of token ids"),
-    ([1.0], TypeError, "=[1.0] is neither a text nor a list of token ids"),
-    (["a"], TypeError, "=['a'] is neither a text nor a list of token ids"),
-    ([[1]], TypeError, "=[[1]] is neither a text nor a list of token ids"),
-    ([True], TypeError, "=[True] is neither a text nor a list of token ids"),
-    ([1, True], TypeError, "=[1, True] is neither a text nor a list of token ids"),
-    ([1, 2.0], TypeError, "=[1, 2.0] is neither a text nor a list of token ids"),
-    (np.ones(2, bool), TypeError, "=array([ True,  True]) is neither a text nor a list of token"),
-    ([None], TypeError, "=[None] is neither a text nor a list of token ids"),
-    ({"prompt": [1]}, TypeError, "={'prompt': [1]} is neither a text nor a list of token ids"),
-    ({1: 2}, TypeError, "={1: 2} is neither a text nor a list of token ids"),
-    ({1: 2}.keys(), TypeError, "=dict_keys([1]) is neither a text nor a list of token ids"),
-    ({5}, TypeError, "={5} is neither a text nor a list of token ids"),
-    (frozenset({5}), TypeError, "=frozenset({5}) is neither a text nor a list of token ids"),
-    (memoryview(b"x"), TypeError, "=<memory at"),
-    (np.array(5), TypeError, "=array(5) is neither a text nor a list of token ids"),
-    (np.ones((1, 2), int), TypeError, "=array([[1, 1]]) is neither a text nor a list of token"),
-    (torch.tensor(5), TypeError, "=tensor(5) is neither a text nor a list of token ids"),
-    (torch.tensor([[1, 2]]), TypeError, "=tensor([[1, 2]]) is neither a text nor a list of"),
-    (torch.tensor([True]), TypeError, "=tensor([True]) is neither a text nor a list of token"),
-    (torch.tensor([1.0]), TypeError, "=tensor([1.]) is neither a text nor a list of token ids"),
-    ([torch.tensor([5])], TypeError, "=[tensor([5])] is neither a text nor a list of token ids"),
-    ([torch.tensor(True)], TypeError, "=[tensor(True)] is neither a text nor a list of token"),
-    ([np.array([5])], TypeError, "=[array([5])] is neither a text nor a list of token ids"),
-    ([5, np.bool_(True)], TypeError, "=[5, "),
+    ([], ValueError, ["empty", "at least one token"]),
+    ((), ValueError, ["empty", "at least one token"]),
+    ([5, -1], ValueError, ["token id -1", "vocabulary", "from 0 to"]),
+    ([VOCAB], ValueError, [f"token id {VOCAB}", "vocabulary"]),
+    ([2**70, 5], ValueError, [f"token id {2**70}", "vocabulary"]),
+    ([1] * 65, ValueError, ["65 tokens", "max_model_len", "64"]),
+    ("text", ValueError, ["a text", "model="]),
+    *((value, TypeError, [f"={value!r}"[:9], "list of token ids"]) for value in NO_TOKEN_IDS),
 ]
 
 
@@ -67,22 +48,23 @@ def test_a_bad_prompt_is_refused_alone(llm, expected, prompt, kind, words):
     llm.step()
     with pytest.raises(kind) as caught:
         llm.add_request(prompt)
-    assert str(caught.value).startswith("prompt" + (words if words[0] == "=" else f" {words}"))
+    assert str(caught.value).startswith(("prompt ", "prompt="))
+    assert all(word in str(caught.value) for word in words), caught.value
     llm.step()
     with pytest.raises(kind) as caught:
         llm.generate([PROMPTS[0], prompt], use_tqdm=False)
-    message = str(caught.value)
-    assert message.startswith("prompts[1]" + (words if words[0] == "=" else f" {words}"))
+    assert str(caught.value).startswith("prompts[1]")
+    assert all(word in str(caught.value) for word in words), caught.value
     assert drain(llm) == dict(zip(queued, expected, strict=True))
     assert tokens(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
 
 
 def test_a_text_without_a_tokenizer_says_what_to_do(llm, directory):
-    with pytest.raises(ValueError, match="tokenizer") as caught:
+    with pytest.raises(
+        ValueError, match=r"^prompts\[0\] .* no tokenizer: give token ids"
+    ) as caught:
         llm.generate("hello", use_tqdm=False)
-    assert str(caught.value) == (
-        f"prompts[0] is a text, but model={str(directory)!r} has no tokenizer: give token ids"
-    )
+    assert f"model={str(directory)!r}" in str(caught.value)
 
 
 def test_an_empty_text_is_refused(tiny):
@@ -103,11 +85,8 @@ def test_a_prompt_over_all_kv_blocks_is_refused_alone(directory):
     with LLM(str(directory), num_kvcache_blocks=2, **OPTIONS) as engine:
         params = replace(GREEDY, max_tokens=4)
         queued = engine.add_request(PROMPTS[0], params)
-        with pytest.raises(ValueError, match="33 tokens") as caught:
+        with pytest.raises(ValueError, match=r"^prompt has 33 tokens, .*KV cache.* 32$"):
             engine.add_request([5] * 33)
-        assert str(caught.value) == (
-            "prompt has 33 tokens, but the KV cache, all of its blocks together, allows 32"
-        )
         assert list(drain(engine)) == [queued]
         check_empty(engine)
 
@@ -120,7 +99,8 @@ def test_a_prompt_over_all_kv_blocks_is_refused_alone(directory):
 def test_prompts_that_are_no_list_are_refused(llm, given):
     with pytest.raises(TypeError) as caught:
         llm.generate(given, use_tqdm=False)
-    assert str(caught.value) == f"prompts={given!r} is neither a text nor a list of prompts"
+    assert str(caught.value).startswith(f"prompts={given!r} ")
+    assert "list of prompts" in str(caught.value)
 
 
 def test_a_flat_list_of_token_ids_is_refused(llm):
@@ -129,52 +109,37 @@ def test_a_flat_list_of_token_ids_is_refused(llm):
 
 
 @pytest.mark.parametrize("call", ["generate", "add_request"])
-def test_an_unknown_sampling_option_is_named_with_the_nearest_valid_one(llm, call):
+@pytest.mark.parametrize(
+    ("params", "options", "kind", "match"),
+    [
+        ([], {"max_new_tokens": 5}, TypeError, r"'max_new_tokens'.* 'max_tokens'"),
+        ([], {"top_p": 2}, ValueError, r"^top_p=2 .*above 0"),
+        ([GREEDY], {"max_tokens": 5, "top_k": 3}, TypeError, r"sampling_params.*max_tokens, top_k"),
+    ],
+    ids=["unknown", "bad", "given twice"],
+)
+def test_a_sampling_option_is_refused(llm, call, params, options, kind, match):
     prompt = [PROMPTS[0]] if call == "generate" else PROMPTS[0]
-    with pytest.raises(TypeError) as caught:
-        getattr(llm, call)(prompt, max_new_tokens=5)
-    assert str(caught.value) == (
-        "SamplingParams has no option 'max_new_tokens'; the nearest valid one is 'max_tokens'"
-    )
-
-
-@pytest.mark.parametrize("call", ["generate", "add_request"])
-def test_a_bad_sampling_option_is_refused(llm, call):
-    prompt = [PROMPTS[0]] if call == "generate" else PROMPTS[0]
-    with pytest.raises(ValueError, match=r"^top_p=2 is not allowed: it must be a number above 0"):
-        getattr(llm, call)(prompt, top_p=2)
-
-
-@pytest.mark.parametrize("call", ["generate", "add_request"])
-def test_sampling_params_and_single_options_together_are_refused(llm, call):
-    prompt = [PROMPTS[0]] if call == "generate" else PROMPTS[0]
-    with pytest.raises(TypeError) as caught:
-        getattr(llm, call)(prompt, GREEDY, max_tokens=5, top_k=3)
-    assert str(caught.value) == (
-        "give either sampling_params or single options (max_tokens, top_k), not both"
-    )
+    with pytest.raises(kind, match=match):
+        getattr(llm, call)(prompt, *params, **options)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 5])
 def test_sampling_params_of_the_wrong_number_are_refused(llm, count):
-    with pytest.raises(ValueError, match="entries") as caught:
+    with pytest.raises(ValueError, match=f"^sampling_params has {count} entries for 4 prompts"):
         llm.generate(PROMPTS, [GREEDY] * count, use_tqdm=False)
-    assert str(caught.value) == (
-        f"sampling_params has {count} entries for 4 prompts: give one, or one each"
-    )
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("given", "named"),
     [
-        (5, "sampling_params=5 is neither a SamplingParams nor a list of them"),
-        ([GREEDY, None, GREEDY, 5], "sampling_params holds None, which is no SamplingParams"),
-        ({"top_k": 1}, "sampling_params holds 'top_k', which is no SamplingParams"),
-        ("greedy", "sampling_params holds 'g', which is no SamplingParams"),
+        (5, "5"),
+        ([GREEDY, None, GREEDY, 5], "None"),
+        ({"top_k": 1}, "'top_k'"),
+        ("greedy", "'g'"),
     ],
     ids=str,
 )
-def test_sampling_params_of_the_wrong_type_are_refused(llm, given, message):
-    with pytest.raises(TypeError) as caught:
+def test_sampling_params_of_the_wrong_type_are_refused(llm, given, named):
+    with pytest.raises(TypeError, match=f"^sampling_params.*{named}.* SamplingParams"):
         llm.generate(PROMPTS, given, use_tqdm=False)
-    assert str(caught.value) == message

@@ -152,7 +152,7 @@ def test_a_forked_child_touches_nothing_of_its_parents(directory, expected, monk
 
 def test_a_child_that_was_forked_during_a_step_does_not_hang(directory):
     engine = LLM(str(directory), **OPTIONS)
-    with engine.lock:  # as another thread may hold it
+    with engine.transactions.lock:  # as another thread may hold it
         status: list[int] = []
         run_all(lambda: status.append(in_child(engine.exit)))
     assert status == [0]

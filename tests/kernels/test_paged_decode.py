@@ -42,7 +42,7 @@ def test_decode_shares(poison, lengths, programs, tuning):
 
 
 def test_decode_of_more_sequences_than_are_searched_at_once(poison):
-    case = PagedCase([1, 2, 70] * 400, 1, 1, 32, 64)
+    case = PagedCase([1, 2, 70] * 172, 1, 1, 32, 64)
     close(case.decode(3, ctas_per_sm=1), case.dense())
 
 
@@ -102,9 +102,9 @@ def test_a_workspace_serves_either_tuning(monkeypatch):
     if "tma" not in TUNINGS:
         pytest.skip("Triton without descriptors")
     monkeypatch.setattr(paged_decode, "is_hopper_or_newer", lambda: not CUDA or HOPPER)
-    workspace = paged_decode.DecodeWorkspace(90, 2, 1, 32, DEVICE)
-    for count in (1, 100, 90, 91):
-        lengths = [random.randint(1, 200) for _ in range(count)]
+    workspace = paged_decode.DecodeWorkspace(81, 2, 1, 32, DEVICE)
+    for count in (1, 82, 81):
+        lengths = [random.randint(1, 130) for _ in range(count)]
         case = PagedCase(lengths, 2, 1, 32, 64)
         offsets = torch.from_numpy(paged_decode.tile_offsets(np.array(lengths))).to(DEVICE)
         out = paged_decode.paged_decode_attention(

@@ -5,9 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanovllm.kernels import paged_prefill
+from nanovllm.kernels import paged_prefill, reference
 from tests.kernels.cases import HALF, close
 from tests.kernels.paged_case import PagedCase
+
+
+def test_references_are_torchs_attention():
+    case = PagedCase([1, 37, 16], 6, 2, 32, 16)
+    close(reference.paged_decode_attention(*case.cache(), case.lens, case.scale), case.dense())
+    case = PagedCase([1, 37, 16], 6, 2, 32, 16, [1, 20, 16])
+    close(case.prefill(reference), case.dense())
 
 
 @pytest.mark.parametrize("block_size", [256, 64, 48, 16])
@@ -36,14 +43,6 @@ def test_prefill_of_grouped_heads(poison, group, dim):
 def test_prefill_in_16_bits(poison, dtype):
     case = PagedCase([150, 140], 4, 2, 64, 256, [22, 140], dtype=dtype)
     close(case.prefill(paged_prefill), case.dense(), dtype)
-
-
-@pytest.mark.parametrize(("dim", "itemsize"), [(128, 2), (256, 2), (128, 4)])
-def test_lengths_of_tilings_meet_every_tiling(dim, itemsize):
-    lengths = paged_prefill.lengths_of_tilings(dim, itemsize)
-    met = [paged_prefill._tiling(dim, itemsize, length) for length in lengths]
-    assert len(set(met)) == len(met)
-    assert set(met) == {paged_prefill._tiling(dim, itemsize, length) for length in range(1, 300)}
 
 
 def test_prefill_into_rows_of_a_larger_result(poison):

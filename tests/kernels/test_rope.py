@@ -12,6 +12,7 @@ from tests.kernels.cases import (
     EPS,
     check_caches,
     close,
+    head_arguments,
     randn,
     rope_case,
     with_caches_of_its_own,
@@ -58,8 +59,8 @@ def test_store_kv_reference_places_every_token():
 def test_qk_norm_rope_store(poison, hq, hkv, dim, block_size, dtype, normed):
     case = rope_case(9, hq, hkv, dim, block_size, dtype, normed)
     expected = with_caches_of_its_own(case)
-    q = rope.qk_norm_rope_store(**case)
-    close(q, reference.qk_norm_rope_store(**expected), dtype)
+    q = rope.qk_norm_rope_store(*head_arguments(case))
+    close(q, reference.qk_norm_rope_store(*head_arguments(expected)), dtype)
     check_caches(case, expected, dtype)
 
 
@@ -68,6 +69,6 @@ def test_rope_reads_strided_rows(poison):
     expected = with_caches_of_its_own(case)
     wide = torch.cat([case["qkv"], case["qkv"]], dim=1)
     case["qkv"] = wide[:, : case["qkv"].shape[1]]
-    q = rope.qk_norm_rope_store(**case)
-    assert torch.equal(q, rope.qk_norm_rope_store(**expected))
+    q = rope.qk_norm_rope_store(*head_arguments(case))
+    assert torch.equal(q, rope.qk_norm_rope_store(*head_arguments(expected)))
     check_caches(case, expected)

@@ -52,10 +52,10 @@ def test_a_draw_is_a_token_or_says_that_the_logits_are_not_numbers(poison, sampl
     for row in range(9, 12):
         logits[row, random.randrange(vocab)] = nan
     temperatures[1], temperatures[3], temperatures[7] = 0.7, 1e-30, 1e30
-    cut = torch.full((12,), 1e9, device=DEVICE), torch.full((12,), vocab, device=DEVICE).int()
-    for ends in (None, cut):  # a NaN is found even where no token may be drawn
-        tokens = sample(logits, temperatures, seeds, steps, ends)
-        drawn = tokens[4:9] if ends is None else tokens[:0]
+    high = torch.full((12,), 1e9, device=DEVICE), torch.full((12,), vocab, device=DEVICE).int()
+    for threshold in (None, high):  # a NaN is found even where no token may be drawn
+        tokens = sample(logits, temperatures, seeds, steps, threshold)
+        drawn = tokens[4:9] if threshold is None else tokens[:0]
         assert ((drawn >= 0) & (drawn < vocab)).all()
         assert set(tokens[:4].tolist() + tokens[9:].tolist()) == {-1}
 
@@ -77,13 +77,13 @@ def test_rows_may_be_strided(poison, sample):
 
 
 @SAMPLERS
-def test_a_draw_stays_within_the_cut(poison, sample):
+def test_a_draw_keeps_to_the_threshold(poison, sample):
     logits, temperatures, seeds, steps = sampling_case(6, 5000)
     logits = logits.round()
-    cut = (logits.amax(-1) - 1, torch.full((6,), 3000, dtype=torch.int32, device=DEVICE))
-    kept = logits.masked_fill(~within(logits, cut), float("-inf"))
+    threshold = logits.amax(-1) - 1, torch.full((6,), 3000, dtype=torch.int32, device=DEVICE)
+    kept = logits.masked_fill(~within(logits, threshold), float("-inf"))
     expected = sample(kept, temperatures, seeds, steps)
-    assert torch.equal(sample(logits, temperatures, seeds, steps, cut), expected)
+    assert torch.equal(sample(logits, temperatures, seeds, steps, threshold), expected)
 
 
 def chi_square(counts, probs):

@@ -1,0 +1,64 @@
+"""Requests of the throughput workloads: the same for every engine that is compared.
+
+All ignore the end of a sequence, so that each gives as many tokens as it is to.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+# Of vocabularies that have so many; in a smaller one, ids are taken modulo its size.
+HIGHEST_ID = 150_000
+
+REQUEST_SETS = {
+    "W": "nano-vllm's own benchmark: 256 requests of 100 to 1,024 tokens in and out",
+    "chat": "1,500 requests, most of them short, in and out",
+    "long": "256 requests of 2,048 tokens in, 128 out",
+    "even": "512 requests of 1,000 tokens in and out, more KV than fits at a time",
+    "short": "1,024 requests at once, 128 tokens in, 512 out",
+    "steady": "2,000 requests of 1,500 tokens in, 500 out, of which 256 run at a time",
+}
+EQUAL = {
+    "long": (256, 2048, 128),
+    "even": (512, 1000, 1000),
+    "short": (1024, 128, 512),
+    "steady": (2000, 1500, 500),
+}  # requests, tokens in, tokens out
+# Of `Config.max_num_seqs`; all others run as many as there are, up to 1,024.
+MAX_NUM_SEQS = {"steady": 256}
+MAX_MODEL_LEN = 4096
+
+Requests = tuple[list[list[int]], list[int]]
+
+
+def draw_requests(name: str, vocab_size: int, first: int | None = None) -> Requests:
+    """Prompts as token ids, and the tokens that each is to give: of a whole set, or the first."""
+    prompts, outputs = draw_w() if name == "W" else draw_set(name)
+    prompts = prompts[:first]
+    if vocab_size <= HIGHEST_ID:
+        prompts = [[token % vocab_size for token in prompt] for prompt in prompts]
+    return prompts, outputs[:first]
+
+
+def draw_w() -> Requests:
+    """As nano-vllm's bench.py draws them, in its order."""
+    draw = Random(0).randint
+    prompts = [[draw(0, 10_000) for _ in range(draw(100, 1024))] for _ in range(256)]
+    return prompts, [draw(100, 1024) for _ in range(256)]
+
+
+def draw_set(name: str) -> Requests:
+    """All lengths first, then the ids of prompt after prompt."""
+    draw = Random(7)
+
+    def lengths(count: int, spread: float, longest: int) -> list[int]:
+        """Around e**4.9 = 134 tokens, log-normal."""
+        drawn = (int(draw.lognormvariate(4.9, spread)) for _ in range(count))
+        return [min(max(length, 4), longest) for length in drawn]
+
+    if name == "chat":
+        inputs, outputs = lengths(1500, 1.0, 2048), lengths(1500, 0.9, 1024)
+    else:
+        count, length, output = EQUAL[name]
+        inputs, outputs = [length] * count, [output] * count
+    return [[draw.randint(3, HIGHEST_ID) for _ in range(n)] for n in inputs], outputs

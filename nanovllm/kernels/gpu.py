@@ -1,0 +1,86 @@
+"""What the kernels ask about the GPU, and how cuBLAS learns of a partition. Needs no Triton.
+
+cuBLAS plans its tiles for all SMs of the device. On a green context's partition that leaves SMs
+idle in every last round, which can cost more than the pipeline gains. cuBLASLt takes the number of
+SMs as an argument.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def is_hopper_or_newer() -> bool:
+    """Whether the current device has bulk copies (TMA) and programmatic dependent launch."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+@functools.cache
+def has_large_tiles(device: torch.device) -> bool:
+    """Whether a program can keep 200 KiB of tiles in shared memory and feed tensor cores from it.
+
+    So it is on Hopper and on Blackwell's data centre GPUs (227 KiB), and in the interpreter.
+    """
+    return device.type != "cuda" or torch.cuda.get_device_properties(device).major in (9, 10)
+
+
+def usable_sms(device: torch.device) -> int:
+    """SMs that a matrix product issued now is planned for; in the interpreter 132."""
+    if device.type != "cuda":
+        return 132
+    carveout = torch._C._get_sm_carveout_experimental() if can_limit_cublas_sms() else None
+    return _sm_count(device) - (carveout or 0)
+
+
+@functools.cache
+def _sm_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def can_limit_cublas_sms() -> bool:
+    """Whether this torch can pass a number of SMs to cuBLASLt (2.8 and newer)."""
+    return hasattr(torch._C, "_set_sm_carveout_experimental")
+
+
+@contextmanager
+def cublas_sm_limit(num_sms: int, device_sms: int) -> Iterator[None]:
+    """Matrix products issued inside are planned for `num_sms` of the device's `device_sms` SMs.
+
+    To be put around the capture of a graph, or around eager work: what counts is when a product is
+    issued, not when it runs. Our own linear layers go by it, too. Without effect, but for a
+    warning, where torch cannot pass the number on.
+    """
+    if num_sms >= device_sms:
+        yield
+        return
+    if not can_limit_cublas_sms():
+        _warn_that_sms_are_not_limited()
+        yield
+        return
+    # NOTE: both settings are the process's, so other threads must not issue products meanwhile.
+    library = torch.backends.cuda.preferred_blas_library()
+    carveout = torch._C._get_sm_carveout_experimental()
+    torch.backends.cuda.preferred_blas_library("cublaslt")
+    torch._C._set_sm_carveout_experimental(device_sms - num_sms)
+    try:
+        yield
+    finally:
+        torch._C._set_sm_carveout_experimental(carveout)
+        torch.backends.cuda.preferred_blas_library(library)
+
+
+@functools.cache
+def _warn_that_sms_are_not_limited() -> None:
+    logger.warning(
+        "torch %s cannot tell cuBLAS how many SMs a partition has: expect pipeline modes with "
+        "partitions to be slower than sequential decode; torch 2.8 and newer can",
+        torch.__version__,
+    )

@@ -1,0 +1,24 @@
+"""The Triton kernels, each function under the name that its form in `reference` has.
+
+NOTE: `nanovllm.kernels` has functions of these names, too, so no module may bear one of them.
+"""
+
+from nanovllm.kernels import fused_gemm, small_gemm
+from nanovllm.kernels.activation import silu_mul
+from nanovllm.kernels.norm import add_rms_norm, rms_norm
+from nanovllm.kernels.rope import qk_norm_rope_store
+from nanovllm.kernels.sampling import sample
+from nanovllm.kernels.tokens import resolve_tokens
+from nanovllm.kernels.top_k_top_p import find_threshold
+
+__all__ = [
+    "add_rms_norm",
+    "find_threshold",
+    "fused_gemm",
+    "qk_norm_rope_store",
+    "resolve_tokens",
+    "rms_norm",
+    "sample",
+    "silu_mul",
+    "small_gemm",
+]

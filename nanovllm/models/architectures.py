@@ -1,0 +1,165 @@
+"""The table of architectures: what tells one decoder from another is data, and all of it is here.
+
+A new model whose layers are made like these (see decoder.py) needs one entry: what its config.json
+must hold, and which norms and biases its layers have. Nothing else knows a model by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from nanovllm.models.rules import (
+    BOOLEAN,
+    DTYPE,
+    EVEN_SIZE,
+    FALSE,
+    FLAT_OBJECT,
+    FRACTION,
+    INTEGER,
+    MAX_LAYERS,
+    NULL,
+    SIZE,
+    TOKEN_IDS,
+    Fields,
+    UnsupportedModelError,
+    list_of,
+    one_of,
+    size,
+)
+from nanovllm.utils.options import short
+
+# What all have in common; absent fields have the defaults of Qwen's classes in transformers.
+COMMON_FIELDS: Fields = {
+    "vocab_size": (SIZE, 151_936),
+    "hidden_size": (SIZE, 4096),
+    "intermediate_size": (SIZE, 22_016),
+    "num_hidden_layers": (size(MAX_LAYERS), 32),
+    "num_attention_heads": (SIZE, 32),
+    "num_key_value_heads": (SIZE | NULL, 32),
+    "head_dim": (EVEN_SIZE | NULL, None),
+    "max_position_embeddings": (SIZE, 32_768),
+    "rms_norm_eps": (FRACTION, 1e-6),
+    "tie_word_embeddings": (BOOLEAN, False),
+    "hidden_act": (one_of("silu", "swish"), "silu"),
+    "use_sliding_window": (BOOLEAN, False),
+    "sliding_window": (INTEGER | NULL, 4096),
+    "max_window_layers": (INTEGER, 28),
+    "layer_types": (list_of(one_of("full_attention", "attention")) | NULL, None),
+    "dtype": (DTYPE | NULL, None),
+    "torch_dtype": (DTYPE | NULL, None),
+    "eos_token_id": (TOKEN_IDS, None),
+    "rope_parameters": (FLAT_OBJECT | NULL, None),
+    "rope_scaling": (FLAT_OBJECT | NULL, None),
+    "partial_rotary_factor": (one_of(1, 1.0) | NULL, None),
+    # With these it would be another model, or other files.
+    "quantization_config": (NULL, None),
+    "per_layer_config": (NULL, None),
+    "configuration_files": (NULL, None),
+    "transformers_weights": (NULL, None),
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """An entry of the table.
+
+    Attributes:
+        name: in `architectures` of config.json.
+        model_type: there.
+        ropes: values of `rope_type` that it may have, see rope.py.
+        qk_norm: RMS norm of every query and key head.
+        qkv_bias, o_bias: biases of the QKV and the output projection; None: as the field
+            `attention_bias` says.
+        own_fields: fields of config.json that others have not, or that have other rules.
+        defaults: of absent fields, where they are not the common ones.
+    """
+
+    name: str
+    model_type: str
+    ropes: tuple[str, ...]
+    qk_norm: bool = False
+    qkv_bias: bool | None = None
+    o_bias: bool | None = None
+    own_fields: Fields = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def fields(self) -> Fields:
+        """All fields of config.json that matter."""
+        return {
+            name: (rule, self.defaults.get(name, default))
+            for name, (rule, default) in (COMMON_FIELDS | self.own_fields).items()
+        }
+
+    @property
+    def base_name(self) -> str:
+        """In `architectures` of a base model that was saved alone, without an output head."""
+        return self.name.replace("ForCausalLM", "Model")
+
+    def is_among(self, names: Any) -> bool:
+        """Whether `architectures` of config.json, absent or empty if it says nothing, has it."""
+        if not names:
+            return names is None or names == []
+        return isinstance(names, list) and (self.name in names or self.base_name in names)
+
+
+QWEN3 = Architecture(
+    name="Qwen3ForCausalLM",
+    model_type="qwen3",
+    ropes=("default", "yarn"),
+    qk_norm=True,
+    own_fields={"attention_bias": (BOOLEAN, False), "head_dim": (EVEN_SIZE, 128)},
+)
+
+# Qwen2 and Qwen2.5.
+QWEN2 = Architecture(
+    name="Qwen2ForCausalLM",
+    model_type="qwen2",
+    ropes=("default", "yarn"),
+    qkv_bias=True,
+    o_bias=False,
+)
+
+# Llama 3 to 3.3.
+LLAMA = Architecture(
+    name="LlamaForCausalLM",
+    model_type="llama",
+    ropes=("default", "llama3", "yarn"),
+    qkv_bias=False,
+    o_bias=False,
+    own_fields={
+        "attention_bias": (FALSE, False),
+        "mlp_bias": (FALSE, False),
+        "pretraining_tp": (one_of(1) | NULL, 1),
+        "sliding_window": (NULL, None),
+    },
+    defaults={
+        "vocab_size": 32_000,
+        "intermediate_size": 11_008,
+        "num_key_value_heads": None,
+        "max_position_embeddings": 2048,
+        "eos_token_id": 2,
+    },
+)
+
+ARCHITECTURES = (QWEN3, QWEN2, LLAMA)
+
+
+def find_architecture(fields: Mapping[str, Any]) -> Architecture:
+    """The entry that `model_type` names, which is what decides in transformers, too.
+
+    Raises:
+        UnsupportedModelError: there is none, or `architectures` names another model.
+    """
+    model_type, names = fields.get("model_type"), fields.get("architectures")
+    for entry in ARCHITECTURES:
+        if model_type == entry.model_type and entry.is_among(names):
+            return entry
+    known = ", ".join(f"{entry.name} (model_type={entry.model_type!r})" for entry in ARCHITECTURES)
+    raise UnsupportedModelError(
+        f"config.json: architecture {short(names)} (model_type={short(model_type)}) is not "
+        f"supported: it must be one of {known}"
+    )

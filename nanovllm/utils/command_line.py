@@ -1,0 +1,44 @@
+"""Manners of the scripts: an error is one line and exit code 2, an interrupt has no traceback."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; an option must be given by its whole name."""
+
+    def __init__(self, description: str | None, **options: object) -> None:
+        super().__init__(
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **options,  # type: ignore[arg-type]
+        )
+
+    def error(self, message: str) -> NoReturn:
+        fail(self.prog, message)
+
+
+def fail(script: str, message: object) -> NoReturn:
+    """Ends the script because of what it was asked for."""
+    print(f"{script}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextmanager
+def in_one_line(script: str, *errors: type[Exception]) -> Iterator[None]:
+    """Ends the script with one line if one of `errors` or an interrupt comes up inside."""
+    try:
+        yield
+    except errors as error:
+        fail(script, error)
+    except KeyboardInterrupt:
+        print(f"\n{script}: interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None

@@ -1,0 +1,46 @@
+"""Which device the engine runs on, and what it has."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+
+
+def resolve_device(wanted: str) -> torch.device:
+    """The device that option `wanted` means; under torchrun "cuda" is this rank's own.
+
+    Raises:
+        ValueError: CUDA is wanted, but not there, or has no device of that number.
+    """
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(f"device={wanted!r} is not allowed: this machine has no usable CUDA GPU")
+    # NOTE: torch would take the number modulo 256.
+    number = int(wanted.partition(":")[2] or os.environ.get("LOCAL_RANK", "0"))
+    present = torch.cuda.device_count()
+    if number >= present:
+        raise ValueError(
+            f"device={wanted!r} is not allowed: this machine's CUDA devices are numbered from 0 to "
+            f"{present - 1}, and {number} is not among them"
+        )
+    return torch.device("cuda", number)
+
+
+def resolve_dtype(wanted: str, checkpoint: str, device: torch.device) -> torch.dtype:
+    """The dtype that option `wanted` means; "auto": the checkpoint's on CUDA, else float32."""
+    if wanted == "auto":
+        wanted = checkpoint if device.type == "cuda" else "float32"
+    return getattr(torch, wanted)
+
+
+@functools.cache
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device; 0 for any other."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,73 @@
+"""Top-k and top-p: which tokens the threshold leaves, by the kernels and by their reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nanovllm.kernels import reference, top_k_top_p
+from tests.kernels.cases import DEVICE, check_threshold, threshold_case, within
+
+FORMS = {"reference": reference.find_threshold, "kernels": top_k_top_p.find_threshold}
+EACH_FORM = pytest.mark.parametrize("find_threshold", FORMS.values(), ids=FORMS)
+LIMITS = pytest.mark.parametrize("limits", ["k", "p", "kp"])
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Few logits then cross every border: of tiles, of buckets and of the buckets read at once."""
+    for name, value in (("TILE", 512), ("BUCKET", 8)):
+        monkeypatch.setattr(top_k_top_p, name, value)
+
+
+@EACH_FORM
+@LIMITS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("vocab", "spread"), [(50, 3.0), (600, 3.0), (1100, 0.3)])
+def test_threshold(poison, small_tiles, find_threshold, vocab, spread, dtype, limits):
+    """In 16 bits many of the logits are equal."""
+    case = threshold_case(6, vocab, dtype, limits, spread)
+    check_threshold(find_threshold(*case), *case)
+
+
+def test_threshold_in_tiles_of_their_real_size(poison):
+    case = threshold_case(6, 17000, torch.bfloat16, "kp")
+    check_threshold(top_k_top_p.find_threshold(*case), *case)
+
+
+@EACH_FORM
+@LIMITS
+def test_threshold_of_odd_rows(poison, small_tiles, find_threshold, limits):
+    logits, *rest = threshold_case(10, 600, torch.float32, limits)
+    logits[0], logits[1], logits[2, 5:] = 1.5, float("-inf"), float("-inf")
+    logits[3, ::2], logits[4, ::3] = float("nan"), -3.4e38
+    logits[5] = logits[5].round()
+    logits[6, torch.randperm(600)[:300]] = float("-inf")
+    logits[7], logits[7, 500:] = 0.0, -0.0
+    logits[8] *= 1e6
+    check_threshold(find_threshold(logits, *rest), logits, *rest)
+
+
+@LIMITS
+def test_kernels_keep_what_the_reference_keeps(poison, small_tiles, limits):
+    """Probabilities so far apart that no rounding decides."""
+    logits, temperatures, rows, top_k, top_p = threshold_case(6, 600, torch.float32, limits)
+    logits = torch.argsort(logits, dim=-1).argsort(-1).float() * 0.7
+    if top_p is not None:
+        top_p[:] = torch.tensor([0.3, 0.62, 0.97, 1.0, 1e-9], device=DEVICE)
+    temperatures[:] = 1.0
+    case = logits, temperatures, rows, top_k, top_p
+    kept, expected = (
+        within(logits, f(*case)) for f in (top_k_top_p.find_threshold, reference.find_threshold)
+    )
+    assert torch.equal(kept, expected)
+
+
+@LIMITS
+def test_a_threshold_depends_on_its_own_row_only(poison, small_tiles, limits):
+    logits, temperatures, rows, top_k, top_p = threshold_case(7, 600, torch.bfloat16, limits)
+    together = top_k_top_p.find_threshold(logits, temperatures, rows, top_k, top_p)
+    for n in range(6):
+        one = [None if x is None else x[n : n + 1] for x in (top_k, top_p)]
+        alone = top_k_top_p.find_threshold(logits, temperatures, rows[n : n + 1], *one)
+        assert [x[n] for x in alone] == [x[n] for x in together]

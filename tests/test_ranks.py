@@ -1,0 +1,104 @@
+"""What ranks know of each other and of the model, without any being started."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import threading
+import time
+
+import pytest
+import torch
+
+from nanovllm import LLM
+from nanovllm.engine import process_groups
+from nanovllm.engine.processes import RankDiedError, Workers
+from nanovllm.engine.ranks import Ranks, devices_for
+from nanovllm.layers.parallel import ParallelGroup, Shard
+
+SECONDS = 10.0  # "within seconds", on a busy machine
+
+
+@pytest.fixture
+def no_processes(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+
+
+@pytest.mark.usefixtures("no_processes")
+def test_sizes_that_do_not_divide_the_model_are_refused():
+    with pytest.raises(ValueError, match=r"tensor_parallel_size=3 .* num_attention_heads=\d+"):
+        LLM(device="cpu", tensor_parallel_size=3)
+
+
+@pytest.mark.usefixtures("no_processes")
+def test_torchrun_with_another_number_of_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=r"tensor_parallel_size=2 .* 4 processes.* must be 4"):
+        LLM(device="cpu", tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize("death", [True, False], ids=["death", "close"])
+def test_nccl_is_aborted_when_a_worker_dies_and_at_the_end(monkeypatch, death):
+    """What CUDA adds, without CUDA: the thread that frees rank 0 from a kernel without a peer."""
+    aborted: list[object] = []
+    monkeypatch.setattr(process_groups, "abort_nccl", aborted.append)
+    rank_0 = Ranks()
+    worker = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    rank_0.workers.processes.append(worker)
+    guard = threading.Thread(target=rank_0._abort_at_end, args=("the group",))
+    guard.start()
+    time.sleep(0.2)
+    assert aborted == []
+    if death:
+        worker.kill()
+    else:
+        rank_0._ended.set()
+    guard.join(SECONDS)
+    assert aborted == ["the group"]
+    rank_0.workers.end(patience=0)
+
+
+def test_more_ranks_than_devices_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert devices_for(torch.device("cuda", 0), 2)[1] == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="tensor_parallel_size=2 is not allowed with device="):
+        devices_for(torch.device("cuda", 1), 2)
+
+
+@pytest.mark.parametrize("full", [1, 5, 8, 509])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_vocabulary_shards_cover_everything_once(full, size):
+    shards = [Shard.ceil(full, ParallelGroup(rank, size)) for rank in range(size)]
+    held = [entry for s in shards for entry in range(s.start, s.start + s.size)]
+    assert held == list(range(full))
+
+
+def test_each_rank_has_the_kv_head_of_its_query_heads():
+    """8 query heads on 4 ranks: rank r has 2r and 2r + 1, which share KV head (2r) // 4."""
+    groups = [ParallelGroup(rank, 4) for rank in range(4)]
+    starts = [Shard.kv_heads(2, 64, group).start // 64 for group in groups]
+    assert starts == [0, 0, 1, 1]
+    assert [Shard.kv_heads(8, 64, group).size // 64 for group in groups] == [2] * 4
+
+
+def test_one_rank_needs_no_collectives():
+    x = torch.randn(3, 4)
+    assert ParallelGroup().all_reduce(x) is x
+    assert ParallelGroup().concat_last_dim(x) is x
+
+
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGKILL, "SIGKILL"), (signal.SIGRTMIN + 1, r"signal \d+")]
+)
+def test_a_worker_that_any_signal_killed_is_said_to_be_dead(number, name):
+    workers = Workers()
+    workers.processes.append(subprocess.Popen(["cat"], stdin=subprocess.PIPE))
+    workers.processes[0].send_signal(number)
+    assert workers.processes[0].wait(SECONDS) == -number
+    with pytest.raises(RankDiedError, match=f"^rank 1 of 2 was killed by {name}$"):
+        workers.check()
+    workers.end(patience=0)

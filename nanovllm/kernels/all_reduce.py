@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.dependent_launch import launch_options, let_next_begin, wait_for_previous
+from nanovllm.kernels.pdl import pdl_options, pdl_trigger, pdl_wait
 
 
 
@@ -103,7 +103,7 @@ def all_reduce_add_norm(
         MAX_PROGRAMS=peers.max_programs,
         TWO_SHOT=two_shot,
         num_warps=min(max(block // 256, 1), 16),
-        **launch_options(),
+        **pdl_options(),
     )
 
 
@@ -148,14 +148,14 @@ def _all_reduce_kernel(
     SIZE: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr,
     TWO_SHOT: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     dtype = residual.dtype.element_ty
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, BLOCK)
     inside = column < HIDDEN
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    wait_for_previous(OVERLAP)
+    pdl_wait(PDL)
     launch = tl.load(launches + program) + 1
     tl.store(launches + program, launch)
     _meet(counters, program, launch, expired, polls, RANK, SIZE)
@@ -185,4 +185,4 @@ def _all_reduce_kernel(
             tl.store(output + at, normed, mask=inside)
     if TWO_SHOT:
         _meet(counters, MAX_PROGRAMS + program, launch, expired, polls, RANK, SIZE)
-    let_next_begin(OVERLAP)
+    pdl_trigger(PDL)

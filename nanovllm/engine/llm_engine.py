@@ -345,8 +345,9 @@ class LLMEngine:
             while len(results) < count:
                 exclusive(self.transactions.lock, self._step)
                 self.transactions.give_way()
-                if new := list(results.values())[seen:]:
-                    seen += len(new)
+                if len(results) > seen:
+                    new = list(results.values())[seen:]
+                    seen = len(results)
                     tokens += sum(len(output["token_ids"]) for output in new)
                     rate = tokens / (time.perf_counter() - start)
                     bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)

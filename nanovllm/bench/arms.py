@@ -23,7 +23,7 @@ from typing import Any
 
 from nanovllm.bench import BenchError
 from nanovllm.engine import plan as plans
-from nanovllm.engine.auto_plan import AutoPlan, Split, split_for, splits_to_try
+from nanovllm.engine.auto.auto_plan import AutoPlan, Split, split_for, splits_to_try
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.pipeline import MIN_DENSE_SMS

@@ -7,10 +7,10 @@ device, between two events, goes back to the planner.
 
 from __future__ import annotations
 
-from nanovllm.engine.calibration import Calibration
-from nanovllm.engine.cost_table import CostTable
+from nanovllm.engine.auto.calibration import Calibration
+from nanovllm.engine.auto.cost_table import CostTable
+from nanovllm.engine.auto.planner import SEQUENTIAL_NUMBER, PlanChoice, Planner
 from nanovllm.engine.plan import GREEN, Plan
-from nanovllm.engine.planner import SEQUENTIAL_NUMBER, PlanChoice, Planner
 from nanovllm.engine.step_runner import Choice, FixedPlan, StepRunner
 
 # The FFN gets a group of whole multiples of this many SMs, about these shares of all of them.

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from nanovllm.engine.cost_table import CostTable
+from nanovllm.engine.auto.cost_table import CostTable
 from nanovllm.engine.plan import Plan
 
 logger = logging.getLogger(__name__)

@@ -9,13 +9,12 @@ python example_pipeline.py --timeline steps.png             the same as a pictur
 from __future__ import annotations
 
 import argparse
-from importlib.util import find_spec
 from pathlib import Path
 
 from nanovllm import LLM, Config, SamplingParams
 from nanovllm.config import PIPELINE_MODES
 from nanovllm.tiny import CHECKPOINT_DIR, PROMPTS
-from nanovllm.utils.command_line import Parser, fail, in_one_line
+from nanovllm.utils.command_line import Parser, check_output, fail, in_one_line
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -34,16 +33,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--enforce-eager", action="store_true", help="without CUDA graphs")
     add("--timeline", type=Path, metavar="FILE", help="write the stages of the last steps")
     args = parser.parse_args()
-    if args.timeline is not None and not args.timeline.parent.is_dir():
-        parser.error(f"--timeline {args.timeline}: there is no directory {args.timeline.parent}")
-    if (
-        args.timeline is not None
-        and args.timeline.suffix == ".png"
-        and find_spec("matplotlib") is None
-    ):
-        parser.error(
-            f"--timeline {args.timeline}: a picture needs matplotlib: pip install matplotlib"
-        )
+    if args.timeline is not None:
+        try:
+            check_output(args.timeline)
+        except ValueError as error:
+            parser.error(f"--timeline {error}")
     return args
 
 

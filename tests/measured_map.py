@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanovllm.engine.calibration import Calibration
+from nanovllm.engine.auto.calibration import Calibration
+from nanovllm.engine.auto.planner import Planner
 from nanovllm.engine.graph_memory import batch_sizes
 from nanovllm.engine.plan import GREEN, SEQUENTIAL, Plan
-from nanovllm.engine.planner import Planner
 from tests.simulated_gpu import SILLY, NoCache
 
 BLOCK_SIZE = 256

@@ -71,21 +71,21 @@ def broken_interpreter(directory: Path, place: str, death: str, call: int = 1) -
 
     Args:
         directory: for the files it consists of.
-        place: module and name within `nanovllm.engine`.
+        place: of `model_runner` or `process_groups`.
         death: a statement.
         call: number of the call that does it.
     """
-    module, _, name = place.partition(".")
     worker = directory / "worker.py"
     worker.write_text(
         f"import itertools, os, signal\n"
-        f"from nanovllm.engine import {module}, worker\n"
-        f"calls, healthy = itertools.count(1), {module}.{name}\n"
+        f"from nanovllm.engine import model_runner\n"
+        f"from nanovllm.engine.parallel import process_groups, worker\n"
+        f"calls, healthy = itertools.count(1), {place}\n"
         f"def die(*args, **kwargs):\n"
         f"    if next(calls) < {call}:\n"
         f"        return healthy(*args, **kwargs)\n"
         f"    {death}\n"
-        f"{module}.{name} = die\n"
+        f"{place} = die\n"
         f"worker.main()\n"
     )
     interpreter = directory / "python"

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanovllm.engine.calibration import Calibration, pipelined_sizes
+from nanovllm.engine.auto.calibration import Calibration, pipelined_sizes
+from nanovllm.engine.auto.planner import Planner
 from nanovllm.engine.graph_memory import batch_sizes
 from nanovllm.engine.plan import GREEN, SEQUENTIAL, STREAMS, Plan
-from nanovllm.engine.planner import Planner
 
 SILLY = GREEN.with_sms((16, 16))
 SPLITS = [GREEN.with_sms((attention, 132 - attention)) for attention in (28, 36, 44, 52, 60)]

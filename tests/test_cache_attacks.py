@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nanovllm.engine.calibration import Calibration
+from nanovllm.engine.auto.calibration import Calibration
 from nanovllm.engine.plan import GREEN, SEQUENTIAL
 from nanovllm.utils.disk_cache import DiskCache
 from tests.cache_attacks import attacks, flipped_bits

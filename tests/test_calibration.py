@@ -10,8 +10,8 @@ import torch
 
 import green_ctx
 from nanovllm.config import Config
-from nanovllm.engine.auto_plan import plans_to_try, splits_to_try
-from nanovllm.engine.calibration import (
+from nanovllm.engine.auto.auto_plan import plans_to_try, splits_to_try
+from nanovllm.engine.auto.calibration import (
     Calibration,
     calibration_key,
     hash_sources,
@@ -19,8 +19,8 @@ from nanovllm.engine.calibration import (
     pipelined_sizes,
     tokens_to_measure,
 )
+from nanovllm.engine.auto.planner import LEAST_GAIN
 from nanovllm.engine.plan import SEQUENTIAL, Plan
-from nanovllm.engine.planner import LEAST_GAIN
 from nanovllm.utils.disk_cache import DiskCache
 from tests.simulated_gpu import SILLY, Gpu
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.engine.cost_table import CostTable, seconds_at
+from nanovllm.engine.auto.cost_table import CostTable, seconds_at
 
 TOKENS = st.integers(0, 10**7)
 SECONDS = st.floats(1e-5, 10.0)

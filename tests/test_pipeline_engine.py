@@ -167,12 +167,14 @@ DRIVERS = {
 }
 
 
-def build(device: str = "cuda:0", plan: Plan | None = None, **options: Any) -> Pipelines:
+def build(
+    device: str = "cuda:0", plan: Plan | None = None, more: Sequence[Plan] = (), **options: Any
+) -> Pipelines:
     """What an engine on `device` would build; no model is needed for that."""
     config = Config(enable_pipeline=True, **options)
     backend = SimpleNamespace(make_workspace=lambda device, num_sms: f"for {num_sms} SMs")
     given: Any = (config, SimpleNamespace(backend=backend), torch.device(device), 132)
-    return build_pipelines(*given, plan)
+    return build_pipelines(*given, plan, more)
 
 
 @pytest.mark.parametrize("cause", DRIVERS)
@@ -293,11 +295,8 @@ def test_a_third_lane_has_a_partition_of_its_own(fake_gpu):
 
 
 def test_auto_has_all_plans_that_the_device_makes(fake_gpu):
-    config = Config(enable_pipeline=True)
-    backend = SimpleNamespace(make_workspace=lambda device, num_sms: num_sms)
-    given: Any = (config, SimpleNamespace(backend=backend), torch.device("cuda:0"), 132)
     more = [GREEN.with_sms(sms) for sms in ((36, 96), (10, 16), (90, 90), (44, 88))]
-    built = build_pipelines(*given, more=more)
+    built = build(more=more)
     names = [scheduler.plan.name for scheduler in built.schedulers]
     # 10+16 is granted as 16+16, which there is; 90+90 cannot be.
     assert names == ["sequential", "green 16+16", "green 36+96", "green 44+88"]
@@ -307,21 +306,18 @@ def test_auto_has_all_plans_that_the_device_makes(fake_gpu):
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_configured_split_that_does_not_fit_is_one_candidate_less_in_auto(strict, fake_gpu):
-    config = Config(
-        enable_pipeline=True, pipeline_attention_sm_count=90, pipeline_ffn_sm_count=90,
-        pipeline_strict=strict,
-    )  # fmt: skip
-    backend = SimpleNamespace(make_workspace=lambda device, num_sms: num_sms)
-    given: Any = (config, None, backend, torch.device("cuda:0"), 132)
-    built = build_pipelines(*given, more=[GREEN.with_sms((36, 96))])
+    too_many: Any = {
+        "pipeline_attention_sm_count": 90, "pipeline_ffn_sm_count": 90, "pipeline_strict": strict
+    }  # fmt: skip
+    built = build(more=[GREEN.with_sms((36, 96))], **too_many)
     assert [scheduler.plan.name for scheduler in built.schedulers] == ["sequential", "green 36+96"]
     assert built.statistics.fallback_reason is None
     built.partitions.close()
     if strict:
         with pytest.raises((RuntimeError, ValueError), match="90"):
-            build_pipelines(*given)
+            build(**too_many)
     else:
-        assert "90" in build_pipelines(*given).statistics.fallback_reason
+        assert "90" in (build(**too_many).statistics.fallback_reason or "")
     assert (fake_gpu.contexts, fake_gpu.streams) == ({}, {})
 
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanovllm.engine.cost_table import CostTable
+from nanovllm.engine.auto.cost_table import CostTable
+from nanovllm.engine.auto.planner import PATIENCE, Planner
 from nanovllm.engine.plan import GREEN, SEQUENTIAL, STREAMS
-from nanovllm.engine.planner import PATIENCE, Planner
 from tests.measured_map import MeasuredShape, measured_shapes
 from tests.simulated_gpu import SILLY, Gpu, drive, random_run
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from nanovllm import LLM
-from nanovllm.engine import process_groups
-from nanovllm.engine.processes import RankDiedError, Workers
-from nanovllm.engine.ranks import Ranks, devices_for
+from nanovllm.engine.parallel import process_groups
+from nanovllm.engine.parallel.processes import RankDiedError, Workers
+from nanovllm.engine.parallel.ranks import Ranks, devices_for
 from nanovllm.layers.parallel import ParallelGroup, Shard
 
 SECONDS = 10.0  # "within seconds", on a busy machine

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from nanovllm import LLM, Config
-from nanovllm.engine import calibration, step_timer
-from nanovllm.engine.auto_plan import AutoPlan
-from nanovllm.engine.cost_table import CostTable
+from nanovllm.engine.auto import calibration, step_timer
+from nanovllm.engine.auto.auto_plan import AutoPlan
+from nanovllm.engine.auto.cost_table import CostTable
+from nanovllm.engine.auto.planner import Planner
 from nanovllm.engine.graph_memory import GraphMemory, batch_sizes
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.plan import MICROBATCH
-from nanovllm.engine.planner import Planner
 from nanovllm.engine.step_inputs import StepLayout
 from nanovllm.engine.step_runner import PreparedStep, StepRunner
 from nanovllm.tiny import PROMPTS

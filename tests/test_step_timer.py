@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from nanovllm.engine.step_timer import ALIKE, MOST_READINGS, settled_seconds, steady_chunks
+from nanovllm.engine.auto.step_timer import ALIKE, MOST_READINGS, settled_seconds, steady_chunks
 
 # Steps of 1,024 sequences of 519 tokens after a pause, 8B shape on one H200, ms: clocks settle,
 # and at the end dip.

@@ -20,7 +20,7 @@ import pytest
 from transformers import Qwen3Config
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.processes import RankDiedError
+from nanovllm.engine.parallel.processes import RankDiedError
 from tests import scripts
 from tests.checkpoints import TABLE, Shape, prompts
 

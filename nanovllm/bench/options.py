@@ -7,7 +7,6 @@ and what each workload does where the command line says nothing.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from nanovllm.bench.power import check_power
 from nanovllm.bench.requests import REQUEST_SETS
 from nanovllm.bench.shapes import SIZES
 from nanovllm.config import PIPELINE_MODES, Config
-from nanovllm.utils.command_line import Parser
+from nanovllm.utils.command_line import Parser, check_output
 from nanovllm.utils.device import resolve_device
 
 MODES = (SEQUENTIAL, "microbatch", "streams", GREEN, "auto")
@@ -214,17 +213,12 @@ def check_names(args: argparse.Namespace, given: set[str]) -> None:
 
 def check_files(args: argparse.Namespace) -> None:
     """Refuses at once what would fail only after everything is measured."""
-    for name in ("json", "plot", "timeline"):
-        path = getattr(args, name)
-        if path is None:
-            continue
-        if not path.parent.is_dir() or path.is_dir():
-            raise BenchError(f"{flag(name)} {path}: there is no directory {path.parent} for a file")
-        endings = {"plot": [".png"], "timeline": [".png", ".json"]}.get(name, [path.suffix])
-        if path.suffix not in endings:
-            raise BenchError(f"{flag(name)} {path}: the name must end in {' or '.join(endings)}")
-        if path.suffix == ".png" and importlib.util.find_spec("matplotlib") is None:
-            raise BenchError(f"{flag(name)} needs matplotlib: pip install matplotlib")
+    for name, endings in {"json": (), "plot": (".png",), "timeline": (".png", ".json")}.items():
+        if (path := getattr(args, name)) is not None:
+            try:
+                check_output(path, *endings)
+            except ValueError as error:
+                raise BenchError(f"{flag(name)} {error}") from None
     if args.workload == "curves" and args.stored is not None and len(args.stored) > 1:
         raise BenchError("--curves --from takes one file")
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nanovllm.bench import BenchError
-from nanovllm.engine.model_runner import sm_count
+from nanovllm.utils.device import sm_count
 
 Record = dict[str, Any]
 PACKAGES = ("torch", "triton", "transformers", "cuda-bindings")

@@ -14,8 +14,8 @@ from nanovllm.bench.report import Record
 from nanovllm.bench.requests import MAX_MODEL_LEN, MAX_NUM_SEQS, Requests, draw_requests
 from nanovllm.bench.step_log import StepLog
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.model_runner import sm_count
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.device import sm_count
 
 WARM_UP = [*range(100)]
 

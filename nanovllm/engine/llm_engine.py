@@ -22,8 +22,8 @@ from tqdm import tqdm
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.model_runner import LaunchedStep, ModelRunner
+from nanovllm.engine.parallel.ranks import Ranks
 from nanovllm.engine.prompts import Prompt, TextProcessor, list_prompts
-from nanovllm.engine.ranks import Ranks
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence as EngineSequence
 from nanovllm.engine.transactions import Transactions
@@ -345,8 +345,9 @@ class LLMEngine:
             while len(results) < count:
                 exclusive(self.transactions.lock, self._step)
                 self.transactions.give_way()
-                if new := list(results.values())[seen:]:
-                    seen += len(new)
+                if len(results) > seen:
+                    new = list(results.values())[seen:]
+                    seen = len(results)
                     tokens += sum(len(output["token_ids"]) for output in new)
                     rate = tokens / (time.perf_counter() - start)
                     bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)

@@ -14,17 +14,17 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine import kv_cache
-from nanovllm.engine.auto_plan import AutoPlan, plans_to_try
-from nanovllm.engine.calibration import Calibration, calibration_key
+from nanovllm.engine.auto.auto_plan import AutoPlan, plans_to_try
+from nanovllm.engine.auto.calibration import Calibration, calibration_key
+from nanovllm.engine.auto.step_timer import DeviceTimer
 from nanovllm.engine.graph_memory import GraphMemory, batch_sizes
+from nanovllm.engine.parallel.ranks import Ranks
 from nanovllm.engine.pipeline import build_pipelines
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.plan import SEQUENTIAL, Plan
-from nanovllm.engine.ranks import Ranks
 from nanovllm.engine.scheduler import Step
 from nanovllm.engine.step_inputs import StepInputs, dummy_chunk
 from nanovllm.engine.step_runner import FixedPlan, PreparedStep, StepRunner
-from nanovllm.engine.step_timer import DeviceTimer
 from nanovllm.engine.warm_up import warm_up
 from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.sampler import SamplingBatch, sample

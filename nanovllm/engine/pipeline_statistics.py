@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 
+from nanovllm.engine.auto.planner import Planner
 from nanovllm.engine.plan import ATTENTION
-from nanovllm.engine.planner import Planner
 from nanovllm.engine.stage_times import Span
 
 # Steps whose works are kept for a timeline.

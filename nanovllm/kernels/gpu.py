@@ -14,6 +14,8 @@ from contextlib import contextmanager
 
 import torch
 
+from nanovllm.utils.device import sm_count
+
 logger = logging.getLogger(__name__)
 
 
@@ -37,12 +39,7 @@ def usable_sms(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     carveout = torch._C._get_sm_carveout_experimental() if can_limit_cublas_sms() else None
-    return _sm_count(device) - (carveout or 0)
-
-
-@functools.cache
-def _sm_count(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return sm_count(device) - (carveout or 0)
 
 
 def can_limit_cublas_sms() -> bool:

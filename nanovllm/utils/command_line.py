@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 INTERRUPTED = 130
@@ -30,6 +32,21 @@ def fail(script: str, message: object) -> NoReturn:
     """Ends the script because of what it was asked for."""
     print(f"{script}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def check_output(path: Path, *endings: str) -> None:
+    """Finds out at once what would fail only after everything has run.
+
+    Raises:
+        ValueError: a file cannot be written there, its name ends in none of `endings`, or it is a
+            picture and matplotlib is not installed.
+    """
+    if not path.parent.is_dir() or path.is_dir():
+        raise ValueError(f"{path}: there is no directory {path.parent} for a file")
+    if endings and path.suffix not in endings:
+        raise ValueError(f"{path}: the name must end in {' or '.join(endings)}")
+    if path.suffix == ".png" and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(f"{path}: a picture needs matplotlib: pip install matplotlib")
 
 
 @contextmanager

@@ -16,8 +16,8 @@ if not torch.cuda.is_available():
 
 from nanovllm import LLM
 from nanovllm.bench.shapes import shape_directory
-from nanovllm.engine.auto_plan import AutoPlan
-from nanovllm.engine.planner import PlanChoice, Planner
+from nanovllm.engine.auto.auto_plan import AutoPlan
+from nanovllm.engine.auto.planner import PlanChoice, Planner
 from nanovllm.engine.step_runner import Choice
 from tests.gpu.texts import texts
 

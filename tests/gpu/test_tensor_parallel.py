@@ -130,7 +130,7 @@ def test_engines_one_after_the_other_end_cleanly(tmp_path):
 DEATH = """
 import sys
 from nanovllm import LLM
-from nanovllm.engine.processes import RankDiedError
+from nanovllm.engine.parallel.processes import RankDiedError
 
 model, sys.executable, mode, blocks = sys.argv[1:]
 try:
@@ -169,3 +169,32 @@ def test_killed_worker_ends_rank_0(tmp_path, place, call, eager):
     result = scripts.run(script, tmp_path / "model", interpreter, mode, blocks, timeout=90)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("rank 1 of 2 was killed by SIGKILL")
+
+
+PROFILING = """
+import sys
+from nanovllm import Config, LLM
+
+config = Config(sys.argv[1], device="cuda", tensor_parallel_size=2, dtype="float32",
+                enable_pipeline=True, max_model_len=128, max_num_seqs=4, num_kvcache_blocks=64,
+                kvcache_block_size=16)
+with LLM(config) as llm:
+    for profiling in (False, True, False):
+        config.pipeline_enable_profiling = profiling
+        (output,) = llm.generate([[5, 6, 7]], temperature=0, max_tokens=5, ignore_eos=True,
+                                 use_tqdm=False)
+        steps = llm.model_runner.get_pipeline_statistics()["profiled_steps"]
+        print(*output["token_ids"], steps, flush=True)
+"""
+
+
+def test_profiling_can_be_switched_with_graphs_captured(tmp_path):
+    """A timed step has a graph of its own, and every rank has to capture it at the same step."""
+    SHAPES[0].write(tmp_path / "model")
+    script = tmp_path / "profiling.py"
+    script.write_text(PROFILING)
+    result = scripts.run(script, tmp_path / "model", timeout=240)
+    assert result.returncode == 0, result.stderr
+    plain, profiled, again = (line.split() for line in result.stdout.splitlines())
+    assert plain[:-1] == profiled[:-1] == again[:-1]
+    assert [plain[-1], profiled[-1], again[-1]] == ["0", "4", "4"]

@@ -7,10 +7,10 @@ device, between two events, goes back to the planner.
 
 from __future__ import annotations
 
-from nanovllm.engine.calibration import Calibration
-from nanovllm.engine.cost_table import CostTable
+from nanovllm.engine.auto.calibration import Calibration
+from nanovllm.engine.auto.cost_table import CostTable
+from nanovllm.engine.auto.planner import SEQUENTIAL_NUMBER, PlanChoice, Planner
 from nanovllm.engine.plan import GREEN, Plan
-from nanovllm.engine.planner import SEQUENTIAL, PlanChoice, Planner
 from nanovllm.engine.step_runner import Choice, FixedPlan, StepRunner
 
 # The FFN gets a group of whole multiples of this many SMs, about these shares of all of them.
@@ -44,7 +44,7 @@ class AutoPlan(FixedPlan):
 
     def capture(self, runner: StepRunner, *, show_progress: bool) -> None:
         """Captures sequential decode, then prepares the choice."""
-        sequential = [Choice(SEQUENTIAL, size) for size in self.sizes]
+        sequential = [Choice(SEQUENTIAL_NUMBER, size) for size in self.sizes]
         runner.capture(sequential, show_progress=show_progress)
         self.calibrate(runner, show_progress=show_progress)
 
@@ -53,7 +53,7 @@ class AutoPlan(FixedPlan):
         sizes = self.calibration.run(self.plans, show_progress=show_progress)
         choices = [Choice(plan, size) for plan, paying in enumerate(sizes) for size in paying]
         runner.capture(choices, show_progress=show_progress)
-        sizes[SEQUENTIAL] = self.sizes
+        sizes[SEQUENTIAL_NUMBER] = self.sizes
         self.planner = Planner(self.calibration.table, self.plans, sizes)
         runner.statistics.planner = self.planner
 

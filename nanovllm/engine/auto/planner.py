@@ -21,12 +21,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from nanovllm.engine.cost_table import CostTable
+from nanovllm.engine.auto.cost_table import CostTable
 from nanovllm.engine.plan import Plan
 
 logger = logging.getLogger(__name__)
 
-SEQUENTIAL = 0  # the number of sequential decode, which any step can run
+SEQUENTIAL_NUMBER = 0  # of the plan that any step can run
 # A plan is taken if it gains so much over sequential decode and over the plan in use. The times are
 # good to about 1%, so what is missed stays below 2%.
 LEAST_GAIN = 1.01
@@ -105,7 +105,7 @@ class Planner:
         record.predicted_seconds += choice.seconds
         record.measured_seconds += seconds
         place = choice.plan, choice.size
-        if choice.plan == SEQUENTIAL or place in self.dropped:
+        if choice.plan == SEQUENTIAL_NUMBER or place in self.dropped:
             return
         is_slow = seconds > choice.sequential_seconds
         self._slow_steps[place] = self._slow_steps[place] + 1 if is_slow else 0
@@ -120,11 +120,11 @@ class Planner:
 
     def _candidates(self, num_seqs: int, tokens: int) -> dict[int, PlanChoice]:
         """What can run the step, by plan: sequential decode, and pipelines with a prediction."""
-        size = self.sizes[SEQUENTIAL][bisect_left(self.sizes[SEQUENTIAL], num_seqs)]
-        if not self.table.covers(SEQUENTIAL, size):
-            return {SEQUENTIAL: PlanChoice(SEQUENTIAL, size)}
-        sequential = self.table.seconds(SEQUENTIAL, size, tokens)
-        choices = {SEQUENTIAL: PlanChoice(SEQUENTIAL, size, sequential, sequential)}
+        size = self.sizes[SEQUENTIAL_NUMBER][bisect_left(self.sizes[SEQUENTIAL_NUMBER], num_seqs)]
+        if not self.table.covers(SEQUENTIAL_NUMBER, size):
+            return {SEQUENTIAL_NUMBER: PlanChoice(SEQUENTIAL_NUMBER, size)}
+        sequential = self.table.seconds(SEQUENTIAL_NUMBER, size, tokens)
+        choices = {SEQUENTIAL_NUMBER: PlanChoice(SEQUENTIAL_NUMBER, size, sequential, sequential)}
         for plan in range(1, len(self.plans)):
             size = next((size for size in self.sizes[plan] if size >= num_seqs), 0)
             if self.table.covers(plan, size) and (plan, size) not in self.dropped:
@@ -134,10 +134,10 @@ class Planner:
 
     def _fastest(self, seconds: dict[int, float]) -> int:
         """The plan to take, given the predictions."""
-        sequential = seconds[SEQUENTIAL]
+        sequential = seconds[SEQUENTIAL_NUMBER]
         best = min(seconds, key=seconds.__getitem__)
         if seconds[best] * LEAST_GAIN > sequential:
-            best = SEQUENTIAL
+            best = SEQUENTIAL_NUMBER
         if self.current in seconds:
             now = seconds[self.current]
             if now <= min(sequential, seconds[best] * LEAST_GAIN):

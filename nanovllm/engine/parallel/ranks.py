@@ -31,8 +31,8 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from nanovllm.config import Config
-from nanovllm.engine import process_groups
-from nanovllm.engine.processes import POLL_SECONDS, RankDiedError, Workers, WorkerTask
+from nanovllm.engine.parallel import process_groups
+from nanovllm.engine.parallel.processes import POLL_SECONDS, RankDiedError, Workers, WorkerTask
 from nanovllm.engine.step_inputs import StepLayout
 from nanovllm.layers.parallel import ParallelGroup
 

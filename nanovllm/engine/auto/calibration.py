@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 import green_ctx
 import nanovllm
-from nanovllm.engine.cost_table import CostTable
+from nanovllm.engine.auto.cost_table import CostTable
+from nanovllm.engine.auto.planner import LEAST_GAIN, SEQUENTIAL_NUMBER
 from nanovllm.engine.plan import Plan
-from nanovllm.engine.planner import LEAST_GAIN, SEQUENTIAL
 from nanovllm.utils.disk_cache import DiskCache
 
 logger = logging.getLogger(__name__)
@@ -170,11 +170,14 @@ class Calibration:
             if not plans:
                 break
             longest = self.longest_tokens(size)
-            dense, end = timer(SEQUENTIAL, size, size), timer(SEQUENTIAL, size, longest)
-            halves = 2 * timer(SEQUENTIAL, size // 2, size // 2)
+            dense, end = (
+                timer(SEQUENTIAL_NUMBER, size, size),
+                timer(SEQUENTIAL_NUMBER, size, longest),
+            )
+            halves = 2 * timer(SEQUENTIAL_NUMBER, size // 2, size // 2)
             counts = tokens_to_measure(size, longest, dense, end, halves)
             for tokens in sorted({size, *counts, longest}):
-                table.add(SEQUENTIAL, size, tokens, timer(SEQUENTIAL, size, tokens))
+                table.add(SEQUENTIAL_NUMBER, size, tokens, timer(SEQUENTIAL_NUMBER, size, tokens))
             if counts:
                 plans = [plan for plan in plans if self._measure(plan, size, counts, table, timer)]
                 plans = near_fastest(table, plans, size, counts)
@@ -186,7 +189,7 @@ class Calibration:
     ) -> bool:
         """Measures a pipelined plan at a size; False if it is given up after the first time."""
         first = timer(plan, size, counts[0])
-        if first > GIVE_UP_RATIO * table.seconds(SEQUENTIAL, size, counts[0]):
+        if first > GIVE_UP_RATIO * table.seconds(SEQUENTIAL_NUMBER, size, counts[0]):
             return False
         for tokens in counts:
             table.add(plan, size, tokens, timer(plan, size, tokens))
@@ -199,7 +202,7 @@ class Calibration:
 
         def gains(size: int, tokens: int) -> bool:
             seconds = table.seconds(plan, size, tokens)
-            return LEAST_GAIN * seconds <= table.seconds(SEQUENTIAL, size, tokens)
+            return LEAST_GAIN * seconds <= table.seconds(SEQUENTIAL_NUMBER, size, tokens)
 
         return [
             size
@@ -244,7 +247,7 @@ def near_fastest(
     """The plans to measure at smaller sizes: those that are near the fastest most often."""
     near: Counter[int] = Counter()
     for tokens in counts:
-        seconds = {p: table.seconds(p, size, tokens) for p in (SEQUENTIAL, *plans)}
+        seconds = {p: table.seconds(p, size, tokens) for p in (SEQUENTIAL_NUMBER, *plans)}
         least = min(seconds.values())
         near.update(plan for plan in plans if seconds[plan] <= KEEP_RATIO * least)
     return [plan for plan, _ in near.most_common(MOST_KEPT)]

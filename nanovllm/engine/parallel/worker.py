@@ -1,4 +1,4 @@
-"""A tensor-parallel worker: `python -m nanovllm.engine.worker`, started by rank 0 alone.
+"""A tensor-parallel worker: `python -m nanovllm.engine.parallel.worker`, started by rank 0 alone.
 
 It is a program of its own, not a multiprocessing child, so that a user's script needs no
 `if __name__ == "__main__"`. See processes.py for its standard input.
@@ -17,8 +17,8 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.processes import WorkerTask
-from nanovllm.engine.ranks import Ranks
+from nanovllm.engine.parallel.processes import WorkerTask
+from nanovllm.engine.parallel.ranks import Ranks
 
 
 def main() -> None:

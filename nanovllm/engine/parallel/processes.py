@@ -57,7 +57,7 @@ class Workers:
         # Modules are found where this process finds them, and nowhere else first.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         process = subprocess.Popen(
-            [sys.executable, "-m", "nanovllm.engine.worker"],
+            [sys.executable, "-m", "nanovllm.engine.parallel.worker"],
             stdin=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
             # Ctrl-C in a terminal is for rank 0 alone, which then ends the others.

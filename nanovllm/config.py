@@ -44,6 +44,10 @@ class Config:
         max_model_len: longest sequence in tokens, prompt and output; the model's own limit caps it.
         gpu_memory_utilization: share of the device's memory the engine may fill (CUDA only).
         tensor_parallel_size: ranks over which weights and KV heads are split.
+        all_reduce: "auto" lets GPUs of one host that can do so read and write each other's memory;
+            "nccl" does not.
+        step_timeout: seconds after which a step that makes no progress, as a rank is dead or
+            silent, ends in an error.
         enforce_eager: decode without CUDA graphs.
         kvcache_block_size: tokens in a KV block.
         num_kvcache_blocks: KV blocks to allocate; -1: as many as memory allows (on the CPU, at
@@ -55,7 +59,7 @@ class Config:
         attention_backend: "auto" is "triton" on CUDA and "torch" on the CPU.
         enable_prefix_caching: reuse the KV blocks of equal prompt beginnings.
         async_scheduling: plan and launch a step before the tokens of the last one have reached the
-            host; without effect while profiling and with several ranks.
+            host; without effect while profiling.
         enable_pipeline: run decode as an attention/FFN pipeline where that is possible.
         pipeline_attention_sm_count: SMs for the attention stage, rounded up to the alignment.
         pipeline_ffn_sm_count: SMs for the FFN stage, rounded up to the alignment.
@@ -70,6 +74,8 @@ class Config:
     max_model_len: int = 4096
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
+    all_reduce: str = "auto"
+    step_timeout: float = 60.0
     enforce_eager: bool = False
     kvcache_block_size: int = 256
     num_kvcache_blocks: int = -1
@@ -97,6 +103,8 @@ RULES = {
     "max_model_len": integer(2),
     "gpu_memory_utilization": number(0, 1, open_low=True),
     "tensor_parallel_size": integer(1),
+    "all_reduce": choice("auto", "nccl"),
+    "step_timeout": number(0, 86400, open_low=True),
     "enforce_eager": boolean,
     "kvcache_block_size": integer(16, multiple_of=16),
     "num_kvcache_blocks": integer(1, also=-1),

@@ -195,7 +195,7 @@ def generate(engine: LLM) -> None:
 @pytest.mark.parametrize(
     ("place", "death", "message"),
     [
-        ("process_groups.gloo_group", scripts.KILL, "was killed by SIGKILL"),
+        ("process_groups.ProcessGroups.meet", scripts.KILL, "was killed by SIGKILL"),
         ("model_runner.load_model", scripts.KILL, "was killed by SIGKILL"),
         ("model_runner.PreparedStep", scripts.KILL, "was killed by SIGKILL"),
         ("model_runner.PreparedStep", scripts.RAISE, "ended with exit status 1; its own messa"),

@@ -328,15 +328,9 @@ class LLMEngine:
     def _may_look_ahead(self) -> bool:
         """Whether the next step may be launched before the tokens of the current one are known.
 
-        Not while profiling: the next step overwrites the time marks. Not with several ranks: only
-        rank 0 draws tokens, so the others get them from its host.
+        Not while profiling: the next step overwrites the time marks.
         """
-        config = self.config
-        return (
-            config.async_scheduling
-            and not config.pipeline_enable_profiling
-            and config.tensor_parallel_size == 1
-        )
+        return self.config.async_scheduling and not self.config.pipeline_enable_profiling
 
     def _run(self, results: dict[int, Completion], count: int, use_tqdm: bool) -> None:
         """Steps until there are `count` results."""

@@ -7,9 +7,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from nanovllm.config import Config
@@ -69,6 +70,7 @@ class ModelRunner:
         checkpoint = None if config.load_format == "dummy" else Checkpoint.open(model_dir)
         stored_dtype = "float32" if checkpoint is None else checkpoint.dtype
         dtype = resolve_dtype(config.dtype, self.model_config.dtype or stored_dtype, device)
+        ranks.connect_peers(config.all_reduce, dtype, self.model_config.hidden_size)
         heads = self.model_config.rank_heads(ranks.group)
         self.backend = make_backend(config.attention_backend, heads, device, self.block_size)
         self.max_model_len = min(config.max_model_len, self.model_config.usable_length)
@@ -100,9 +102,9 @@ class ModelRunner:
         try:
             if device.type == "cuda":
                 longest = min(config.max_num_batched_tokens, self.max_model_len)
-                draw = self._draw_one if ranks.is_first else None
-                warm_up(self.step_runner, config, longest, draw)
-            self.step_runner.chooser.capture(self.step_runner, show_progress=ranks.is_first)
+                warm_up(self.step_runner, config, longest, self._draw_one)
+            if ranks.is_first:  # whose steps the others serve from now on
+                self.step_runner.chooser.capture(self.step_runner, show_progress=True)
         except BaseException:
             self.step_runner.close()
             raise
@@ -172,11 +174,11 @@ class ModelRunner:
             torch.cuda.set_device(self.device)  # it is each thread's own
         with torch.inference_mode():
             prepared = self.step_runner.prepare(step)
-            self.ranks.send_step(prepared.layout, prepared.flat.numpy())
+            prepared = replace(prepared, sampling=self._sampling(step))
             self.watch("begin", step)
             logits = self.step_runner.run(prepared)
             self.watch("issued", step)
-            launched = LaunchedStep(step, prepared, *self._sample(step, logits))
+            launched = LaunchedStep(step, prepared, *self._draw(logits, prepared.sampling))
             self.watch("end", step)
             return launched
 
@@ -185,45 +187,49 @@ class ModelRunner:
         if launched.done is not None:
             self.ranks.wait(launched.done)
         self.watch("tokens", launched.step)
+        self.ranks.check_silence(launched.tokens)
         if launched.step.is_decode:
             self.step_runner.finish(launched.prepared, len(launched.step.chunks))
         return launched.tokens.tolist()
 
     @torch.inference_mode()
     def serve(self) -> None:
-        """Runs the steps that rank 0 sends, until it stops."""
+        """Runs the steps that rank 0 sends, and draws the same tokens, until it stops."""
         while (received := self.ranks.receive_step()) is not None:
-            layout, flat = received
-            self.step_runner.run(PreparedStep(layout, torch.from_numpy(flat)))
+            layout, flat, sampling = received
+            step = PreparedStep(layout, torch.from_numpy(flat), sampling)
+            self._draw(self.step_runner.run(step), sampling)
+            self.ranks.watch_step()
 
-    def _sample(
-        self, step: Step, logits: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Draws the next token of each sampling chunk, whose logits are the first rows."""
+    def _sampling(self, step: Step) -> np.ndarray | None:
+        """How the tokens of the sampling chunks are drawn; their logits are the first rows."""
         seqs = [chunk.seq for chunk in step.chunks if chunk.needs_sample]
         if not seqs:
-            return torch.empty(0, dtype=torch.int64), None
-        batch = SamplingBatch.of(
+            return None
+        return SamplingBatch.pack(
             [seq.params for seq in seqs],
             [seq.seed for seq in seqs],
             [seq.num_generated - 1 for seq in seqs],  # the draw itself is pending already
             [seq.request_index for seq in seqs],
             self.model_config.vocab_size,
-            self.device,
         )
-        return self._draw(logits[: len(seqs)], batch)
 
     def _draw(
-        self, logits: torch.Tensor, batch: SamplingBatch
+        self, logits: torch.Tensor, sampling: np.ndarray | None
     ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Draws a token from each row, keeps it for the next step, and sends it to the host.
+        """Draws tokens, keeps them for the next step on every rank, and on rank 0 for the host.
 
         Returns the tokens there, valid after the event.
         """
-        tokens = sample(logits, batch)
+        if sampling is None:
+            return torch.empty(0, dtype=torch.int64), None
+        batch = SamplingBatch.unpack(sampling, self.device)
+        rows = len(batch.request_index)
+        tokens = sample(logits[:rows], batch, self.ranks.group, self.model.vocab_shard)
         self.last_tokens[batch.request_index] = tokens
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or not self.ranks.is_first:
             return tokens, None
+        tokens = self.ranks.mark_silence(tokens)
         host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         host.copy_(tokens, non_blocking=True)
         done = torch.cuda.Event()
@@ -232,7 +238,7 @@ class ModelRunner:
 
     def _draw_one(self, logits: torch.Tensor, params: SamplingParams) -> None:
         vocab_size = self.model_config.vocab_size
-        self._draw(logits, SamplingBatch.of([params], [0], [0], [0], vocab_size, self.device))
+        self._draw(logits, SamplingBatch.pack([params], [0], [0], [0], vocab_size))
 
     def _bind_cache(self, num_blocks: int, dtype: torch.dtype) -> None:
         """Gives the model a KV cache of so many blocks beside the padding block."""
@@ -247,14 +253,21 @@ class ModelRunner:
             config, self.model, self.device, self.device_sms, plan,
             plans_to_try(self.device_sms) if is_auto else (),
         )  # fmt: skip
-        runner = StepRunner(config, built, self.last_tokens, self.graph_memory, self.inputs)
-        if is_auto and len(built.schedulers) > 1:
+        runner = StepRunner(
+            config, built, self.last_tokens, self.graph_memory, self.inputs, self._send
+        )
+        if is_auto and len(built.schedulers) > 1 and self.ranks.is_first:
             try:
                 runner.chooser = AutoPlan(runner, self._calibration(config, runner))
             except BaseException:
                 runner.close()
                 raise
         return runner
+
+    def _send(self, step: PreparedStep) -> None:
+        """Gives a step to the other ranks, if this is the first."""
+        if self.ranks.is_first:
+            self.ranks.send_step(step.layout, step.flat.numpy(), step.sampling)
 
     def _calibration(self, config: Config, runner: StepRunner) -> Calibration:
         cache = self.model.kv_cache
@@ -278,18 +291,18 @@ class ModelRunner:
         sizes = batch_sizes(self.config.max_num_seqs)
         # With a row in each micro-batch inputs take more room than under any plan.
         layout = self.inputs.decode_layout(0, sizes[-1], micro_batches=sizes[-1])
-        vocab_size = self.model_config.vocab_size
-        return GraphMemory(sizes, layout.size, vocab_size, dtype, self.device)
+        width = self.model.vocab_shard.size
+        return GraphMemory(sizes, layout.size, width, dtype, self.device)
 
     def _run_largest_step(self) -> None:
         """Prefill as large as the options allow, in the padding block, and decode's own memory."""
         tokens, longest = self.config.max_num_batched_tokens, self.max_model_len
         sizes = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
         chunks = [dummy_chunk(0, size) for size in sizes[: self.config.max_num_seqs]]
-        self.step_runner.run(self.step_runner.prepare_prompts(chunks))
+        self.step_runner.issue(self.step_runner.prepare_prompts(chunks))
         # What decode needs at most beyond that: logits, a copy of those that are drawn from, and
         # room for the graphs' own memory.
         logits = torch.zeros(
-            self.config.max_num_seqs, self.model_config.vocab_size, device=self.device
+            self.config.max_num_seqs, self.model.vocab_shard.size, device=self.device
         )
         logits.softmax(-1)

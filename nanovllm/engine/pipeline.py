@@ -147,11 +147,6 @@ def _make_lanes(
     """The plan with the SMs that were granted, and the streams of its lanes."""
     if not plan.streams:
         return plan, ()
-    if config.tensor_parallel_size > 1:
-        raise PipelineUnavailable(
-            f"tensor_parallel_size={config.tensor_parallel_size}: lanes with streams of their own "
-            "run on one GPU"
-        )
     mode = config.pipeline_mode if plan.mode in MODES else plan.mode
     if device.type != "cuda":
         raise PipelineUnavailable(f"pipeline_mode={mode!r} needs a CUDA GPU, not {device}")

@@ -173,7 +173,11 @@ def micro_batches(
         _metadata(layout, fields, workspace),
         strict=True,
     )
-    batches = [MicroBatch(index, StepTensors(*part)) for index, part in enumerate(parts)]
+    firsts = accumulate(layout.token_counts[:-1], initial=0)
+    batches = [
+        MicroBatch(index, StepTensors(*part), first)
+        for index, (first, part) in enumerate(zip(firsts, parts, strict=True))
+    ]
     return batches, fields.get("sample_rows")
 
 

@@ -8,10 +8,11 @@ and runs what no other does: prompts, and decode steps with too few sequences.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -72,12 +73,14 @@ class PreparedStep:
     Attributes:
         layout: of `flat`.
         flat: its inputs, int32 [layout.size].
+        sampling: how its tokens are drawn, see `SamplingBatch.pack`; None: they are not.
         choice: how it was chosen, where it was.
         events: recorded before and after it on the device, if somebody wants to know its time.
     """
 
     layout: StepLayout
     flat: torch.Tensor
+    sampling: np.ndarray | None = None
     choice: Choice | None = None
     events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
@@ -91,6 +94,7 @@ class StepRunner:
         last_tokens: the last token of each running request, on the device.
         memory: for CUDA graphs; None: run eagerly.
         inputs: lays steps out and fills them.
+        send: gives a step to the other ranks, before this one runs it.
 
     Attributes:
         chooser: chooses the plan of each decode step.
@@ -103,6 +107,7 @@ class StepRunner:
         last_tokens: torch.Tensor,
         memory: GraphMemory | None,
         inputs: StepInputs,
+        send: Callable[[PreparedStep], None],
     ) -> None:
         self.config = config
         self.schedulers, self.statistics = pipelines.schedulers, pipelines.statistics
@@ -111,6 +116,7 @@ class StepRunner:
         self.last_tokens, self.device = last_tokens, last_tokens.device
         self.memory = memory
         self.inputs = inputs
+        self.send = send
         # Of decode, by plan, size, and whether it is timed.
         self.layouts: dict[tuple[int, int, bool], StepLayout] = {}
         self.graphs: dict[StepLayout, tuple[Any, StageTimer | None]] = {}
@@ -134,7 +140,8 @@ class StepRunner:
         if choice.prediction is not None:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             events = begin, end
-        return PreparedStep(layout, self._fill(layout, chunks, parts), choice, events)
+        flat = self._fill(layout, chunks, parts)
+        return PreparedStep(layout, flat, choice=choice, events=events)
 
     def prepare_prompts(self, chunks: Sequence[Chunk]) -> PreparedStep:
         """A step of any chunks, as one micro-batch."""
@@ -151,24 +158,31 @@ class StepRunner:
             self.layouts[key] = self.inputs.decode_layout(plan, size, batches, timed=key[-1])
         return self.layouts[key]
 
-    def run(
+    def run(self, step: PreparedStep) -> torch.Tensor:
+        """Issues a step on all ranks, or replays its graph.
+
+        Returns logits [num_samples, this rank's part of the vocabulary].
+        """
+        self.send(step)
+        if self.memory is not None and step.layout.is_decode:
+            return self._replay(step)
+        self.timer = StageTimer(self.device) if step.layout.timed else None
+        return self.issue(step, timer=self.timer)
+
+    def issue(
         self,
         step: PreparedStep,
         logits: torch.Tensor | None = None,
         timer: StageTimer | None = None,
     ) -> torch.Tensor:
-        """Issues a step, or replays its graph; returns its logits [num_samples, vocab_size].
+        """Issues a step on this rank; the others must do the same.
 
         Args:
             step: its inputs are on the host, or on the device while it is captured.
-            logits: where a capture wants them, which issues the step itself.
-            timer: of a capture.
+            logits: where to write them.
+            timer: times the step's works.
         """
         layout = step.layout
-        if logits is None:
-            if self.memory is not None and layout.is_decode:
-                return self._replay(step)
-            timer = self.timer = StageTimer(self.device) if layout.timed else None
         if timer:
             timer.begin_step()
         scheduler = self.schedulers[layout.plan]
@@ -182,9 +196,9 @@ class StepRunner:
         return logits
 
     def run_padding(self, size: int) -> torch.Tensor:
-        """Runs a decode step of `size` rows, all of them padding."""
+        """Issues a decode step of `size` rows, all of them padding; for all ranks alike."""
         choice = self.chooser.choose(size, size)
-        return self.run(self.prepare_decode(choice, [], []))
+        return self.issue(self.prepare_decode(choice, [], []))
 
     def finish(self, step: PreparedStep, num_seqs: int) -> None:
         """Counts a decode step, which must be complete, and hands on how long it took."""
@@ -203,9 +217,8 @@ class StepRunner:
         if largest_first:
             bar = tqdm(largest_first, desc="Capturing CUDA graphs", disable=not show_progress)
             for choice in bar:
-                layout = self.layout(choice)
-                if layout not in self.graphs:
-                    self._capture(layout)
+                if self.layout(choice) not in self.graphs:
+                    self.run(self.prepare_decode(choice, [], []))
             # The steps that were run before their captures leave memory in sizes of their own.
             torch.cuda.empty_cache()
 
@@ -240,11 +253,11 @@ class StepRunner:
         inputs = self.memory.inputs[: layout.size]
         inputs.copy_(padding)
         step, logits = PreparedStep(layout, inputs), self.memory.logits[: layout.num_samples]
-        self.run(step, logits)  # outside: compiles kernels, makes handles
+        self.issue(step, logits)  # outside: compiles kernels, makes handles
         timer = StageTimer(self.device, in_graph=True) if layout.timed else None
         graph = torch.cuda.CUDAGraph()
         with self.memory.capturing(graph):
-            self.run(step, logits, timer)
+            self.issue(step, logits, timer)
         self.graphs[layout] = graph, timer
         return graph, timer
 

@@ -3,7 +3,7 @@
 Triton compiles a kernel when it first meets some sizes. What tiles a kernel takes changes at powers
 of two and at multiples of 16 rows, up to some hundred, so prompts of these lengths meet all; two
 layers stand for the others. Captured decode steps need nothing here, as each is run before it is
-captured. All ranks run the same steps, since steps contain collectives; only rank 0 draws tokens.
+captured. All ranks run the same steps, since steps and draws contain collectives.
 
 What is not met: a pipeline without CUDA graphs plans its linear layers for the SMs of a lane, and
 where that makes other tiles than all SMs do, they are compiled in its first step of that size.
@@ -39,7 +39,7 @@ def warm_up(
     steps: StepRunner,
     config: Config,
     max_prompt: int,
-    draw: Callable[[torch.Tensor, SamplingParams], object] | None,
+    draw: Callable[[torch.Tensor, SamplingParams], object],
 ) -> None:
     """Runs prompts, decode steps and the sampler, all in the padding block.
 
@@ -47,7 +47,7 @@ def warm_up(
         steps: runs them.
         config: says how decode will run.
         max_prompt: tokens of the longest prompt of a step.
-        draw: draws a token from logits [1, vocab_size]; None: on ranks that do not draw.
+        draw: draws a token from logits [1, this rank's part of the vocabulary].
     """
     for rows in batch_sizes(min(MOST_ROWS, max_prompt)):
         logits = _run_outer_layers(steps, rows)
@@ -55,9 +55,8 @@ def warm_up(
         sizes = batch_sizes(config.max_num_seqs)
         for size in [*sizes[:5], *sizes[5:][-1:]]:
             steps.run_padding(size)
-    if draw is not None:
-        for params in SAMPLING:
-            draw(logits, params)
+    for params in SAMPLING:
+        draw(logits, params)
 
 
 def _run_outer_layers(steps: StepRunner, rows: int) -> torch.Tensor:

@@ -46,9 +46,11 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return _ops(gate_up).silu_mul(gate_up)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See `reference.linear`: ``x [N, K], weight [M, K] -> [N, M]``."""
-    return _linear(Normed(x), weight, bias)
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """See `reference.linear`: ``x [N, K], weight [M, K] -> [N, M]``, in `out` if it is given."""
+    return _linear(Normed(x), weight, bias, out)
 
 
 def linear_silu_mul(x: Normed, gate_up_weight: Tensor) -> Tensor:
@@ -130,15 +132,27 @@ def sample(
     seeds: Tensor,
     steps: Tensor,
     threshold: tuple[Tensor, Tensor] | None = None,
+    part: tuple[int, int] | None = None,
 ) -> Tensor:
-    """See `reference.sample`: one token per row of ``logits [N, V]`` -> ``[N]`` int64."""
-    return _ops(logits).sample(logits, temperatures, seeds, steps, threshold)
+    """See `reference.sample`: one token, or key, per row of ``logits [N, V]`` -> ``[N]`` int64."""
+    return _ops(logits).sample(logits, temperatures, seeds, steps, threshold, part)
 
 
-def _linear(x: Normed, weight: Tensor, bias: Tensor | None) -> Tensor:
+def weigh(
+    logits: Tensor, temperatures: Tensor, rows: Tensor, peaks: Tensor, keys: Tensor
+) -> Tensor:
+    """See `reference.weigh`: number and weight of the logits from keys on."""
+    return _ops(logits).weigh(logits, temperatures, rows, peaks, keys)
+
+
+def _linear(x: Normed, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     if x.values.is_cuda and _triton_ops().small_gemm.supports(x.values):
-        return _triton_ops().small_gemm.linear(x, weight, bias)
-    return F.linear(x.materialize(), weight, bias)
+        return _triton_ops().small_gemm.linear(x, weight, bias, out)
+    if out is None:
+        return F.linear(x.materialize(), weight, bias)
+    if bias is None:
+        return torch.mm(x.materialize(), weight.t(), out=out)
+    return torch.addmm(bias, x.materialize(), weight.t(), out=out)
 
 
 def _ops(x: Tensor) -> ModuleType:

@@ -13,8 +13,9 @@ timing, nor on the number of programs), adds the residual and normalises.
 
 Barriers are counters in each rank's memory, one for each (program, rank, beginning or end), which grow by one a
 launch: nothing is reset, so a captured graph can be replayed. A program waits for the same program of
-its peers and for nothing else, so it does not matter which programs run at the same time. A wait is bounded: after
-`max_polls` looks a program notes that in `expired`, goes on, and no later launch waits again.
+its peers and for nothing else, so it does not matter which programs run at the same time. A wait is
+bounded: after `max_polls` looks a program notes that in `expired` and goes on. No later launch waits
+again, and the peers are told with their next signal.
 
 NOTE: no barrier protects a partial sum from being overwritten while a peer reads it. Alternate between two
 buffers: who writes the first again has passed the beginning of the launch on the second, and so has seen
@@ -26,15 +27,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.pdl import pdl_options, pdl_trigger, pdl_wait
 
-
-
+# Rows that a program works on at a time, if it has many.
+ROWS = 4
+GATHER_BLOCK = 1024
+ELEMENTS = 8  # of a row a thread holds
+# Added to a counter by a rank that gave up waiting.
+POISON = tl.constexpr(1 << 30)
 
 
 @dataclass(frozen=True)
@@ -85,104 +89,124 @@ def all_reduce_add_norm(
     """
     rows, hidden = shape
     block = triton.next_power_of_2(hidden)
+    own = triton.cdiv(rows, peers.size) if two_shot else rows
+    each = ROWS if own >= ROWS * programs else 1
     _all_reduce_kernel[(programs,)](
-        parts,
-        outputs,
-        residual,
-        weight,
-        peers.counters,
-        peers.launches,
-        peers.expired,
-        rows,
-        eps,
-        peers.max_polls,
-        HIDDEN=hidden,
-        BLOCK=block,
-        RANK=peers.rank,
-        SIZE=peers.size,
-        MAX_PROGRAMS=peers.max_programs,
-        TWO_SHOT=two_shot,
-        num_warps=min(max(block // 256, 1), 16),
-        **pdl_options(),
-    )
+        parts, outputs, residual, weight, peers.counters, peers.launches, peers.expired,
+        rows, eps, peers.max_polls,
+        HIDDEN=hidden, BLOCK=block, ROWS=each, RANK=peers.rank, SIZE=peers.size,
+        MAX_PROGRAMS=peers.max_programs, TWO_SHOT=two_shot,
+        num_warps=min(max(each * block // ELEMENTS // 32, 1), 16), **pdl_options(),
+    )  # fmt: skip
 
 
 @triton.jit
 def _meet(counters, at, launch, expired, polls, RANK: tl.constexpr, SIZE: tl.constexpr):
-    """Tells the same program of all peers that this one is here, and waits until they are."""
+    """Tells the same program of all peers that this one is here, and waits until they are.
+
+    One that gave up waiting, or was told that a peer did, says so with POISON.
+    """
+    peer = tl.arange(0, triton.next_power_of_2(SIZE))
+    others = (peer < SIZE) & (peer != RANK)
+    given_up = tl.load(expired)
     tl.debug_barrier()
-    for shift in tl.static_range(1, SIZE):
-        peer = (RANK + shift) % SIZE
-        theirs = tl.load(counters + peer).to(tl.pointer_type(tl.int32))
-        tl.atomic_xchg(theirs + at * SIZE + RANK, launch, sem="release", scope="sys")
-    ours = tl.load(counters + RANK).to(tl.pointer_type(tl.int32))
-    left = tl.where(tl.load(expired) == 0, polls, 0)
-    for shift in tl.static_range(1, SIZE):
-        peer = (RANK + shift) % SIZE
-        place = ours + at * SIZE + peer
-        seen = tl.atomic_add(place, 0, sem="acquire", scope="sys")
-        # The difference, because counters wrap around.
-        while (seen - launch < 0) & (left > 0):
-            seen = tl.atomic_add(place, 0, sem="acquire", scope="sys")
-            left -= 1
-        if seen - launch < 0:
-            tl.store(expired, 1)
+    theirs = tl.load(counters + peer, mask=others, other=0).to(tl.pointer_type(tl.int32))
+    word = tl.where(given_up == 0, launch, launch + POISON)
+    tl.atomic_xchg(theirs + at * SIZE + RANK, word, mask=others, sem="release", scope="sys")
+    ours = tl.load(counters + RANK).to(tl.pointer_type(tl.int32)) + at * SIZE + peer
+    seen = tl.atomic_add(ours, 0, mask=others, sem="acquire", scope="sys")
+    left = tl.where(given_up == 0, polls, 0)
+    # The difference, because counters wrap around.
+    behind = tl.min(tl.where(others, seen - launch, 0), axis=0) < 0
+    while behind & (left > 0):
+        seen = tl.atomic_add(ours, 0, mask=others, sem="acquire", scope="sys")
+        behind = tl.min(tl.where(others, seen - launch, 0), axis=0) < 0
+        left -= 1
+    poisoned = tl.max(tl.where(others, seen - launch, 0), axis=0) >= POISON
+    if behind | poisoned:
+        tl.store(expired, 1)
     tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["rows", "polls"])
 def _all_reduce_kernel(
-    parts,
-    outputs,
-    residual,
-    weight,
-    counters,
-    launches,
-    expired,
-    rows,
-    eps,
-    polls,
-    HIDDEN: tl.constexpr,
-    BLOCK: tl.constexpr,
-    RANK: tl.constexpr,
-    SIZE: tl.constexpr,
-    MAX_PROGRAMS: tl.constexpr,
-    TWO_SHOT: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    parts, outputs, residual, weight, counters, launches, expired, rows, eps, polls,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr,
+    SIZE: tl.constexpr, MAX_PROGRAMS: tl.constexpr, TWO_SHOT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     dtype = residual.dtype.element_ty
     program, programs = tl.program_id(0), tl.num_programs(0)
-    column = tl.arange(0, BLOCK)
-    inside = column < HIDDEN
-    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    column = tl.arange(0, BLOCK)[None, :]
+    scale = tl.load(weight + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
     pdl_wait(PDL)
     launch = tl.load(launches + program) + 1
     tl.store(launches + program, launch)
     _meet(counters, program, launch, expired, polls, RANK, SIZE)
 
-    first = program * SIZE + RANK if TWO_SHOT else program
-    stride = programs * SIZE if TWO_SHOT else programs
-    for row in range(first, rows, stride):
+    share: tl.constexpr = SIZE if TWO_SHOT else 1
+    first = program * ROWS * share + (RANK if TWO_SHOT else 0)
+    for start in range(first, rows, programs * ROWS * share):
+        row = (start + tl.arange(0, ROWS) * share)[:, None]
+        inside = (row < rows) & (column < HIDDEN)
         at = row * HIDDEN + column
-        total = tl.zeros([BLOCK], tl.float32)
+        total = tl.zeros([ROWS, BLOCK], tl.float32)
         for rank in tl.static_range(SIZE):
-            part = tl.load(parts + rank).to(tl.pointer_type(dtype))
+            part = _address(parts + rank, dtype)
             # NOTE: not cached: a line of a peer's memory in L1 would be of the launch before.
             total += tl.load(part + at, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
         total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
         rounded = total.to(dtype)
         tl.store(residual + at, rounded, mask=inside)
         values = rounded.to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(values * values, axis=0) / HIDDEN + eps)
-        normed = (values * inverse * scale).to(dtype)
+        inverse = tl.rsqrt(tl.sum(values * values, axis=1) / HIDDEN + eps)
+        normed = (values * inverse[:, None] * scale).to(dtype)
         if TWO_SHOT:
             for shift in tl.static_range(SIZE):
-                peer = (RANK + shift) % SIZE
-                output = tl.load(outputs + peer).to(tl.pointer_type(dtype))
-                tl.store(output + at, normed, mask=inside)
+                tl.store(_address(outputs + (RANK + shift) % SIZE, dtype) + at, normed, mask=inside)
         else:
-            output = tl.load(outputs + RANK).to(tl.pointer_type(dtype))
-            tl.store(output + at, normed, mask=inside)
+            tl.store(_address(outputs + RANK, dtype) + at, normed, mask=inside)
     if TWO_SHOT:
         _meet(counters, MAX_PROGRAMS + program, launch, expired, polls, RANK, SIZE)
+    pdl_trigger(PDL)
+
+
+@triton.jit
+def _address(place, dtype: tl.constexpr):
+    """An address out of a table, as a pointer that is known to be aligned for wide accesses."""
+    return tl.multiple_of(tl.load(place).to(tl.pointer_type(dtype)), 16)
+
+
+def gather(peers: Peers, values: Tensor, inboxes: Tensor) -> None:
+    """Write this rank's values to all ranks, and wait for those of the others.
+
+    Args:
+        peers: the ranks.
+        values: int64 ``[n]``.
+        inboxes: int64 ``[size]``, addresses of each rank's int64 ``[size, n]``; row r is for rank r.
+            NOTE: as with partial sums, two of them in turn.
+    """
+    count = values.numel()
+    programs = min(triton.cdiv(count, GATHER_BLOCK), peers.max_programs)
+    _gather_kernel[(programs,)](
+        values, inboxes, peers.counters, peers.launches, peers.expired, count, peers.max_polls,
+        BLOCK=GATHER_BLOCK, RANK=peers.rank, SIZE=peers.size, num_warps=4, **pdl_options(),
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["values", "count", "polls"])
+def _gather_kernel(
+    values, inboxes, counters, launches, expired, count, polls,
+    BLOCK: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    pdl_wait(PDL)
+    launch = tl.load(launches + program) + 1
+    tl.store(launches + program, launch)
+    for start in range(program * BLOCK, count, tl.num_programs(0) * BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        own = tl.load(values + place, mask=place < count)
+        for rank in tl.static_range(SIZE):
+            inbox = tl.load(inboxes + rank).to(tl.pointer_type(tl.int64)) + RANK * count
+            tl.store(inbox + place, own, mask=place < count)
+    _meet(counters, program, launch, expired, polls, RANK, SIZE)
     pdl_trigger(PDL)

@@ -17,6 +17,10 @@ from nanovllm.kernels.normed import HeadInputs
 
 SAMPLE_TILE = 4096  # tokens; part of the definition of a draw, not a tuning choice
 _MASK32 = 0xFFFFFFFF
+# Zeros at the end of such a value's float32: ordered keys go without them.
+KEY_SHIFTS = {torch.bfloat16: 16, torch.float16: 13}
+# Keys of a draw from a part of the vocabulary: a logit is NaN; no token can be drawn.
+BROKEN, NOTHING = (1 << 63) - 1, -(1 << 63)
 
 
 # ------------------------------------------------------------------ normalisation and activation
@@ -282,12 +286,58 @@ def find_threshold(
     return thresholds.index_copy(0, rows, least[:, 0]), tie_ends.index_copy(0, rows, tie_end.int())
 
 
+def weigh(
+    logits: Tensor, temperatures: Tensor, rows: Tensor, peaks: Tensor, keys: Tensor
+) -> Tensor:
+    """How many logits there are from certain keys on, and what they weigh.
+
+    Args:
+        logits: ``[N, V]``.
+        temperatures: ``[N]`` float32.
+        rows: ``[F]`` int64.
+        peaks: ``[F]`` float32, finite; a logit of that height weighs 1.
+        keys: ``[F, P]`` int64, see ``key_of``.
+
+    Returns:
+        float64 ``[F, P, 2]``: number, and sum of ``exp((logit - peak) / temperature)``, of the
+        logits whose key is at least that. NaN and -inf have none.
+    """
+    values = logits[rows].float()
+    values = torch.where(values.isnan(), float("-inf"), values)
+    limit = torch.finfo(torch.float32).max
+    scores = values.double().clamp(-limit, limit) - peaks[:, None]
+    weights = (scores / temperatures[rows, None]).exp()
+    own = key_of(values, logits.dtype)
+    return torch.stack(
+        [
+            torch.stack([reached.sum(1).double(), (weights * reached).sum(1)], 1)
+            for reached in (own >= key[:, None] for key in keys.t())
+        ],
+        1,
+    )
+
+
+def key_of(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """int64 that order float32 values of a narrower dtype as they are ordered, without gaps."""
+    bits = (values + 0.0).view(torch.int32)  # + 0.0 makes 0 of -0
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() >> KEY_SHIFTS.get(dtype, 0)
+
+
+def value_of(keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """The float32 values of keys."""
+    shift = KEY_SHIFTS.get(dtype, 0)
+    bits = keys << shift
+    kept = (0x7FFFFFFF >> shift) << shift
+    return torch.where(keys < 0, bits ^ kept, bits).int().view(torch.float32)
+
+
 def sample(
     logits: Tensor,
     temperatures: Tensor,
     seeds: Tensor,
     steps: Tensor,
     threshold: tuple[Tensor, Tensor] | None = None,
+    part: tuple[int, int] | None = None,
 ) -> Tensor:
     """Draw one token per row from ``softmax(logits / temperature)``.
 
@@ -297,9 +347,12 @@ def sample(
         seeds: ``[N]`` int64, the request's seed.
         steps: ``[N]`` int64, which token of the request this is.
         threshold: of each row, see ``find_threshold``; None: all its tokens may be drawn.
+        part: the logits are those of a part of the vocabulary, whole tiles of it: its first token,
+            and the size of the vocabulary.
 
     Returns:
-        ``[N]`` int64; -1 for a row that has a NaN, or nothing but -inf.
+        ``[N]`` int64; -1 for a row that has a NaN, or nothing but -inf. Of a part: keys; the
+        largest of all parts' keys says what is drawn, see ``token_of``.
 
     A row's draw depends on its own logits, temperature, seed and step only, never on the batch.
 
@@ -310,13 +363,15 @@ def sample(
     within that tile. The product of the two probabilities is the softmax's, and the noise of all
     other tiles is never needed.
     """
-    broken = logits.isnan().any(1) | (logits == float("-inf")).all(1)
+    first_token, vocab = part or (0, logits.shape[1])
+    first_tile, all_tiles = first_token // SAMPLE_TILE, -(-vocab // SAMPLE_TILE)
+    broken = logits.isnan().any(1)
     if threshold is not None:
         least, tie_end = (x[:, None] for x in threshold)
         among = torch.arange(logits.shape[1], device=logits.device) <= tie_end
         stays = (logits > least) | ((logits == least) & among)
         logits = logits.masked_fill(~stays, float("-inf"))
-    num_tiles = -(-logits.shape[1] // SAMPLE_TILE)
+    num_tiles = max(-(-logits.shape[1] // SAMPLE_TILE), 1)  # a part may have no token at all
     warm = temperatures[:, None] > 0
     scores = logits.float() * (1 / torch.where(warm, temperatures[:, None], 1.0))
     scores = torch.where(scores.isnan(), float("-inf"), scores)
@@ -324,17 +379,27 @@ def sample(
     tiles = torch.nn.functional.pad(scores, (0, padding), value=float("-inf"))
     tiles = tiles.unflatten(1, (num_tiles, SAMPLE_TILE))
 
-    def draw(scores: Tensor, index: Tensor) -> Tensor:
+    def draw(scores: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         noise = -exponential(random_bits(seeds[:, None], steps[:, None], index)).log()
-        return torch.where(warm, scores + noise, scores).argmax(-1, keepdim=True)
+        return torch.where(warm, scores + noise, scores).max(-1, keepdim=True)
 
     # Tiles are numbered after the last token, so that no noise is used twice.
-    tile_index = torch.arange(num_tiles, device=logits.device) + num_tiles * SAMPLE_TILE
-    tile = draw(torch.where(warm, tiles.logsumexp(-1), tiles.amax(-1)), tile_index)
-    first = tile * SAMPLE_TILE
+    index = all_tiles * SAMPLE_TILE + first_tile + torch.arange(num_tiles, device=logits.device)
+    score, tile = draw(torch.where(warm, tiles.logsumexp(-1), tiles.amax(-1)), index)
+    first = first_token + tile * SAMPLE_TILE
     chosen = tiles.take_along_dim(tile[:, :, None], 1).squeeze(1)
-    token = draw(chosen, first + torch.arange(SAMPLE_TILE, device=logits.device))
-    return torch.where(broken, -1, (first + token).squeeze(1))
+    _, place = draw(chosen, first + torch.arange(SAMPLE_TILE, device=logits.device))
+    token = first + place
+    # The score in order, then the token, the lowest first.
+    keys = ((key_of(score, torch.float32) << 32) | (_MASK32 - token)).squeeze(1)
+    keys = torch.where(score.squeeze(1).isneginf(), NOTHING, keys)
+    keys = torch.where(broken, BROKEN, keys)
+    return token_of(keys) if part is None else keys
+
+
+def token_of(keys: Tensor) -> Tensor:
+    """What is drawn by the largest keys of ``sample`` of parts, int64 ``[N]``."""
+    return torch.where((keys == BROKEN) | (keys == NOTHING), -1, _MASK32 - (keys & _MASK32))
 
 
 def random_bits(seed: Tensor, step: Tensor, index: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.reference import SAMPLE_TILE
+from nanovllm.kernels.reference import BROKEN, NOTHING, SAMPLE_TILE
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+_BROKEN, _NOTHING = tl.constexpr(BROKEN), tl.constexpr(NOTHING)
 
 
 def sample(
@@ -25,13 +26,17 @@ def sample(
     seeds: Tensor,
     steps: Tensor,
     threshold: tuple[Tensor, Tensor] | None = None,
+    part: tuple[int, int] | None = None,
 ) -> Tensor:
     """See ``reference.sample``; rows of the logits may be strided, a row may not."""
     rows, vocab = logits.shape
     tiles = triton.cdiv(vocab, SAMPLE_TILE)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    if vocab == 0:
+        return tokens.fill_(NOTHING)
     if rows == 0:
         return tokens
+    first, whole = part or (0, vocab)
     weights = torch.empty(rows, tiles, dtype=torch.float32, device=logits.device)
     stride = logits.stride(0)
     thresholds, tie_ends = threshold or (None, None)
@@ -42,7 +47,8 @@ def sample(
     _draw_kernel[(rows,)](
         logits, temperatures, seeds, steps, thresholds, tie_ends, weights, tokens, stride,
         VOCAB=vocab, TILE=SAMPLE_TILE, NUM_TILES=tiles, TILES_PAD=triton.next_power_of_2(tiles),
-        num_warps=8,
+        FIRST_TILE=first // SAMPLE_TILE, ALL_TILES=triton.cdiv(whole, SAMPLE_TILE),
+        KEYS=part is not None, num_warps=8,
     )  # fmt: skip
     return tokens
 
@@ -77,8 +83,12 @@ def _weigh_kernel(
 def _draw_kernel(
     logits, temperatures, seeds, steps, thresholds, tie_ends, weights, tokens, row_stride,
     VOCAB: tl.constexpr, TILE: tl.constexpr, NUM_TILES: tl.constexpr, TILES_PAD: tl.constexpr,
+    FIRST_TILE: tl.constexpr, ALL_TILES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Draw a tile of one row by its weight, then a token of the tile; of equals the lowest."""
+    """Draw a tile of one row by its weight, then a token of the tile; of equals the lowest.
+
+    With KEYS, of a part of the vocabulary, store the draw's key instead.
+    """
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperatures + row)
     seed = tl.load(seeds + row)
@@ -90,17 +100,26 @@ def _draw_kernel(
     broken = tl.max((weight != weight).to(tl.int32), axis=0) > 0
     # NOTE: a NaN is no maximum, so it could let the draw end in a lane beyond the vocabulary.
     weight = tl.where(weight == weight, weight, float("-inf"))
-    broken |= tl.max(weight, axis=0) == float("-inf")
+    empty = tl.max(weight, axis=0) == float("-inf")
     if temperature > 0:
-        weight += _gumbel(seed, step, NUM_TILES * TILE + tiles)
-    _, tile = tl.max(weight, axis=0, return_indices=True)
+        weight += _gumbel(seed, step, ALL_TILES * TILE + FIRST_TILE + tiles)
+    best, tile = tl.max(weight, axis=0, return_indices=True)
 
     score = _scores(logits, row, row_stride, tile, temperature, thresholds, tie_ends, VOCAB, TILE)
     if temperature > 0:
-        score += _gumbel(seed, step, tile * TILE + tl.arange(0, TILE))
+        score += _gumbel(seed, step, (FIRST_TILE + tile) * TILE + tl.arange(0, TILE))
     score = tl.where(score == score, score, float("-inf"))
     _, place = tl.max(score, axis=0, return_indices=True)
-    tl.store(tokens + row, tl.where(broken, -1, tile * TILE + place).to(tl.int64))
+    token = ((FIRST_TILE + tile) * TILE + place).to(tl.int64)
+    if KEYS:
+        # NOTE: + 0.0 makes 0 of -0, whose bits are others though they are equal.
+        bits = (best + 0.0).to(tl.int32, bitcast=True)
+        ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+        key = (ordered << 32) | (0xFFFFFFFF - token)
+        key = tl.where(empty, _NOTHING, key)
+        tl.store(tokens + row, tl.where(broken, _BROKEN, key))
+    else:
+        tl.store(tokens + row, tl.where(broken | empty, -1, token))
 
 
 @triton.jit

@@ -37,9 +37,11 @@ def supports(x: Tensor) -> bool:
     return rows <= MAX_ROWS and inner % (_WARPS * _BLOCK) == 0 and x.element_size() == 2
 
 
-def linear(x: Normed, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See ``reference.linear``, for N up to MAX_ROWS."""
-    return _launch(x, weight, bias, weight.shape[0])
+def linear(
+    x: Normed, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """See ``reference.linear``, for N up to MAX_ROWS; in ``out`` if it is given."""
+    return _launch(x, weight, bias, weight.shape[0], out=out)
 
 
 def linear_silu_mul(x: Normed, gate_up_weight: Tensor) -> Tensor:
@@ -90,6 +92,7 @@ def _launch(
     features: int,
     gated: bool = False,
     after: _NormAfter | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     tokens, inner = x.values.shape
     if tokens > MAX_ROWS:
@@ -98,7 +101,8 @@ def _launch(
     if inner % step:
         raise ValueError(f"x has {inner} columns; they must be a multiple of {step}")
     values, weight = x.values.contiguous(), weight.contiguous()
-    out = torch.empty(tokens, features, dtype=values.dtype, device=values.device)
+    if out is None:
+        out = torch.empty(tokens, features, dtype=values.dtype, device=values.device)
     if tokens > 0:
         rows = _rows(features, gated)
         num_sum_sq = 0 if x.sum_sq is None else x.sum_sq.shape[1]

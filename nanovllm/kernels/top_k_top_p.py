@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.reference import KEY_SHIFTS
+
 TILE = 8192
 BUCKET = 256
 _PIVOTS = 8  # keys of a pass
-# Zeros at the end of such a value's float32: keys go without them.
-_SHIFTS = {torch.bfloat16: 16, torch.float16: 13}
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _MAX = tl.constexpr(3.4028234663852886e38)
 
@@ -46,7 +46,7 @@ def find_threshold(
 
     tiles = triton.cdiv(vocab, TILE)
     buckets = tiles * (TILE // BUCKET)
-    shift = _SHIFTS.get(logits.dtype, 0)
+    shift = KEY_SHIFTS.get(logits.dtype, 0)
     maxima = torch.empty(count, buckets, dtype=torch.float32, device=device)
     _survey_kernel[(count, tiles)](
         logits, rows, maxima, stride, VOCAB=vocab, TILE=TILE, BUCKET=BUCKET, num_warps=8

@@ -8,6 +8,7 @@ from nanovllm.kernels.activation import silu_mul
 from nanovllm.kernels.norm import add_rms_norm, rms_norm
 from nanovllm.kernels.rope import qk_norm_rope_store
 from nanovllm.kernels.sampling import sample
+from nanovllm.kernels.split_logits import weigh
 from nanovllm.kernels.tokens import resolve_tokens
 from nanovllm.kernels.top_k_top_p import find_threshold
 
@@ -21,4 +22,5 @@ __all__ = [
     "sample",
     "silu_mul",
     "small_gemm",
+    "weigh",
 ]

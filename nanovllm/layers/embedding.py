@@ -6,11 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanovllm.kernels.reference import SAMPLE_TILE
+from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.parallel import ParallelGroup, Shard, WeightShard, WeightShards
+
+TURN = 2  # see ParallelGroup.add_norm
 
 
 class VocabEmbedding(nn.Module):
-    """One row of `hidden_size` per token; each rank holds an equal range of rows.
+    """One row of `hidden_size` per token; each rank holds a range of whole tiles of a draw.
 
     The same matrix reads tokens in (`forward`) and writes logits out (`logits`), so a model with
     tied embeddings has one of these, any other model two.
@@ -19,27 +23,38 @@ class VocabEmbedding(nn.Module):
     def __init__(self, vocab_size: int, hidden_size: int, group: ParallelGroup) -> None:
         super().__init__()
         self.group = group
-        self.shard = Shard.ceil(vocab_size, group)
-        # Equally many rows on every rank, so that logits can be gathered; the last may be unused.
-        rows = -(-vocab_size // group.size)
-        self.weight = nn.Parameter(torch.empty(rows, hidden_size), requires_grad=False)
+        self.shard = Shard.whole_tiles(vocab_size, SAMPLE_TILE, group)
+        self.weight = nn.Parameter(torch.empty(self.shard.size, hidden_size), requires_grad=False)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Integer [T] to [T, hidden_size]."""
+        return self.group.all_reduce(self._own_rows(token_ids))
+
+    def normed(self, token_ids: Tensor, norm: RMSNorm, first: int) -> tuple[Tensor, Tensor]:
+        """Returns (norm of x, x) for x = `forward`; see `ParallelGroup.add_norm` for the NOTE."""
+        if self.group.size == 1:
+            x = self.forward(token_ids)
+            return norm(x), x
+        residual = self.weight.new_zeros(len(token_ids), self.weight.shape[1])
+        return self.group.add_norm(
+            lambda out: self._own_rows(token_ids, out), TURN, first, residual, norm
+        )
+
+    def logits(self, hidden_states: Tensor, out: Tensor) -> None:
+        """[T, hidden_size] to `out` [T, this rank's part of the vocabulary]."""
+        torch.mm(hidden_states, self.weight.t(), out=out)
+
+    def weight_shards(self, path: str) -> WeightShards:
+        yield f"{path}.weight", WeightShard(self.weight, self.shard)
+
+    def _own_rows(self, token_ids: Tensor, out: Tensor | None = None) -> Tensor:
+        """Rows of the tokens that this rank holds, zeros for the others."""
         if self.group.size == 1:
             return F.embedding(token_ids, self.weight)
+        if self.shard.size == 0:
+            zeros = self.weight.new_zeros(len(token_ids), self.weight.shape[1])
+            return zeros if out is None else out.zero_()
         local = token_ids - self.shard.start
         held = (local >= 0) & (local < self.shard.size)
         rows = F.embedding(torch.where(held, local, 0), self.weight)
-        return self.group.all_reduce(torch.where(held[:, None], rows, 0))
-
-    def logits(self, hidden_states: Tensor, out: Tensor) -> None:
-        """[T, hidden_size] to `out` [T, vocab_size], on every rank."""
-        if self.group.size == 1:
-            torch.mm(hidden_states, self.weight.t(), out=out)
-        else:
-            local = F.linear(hidden_states, self.weight)
-            out.copy_(self.group.concat_last_dim(local)[:, : self.shard.full])
-
-    def weight_shards(self, path: str) -> WeightShards:
-        yield f"{path}.weight", WeightShard(self.weight[: self.shard.size], self.shard)
+        return torch.mul(rows, held[:, None], out=out)

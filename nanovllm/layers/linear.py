@@ -45,29 +45,46 @@ class RowLinear(nn.Module):
     """A projection whose input is split over the ranks and whose output is their sum."""
 
     def __init__(
-        self, in_features: int, out_features: int, group: ParallelGroup, bias: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        group: ParallelGroup,
+        turn: int,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.group = group
+        self.turn = turn  # which all-reduce of a layer is its own
         self.shard = Shard.even(in_features, group)
         self.weight = nn.Parameter(torch.empty(out_features, self.shard.size), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[T, this rank's in_features] to [T, out_features]."""
-        # One rank alone adds the bias, so that it enters the sum once.
-        bias = self.bias if self.group.rank == 0 else None
-        return self.group.all_reduce(kernels.linear(x, self.weight, bias))
+        """[T, this rank's in_features] to [T, out_features], summed over the ranks."""
+        return self.group.all_reduce(self._part(x))
 
-    def add_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[kernels.Normed, Tensor]:
+    def add_norm(
+        self, x: Tensor, residual: Tensor, norm: RMSNorm, first: int = 0, *, may_defer: bool = True
+    ) -> tuple[kernels.Normed, Tensor]:
         """Returns (norm of s, s) for s = this layer's output + residual [T, out_features].
 
-        The residual is used up: s may be written over it.
+        The residual is used up: s may be written over it. See `ParallelGroup.add_norm` for
+        `first` and a NOTE. `may_defer`: the norm's division may be left to who uses it.
         """
         if self.group.size > 1:
+            y, total = self.group.add_norm(
+                lambda out: self._part(x, out), self.turn, first, residual, norm
+            )
+            return kernels.Normed(y), total
+        if not may_defer:
             y, total = norm.add(self(x), residual)
             return kernels.Normed(y), total
         return kernels.linear_add_norm(x, self.weight, self.bias, residual, norm.weight, norm.eps)
+
+    def _part(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        # One rank alone adds the bias, so that it enters the sum once.
+        bias = self.bias if self.group.rank == 0 else None
+        return kernels.linear(x, self.weight, bias, out)
 
     def weight_shards(self, path: str) -> WeightShards:
         yield f"{path}.weight", WeightShard(self.weight, self.shard, dim=1)

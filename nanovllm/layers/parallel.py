@@ -2,37 +2,122 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from nanovllm.layers.peer_memory import PeerMemory
 
 # torch 2.13 renamed it, and warns about the old name.
 _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
+class Norm(Protocol):
+    """An RMS norm; see layers/layernorm.py."""
+
+    eps: float
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
 @dataclass(frozen=True)
 class ParallelGroup:
-    """Rank `rank` of `size`; `process_group` is None when there is only one."""
+    """Rank `rank` of `size`.
+
+    Attributes:
+        rank, size: of this process.
+        process_group: None when there is only one rank.
+        timeout: seconds that a rank's CPU waits for the others in a collective.
+        peers: memory that all ranks reach, for faster collectives than the process group's.
+    """
 
     rank: int = 0
     size: int = 1
     process_group: dist.ProcessGroup | None = None
+    timeout: float = 60.0
+    peers: PeerMemory | None = None
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sums `x` over the ranks, in place."""
+        """Sums `x` over the ranks, in place.
+
+        Raises:
+            TimeoutError: a rank is silent (on the CPU; CUDA's collectives have only been issued).
+        """
         if self.size > 1:
-            dist.all_reduce(x, group=self.process_group)
+            self._complete(dist.all_reduce(x, group=self.process_group, async_op=True), x)
         return x
 
-    def concat_last_dim(self, x: torch.Tensor) -> torch.Tensor:
-        """Joins every rank's [..., n] to [..., n * size], in rank order, on every rank."""
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Every rank's `x`, [size, *x.shape], in rank order, on every rank.
+
+        Raises:
+            TimeoutError: as `all_reduce`.
+        """
         if self.size == 1:
-            return x
-        parts = x.new_empty(self.size * x.shape[0], *x.shape[1:])
-        _gather(parts, x.contiguous(), group=self.process_group)
-        return parts.view(self.size, *x.shape).movedim(0, -2).flatten(-2)
+            return x[None]
+        if self.peers is not None:
+            return self.peers.gather(x)
+        parts = x.new_empty(self.size, *x.shape)
+        self._complete(
+            _gather(parts.flatten(0, 1), x.contiguous(), group=self.process_group, async_op=True),
+            x,
+        )
+        return parts
+
+    def add_norm(
+        self,
+        compute: Callable[[Tensor | None], Tensor],
+        turn: int,
+        first: int,
+        residual: Tensor,
+        norm: Norm,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns (norm of s, s) for s = the sum of all ranks' parts + residual [T, H].
+
+        NOTE: s may be written over the residual, and is right only in the rows that the next
+        call's sum needs on this rank.
+
+        Args:
+            compute: gives this rank's part, in the tensor that it gets, if it gets one.
+            turn: which all-reduce of a layer, from 0; the embedding's is the last.
+            first: place of the first row among those of the step.
+            residual, norm: see above.
+        """
+        if self.peers is not None:
+            part = self.peers.part(turn, first, len(residual))
+            if part is not None:
+                compute(part)
+                y = self.peers.add_norm(part, turn, first, residual, norm.weight, norm.eps)
+                return y, residual
+        return norm.add(self.all_reduce(compute(None)), residual)
+
+    def _complete(self, work: dist.Work, x: torch.Tensor) -> None:
+        if x.is_cuda:
+            work.wait()  # the current stream does
+        else:
+            complete(work, self.timeout)
+
+
+def complete(work: dist.Work, timeout: float) -> None:
+    """Waits for a collective of CPU tensors, so that Ctrl-C can end it.
+
+    Raises:
+        TimeoutError: it took more than `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    while not work.is_completed():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"a collective did not end within {timeout:g} s")
+        time.sleep(1e-5)
+    work.wait()  # raises if it failed
 
 
 @dataclass(frozen=True)
@@ -50,9 +135,9 @@ class Shard:
         return cls(full, group.rank * size, size)
 
     @classmethod
-    def ceil(cls, full: int, group: ParallelGroup) -> Shard:
-        """Equal parts rounded up, so the last rank may have fewer."""
-        width = -(-full // group.size)
+    def whole_tiles(cls, full: int, tile: int, group: ParallelGroup) -> Shard:
+        """Equally many tiles, rounded up, so the last ranks may have fewer entries or none."""
+        width = -(-full // (tile * group.size)) * tile
         start = min(group.rank * width, full)
         return cls(full, start, min(width, full - start))
 

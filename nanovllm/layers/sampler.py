@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, DTypeLike
 
 from nanovllm import kernels
+from nanovllm.kernels.reference import token_of
+from nanovllm.layers.parallel import ParallelGroup, Shard
+from nanovllm.layers.split_threshold import find_threshold
 from nanovllm.sampling_params import SamplingParams
 
 # Below it a draw is greedy: the likeliest token has all the probability that float32 can tell, and
 # logits divided by much less would overflow.
 LOWEST_TEMPERATURE = 1e-5
+# Integers before a packed batch: rows, filtered rows, whether any has a top-k, a top-p.
+HEADER = 4
 
 
 @dataclass(frozen=True)
@@ -39,48 +43,77 @@ class SamplingBatch:
     top_k: torch.Tensor | None = None
     top_p: torch.Tensor | None = None
 
-    @classmethod
-    def of(
-        cls,
+    @staticmethod
+    def pack(
         params: Sequence[SamplingParams],
-        seeds: list[int],
-        steps: list[int],
-        request_index: list[int],
+        seeds: Sequence[int],
+        steps: Sequence[int],
+        request_index: Sequence[int],
         vocab_size: int,
-        device: torch.device,
-    ) -> SamplingBatch:
-        """Brings the options of S requests to `device`."""
+    ) -> np.ndarray:
+        """The options of S requests as int32, for one copy to the device and the other ranks."""
         values = [p.temperature if p.temperature >= LOWEST_TEMPERATURE else 0.0 for p in params]
-        temperatures = _upload(values, device, np.float32)
-        batch = cls(temperatures, *_upload([seeds, steps, request_index], device, np.int64))
         rows = [
             i
             for i, p in enumerate(params)
             if (0 < p.top_k < vocab_size or p.top_p < 1) and values[i] > 0
         ]
-        if not rows:
-            return batch
         top_k = [k if 0 < (k := params[i].top_k) < vocab_size else vocab_size for i in rows]
         top_p = [params[i].top_p for i in rows]
-        return replace(
-            batch,
-            filtered=_upload(rows, device, np.int64),
-            top_k=_upload(top_k, device, np.int64) if min(top_k) < vocab_size else None,
-            top_p=_upload(top_p, device, np.float32) if min(top_p) < 1 else None,
+        sizes = len(params), len(rows), min(top_k, default=vocab_size) < vocab_size
+        integers = np.array([*sizes, min(top_p, default=1.0) < 1, *seeds, *steps, *request_index,
+                             *rows, *top_k], np.int64)  # fmt: skip
+        floats = np.array([*values, *top_p], np.float32)
+        return np.concatenate([integers.view(np.int32), floats.view(np.int32)])
+
+    @classmethod
+    def unpack(cls, packed: np.ndarray, device: torch.device) -> SamplingBatch:
+        """The inverse of `pack`, on `device`, without waiting for it."""
+        rows, filtered, has_k, has_p = packed[: 2 * HEADER].view(np.int64).tolist()
+        host = torch.from_numpy(packed)
+        if device.type == "cuda":
+            host = host.pin_memory().to(device, non_blocking=True)
+        floats = 2 * (HEADER + 3 * rows + 2 * filtered)
+        seeds, steps, index, among, top_k = (
+            host[2 * HEADER : floats].view(torch.int64).split([rows] * 3 + [filtered] * 2)
+        )
+        temperatures, top_p = host[floats:].view(torch.float32).split([rows, filtered])
+        return cls(
+            temperatures,
+            seeds,
+            steps,
+            index,
+            among if filtered else None,
+            top_k if has_k else None,
+            top_p if has_p else None,
         )
 
 
-def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-    """Logits [S, vocab_size] to tokens, int64 [S]."""
+def sample(
+    logits: torch.Tensor, batch: SamplingBatch, group: ParallelGroup, shard: Shard
+) -> torch.Tensor:
+    """Draws a token from each row, the same on all ranks.
+
+    Args:
+        logits: [S, this rank's part of the vocabulary].
+        batch: options of the rows.
+        group: this rank and the others.
+        shard: of the vocabulary.
+
+    Returns:
+        int64 [S].
+    """
+    options = batch.temperatures, batch.seeds, batch.steps
     threshold = None
+    if group.size == 1:
+        if batch.filtered is not None:
+            threshold = kernels.find_threshold(
+                logits, batch.temperatures, batch.filtered, batch.top_k, batch.top_p
+            )
+        return kernels.sample(logits, *options, threshold)
     if batch.filtered is not None:
-        threshold = kernels.find_threshold(
-            logits, batch.temperatures, batch.filtered, batch.top_k, batch.top_p
+        threshold = find_threshold(
+            logits, batch.temperatures, batch.filtered, batch.top_k, batch.top_p, group
         )
-    return kernels.sample(logits, batch.temperatures, batch.seeds, batch.steps, threshold)
-
-
-def _upload(values: ArrayLike, device: torch.device, dtype: DTypeLike) -> torch.Tensor:
-    """Copies numbers to `device` without waiting for it."""
-    host = torch.from_numpy(np.asarray(values, dtype))
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    keys = kernels.sample(logits, *options, threshold, (shard.start, shard.full))
+    return token_of(group.gather(keys).amax(0))

@@ -45,7 +45,7 @@ class Attention(nn.Module):
         q_width = config.num_attention_heads * config.head_dim
         parts = {"q_proj": Shard.even(q_width, group), "k_proj": kv, "v_proj": kv}
         self.qkv_proj = PackedColumnLinear(config.hidden_size, parts, config.qkv_bias)
-        self.o_proj = RowLinear(q_width, config.hidden_size, group, config.o_bias)
+        self.o_proj = RowLinear(q_width, config.hidden_size, group, 0, config.o_bias)
         self.q_norm = RMSNorm(config.head_dim, self.eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, self.eps) if config.qk_norm else None
 
@@ -85,7 +85,7 @@ class MLP(nn.Module):
         shard = Shard.even(config.intermediate_size, group)
         parts = {"gate_proj": shard, "up_proj": shard}
         self.gate_up_proj = PackedColumnLinear(config.hidden_size, parts)
-        self.down_proj = RowLinear(config.intermediate_size, config.hidden_size, group)
+        self.down_proj = RowLinear(config.intermediate_size, config.hidden_size, group, 1)
 
     def gated(self, x: kernels.Normed) -> Tensor:
         """[T, hidden_size] to what the down projection takes, [T, this rank's width]."""
@@ -211,12 +211,20 @@ class DecoderForCausalLM(nn.Module):
         return self.model.norm(hidden_states) if block is self.model.layers[-1] else hidden_states
 
     def compute_logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
-        """[T, hidden_size] to logits [T, vocab_size], in `out` if it is given."""
+        """[T, hidden_size] to logits [T, this rank's part], in `out` if it is given."""
         if out is None:
-            out = hidden_states.new_empty(len(hidden_states), self.config.vocab_size)
-        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        head.logits(hidden_states, out)
+            out = hidden_states.new_empty(len(hidden_states), self.vocab_shard.size)
+        self.head.logits(hidden_states, out)
         return out
+
+    @property
+    def head(self) -> VocabEmbedding:
+        return self.model.embed_tokens if self.lm_head is None else self.lm_head
+
+    @property
+    def vocab_shard(self) -> Shard:
+        """This rank's part of the vocabulary."""
+        return self.head.shard
 
     def bind_kv_cache(self, cache: Tensor) -> None:
         """Gives each layer its part of [layers, 2, blocks, kv_heads, block_size, head_dim]."""
@@ -256,8 +264,10 @@ class DecoderForCausalLM(nn.Module):
 
     def _embed(self, batch: MicroBatch) -> None:
         """Stage "mlp" before the layers: leaves what a layer leaves to the next."""
-        batch.residual = self.model.embed_tokens(batch.inputs.input_ids)
-        batch.x = self.model.layers[0].input_layernorm(batch.residual)
+        norm = self.model.layers[0].input_layernorm
+        batch.x, batch.residual = self.model.embed_tokens.normed(
+            batch.inputs.input_ids, norm, batch.first_token
+        )
 
     def _project(self, layer: int, batch: MicroBatch) -> None:
         """Stage "qkv": from `x` to queries."""
@@ -285,16 +295,18 @@ class DecoderForCausalLM(nn.Module):
         block = self.model.layers[layer]
         # The residual is used up by each addition: the sum may be written over it.
         x, residual = block.self_attn.o_proj.add_norm(
-            batch.attn_out.flatten(1), batch.residual, block.post_attention_layernorm
+            batch.attn_out.flatten(1),
+            batch.residual,
+            block.post_attention_layernorm,
+            batch.first_token,
         )
         gated, down_proj = block.mlp.gated(x), block.mlp.down_proj
-        if layer == len(self.model.layers) - 1:
-            # A norm whose division is due could not leave the model, so this one is not fused.
-            batch.x, batch.residual = self.model.norm.add(down_proj(gated), residual)
-            batch.x_squares = None
-            return
-        norm = self.model.layers[layer + 1].input_layernorm
-        x, batch.residual = down_proj.add_norm(gated, residual, norm)
+        is_last = layer == len(self.model.layers) - 1
+        norm = self.model.norm if is_last else self.model.layers[layer + 1].input_layernorm
+        # A norm whose division is due could not leave the model.
+        x, batch.residual = down_proj.add_norm(
+            gated, residual, norm, batch.first_token, may_defer=not is_last
+        )
         batch.x, batch.x_squares = x.values, x.sum_sq
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.layers.attention import AttentionBackend, AttentionMetadata
+from nanovllm.layers.parallel import Shard
 
 # Layer number of the work before the first layer.
 BEFORE_LAYERS = -1
@@ -44,6 +45,7 @@ class MicroBatch:
 
     Attributes:
         index: which of the step's micro-batches.
+        first_token: its first token's place among all of the step's.
         inputs: its tokens.
         x: [T, hidden_size], by "mlp": normed for the layer that comes next. In the end: after the
             final norm, the hidden states.
@@ -56,6 +58,7 @@ class MicroBatch:
 
     index: int
     inputs: StepTensors
+    first_token: int = 0
     x: Tensor | None = None
     x_squares: Tensor | None = None
     residual: Tensor | None = None
@@ -95,7 +98,11 @@ class Model(Protocol):
         """All stages in the order of execution; `x` of the last is the hidden states."""
 
     def compute_logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
-        """[T, hidden_size] to logits [T, vocab_size], in `out` if it is given."""
+        """[T, hidden_size] to logits [T, this rank's part], in `out` if it is given."""
+
+    @property
+    def vocab_shard(self) -> Shard:
+        """This rank's part of the vocabulary."""
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """All weights of this rank."""

@@ -25,12 +25,13 @@ import torch.distributed._symmetric_memory as symm_mem
 import torch.multiprocessing as mp
 
 from nanovllm import kernels
+from nanovllm.kernels import all_reduce
 from nanovllm.kernels.all_reduce import Peers, all_reduce_add_norm
 
 HIDDEN = 4096
 CALLS = 20
 ROWS = [1, 8, 32, 64, 128, 256, 512, 1024, 2048]
-PROGRAMS = [4, 8, 16, 32, 64, 132]
+PROGRAMS = [4, 8, 16, 32, 64, 132, 264]
 MAX_PROGRAMS = 264
 
 
@@ -42,7 +43,7 @@ def symmetric(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
     return tensor, torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=device)
 
 
-def timed(run, replays: int = 7) -> float:
+def timed(run, replays: int = 5) -> float:
     """Microseconds a call, the median of replays of a graph; the slowest rank's."""
     for _ in range(3):
         run()
@@ -153,21 +154,23 @@ def main_of(rank: int, size: int, port: int, path: str) -> None:
             record["torch one-shot"] = timed(lambda: torch_op("one_shot_all_reduce"))
         record["torch two-shot"] = timed(lambda: torch_op("two_shot_all_reduce_"))
         for two_shot in (False, True):
-            if not two_shot and rows > 512:
+            if (not two_shot and rows > 256) or (two_shot and rows < 8):
                 continue
-            for programs in PROGRAMS:
-                if programs > 2 * rows and programs > 4:
-                    continue
-                turn = [0]
+            for each in (1, 2, 4):
+                all_reduce.ROWS = each
+                for programs in PROGRAMS:
+                    if programs > 4 and programs * each > 2 * rows:
+                        continue
+                    turn = [0]
 
-                def ours(two_shot=two_shot, programs=programs, rows=rows, residual=residual, turn=turn):
-                    turn[0] ^= 1
-                    all_reduce_add_norm(
-                        peers, buffers[turn[0]][1], results[turn[0]][1], (rows, HIDDEN), residual, weight, eps,
-                        programs, two_shot,
-                    )
+                    def ours(two_shot=two_shot, programs=programs, rows=rows, residual=residual, turn=turn):
+                        turn[0] ^= 1
+                        all_reduce_add_norm(
+                            peers, buffers[turn[0]][1], results[turn[0]][1], (rows, HIDDEN), residual, weight, eps,
+                            programs, two_shot,
+                        )
 
-                record[f"{'two' if two_shot else 'one'}-shot {programs}"] = timed(ours)
+                    record[f"{'two' if two_shot else 'one'}-shot {each}x{programs}"] = timed(ours)
         records.append(record)
         if rank == 0:
             print(json.dumps(record), flush=True)

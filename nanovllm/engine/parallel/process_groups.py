@@ -1,7 +1,7 @@
-"""Connections between ranks: a store where they meet, and the process groups they form there.
+"""How ranks meet, and the process groups they form, by torch's public interface.
 
-The groups are made directly, not by `torch.distributed.init_process_group`: they leave torch's one
-default group, and with it the user's own torch.distributed, alone.
+Processes that rank 0 started meet at a file in a directory that only their user can open, so no
+port is open to strangers. Under torchrun they meet where torchrun says.
 """
 
 from __future__ import annotations
@@ -11,92 +11,114 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-LOOPBACK = "127.0.0.1"
-# `gloo_group` carries steps: a worker waits for the next as long as the user thinks.
-GLOO_TIMEOUT = timedelta(days=365)
-# One collective of the model; the first waits for the slowest rank to compile its kernels.
+# A worker waits for the next step as long as the user thinks.
+PATIENCE = timedelta(days=365)
+# One collective of NCCL; the first waits for the slowest rank to compile its kernels.
 NCCL_TIMEOUT = timedelta(minutes=10)
 
 
-def serve_store(timeout: timedelta) -> tuple[dist.TCPStore, int]:
-    """A store on a free port of the loopback interface, and the port."""
-    # NOTE: left to open the port itself, torch would listen on every interface.
-    server = socket.create_server((LOOPBACK, 0))
-    port = server.getsockname()[1]
-    store = dist.TCPStore(
-        LOOPBACK,
-        port,
-        is_master=True,
-        timeout=timeout,
-        wait_for_workers=False,
-        master_listen_fd=server.detach(),
-    )
-    return store, port
+class ProcessGroups:
+    """The groups of one engine, on one of its ranks.
 
-
-def visit_store(port: int, timeout: timedelta) -> dist.TCPStore:
-    """The store that another process of this machine serves."""
-    return dist.TCPStore(LOOPBACK, port, is_master=False, timeout=timeout)
-
-
-def gloo_group(store: dist.Store, rank: int, size: int, one_machine: bool) -> dist.ProcessGroup:
-    """A group for CPU tensors; on one machine it needs no network but the loopback interface."""
-    if one_machine:
-        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]
-        options._timeout = GLOO_TIMEOUT
-        backend = dist.ProcessGroupGloo(store, rank, size, options)
-    else:
-        backend = dist.ProcessGroupGloo(store, rank, size, GLOO_TIMEOUT)
-    group = dist.ProcessGroup(store, rank, size)
-    return _with_backend(group, "cpu", dist.ProcessGroup.BackendType.GLOO, backend)
-
-
-def nccl_group(store: dist.Store, rank: int, size: int) -> dist.ProcessGroup:
-    """A group for tensors on this thread's current CUDA device.
-
-    NOTE: it is made at once, but connects in its first collective.
+    Attributes:
+        control: gloo, for steps; may stay silent for days.
+        model: of the model's collectives: NCCL on CUDA, else gloo, too.
     """
-    options = dist.ProcessGroupNCCL.Options()
-    options._timeout = NCCL_TIMEOUT
-    backend = dist.ProcessGroupNCCL(store, rank, size, options)
-    group = dist.ProcessGroup(store, rank, size)
-    return _with_backend(group, "cuda", dist.ProcessGroup.BackendType.NCCL, backend)
+
+    def __init__(self, device: torch.device, *, one_machine: bool) -> None:
+        """Forms them among the ranks of torch's default group, which all do the same."""
+        with _environment(**loopback() if one_machine else {}):
+            self.control = dist.new_group(backend="gloo", timeout=PATIENCE)
+            if device.type == "cuda":
+                self.model = dist.new_group(backend="nccl", timeout=NCCL_TIMEOUT)
+            else:
+                self.model = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.owns_default = False
+
+    @classmethod
+    def meet(cls, path: str, rank: int, size: int, device: torch.device) -> ProcessGroups:
+        """Forms them with the other ranks of this machine, which meet at a file."""
+        store = dist.FileStore(path, size)
+        store.set(f"here/{rank}", "")
+        with _environment(**loopback()):
+            dist.init_process_group(
+                "gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE
+            )
+        try:
+            groups = cls(device, one_machine=True)
+        except BaseException:
+            dist.destroy_process_group()
+            raise
+        groups.owns_default = True
+        return groups
+
+    @staticmethod
+    def workers_are_here(path: str, size: int) -> bool:
+        """Whether all ranks but 0 have come to `meet`."""
+        return dist.FileStore(path, size).check([f"here/{rank}" for rank in range(1, size)])
+
+    @classmethod
+    def of_torchrun(cls, device: torch.device) -> ProcessGroups:
+        """Meets the ranks that torchrun started.
+
+        NOTE: the default group stays, as torchrun's store can make it but once.
+        """
+        one_machine = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+        if not dist.is_initialized():
+            with _environment(**loopback() if one_machine else {}):
+                dist.init_process_group("gloo", timeout=PATIENCE)
+        return cls(device, one_machine=one_machine)
+
+    def abort(self) -> None:
+        """Ends all collectives of the model, finished or not.
+
+        NOTE: once only: two aborts at a time block each other.
+        """
+        self.model.abort()
+
+    def close(self) -> None:
+        """Leaves the groups."""
+        if self.owns_default:
+            dist.destroy_process_group()  # and all that were formed in it
+        else:
+            dist.destroy_process_group(self.model)
+            dist.destroy_process_group(self.control)
 
 
-def abort_nccl(group: dist.ProcessGroup) -> None:
-    """Ends all collectives of an NCCL group, finished or not, and the group with them.
+def check_no_default_group() -> None:
+    """Raises ValueError if this process has set up torch.distributed."""
+    if dist.is_initialized():
+        raise ValueError(
+            "tensor_parallel_size > 1 is not allowed in a process that has torch.distributed "
+            "initialised, be it by another engine with several ranks: destroy_process_group() "
+            "first, or start all ranks with torchrun"
+        )
 
-    NOTE: once only: two aborts at a time block each other.
-    """
-    group._get_backend(torch.device("cuda")).abort()
+
+def loopback() -> dict[str, str]:
+    """Environment in which gloo listens on the loopback interface alone."""
+    names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    return {"GLOO_SOCKET_IFNAME": names[0]} if names else {}
 
 
 @contextmanager
 def surviving_nccl_errors() -> Iterator[None]:
     """NCCL groups made within do not end the whole process when a rank is lost."""
-    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
-    if name in os.environ:
+    with _environment(TORCH_NCCL_ASYNC_ERROR_HANDLING="0"):
         yield
-        return
-    os.environ[name] = "0"
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Sets environment variables that the user has not set."""
+    new = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(new)
     try:
         yield
     finally:
-        del os.environ[name]
-
-
-def _with_backend(
-    group: dist.ProcessGroup,
-    device_type: str,
-    kind: dist.ProcessGroup.BackendType,
-    backend: Any,
-) -> dist.ProcessGroup:
-    group._set_default_backend(kind)
-    group._register_backend(torch.device(device_type), kind, backend)
-    return group
+        for name in new:
+            del os.environ[name]

@@ -1,27 +1,34 @@
 """The worker processes that rank 0 starts: how they get their task, live, die and end.
 
-A worker's standard input is a pipe from rank 0. Its first line is the task; its end, which comes
-however rank 0 ends, is the end of the worker too.
+A worker's standard input is a pipe from rank 0. Its first line is the task; its end is the end of
+the worker too. As a child that rank 0 forked may hold the pipe open, and a stopped worker reads
+nothing, Linux also kills workers when the thread ends that started them, which is one that lives as
+long as they are wanted.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 POLL_SECONDS = 0.05
+_PR_SET_PDEATHSIG = 1
 
 
 class RankDiedError(RuntimeError):
-    """A worker process ended although the engine still needs it."""
+    """A rank ended, or fell silent, although the engine still needs it."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,8 @@ class WorkerTask:
 
     Attributes:
         rank, size: which rank the worker is, and of how many.
-        port: of the store on the loopback interface at which the ranks meet.
+        parent: process id of rank 0.
+        meeting: file at which the ranks meet.
         model_dir: directory of the checkpoint.
         device: as torch spells it.
         num_threads: for torch on the CPU.
@@ -39,7 +47,8 @@ class WorkerTask:
 
     rank: int
     size: int
-    port: int
+    parent: int
+    meeting: str
     model_dir: str
     device: str
     num_threads: int
@@ -51,9 +60,25 @@ class Workers:
 
     def __init__(self) -> None:
         self.processes: list[subprocess.Popen[bytes]] = []
+        self._unwanted = threading.Event()
 
-    def start(self, task: WorkerTask) -> None:
-        """Starts the worker of the next rank."""
+    def start(self, tasks: Iterable[WorkerTask]) -> None:
+        """Starts the workers, all of them, from a thread that lives as long as they are wanted."""
+        outcome: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                for task in tasks:
+                    self._start(task)
+                outcome.set_result(None)
+            except BaseException as error:
+                outcome.set_exception(error)
+            self._unwanted.wait()
+
+        threading.Thread(target=run, daemon=True).start()
+        outcome.result()
+
+    def _start(self, task: WorkerTask) -> None:
         # Modules are found where this process finds them, and nowhere else first.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         process = subprocess.Popen(
@@ -106,6 +131,21 @@ class Workers:
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
         self.processes = []
+        self._unwanted.set()
+
+
+def end_with(parent: int) -> None:
+    """Ends this process when the process `parent`, which started it, does so.
+
+    May return late or never, so it needs a thread of its own.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == parent:
+        while os.read(sys.stdin.fileno(), 1):
+            pass
+    # NOTE: not sys.exit: the main thread may be inside a collective that will never return.
+    os._exit(1)
 
 
 def _describe_end(status: int) -> str:

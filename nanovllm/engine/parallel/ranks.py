@@ -1,50 +1,53 @@
-"""The ranks of a tensor-parallel run: how they meet, talk, and notice each other's death.
+"""The ranks of a tensor-parallel run: how they meet and talk, and notice a death or silence.
 
-Rank 0 holds scheduler and sampler; the others run whatever step it sends. A step travels as two
-integer tensors by broadcast, sizes and contents, so nothing is ever unpickled.
+Rank 0 schedules; the others run whatever step it sends. A step travels as two integer tensors by
+broadcast, sizes and contents, so nothing is ever unpickled. It is sent ahead: nobody waits for a
+message within a step.
 
-- In a plain script rank 0 starts the others itself (`Ranks.spawn`), and they meet at a store on a
-  free port of the loopback interface.
+- In a plain script rank 0 starts the others itself (`Ranks.spawn`), and they meet at a file.
 - Under torchrun all ranks exist already (`Ranks.join_torchrun`) and meet at its store; torchrun
   ends all if one fails.
-
-Two process groups connect them: `control` (gloo) carries steps, and may stay silent for days;
-`group` (NCCL on CUDA, else the same one) is the model's.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
+import shutil
+import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from nanovllm.config import Config
-from nanovllm.engine.parallel import process_groups
+from nanovllm.engine.parallel.process_groups import (
+    ProcessGroups,
+    check_no_default_group,
+    surviving_nccl_errors,
+)
 from nanovllm.engine.parallel.processes import POLL_SECONDS, RankDiedError, Workers, WorkerTask
 from nanovllm.engine.step_inputs import StepLayout
-from nanovllm.layers.parallel import ParallelGroup
+from nanovllm.layers.parallel import ParallelGroup, complete
+from nanovllm.layers.peer_memory import PeerMemory
 
 # How long processes may take to start and to meet, to be seen dead after an error, and to end.
 JOIN_SECONDS = 300.0
 DEATH_SECONDS = 2.0
 END_SECONDS = 10.0
 
-# Integers of a step's layout, and of its inputs; no layout: there will be no more steps.
-HEADER_SIZE = 2
-# Engines of a torchrun job share its store; all ranks make them in the same order.
-_engine_ids = itertools.count()
+# Integers of a step's layout, of its inputs and of its sampling; no layout: no more steps.
+HEADER_SIZE = 3
+# A token that a rank draws when it gave up waiting for the others.
+VOID = -2
 
 
 class Ranks:
@@ -52,12 +55,16 @@ class Ranks:
 
     def __init__(self) -> None:
         self.group = ParallelGroup()
-        self.control: dist.ProcessGroup | None = None
+        self.groups: ProcessGroups | None = None
         self.device = torch.device("cpu")
+        self.step_timeout = 0.0
         self.workers = Workers()
+        self.meeting = ""
         self.broken = False
         self._ended = threading.Event()
-        self._nccl_watchdog: threading.Thread | None = None
+        # Of a worker: an event behind all work, and when it was issued.
+        self._issued: tuple[torch.cuda.Event, float] | None = None
+        self._guard: threading.Thread | None = None
 
     @classmethod
     def start(cls, config: Config, model_dir: Path, device: torch.device) -> Ranks:
@@ -78,28 +85,32 @@ class Ranks:
         if size == 1:
             return ranks
         devices = devices_for(device, size)
-        store, port = process_groups.serve_store(timedelta(seconds=JOIN_SECONDS))
-        fields = dataclasses.asdict(config)
+        check_no_default_group()
         threads = max(torch.get_num_threads() // size, 1)
+        ranks.meeting = meeting = tempfile.mkdtemp(prefix="nanovllm-")  # only this user's
+        tasks = [
+            WorkerTask(
+                rank, size, os.getpid(), f"{meeting}/ranks", str(model_dir), str(devices[rank]),
+                threads, dataclasses.asdict(config),
+            )
+            for rank in range(1, size)
+        ]  # fmt: skip
         try:
-            for rank in range(1, size):
-                task = WorkerTask(
-                    rank, size, port, str(model_dir), str(devices[rank]), threads, fields
-                )
-                ranks.workers.start(task)
-            with process_groups.surviving_nccl_errors():
-                ranks._while_workers_live(lambda: ranks._connect(store, 0, size, device))
+            ranks.workers.start(tasks)
+            ranks._await_workers(tasks[0].meeting, size)
+            with surviving_nccl_errors():
+                ranks._while_workers_live(lambda: ranks._meet(tasks[0].meeting, 0, config, device))
         except BaseException:
             ranks._break()
+            ranks.close()
             raise
         return ranks
 
     @classmethod
-    def join(cls, task: WorkerTask) -> Ranks:
+    def join(cls, task: WorkerTask, config: Config) -> Ranks:
         """Joins as the worker that `task` describes."""
         ranks = cls()
-        store = process_groups.visit_store(task.port, timedelta(seconds=JOIN_SECONDS))
-        ranks._connect(store, task.rank, task.size, torch.device(task.device))
+        ranks._meet(task.meeting, task.rank, config, torch.device(task.device))
         return ranks
 
     @classmethod
@@ -120,38 +131,66 @@ class Ranks:
                 f"device={config.device!r} is not allowed under torchrun: every process needs a "
                 "device of its own, so it must be 'cuda' or 'auto'"
             )
-        local = int(os.environ["LOCAL_WORLD_SIZE"])
-        devices_for(torch.device(device.type, 0), local)
-        store, rank, _ = next(rendezvous("env://"))
-        prefix = f"nanovllm/{next(_engine_ids)}"
+        devices_for(torch.device(device.type, 0), int(os.environ["LOCAL_WORLD_SIZE"]))
         ranks = cls()
-        ranks._connect(dist.PrefixStore(prefix, store), rank, size, device, local == world)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        ranks._enter(ProcessGroups.of_torchrun(device), config, device)
         return ranks
 
     @property
     def is_first(self) -> bool:
         return self.group.rank == 0
 
-    def send_step(self, layout: StepLayout, flat: np.ndarray) -> None:
+    def send_step(self, layout: StepLayout, flat: np.ndarray, sampling: np.ndarray | None) -> None:
         """Gives the other ranks a step to run; its plan goes as a number.
+
+        Args:
+            layout: of `flat`.
+            flat: the inputs, int32.
+            sampling: how to draw tokens, int32; None: draw none.
 
         Raises:
             RankDiedError: one of them has died.
         """
         if self.group.size > 1:
             self.workers.check()
-            integers = np.array(layout.to_integers(), np.int32)
-            self._broadcast(torch.tensor([len(integers), len(flat)], dtype=torch.int64))
-            self._broadcast(torch.from_numpy(np.concatenate([integers, flat])))
+            parts = [np.array(layout.to_integers(), np.int32), flat]
+            parts.append(np.empty(0, np.int32) if sampling is None else sampling)
+            for part in (np.array([*map(len, parts)]), np.concatenate(parts)):
+                complete(self._broadcast(torch.from_numpy(part)), self.step_timeout)
 
-    def receive_step(self) -> tuple[StepLayout, np.ndarray] | None:
+    def receive_step(self) -> tuple[StepLayout, np.ndarray, np.ndarray | None] | None:
         """Waits for the next step; None when there will be no more."""
-        header = self._broadcast(torch.empty(HEADER_SIZE, dtype=torch.int64))
-        width, size = header.tolist()
-        if not width:
+        header = torch.empty(HEADER_SIZE, dtype=torch.int64)
+        self._broadcast(header).wait()
+        sizes = header.tolist()
+        if not sizes[0]:
             return None
-        body = self._broadcast(torch.empty(width + size, dtype=torch.int32)).numpy()
-        return StepLayout.from_integers(body[:width].tolist()), body[width:]
+        body = torch.empty(sum(sizes), dtype=torch.int32)
+        self._broadcast(body).wait()
+        integers, flat, sampling = np.split(body.numpy(), np.cumsum(sizes)[:-1])
+        layout = StepLayout.from_integers(integers.tolist())
+        return layout, flat, sampling if len(sampling) else None
+
+    def connect_peers(self, all_reduce: str, dtype: torch.dtype, hidden: int) -> None:
+        """Lets the model's collectives use the memory of all ranks, if they can reach it.
+
+        Args:
+            all_reduce: of the config.
+            dtype, hidden: of hidden states.
+        """
+        if self.group.size == 1 or self.device.type != "cuda" or all_reduce == "nccl":
+            return
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", self.group.size))
+        others = [i for i in range(torch.cuda.device_count()) if i != self.device.index]
+        reachable = local == self.group.size and all(
+            torch.cuda.can_device_access_peer(self.device, i) for i in others
+        )
+        if self.minimum(int(reachable)):
+            assert self.groups is not None
+            peers = PeerMemory(self.groups.model, self.device, dtype, hidden, self.step_timeout)
+            self.group = dataclasses.replace(self.group, peers=peers)
 
     def minimum(self, value: int) -> int:
         """The smallest `value` of all ranks."""
@@ -162,17 +201,37 @@ class Ranks:
         return int(tensor)
 
     def wait(self, event: torch.cuda.Event) -> None:
-        """Waits for `event`, which a collective with a dead rank would never let happen.
+        """Waits for `event`, which a dead or silent rank would never let happen.
 
         Raises:
-            RankDiedError: a worker has died, so that what came before the event is void.
+            RankDiedError: then what came before the event is void.
         """
-        if not self.workers.processes:
+        if self.group.size == 1:
             event.synchronize()
             return
+        deadline = monotonic() + self.step_timeout
         while not event.query():
             self.workers.check()
+            if monotonic() > deadline:
+                raise self._silence()
         self.workers.check()
+
+    def mark_silence(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens of a step on the device; others, that `check_silence` knows, if they are void."""
+        peers = self.group.peers
+        return tokens if peers is None else torch.where(peers.peers.expired != 0, VOID, tokens)
+
+    def check_silence(self, tokens: torch.Tensor) -> None:
+        """Raises RankDiedError if a kernel gave up waiting for another rank."""
+        if self.group.peers is not None and (tokens == VOID).any():
+            raise self._silence()
+
+    def watch_step(self) -> None:
+        """Lets this worker end if what was issued so far does not, within `step_timeout`."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            self._issued = event, monotonic()
 
     @contextmanager
     def collective_region(self) -> Iterator[None]:
@@ -190,9 +249,14 @@ class Ranks:
             if self.group.size == 1:
                 raise
             # A collective fails a moment before the worker that broke it is seen dead.
-            unexplained = isinstance(error, RuntimeError) and not isinstance(error, RankDiedError)
-            death = self.workers.await_dead_worker(DEATH_SECONDS) if unexplained else None
+            unexplained = isinstance(error, (RuntimeError, TimeoutError))
+            if unexplained and not isinstance(error, RankDiedError):
+                death = self.workers.await_dead_worker(DEATH_SECONDS)
+            else:
+                death = None
             self._break()
+            if isinstance(error, TimeoutError):
+                death = death or self._silence()
             if death is None:
                 raise
             raise death from error
@@ -202,42 +266,50 @@ class Ranks:
 
         NOTE: CUDA graphs that hold NCCL collectives must be gone before, or NCCL waits for them.
         """
-        if self.control is None:
+        if self.groups is None:
+            shutil.rmtree(self.meeting, ignore_errors=True)
             return
         if not self.broken:
             self._finish()
         self._ended.set()
-        if self._nccl_watchdog is not None:
-            self._nccl_watchdog.join(END_SECONDS)
-        # The store lives here and goes last: workers look at it to their end.
+        if self._guard is not None:
+            self._guard.join(END_SECONDS)
         self.workers.end(END_SECONDS)
-        self.control = None
-        self.group = dataclasses.replace(self.group, process_group=None)
+        groups, self.groups = self.groups, None
+        self.group = ParallelGroup(self.group.rank, self.group.size)
+        groups.close()
+        shutil.rmtree(self.meeting, ignore_errors=True)
 
-    def _connect(
-        self,
-        store: dist.Store,
-        rank: int,
-        size: int,
-        device: torch.device,
-        one_machine: bool = True,
-    ) -> None:
-        """Meets the other ranks at `store`; returns when all of them have come."""
-        control = process_groups.gloo_group(
-            dist.PrefixStore("control", store), rank, size, one_machine
-        )
-        model, self.device = control, device
+    def _meet(self, path: str, rank: int, config: Config, device: torch.device) -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            model = process_groups.nccl_group(dist.PrefixStore("model", store), rank, size)
-            self._nccl_watchdog = threading.Thread(
-                target=self._abort_at_end, args=(model,), daemon=True
-            )
-            self._nccl_watchdog.start()
-            # Makes the communicator, here where `spawn` watches over the workers.
-            dist.all_reduce(torch.zeros(1, device=device), group=model)
+        groups = ProcessGroups.meet(path, rank, config.tensor_parallel_size, device)
+        self._enter(groups, config, device)
+
+    def _enter(self, groups: ProcessGroups, config: Config, device: torch.device) -> None:
+        """Goes on with the groups that were formed; returns when all ranks have come."""
+        self.groups, self.device, self.step_timeout = groups, device, config.step_timeout
+        self.group = ParallelGroup(
+            dist.get_rank(groups.control),
+            config.tensor_parallel_size,
+            groups.model,
+            config.step_timeout,
+        )
+        if device.type == "cuda":
+            self._guard = threading.Thread(target=self._guard_device, daemon=True)
+            self._guard.start()
+            # Makes NCCL's communicator, here where `spawn` watches over the workers.
+            dist.all_reduce(torch.zeros(1, device=device), group=groups.model)
             torch.cuda.synchronize(device)
-        self.control, self.group = control, ParallelGroup(rank, size, model)
+
+    def _await_workers(self, path: str, size: int) -> None:
+        """Waits until all workers have come, before anything that waits for them without end."""
+        deadline = monotonic() + JOIN_SECONDS
+        while not ProcessGroups.workers_are_here(path, size):
+            self.workers.check()
+            if monotonic() > deadline:
+                raise RankDiedError(f"the ranks did not come within {JOIN_SECONDS:.0f} s")
+            sleep(POLL_SECONDS)
 
     def _while_workers_live(self, task: Callable[[], None]) -> None:
         """Runs `task`, which may wait forever for a worker that has died.
@@ -265,15 +337,36 @@ class Ranks:
                 raise death from outcome.exception()
         outcome.result()
 
-    def _abort_at_end(self, model: dist.ProcessGroup) -> None:
-        """Aborts NCCL when the ranks part or close: no kernel waits for a dead rank after that.
+    def _guard_device(self) -> None:
+        """Ends what the device waits for in vain, when the ranks part or close.
 
         The only place that does so, in a thread of its own: the main thread may be inside a CUDA
-        call that waits for such a kernel.
+        call that waits for a collective without a peer.
         """
         while not self._ended.wait(POLL_SECONDS) and self.workers.dead_worker() is None:
-            pass
-        process_groups.abort_nccl(model)
+            if self._is_stuck():
+                print(f"rank {self.group.rank}: {self._silence()}", file=sys.stderr, flush=True)
+                os._exit(1)
+        if self.group.peers is not None:
+            self.group.peers.expire()
+        if self.groups is not None:
+            self.groups.abort()
+
+    def _is_stuck(self) -> bool:
+        if self._issued is None:
+            return False
+        event, since = self._issued
+        return monotonic() - since > self.step_timeout and not event.query()
+
+    @property
+    def control(self) -> dist.ProcessGroup:
+        assert self.groups is not None
+        return self.groups.control
+
+    def _silence(self) -> RankDiedError:
+        return RankDiedError(
+            f"a rank is silent: a step made no progress for step_timeout={self.step_timeout:g} s"
+        )
 
     def _break(self) -> None:
         self.broken = True
@@ -286,7 +379,7 @@ class Ranks:
         stop = torch.zeros(HEADER_SIZE, dtype=torch.int64)
         try:
             if self.is_first:
-                dist.broadcast(stop, group=self.control, group_src=0, async_op=True).wait(patience)
+                self._broadcast(stop).wait(patience)
             # NOTE: until its last kernel has ended, a rank may read the memory of the others.
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
@@ -294,9 +387,8 @@ class Ranks:
         except RuntimeError:  # one has died or does not listen
             self._break()
 
-    def _broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
-        dist.broadcast(tensor, group=self.control, group_src=0)
-        return tensor
+    def _broadcast(self, tensor: torch.Tensor) -> dist.Work:
+        return dist.broadcast(tensor, group=self.control, group_src=0, async_op=True)
 
 
 def devices_for(first: torch.device, size: int) -> list[torch.device]:

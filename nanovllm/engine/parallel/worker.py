@@ -17,7 +17,7 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.parallel.processes import WorkerTask
+from nanovllm.engine.parallel.processes import WorkerTask, end_with
 from nanovllm.engine.parallel.ranks import Ranks
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     if not line:
         return  # rank 0 has gone already
     task = WorkerTask(**json.loads(line))
-    threading.Thread(target=_end_with_rank_0, daemon=True).start()
+    threading.Thread(target=end_with, args=(task.parent,), daemon=True).start()
     try:
         _serve(task)
     except Exception:
@@ -39,16 +39,9 @@ def main() -> None:
 def _serve(task: WorkerTask) -> None:
     torch.set_num_threads(task.num_threads)
     config, device = Config(**task.config), torch.device(task.device)
-    runner = ModelRunner(config, Path(task.model_dir), device, Ranks.join(task))
+    runner = ModelRunner(config, Path(task.model_dir), device, Ranks.join(task, config))
     runner.serve()
     runner.close()  # only then: after an error it would wait for the other ranks
-
-
-def _end_with_rank_0() -> None:
-    while os.read(sys.stdin.fileno(), 1):
-        pass
-    # NOTE: not sys.exit: the main thread may be inside a collective that will never return.
-    os._exit(1)
 
 
 if __name__ == "__main__":

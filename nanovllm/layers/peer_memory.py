@@ -1,0 +1,154 @@
+"""Memory that all ranks of one host can read and write, and the collectives that use it.
+
+Buffers and handles are torch's symmetric memory over peer-to-peer access; the kernels are ours
+(`kernels.all_reduce`): their sums are float32 in rank order, an all-reduce carries residual and
+norm, and their waits are bounded.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanovllm.kernels.gpu import usable_sms
+
+# Rows of an all-reduce; more go through NCCL.
+MOST_ROWS = 2048
+# Bytes of a partial sum up to which every rank adds all rows.
+ONE_SHOT_BYTES = {2: 4 << 20, 3: 1 << 20, 4: 512 << 10}
+# All-reduces of a layer, and the embedding's: neighbours never share a buffer.
+TURNS = 3
+# Most 8-byte values a rank gives to a gather.
+MOST_VALUES = 1 << 17
+# Looks at a counter take at least so long.
+POLL_SECONDS = 0.5e-6
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A tensor of this rank that the others can access, and where each rank's is."""
+
+    own: Tensor
+    addresses: Tensor
+
+    def rows(self, first: int) -> Tensor:
+        """Addresses of a row of each rank's, int64 [size]."""
+        return self.addresses + first * self.own.stride(0) * self.own.element_size()
+
+
+class PeerMemory:
+    """The shared buffers of one rank.
+
+    Args:
+        group: of the ranks, one a GPU of this host.
+        device: this rank's.
+        dtype: of hidden states.
+        hidden: their width.
+        timeout: seconds that a kernel waits for a peer.
+
+    Raises:
+        RuntimeError: the GPUs cannot reach each other's memory.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        dtype: torch.dtype,
+        hidden: int,
+        timeout: float,
+    ) -> None:
+        # Loaded on CUDA only: they need Triton.
+        from nanovllm.kernels import all_reduce
+
+        self.kernels = all_reduce
+        self.group, self.device = group, device
+        self.rank, self.size = group.rank(), group.size()
+        programs = torch.cuda.get_device_properties(device).multi_processor_count
+        counters = self._share((2, programs, self.size), torch.int32)
+        self.parts = [self._share((MOST_ROWS, hidden), dtype) for _ in range(TURNS)]
+        self.results = [self._share((MOST_ROWS, hidden), dtype) for _ in range(TURNS)]
+        self.inboxes = [self._share((self.size, MOST_VALUES), torch.int64) for _ in range(2)]
+        self.peers = all_reduce.Peers(
+            self.rank,
+            self.size,
+            counters.addresses,
+            torch.zeros(programs, dtype=torch.int32, device=device),
+            torch.zeros(1, dtype=torch.int32, device=device),
+            programs,
+            int(timeout / POLL_SECONDS),
+        )
+        self.gathers = 0
+        torch.cuda.synchronize(device)
+        dist.barrier(group)  # everyone's counters are zero
+
+    def part(self, turn: int, first: int, rows: int) -> Tensor | None:
+        """Where to write a partial sum of so many rows; None: there is no room for it.
+
+        Args:
+            turn: which all-reduce of the layer.
+            first: the first row's place among those of the step.
+            rows: how many.
+        """
+        if first + rows > MOST_ROWS:
+            return None
+        return self.parts[turn].own[first : first + rows]
+
+    def add_norm(
+        self, part: Tensor, turn: int, first: int, residual: Tensor, weight: Tensor, eps: float
+    ) -> Tensor:
+        """The norm of all ranks' partial sums and the residual, which is updated.
+
+        NOTE: the residual is right only in the rows that this rank's next call reads.
+
+        Args:
+            part: this rank's, from `part`.
+            turn, first: as there.
+            residual: [T, hidden].
+            weight, eps: of the norm.
+        """
+        rows, hidden = residual.shape
+        result = self.results[turn]
+        two_shot = rows * hidden * part.element_size() > ONE_SHOT_BYTES.get(self.size, 0)
+        own = -(-rows // self.size) if two_shot else rows
+        self.kernels.all_reduce_add_norm(
+            self.peers,
+            self.parts[turn].rows(first),
+            result.rows(first),
+            (rows, hidden),
+            residual,
+            weight,
+            eps,
+            min(own, usable_sms(self.device)),
+            two_shot,
+        )
+        return result.own[first : first + rows]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Every rank's `x`, [size, *x.shape]; valid until the second gather after it."""
+        values = x.contiguous().view(-1).view(torch.int64)
+        inbox = self.inboxes[self.gathers % 2]
+        self.gathers += 1
+        self.kernels.gather(self.peers, values, inbox.addresses)
+        taken = inbox.own.view(-1)[: self.size * values.numel()]
+        return taken.view(x.dtype).view(self.size, *x.shape)
+
+    def expire(self) -> None:
+        """Lets a kernel that waits for a peer end; nothing after that is valid."""
+        with torch.cuda.stream(torch.cuda.Stream(self.device)):
+            self.peers.expired.copy_(torch.ones(1, dtype=torch.int32).pin_memory(), True)
+
+    def _share(self, shape: tuple[int, ...], dtype: torch.dtype) -> Shared:
+        # Multicast objects are not used, and making them can disturb other users of the switches.
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        import torch.distributed._symmetric_memory as symm_mem
+
+        own = symm_mem.empty(*shape, dtype=dtype, device=self.device)
+        handle = symm_mem.rendezvous(own, self.group.group_name)
+        addresses = torch.tensor(list(handle.buffer_ptrs), device=self.device)
+        own.zero_()
+        return Shared(own, addresses)

@@ -1,25 +1,28 @@
 """All-reduce with residual and RMS norm in one kernel, over memory that peers can read and write.
 
-Every rank holds a partial sum ``[T, H]`` of a row-parallel layer. What the next layer needs is the norm of
-their sum and the residual; an all-reduce that stops at the sum would write and read all rows once more. So
-one kernel reads the partial sums of all ranks, adds them in float32 and in rank order (the bits do not depend on
-timing, nor on the number of programs), adds the residual and normalises.
+Every rank holds a partial sum ``[T, H]`` of a row-parallel layer. What the next layer needs is the
+norm of their sum and the residual; an all-reduce that stops at the sum would write and read all
+rows once more. So one kernel reads the partial sums of all ranks, adds them in float32 and in rank
+order (the bits depend neither on timing nor on the number of programs), adds the residual and
+normalises.
 
-- *One-shot*: every rank does this for all rows. Each reads ``(N - 1) T H`` elements from its peers, and there is
-  one barrier. Best for few rows.
-- *Two-shot*: rank ``r`` does it for rows ``r, r + N, ...`` and writes the normalised rows to all ranks. Each reads
-  and writes ``(N - 1) / N T H`` elements. **The residual stays where it is made**: a rank's residual is right
-  in its own rows only. That is enough, as only this kernel reads it, and always for the same rows.
+- *One-shot*: every rank does this for all rows. Each reads ``(N - 1) T H`` elements from its peers,
+  and there is one barrier. Best for few rows.
+- *Two-shot*: rank ``r`` does it for rows ``r, r + N, ...`` and writes the normalised rows to all
+  ranks. Each reads and writes ``(N - 1) / N T H`` elements. **The residual stays where it is
+  made**: a rank's residual is right in its own rows only. That is enough, as only this kernel reads
+  it, and always for the same rows.
 
-Barriers are counters in each rank's memory, one for each (program, rank, beginning or end), which grow by one a
-launch: nothing is reset, so a captured graph can be replayed. A program waits for the same program of
-its peers and for nothing else, so it does not matter which programs run at the same time. A wait is
-bounded: after `max_polls` looks a program notes that in `expired` and goes on. No later launch waits
-again, and the peers are told with their next signal.
+Barriers are counters in each rank's memory, one for each (program, rank, beginning or end), which
+grow by one a launch: nothing is reset, so a captured graph can be replayed. A program waits for the
+same program of its peers and for nothing else. A wait is bounded: after ``max_polls`` looks a
+program notes that in ``expired`` and goes on. No later launch waits again, and the peers are told
+with their next signal.
 
-NOTE: no barrier protects a partial sum from being overwritten while a peer reads it. Alternate between two
-buffers: who writes the first again has passed the beginning of the launch on the second, and so has seen
-that all peers ended the launch on the first.
+NOTE: launch no more programs than run at a time: one that waits must not keep out one waited for.
+NOTE: no barrier protects a partial sum from being overwritten while a peer reads it. Neighbouring
+launches use different buffers: who writes the first again has passed the beginning of the launch on
+the second, and so has seen that all peers ended the launch on the first.
 NOTE: all launches on one `Peers` have one order, the same on all ranks, and do not overlap.
 """
 
@@ -47,8 +50,10 @@ class Peers:
 
     Attributes:
         rank, size: of this rank, and how many there are.
-        counters: int64 ``[size]``, addresses of each rank's int32 ``[2, max_programs, size]``, zero at first.
-        launches: int32 ``[max_programs]`` of this rank alone, zero at first: launches that a program has seen.
+        counters: int64 ``[size]``, addresses of each rank's int32 ``[2, max_programs, size]``, zero
+            at first.
+        launches: int32 ``[max_programs]`` of this rank alone, zero at first: launches that a
+            program has seen.
         expired: int32 ``[1]`` of this rank alone: not 0 once a wait took too long.
         max_programs: the most programs of a launch.
         max_polls: looks at a counter, about 1 us each, before a wait is given up.
@@ -74,15 +79,17 @@ def all_reduce_add_norm(
     programs: int,
     two_shot: bool,
 ) -> None:
-    """Write the norm of the sum of all partial sums and the residual to ``outputs``; update ``residual``.
+    """Write the norm of all partial sums and the residual to ``outputs``; update ``residual``.
 
     Args:
         peers: the ranks.
-        parts: int64 ``[size]``, addresses of each rank's partial sum ``[T, H]`` in ``residual``'s dtype.
-        outputs: int64 ``[size]``, addresses of each rank's result ``[T, H]``, same dtype. One-shot writes to this
-            rank's alone.
+        parts: int64 ``[size]``, addresses of each rank's partial sum ``[T, H]``, of ``residual``'s
+            dtype and aligned to 16 bytes.
+        outputs: int64 ``[size]``, addresses of each rank's result ``[T, H]``, likewise. One-shot
+            writes to this rank's alone.
         shape: ``(T, H)``.
-        residual: ``[T, H]``, updated in place: in all rows (one-shot), or in this rank's rows (two-shot).
+        residual: ``[T, H]``, updated in place: in all rows (one-shot), or in this rank's rows
+            (two-shot).
         weight, eps: of the norm.
         programs: how many to launch, at most ``peers.max_programs``; the same on all ranks.
         two_shot: see the module; the same on all ranks, and for all launches of a step.
@@ -182,8 +189,8 @@ def gather(peers: Peers, values: Tensor, inboxes: Tensor) -> None:
     Args:
         peers: the ranks.
         values: int64 ``[n]``.
-        inboxes: int64 ``[size]``, addresses of each rank's int64 ``[size, n]``; row r is for rank r.
-            NOTE: as with partial sums, two of them in turn.
+        inboxes: int64 ``[size]``, addresses of each rank's int64 ``[size, n]``, of which row r is
+            rank r's. NOTE: as with partial sums, neighbouring launches use different ones.
     """
     count = values.numel()
     programs = min(triton.cdiv(count, GATHER_BLOCK), peers.max_programs)

@@ -1,0 +1,147 @@
+"""All-reduce with residual and norm, and gather: processes that share memory stand for GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from queue import Empty
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from nanovllm.kernels import reference
+from nanovllm.kernels.all_reduce import Peers, all_reduce_add_norm, gather
+
+EPS = 1e-6
+STEPS = 6  # each buffer is used several times
+PATIENCE = 100_000_000  # polls
+
+
+@dataclass(frozen=True)
+class Case:
+    size: int
+    rows: int
+    hidden: int
+    programs: int
+    two_shot: bool
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+    def parts(self, step: int) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(self.seed + 1 + step)
+        shape = self.rows, self.hidden
+        return [torch.randn(shape, generator=generator).to(self.dtype) for _ in range(self.size)]
+
+    def residual_and_weight(self) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        residual = torch.randn(self.rows, self.hidden, generator=generator)
+        return residual.to(self.dtype), torch.rand(self.hidden, generator=generator).to(self.dtype)
+
+    def expected(self) -> list[torch.Tensor]:
+        """What each step's norm is."""
+        residual, weight = self.residual_and_weight()
+        results = []
+        for step in range(STEPS):
+            total = torch.zeros(self.rows, self.hidden)
+            for part in self.parts(step):
+                total += part.float()
+            residual = (total + residual.float()).to(self.dtype)
+            results.append(reference.rms_norm(residual, weight, EPS))
+        return results
+
+
+def addresses(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.tensor([tensor.data_ptr() for tensor in tensors])
+
+
+def peers_of(rank: int, counters: list[torch.Tensor], polls: int = PATIENCE) -> Peers:
+    _, programs, size = counters[0].shape
+    launches, expired = torch.zeros(programs, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    return Peers(rank, size, addresses(counters), launches, expired, programs, polls)
+
+
+def shared(count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
+    return [torch.zeros(shape, dtype=dtype).share_memory_() for _ in range(count)]
+
+
+def rank_steps(rank: int, case: Case, memory: Any, results: mp.Queue) -> None:
+    """What one rank does: all-reduces in turn on two buffers, and a gather behind each."""
+    torch.set_num_threads(1)
+    parts, outputs, counters, inboxes = memory
+    peers = peers_of(rank, counters)
+    residual, weight = case.residual_and_weight()
+    shape = case.rows, case.hidden
+    found, gathered = [], []
+    for step in range(STEPS):
+        turn = step % 2
+        parts[turn][rank].copy_(case.parts(step)[rank])
+        all_reduce_add_norm(
+            peers, addresses(parts[turn]), addresses(outputs[turn]), shape, residual, weight, EPS,
+            case.programs, case.two_shot,
+        )  # fmt: skip
+        found.append(outputs[turn][rank].clone())
+        gather(peers, torch.arange(3) + 10 * rank + 100 * step, addresses(inboxes[turn]))
+        gathered.append(inboxes[turn][rank].tolist())
+    results.put((rank, [x.float().numpy() for x in found], gathered, int(peers.expired)))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(size=2, rows=5, hidden=48, programs=3, two_shot=False),
+        Case(size=3, rows=7, hidden=40, programs=2, two_shot=True, seed=1),
+        Case(size=2, rows=11, hidden=64, programs=1, two_shot=True, dtype=torch.bfloat16, seed=2),
+    ],
+    ids=["one-shot", "two-shot", "bfloat16"],
+)
+def test_ranks_get_the_norm_of_the_sum(case):
+    shape = case.rows, case.hidden
+    memory = (
+        [shared(case.size, shape, case.dtype) for _ in range(2)],
+        [shared(case.size, shape, case.dtype) for _ in range(2)],
+        shared(case.size, (2, case.programs, case.size), torch.int32),
+        [shared(case.size, (case.size, 3), torch.int64) for _ in range(2)],
+    )
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    workers = mp.spawn(rank_steps, (case, memory, results), nprocs=case.size, join=False)
+    try:
+        found = sorted((results.get(timeout=120) for _ in range(case.size)), key=lambda x: x[0])
+    except Empty:
+        workers.join(timeout=1)
+        raise
+    workers.join()
+    # The interpreter rounds to bfloat16 otherwise than torch, and a residual is rounded often.
+    rounding = {"rtol": 2e-2, "atol": 5e-2} if case.dtype == torch.bfloat16 else {}
+    for rank, norms, gathered, expired in found:
+        assert expired == 0
+        for norm, expected, own in zip(norms, case.expected(), found[0][1], strict=True):
+            torch.testing.assert_close(torch.from_numpy(norm), expected.float(), **rounding)
+            assert (norm == own).all(), rank  # the same bits everywhere
+        assert gathered == [
+            [[100 * step + 10 * peer + i for i in range(3)] for peer in range(case.size)]
+            for step in range(STEPS)
+        ]
+
+
+def all_reduce_alone(peers: Peers, outputs: list[torch.Tensor], *, two_shot: bool) -> None:
+    parts, residual = [torch.ones(2, 32) for _ in range(2)], torch.ones(2, 32)
+    all_reduce_add_norm(
+        peers, addresses(parts), addresses(outputs), (2, 32), residual, torch.ones(32), EPS, 1,
+        two_shot,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("two_shot", [False, True])
+def test_a_wait_ends_and_tells_the_peers(two_shot):
+    counters = [torch.zeros(2, 1, 2, dtype=torch.int32) for _ in range(2)]
+    outputs = [torch.zeros(2, 32) for _ in range(2)]
+    waiting = peers_of(0, counters, polls=3)
+    all_reduce_alone(waiting, outputs, two_shot=two_shot)
+    assert waiting.expired.item() == 1
+    all_reduce_alone(waiting, outputs, two_shot=two_shot)  # at once, and with a word to rank 1
+    late = peers_of(1, counters, polls=3)
+    late.launches.fill_(1)
+    all_reduce_alone(late, outputs, two_shot=two_shot)
+    assert late.expired.item() == 1

@@ -1,0 +1,111 @@
+"""Draws from a vocabulary that is split over ranks: the tokens of one rank, whatever the split."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from nanovllm import SamplingParams
+from nanovllm.kernels import reference
+from nanovllm.kernels.reference import SAMPLE_TILE
+from nanovllm.layers.parallel import ParallelGroup, Shard
+from nanovllm.layers.sampler import SamplingBatch, sample
+
+CPU = torch.device("cpu")
+
+
+class ThreadGroup(ParallelGroup):
+    """Ranks that are threads of this process."""
+
+    def __init__(self, rank: int, size: int, board: list[Any], barrier: threading.Barrier) -> None:
+        super().__init__(rank, size)
+        object.__setattr__(self, "board", board)
+        object.__setattr__(self, "barrier", barrier)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        self.board[self.rank] = x
+        self.barrier.wait()
+        everyone = torch.stack(self.board)
+        self.barrier.wait()
+        return everyone
+
+
+def on_ranks(size: int, run: Callable[[ParallelGroup], torch.Tensor]) -> list[torch.Tensor]:
+    """What `run` gives on each rank."""
+    board, barrier, results = [None] * size, threading.Barrier(size), [torch.empty(0)] * size
+
+    def work(rank: int) -> None:
+        try:
+            results[rank] = run(ThreadGroup(rank, size, board, barrier))
+        except BaseException:
+            barrier.abort()
+            raise
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def random_params(vocab: int) -> SamplingParams:
+    return SamplingParams(
+        temperature=random.choice([0.0, 0.2, 1.0, 3.0]),
+        top_k=random.choice([-1, 1, 5, 600, vocab // 2 + 1]),
+        top_p=random.choice([1.0, 1.0, 0.05, 0.5, 0.999]),
+    )
+
+
+def random_logits(rows: int, vocab: int, dtype: torch.dtype) -> torch.Tensor:
+    """Flat and steep rows, with ties, infinities and, now and then, NaN."""
+    logits = (
+        torch.randn(rows, vocab) * torch.tensor([0.0, 0.01, 1.0, 8.0])[torch.randint(4, (rows, 1))]
+    )
+    logits = logits.to(dtype)
+    for row in range(rows):
+        kind = random.randrange(8)
+        if kind == 0:
+            logits[row, torch.rand(vocab) < 0.7] = float("-inf")
+        elif kind == 1:
+            logits[row, random.randrange(vocab)] = float("inf")
+        elif kind == 2:
+            logits[row, random.randrange(vocab)] = float("nan")
+        elif kind == 3:
+            logits[row] = float("-inf")
+        elif kind == 4:
+            logits[row] = (logits[row] * 2).round() / 2
+    return logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab", [300, 2 * SAMPLE_TILE, 5 * SAMPLE_TILE + 17])
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_draw_the_tokens_of_one(size, vocab, dtype):
+    rows = 12
+    logits = random_logits(rows, vocab, dtype)
+    params = [random_params(vocab) for _ in range(rows)]
+    seeds = [random.getrandbits(63) for _ in range(rows)]
+    packed = SamplingBatch.pack(params, seeds, list(range(rows)), list(range(rows)), vocab)
+
+    def draw(group: ParallelGroup) -> torch.Tensor:
+        shard = Shard.whole_tiles(vocab, SAMPLE_TILE, group)
+        part = logits[:, shard.start : shard.start + shard.size]
+        return sample(part, SamplingBatch.unpack(packed, CPU), group, shard)
+
+    expected = draw(ParallelGroup())
+    for tokens in on_ranks(size, draw):
+        assert tokens.tolist() == expected.tolist()
+
+
+def test_of_equal_keys_the_lowest_token_is_drawn():
+    logits = torch.zeros(1, SAMPLE_TILE)
+    logits[0, ::2] = -0.0
+    greedy = torch.zeros(1), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    keys = [reference.sample(logits, *greedy, None, (n * SAMPLE_TILE, 4096 * 3)) for n in range(3)]
+    assert reference.token_of(torch.stack(keys).amax(0)).tolist() == [0]

@@ -39,8 +39,10 @@ from nanovllm.engine.step_inputs import StepLayout
 from nanovllm.layers.parallel import ParallelGroup, complete
 from nanovllm.layers.peer_memory import PeerMemory
 
-# How long processes may take to start and to meet, to be seen dead after an error, and to end.
+# How long processes may take to start and to meet, to load, to be seen dead after an error, and to
+# end.
 JOIN_SECONDS = 300.0
+LOAD_SECONDS = 1800.0
 DEATH_SECONDS = 2.0
 END_SECONDS = 10.0
 
@@ -193,11 +195,12 @@ class Ranks:
             self.group = dataclasses.replace(self.group, peers=peers)
 
     def minimum(self, value: int) -> int:
-        """The smallest `value` of all ranks."""
+        """The smallest `value` of all ranks, of which some may still be loading weights."""
         if self.group.size == 1:
             return value
         tensor = torch.tensor([value], dtype=torch.int64)
-        dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self.control)
+        work = dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self.control, async_op=True)
+        complete(work, LOAD_SECONDS)
         return int(tensor)
 
     def wait(self, event: torch.cuda.Event) -> None:

@@ -29,7 +29,7 @@ def main() -> None:
     threading.Thread(target=end_with, args=(task.parent,), daemon=True).start()
     try:
         _serve(task)
-    except Exception:
+    except BaseException:
         print(f"rank {task.rank} of {task.size}: {traceback.format_exc()}", file=sys.stderr)
         sys.stderr.flush()
         # NOTE: no ordinary exit: it could wait on a collective whose other ranks wait for this one.

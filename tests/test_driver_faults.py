@@ -16,9 +16,9 @@ import torch
 import green_ctx
 from green_ctx import Driver, DriverError, GreenContextError, GreenContextUnavailable
 from nanovllm.config import Config
-from nanovllm.engine import green_manager, pipeline
+from nanovllm.engine import green_manager, pipeline_modes
 from nanovllm.engine.green_manager import Partitions
-from nanovllm.engine.pipeline import Pipelines, build_pipelines
+from nanovllm.engine.pipeline_modes import Pipelines, build_pipelines
 from nanovllm.engine.plan import SEQUENTIAL
 from tests.fake_driver import CUDA0, FakeDriver, Result, manager_with, partitions_with
 from tests.interrupts import InterruptAt
@@ -129,7 +129,7 @@ def test_an_interrupt_at_any_line_leaves_nothing(
     for line in range(1, 5000):
         fake = FakeDriver(unbound=lack)
         interrupt = InterruptAt(
-            line, [green_ctx.__file__, green_manager.__file__, pipeline.__file__]
+            line, [green_ctx.__file__, green_manager.__file__, pipeline_modes.__file__]
         )
         try:
             with interrupt:

@@ -14,7 +14,7 @@ import torch
 from green_ctx import Driver, DriverError, GreenContextError
 from nanovllm import LLM, Config
 from nanovllm.engine.green_manager import GreenContextManager
-from nanovllm.engine.pipeline import Pipelines, PipelineUnavailable, build_pipelines
+from nanovllm.engine.pipeline_modes import Pipelines, PipelineUnavailable, build_pipelines
 from nanovllm.engine.plan import GREEN, LANES3, SEQUENTIAL, Plan
 from nanovllm.engine.scheduler import Chunk, Step
 from nanovllm.engine.sequence import Sequence

@@ -26,7 +26,7 @@ from nanovllm.engine import plan as plans
 from nanovllm.engine.auto.auto_plan import AutoPlan, Split, split_for, splits_to_try
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.pipeline import MIN_DENSE_SMS
+from nanovllm.engine.pipeline_modes import MIN_DENSE_SMS
 from nanovllm.engine.step_runner import FixedPlan, StepRunner
 from nanovllm.utils.device import sm_count
 

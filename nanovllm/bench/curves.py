@@ -27,7 +27,7 @@ from nanovllm.bench.pictures import draw_curves as draw
 from nanovllm.bench.report import Record
 from nanovllm.bench.shapes import published_config
 from nanovllm.engine.green_manager import GreenContextManager
-from nanovllm.engine.pipeline import MIN_DENSE_SMS
+from nanovllm.engine.pipeline_modes import MIN_DENSE_SMS
 from nanovllm.models import parse_config
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from nanovllm.engine.auto.calibration import Calibration, calibration_key
 from nanovllm.engine.auto.step_timer import DeviceTimer
 from nanovllm.engine.graph_memory import GraphMemory, batch_sizes
 from nanovllm.engine.parallel.ranks import Ranks
-from nanovllm.engine.pipeline import build_pipelines
+from nanovllm.engine.pipeline_modes import build_pipelines
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.plan import SEQUENTIAL, Plan
 from nanovllm.engine.scheduler import Step

@@ -2,8 +2,7 @@
 
 A plan says how many micro-batches a step has and which lane runs which stages; its order is a list
 of `Work`, a walk through all stages of all micro-batches. Lanes work in order, so the order decides
-what overlaps. Both depend on nothing but the model and the plan, so every rank makes the same ones,
-and a step names its plan by its number in the list of plans.
+what overlaps. Every rank makes the same plans and orders, so a step names its plan by a number.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
+from typing import Any, NamedTuple
 
 from nanovllm.models.stage import Stage
 
@@ -66,13 +67,11 @@ class Plan:
         Raises:
             ValueError: there is none.
         """
-        for lane in self.lanes:
-            if stage in lane.stages:
-                return lane
-        for lane in self.lanes:
-            if not lane.stages:
-                return lane
-        raise ValueError(f"stage={stage!r} has no lane in plan {self.name!r}")
+        named = [lane for lane in self.lanes if stage in lane.stages]
+        others = [lane for lane in self.lanes if not lane.stages]
+        if not named + others:
+            raise ValueError(f"stage={stage!r} has no lane in plan {self.name!r}")
+        return (named + others)[0]
 
     def with_sms(self, sms: Sequence[int]) -> Plan:
         """The same on partitions of these sizes."""
@@ -87,6 +86,20 @@ STREAMS = Plan("streams", 2, TWO_LANES, streams=True)
 GREEN = Plan("green", 2, TWO_LANES, streams=True)
 # Of the benchmark alone: QKV leaves the dense lane, so three micro-batches are under way.
 LANES3 = Plan("lanes3", 3, (*TWO_LANES, PlannedLane("qkv", ("qkv",))), streams=True)
+
+
+class Choice(NamedTuple):
+    """How a decode step runs.
+
+    Attributes:
+        plan: number of its plan.
+        size: its rows, padding included.
+        prediction: what the step's time is told to, with it; None: nobody wants to know.
+    """
+
+    plan: int
+    size: int
+    prediction: Any = None
 
 
 @dataclass(frozen=True)
@@ -116,18 +129,14 @@ def make_order(stages: Iterable[Stage], plan: Plan, micro_batches: int) -> list[
         times = [sum(seconds[stage.name] for stage in group) for _, group in chain]
         issued = list_schedule([lane for lane, _ in chain], times, micro_batches)
     else:
-        issued = [(batch, i) for i in range(len(chain)) for batch in range(micro_batches)]
-    return with_events([Work(chain[i][0], batch, chain[i][1]) for batch, i in issued])
+        issued = [(batch, link) for link in range(len(chain)) for batch in range(micro_batches)]
+    return with_events([Work(chain[link][0], batch, chain[link][1]) for batch, link in issued])
 
 
 def merge(stages: Iterable[Stage], plan: Plan) -> list[tuple[str, tuple[Stage, ...]]]:
     """The stages a micro-batch runs through, neighbours on one lane together, and their lanes."""
-    chain: list[tuple[str, tuple[Stage, ...]]] = []
-    for stage in stages:
-        lane = plan.lane_of(stage.name).name
-        before = chain.pop()[1] if chain and chain[-1][0] == lane else ()
-        chain.append((lane, (*before, stage)))
-    return chain
+    by_lane = groupby(stages, lambda stage: plan.lane_of(stage.name).name)
+    return [(lane, tuple(group)) for lane, group in by_lane]
 
 
 def list_schedule(
@@ -135,12 +144,8 @@ def list_schedule(
 ) -> list[tuple[int, int]]:
     """Always issues what can begin first; of several, the micro-batch that is behind.
 
-    Args:
-        lanes, times: of each link of the chain that every micro-batch runs through.
-        micro_batches: how many.
-
-    Returns:
-        (micro-batch, link), in the order of issue.
+    Given lane and time of each link of the chain that every micro-batch runs through; returns
+    (micro-batch, link) in the order of issue.
     """
     free = dict.fromkeys(lanes, 0.0)
     ready, links = [0.0] * micro_batches, [0] * micro_batches
@@ -164,9 +169,6 @@ def with_events(works: Iterable[Work]) -> list[Work]:
     the main lane; at the end that lane needs every micro-batch. Works of one lane need no event,
     and neither does what an earlier wait implies: a lane that has waited for an event knows all
     that the other lane knew when it recorded it.
-
-    Args:
-        works: each micro-batch's in order, without waits.
     """
     order: list[Work] = []
     known: dict[str, Mapping[str, int]] = {MAIN: {MAIN: 0}}  # by lane, the last work known of each

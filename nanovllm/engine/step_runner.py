@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from nanovllm.config import Config
 from nanovllm.engine.graph_memory import GraphMemory
-from nanovllm.engine.pipeline import Pipelines
+from nanovllm.engine.pipeline_modes import Pipelines
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler, hidden_states
+from nanovllm.engine.plan import Choice
 from nanovllm.engine.scheduler import Chunk, Step
 from nanovllm.engine.stage_times import StageTimer
 from nanovllm.engine.step_inputs import (
@@ -28,20 +29,6 @@ from nanovllm.engine.step_inputs import (
     decode_first,
     micro_batches,
 )
-
-
-class Choice(NamedTuple):
-    """How a decode step runs.
-
-    Attributes:
-        plan: number of its plan.
-        size: its rows, padding included.
-        prediction: what the step's time is told to, with it; None: nobody wants to know.
-    """
-
-    plan: int
-    size: int
-    prediction: Any = None
 
 
 class FixedPlan:

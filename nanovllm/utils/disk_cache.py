@@ -15,19 +15,19 @@ import hashlib
 import json
 import logging
 import os
-import stat
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
-MAX_BYTES = 4 << 20
+MAX_BYTES = 4 << 20  # of a file; what is longer is cut off, and so no JSON
 # What reading, parsing, comparing and writing may raise: RuntimeError for a user without a home
 # directory and for deep nesting, ValueError for what is no JSON and for paths that cannot be.
-FAILURES = (OSError, RuntimeError, ValueError, TypeError, MemoryError)
+FAILURES = (OSError, RuntimeError, ValueError, TypeError, AttributeError, MemoryError)
 
 
 def cache_folder() -> Path:
@@ -64,11 +64,13 @@ class DiskCache:
         NOTE: whoever may write to the folder may have changed it.
         """
         try:
-            entry = json.loads(_read(self.path(key)))
-            if not isinstance(entry, dict) or entry.keys() != {"key", "value"}:
-                raise ValueError("the file does not hold a key and a value")
-            if _canonical(entry["key"]) != _canonical(key):
-                raise ValueError("the file belongs to another key")
+            path = self.path(key)
+            if not S_ISREG(path.stat().st_mode):  # which may block, or never end
+                raise ValueError(f"{path} is no regular file")
+            with path.open("rb") as file:
+                entry = json.loads(file.read(MAX_BYTES))
+            if entry.keys() != {"key", "value"} or _canonical(entry["key"]) != _canonical(key):
+                raise ValueError("the file does not hold this key and a value")
             return entry["value"]
         except FileNotFoundError:
             return None
@@ -91,18 +93,6 @@ class DiskCache:
     def _warn(self, done: str, error: Exception) -> None:
         what = f"{type(error).__name__}: {error}"
         logger.warning("Cache of %s: cannot be %s: %.300s", self.name, done, what)
-
-
-def _read(path: Path) -> bytes:
-    """The content of a regular file of at most MAX_BYTES; anything else may block, or never end."""
-    flags = os.O_NONBLOCK | os.O_NOCTTY
-    with open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError(f"{path} is no regular file")
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise ValueError(f"{path} is larger than {MAX_BYTES} bytes")
-    return content
 
 
 def _replace(path: Path, text: str) -> None:

@@ -17,8 +17,8 @@ if not torch.cuda.is_available():
 from nanovllm import LLM
 from nanovllm.bench.shapes import shape_directory
 from nanovllm.engine.auto.auto_plan import AutoPlan
-from nanovllm.engine.auto.planner import PlanChoice, Planner
-from nanovllm.engine.step_runner import Choice
+from nanovllm.engine.auto.planner import Planner
+from nanovllm.engine.plan import Choice
 from tests.gpu.texts import texts
 
 # Batch and context where two calibrations are compared; all batches have graphs of their own.
@@ -82,7 +82,7 @@ def test_two_calibrations_choose_equally_fast_plans(cache: Path) -> None:
     options = {"load_format": "dummy", "max_num_seqs": 512, "max_model_len": 2048}
     with shape_directory("8B", 12) as directory:
 
-        def calibrate_and_choose() -> list[PlanChoice]:
+        def calibrate_and_choose() -> list[Choice]:
             with auto_engine(model=directory, **options) as engine:
                 return choices(auto_plan(engine))
 
@@ -96,9 +96,7 @@ def test_two_calibrations_choose_equally_fast_plans(cache: Path) -> None:
             decode = auto_plan(engine)
             names = [plan.name for plan in decode.plans]
             for point, *pair in zip(POINTS, first, choices(decode), strict=True):
-                print(
-                    f"{point}:", *(f"{names[c.plan]} {1e3 * (c.seconds or 0):.3f} ms" for c in pair)
-                )
+                print(f"{point}:", *(f"{names[c.plan]} {c.prediction.seconds:.5f} s" for c in pair))
                 one, other = (choice.plan for choice in pair)
                 if one != other:
                     seconds = measure_in_turn(decode, [one, other], *point)
@@ -109,7 +107,7 @@ def test_two_calibrations_choose_equally_fast_plans(cache: Path) -> None:
     assert all(abs(difference) < PLAN_TOLERANCE for difference in apart.values()), apart
 
 
-def choices(decode: AutoPlan) -> list[PlanChoice]:
+def choices(decode: AutoPlan) -> list[Choice]:
     """At each of the points, what a new planner takes by the calibration on disk."""
     made = decode.planner
     fresh = [Planner(made.table, made.plans, made.sizes) for _ in POINTS]

@@ -7,8 +7,8 @@ measured from the largest down, and what cannot pay is not measured:
 - a plan that is far behind it where dense work and attention balance, such as a silly split,
 - a plan that came near the fastest nowhere, or less often than others, at the size before.
 
-The times on disk are a log of what was measured. A calibration is repeated from the log, and if
-that lacks a time, or has one too many, it is made anew.
+What is kept on disk is the log of what was measured. A calibration is repeated from it, and made
+anew if it asks for another step than the log has next.
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ SHORTEST_STEP, LONGEST_STEP = 1e-7, 3600.0
 
 # Seconds of a step, by the number of its plan, its sequences, and their context tokens together.
 StepTimer = Callable[[int, int, int], float]
-Log = list[tuple[int, int, int, float]]
 
 
 def pipelined_sizes(largest: int) -> list[int]:
@@ -112,10 +111,6 @@ class Calibration:
         self.cache = cache or DiskCache("plans")
         self.table = CostTable()
 
-    def longest_tokens(self, size: int) -> int:
-        """The most context tokens of a batch in which all sequences are equally long."""
-        return max(1, min(self.max_len, self.capacity // size)) * size
-
     def run(self, plans: Sequence[Plan], *, show_progress: bool) -> list[list[int]]:
         """Fills the table from the log on disk, or else by measuring.
 
@@ -126,38 +121,47 @@ class Calibration:
         Returns:
             Of each plan, the sizes at which it gains something somewhere; none of sequential.
         """
-        if not pipelined_sizes(self.largest):
-            return [[] for _ in plans]
-        key = self.key | {"plans": [plan.name for plan in plans]}
-        if not self._replay(len(plans), key):
-            self.cache.write(key, self._measure_all(plans, show_progress=show_progress))
+        if pipelined_sizes(self.largest):
+            key = self.key | {"plans": [plan.name for plan in plans]}
+            log = self.cache.read(key)
+            if log is None or not self._replay(log, len(plans)):
+                self.cache.write(key, self._measure(plans, show_progress=show_progress))
         return [[], *(self._paying_sizes(plan) for plan in range(1, len(plans)))]
 
-    def _measure_all(self, plans: Sequence[Plan], *, show_progress: bool) -> Log:
-        """Fills the table by measuring; returns what was measured."""
-        log: Log = []
+    def _measure(
+        self, plans: Sequence[Plan], *, show_progress: bool
+    ) -> list[tuple[int, int, int, float]]:
+        """Fills the table by measuring; returns the log."""
+        log = []
         with tqdm(desc="Calibrating plans", unit="step", disable=not show_progress) as bar:
 
-            def measure(plan: int, size: int, tokens: int) -> float:
+            def timer(plan: int, size: int, tokens: int) -> float:
                 bar.set_postfix_str(f"{plans[plan].name}, batch {size}")
-                log.append((plan, size, tokens, self.timer(plan, size, tokens)))
+                seconds = self.timer(plan, size, tokens)
+                log.append((plan, size, tokens, seconds))
                 bar.update()
-                return log[-1][-1]
+                return seconds
 
-            self.table = self._build_table(len(plans), measure)
+            self.table = self._build_table(len(plans), timer)
         return log
 
-    def _replay(self, num_plans: int, key: Mapping[str, Any]) -> bool:
-        """Fills the table from the log on disk; returns whether there is one that fits."""
-        value = self.cache.read(key)
-        if value is None:
-            return False
+    def _replay(self, log: Any, num_plans: int) -> bool:
+        """Fills the table from a log that anybody may have changed; returns whether it fits."""
+
+        def timer(*asked: int) -> float:
+            *place, seconds = next(entries, [None])
+            if tuple(place) != asked or type(seconds) is not float:
+                raise ValueError(f"it has no time of {asked}")
+            if not SHORTEST_STEP <= seconds <= LONGEST_STEP:
+                raise ValueError(f"{seconds} is no time of a step")
+            return seconds
+
         try:
-            times = read_log(value)
-            self.table = self._build_table(num_plans, lambda *place: times.pop(place))
-            if times:
+            entries = iter(log)
+            self.table = self._build_table(num_plans, timer)
+            if list(entries):
                 raise ValueError("it has times that nobody needs")
-        except (ValueError, LookupError) as error:
+        except (TypeError, ValueError) as error:
             logger.warning("Calibration on disk is ignored: %.300r", error)
             return False
         return True
@@ -169,31 +173,27 @@ class Calibration:
         for size in measured_sizes(self.largest):
             if not plans:
                 break
-            longest = self.longest_tokens(size)
-            dense, end = (
-                timer(SEQUENTIAL_NUMBER, size, size),
-                timer(SEQUENTIAL_NUMBER, size, longest),
-            )
+            longest = self._longest_tokens(size)
+            dense = timer(SEQUENTIAL_NUMBER, size, size)
+            end = timer(SEQUENTIAL_NUMBER, size, longest)
             halves = 2 * timer(SEQUENTIAL_NUMBER, size // 2, size // 2)
             counts = tokens_to_measure(size, longest, dense, end, halves)
             for tokens in sorted({size, *counts, longest}):
                 table.add(SEQUENTIAL_NUMBER, size, tokens, timer(SEQUENTIAL_NUMBER, size, tokens))
             if counts:
-                plans = [plan for plan in plans if self._measure(plan, size, counts, table, timer)]
-                plans = near_fastest(table, plans, size, counts)
+                slowest = GIVE_UP_RATIO * table.seconds(SEQUENTIAL_NUMBER, size, counts[0])
+                near = []
+                for plan in plans:
+                    if timer(plan, size, counts[0]) <= slowest:
+                        near.append(plan)
+                        for tokens in counts:
+                            table.add(plan, size, tokens, timer(plan, size, tokens))
+                plans = near_fastest(table, near, size, counts)
         return table
 
-    @staticmethod
-    def _measure(
-        plan: int, size: int, counts: Sequence[int], table: CostTable, timer: StepTimer
-    ) -> bool:
-        """Measures a pipelined plan at a size; False if it is given up after the first time."""
-        first = timer(plan, size, counts[0])
-        if first > GIVE_UP_RATIO * table.seconds(SEQUENTIAL_NUMBER, size, counts[0]):
-            return False
-        for tokens in counts:
-            table.add(plan, size, tokens, timer(plan, size, tokens))
-        return True
+    def _longest_tokens(self, size: int) -> int:
+        """The most context tokens of a batch in which all sequences are equally long."""
+        return max(1, min(self.max_len, self.capacity // size)) * size
 
     def _paying_sizes(self, plan: int) -> list[int]:
         """The sizes at which a plan gains enough over sequential decode somewhere."""
@@ -253,32 +253,16 @@ def near_fastest(
     return [plan for plan, _ in near.most_common(MOST_KEPT)]
 
 
-def read_log(value: Any) -> dict[tuple[Any, ...], float]:
-    """Times by plan, size and tokens, out of a file that anybody may have changed.
-
-    Raises:
-        ValueError: it is no log.
-    """
-    times: dict[tuple[Any, ...], float] = {}
-    try:
-        for *place, seconds in value:
-            if type(seconds) is not float or not SHORTEST_STEP <= seconds <= LONGEST_STEP:
-                raise ValueError(f"{seconds!r:.40} is no time of a step")
-            if times.setdefault(tuple(place), seconds) != seconds:
-                raise ValueError(f"it has two times of {place!r:.40}")
-    except TypeError as error:
-        raise ValueError(f"it is no log: {error}") from error
-    return times
-
-
 def calibration_key(model_config: Any, device: torch.device, **more: Any) -> dict[str, Any]:
     """What measured times depend on: device, driver, versions, our code, model, and `more`."""
     import triton
 
+    code = xxhash.xxh64()
+    for source in [Path(green_ctx.__file__), *sorted(Path(nanovllm.__path__[0]).rglob("*.py"))]:
+        code.update(f"{source.name}\0".encode() + source.read_bytes())
     driver = Path("/proc/driver/nvidia/version")
     return {
-        "code": hash_sources(Path(nanovllm.__path__[0])),
-        "green_ctx": xxhash.xxh64_hexdigest(Path(green_ctx.__file__).read_bytes()),
+        "code": code.hexdigest(),
         "device": torch.cuda.get_device_name(device),
         "driver": driver.read_text() if driver.is_file() else None,
         "torch": torch.__version__,
@@ -286,11 +270,3 @@ def calibration_key(model_config: Any, device: torch.device, **more: Any) -> dic
         "model": dataclasses.asdict(model_config),
         **more,
     }
-
-
-def hash_sources(folder: Path) -> str:
-    """A hash of all Python files below a folder."""
-    hasher = xxhash.xxh64()
-    for path in sorted(folder.rglob("*.py")):
-        hasher.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
-    return hasher.hexdigest()

@@ -7,15 +7,16 @@ timed until it takes the same several times in a row.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 
 import numpy as np
 import torch
 
+from nanovllm.engine.plan import Choice
 from nanovllm.engine.scheduler import Chunk
 from nanovllm.engine.step_inputs import dummy_chunk
-from nanovllm.engine.step_runner import Choice, StepRunner
+from nanovllm.engine.step_runner import StepRunner
 
 # A reading is the mean of as many steps as take so long, and at least one.
 READING_SECONDS = 0.02
@@ -26,10 +27,7 @@ MOST_READINGS = 24
 
 
 def settled_seconds(read: Callable[[], float]) -> float:
-    """Reads until the last readings are alike, and returns their median.
-
-    If that does not come about, the median of all readings but the first third.
-    """
+    """The median of the first readings in a row that are alike; else of all but the first third."""
     readings: list[float] = []
     while len(readings) < MOST_READINGS:
         readings.append(read())
@@ -42,12 +40,7 @@ def settled_seconds(read: Callable[[], float]) -> float:
 class DeviceTimer:
     """Times decode steps on a CUDA device, from their inputs' copy to their logits.
 
-    NOTE: the first call overwrites the whole KV cache with random numbers.
-
-    Args:
-        runner: runs them.
-        kv_caches: all tensors of the KV cache.
-        num_blocks, block_size: see `steady_chunks`.
+    NOTE: the first call overwrites the KV cache, the tensors `kv_caches`, with random numbers.
     """
 
     def __init__(
@@ -67,9 +60,9 @@ class DeviceTimer:
         """Seconds of a step of `batch` sequences that have `tokens` tokens together."""
         while self.unfilled:  # zeros would take less power, hence less time
             self.unfilled.pop().normal_()
-        chunks = list(steady_chunks(batch, tokens // batch, self.num_blocks, self.block_size))
-        lengths = [tokens // batch] * batch
-        step = self.runner.prepare_decode(Choice(plan, batch), chunks, lengths)
+        context = tokens // batch
+        chunks = steady_chunks(batch, context, self.num_blocks, self.block_size)
+        step = self.runner.prepare_decode(Choice(plan, batch), chunks, [context] * batch)
 
         def read(count: int) -> float:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -85,19 +78,12 @@ class DeviceTimer:
         return settled_seconds(lambda: read(count))
 
 
-def steady_chunks(count: int, context: int, num_blocks: int, block_size: int) -> Iterator[Chunk]:
-    """A decode step of `count` sequences that have `context` tokens each.
+def steady_chunks(count: int, context: int, num_blocks: int, block_size: int) -> list[Chunk]:
+    """A decode step of `count` sequences that have `context` tokens each, at least 1.
 
-    Their blocks are scattered over the cache, and shared only if there are not enough of them.
-
-    Args:
-        count: sequences.
-        context: tokens of each, at least 1.
-        num_blocks: KV blocks; block 0 is padding.
-        block_size: tokens of a block.
+    Their KV blocks are scattered over all `num_blocks`, and shared only if these are not enough.
     """
     needed = -(-context // block_size)
     rng = np.random.default_rng(0)
-    blocks = 1 + np.resize(rng.permutation(num_blocks), count * needed).reshape(count, needed)
-    for table in blocks.tolist():
-        yield dummy_chunk(context - 1, context, table)
+    blocks = 1 + np.resize(rng.permutation(num_blocks), (count, needed))  # block 0 is padding
+    return [dummy_chunk(context - 1, context, table) for table in blocks.tolist()]

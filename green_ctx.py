@@ -4,8 +4,7 @@
     with GreenContexts(device, device.split([36, 88, 8])) as contexts:
         streams = [torch.cuda.ExternalStream(handle) for handle in contexts.stream_handles]
 
-- `Driver` alone calls `cuda.bindings.driver`; it turns every failure, by status or by exception,
-  into a `DriverError`. Before the first `Driver()` nothing is imported or called.
+- `Driver` alone calls `cuda.bindings.driver`, and not before the first `Driver()`.
 - `GreenDevice` splits. One driver call makes all parts of a split, so they are disjoint;
   `plan_partitions` is the arithmetic of it.
 - `GreenContexts` owns what is made of the parts, and closes it last first. The calls for that are
@@ -26,7 +25,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import islice, starmap
 from math import gcd, lcm
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,10 +35,11 @@ logger = logging.getLogger(__name__)
 # Constants of cuda.h. As numbers, because the bindings renamed the enums that hold them.
 DEFAULT_STREAM = 1  # CU_GREEN_CTX_DEFAULT_STREAM
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: the only kind a green context may have
-NOT_FOUND, NOT_SUPPORTED = 500, 801  # how older drivers say that they lack a function
 UNKNOWN_ERROR = 999  # CUDA_ERROR_UNKNOWN
 INVALID_RESOURCE_CONFIGURATION = 915  # the code for "the SMs cannot be arranged like that"
 
+# CUDA versions, as drivers tell them, that have green contexts, and streams made on them.
+GREEN_CONTEXTS, GREEN_STREAMS = 12040, 12050
 REQUIRED_FUNCTIONS = (
     "cuDeviceGetDevResource",
     "cuDevSmResourceSplitByCount",
@@ -61,8 +61,7 @@ class GreenContextUnavailable(GreenContextError):
 class DriverError(GreenContextError):
     """A driver call that failed: its `function`, and the driver's `code` and `name` for why.
 
-    Where the bindings raised an exception instead, it is the cause, `name` is its type, and `code`
-    is 999.
+    Where the bindings raised an exception instead, that is the cause, and `code` is 999.
     """
 
     def __init__(self, function: str, code: int, name: str, detail: str = "") -> None:
@@ -102,22 +101,21 @@ class Driver:
                 raise
             # How the bindings say that there is no driver library.
             raise GreenContextUnavailable(f"no CUDA driver: {error.__cause__}") from error
-        self.version = int(self("cuDriverGetVersion"))
-        missing = [name for name in REQUIRED_FUNCTIONS if not self.has(name)]
+        version = int(self("cuDriverGetVersion"))
+        self.version = f"{version // 1000}.{version % 1000 // 10}"  # the newest CUDA it supports
+        self.has_green_streams = version >= GREEN_STREAMS and hasattr(
+            self._bindings, "cuGreenCtxStreamCreate"
+        )
         # A resource query must name its type with the bindings' own enum.
         types = getattr(self._bindings, "CUdevResourceType", None)
         self.sm_type = getattr(types, "CU_DEV_RESOURCE_TYPE_SM", None)
-        if missing or self.sm_type is None:
+        missing = [name for name in REQUIRED_FUNCTIONS if not hasattr(self._bindings, name)]
+        missing += ["CU_DEV_RESOURCE_TYPE_SM"] if self.sm_type is None else []
+        if missing or version < GREEN_CONTEXTS:
             raise GreenContextUnavailable(
-                "driver and cuda-bindings must be for CUDA 12.4 or newer; "
-                f"the driver is for {self.version_text}; "
-                f"missing: {', '.join(missing or ['CU_DEV_RESOURCE_TYPE_SM'])}"
+                "driver and cuda-bindings must be for CUDA 12.4 or newer; the driver is for "
+                f"{self.version}, and cuda-bindings lack {', '.join(missing) or 'nothing'}"
             )
-
-    @property
-    def version_text(self) -> str:
-        """The newest CUDA version the driver supports, such as "13.0"."""
-        return f"{self.version // 1000}.{self.version % 1000 // 10}"
 
     def __call__(self, function: str, *args: Any, answer: list[Any] | None = None) -> Any:
         """`driver("cuDeviceGet", 0)` returns the function's one output, or a tuple of several.
@@ -138,18 +136,6 @@ class Driver:
         if code != 0:
             raise DriverError(function, code, name)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-    def has(self, function: str) -> bool:
-        """Whether both the bindings and the driver know `function`."""
-        if not hasattr(self._bindings, function):
-            return False
-        try:
-            address, _ = self("cuGetProcAddress", function.encode(), self.version, 0)
-        except DriverError as error:
-            if error.code not in (NOT_FOUND, NOT_SUPPORTED):
-                raise
-            return False
-        return bool(address)
 
 
 @dataclass(frozen=True)
@@ -211,12 +197,11 @@ def plan_partitions(
     )
 
 
-@dataclass(frozen=True)
-class SmResource:
+class SmResource(NamedTuple):
     """SMs that a split granted: how many, and the driver's handles for them."""
 
     sm_count: int
-    handles: tuple[Any, ...] = field(repr=False)
+    handles: tuple[Any, ...]
 
 
 class GreenDevice:
@@ -256,16 +241,9 @@ class GreenDevice:
         """
         granularity = self.granularity()
         plan = plan_partitions(self.sm_count, granularity, counts, names)
-        groups, rest = self._make_groups([n for n in plan if n is not None], granularity)
-        dealt = iter(groups)
-        return [rest if size is None else next(dealt) for size in plan]
-
-    def _make_groups(
-        self, sizes: Sequence[int], granularity: Granularity
-    ) -> tuple[list[SmResource], SmResource]:
-        """Groups of exactly these sizes, and what is left."""
+        sizes = [size for size in plan if size is not None]
         if not sizes:  # the one part is the whole device
-            return [], SmResource(self.sm_count, (self._sms,))
+            return [SmResource(self.sm_count, (self._sms,))]
         # NOTE: a group or remainder cannot be split again before a green context was made of it
         # (error 915), but a context may be made of several groups of one split. So unequal groups
         # are put together from equal units, the larger the better, as neighbours stay together.
@@ -274,8 +252,12 @@ class GreenDevice:
             units, rest = self._split_evenly(number, unit)
             if [int(group.sm.smCount) for group in units] == [unit] * number:
                 deal = iter(units)
-                groups = [SmResource(n, tuple(islice(deal, n // unit))) for n in sizes]
-                return groups, SmResource(int(rest.sm.smCount), (rest,))
+                return [
+                    SmResource(size, tuple(islice(deal, size // unit)))
+                    if size is not None
+                    else SmResource(int(rest.sm.smCount), (rest,))
+                    for size in plan
+                ]
         raise GreenContextUnavailable(f"{self} cannot make groups of {sizes} SMs")
 
     def _split_evenly(self, groups: int, count: int) -> tuple[list[Any], Any]:
@@ -331,7 +313,7 @@ class GreenContexts:
 
     Args:
         device: the device that made the split.
-        parts: what `device.split(...)` returned, all or some; each gets a green context.
+        parts: what `device.split` returned, all or some.
 
     Attributes:
         sms: SMs of each, as the driver reports them of the finished green contexts.
@@ -392,7 +374,7 @@ class GreenContexts:
     def _make_stream(self, context: Any) -> Any:
         """Creates a stream on a green context; leaves the thread's current context as it was."""
         driver, destroy = self.device.driver, ["cuStreamSynchronize", "cuStreamDestroy"]
-        if driver.has("cuGreenCtxStreamCreate"):
+        if driver.has_green_streams:
             return self._make("cuGreenCtxStreamCreate", context, NON_BLOCKING, 0, undo=destroy)
         as_context = driver("cuCtxFromGreenCtx", context)
         self._make("cuCtxPushCurrent", as_context, undo=["cuCtxPopCurrent"])
@@ -416,7 +398,7 @@ def main() -> int:
     try:
         device = GreenDevice(0)
         sizes, total = device.granularity(), device.sm_count
-        print(f"{device}, driver for CUDA {device.driver.version_text}")
+        print(f"{device}, driver for CUDA {device.driver.version}")
         print(f"groups of {sizes.minimum} SMs or more, in multiples of {sizes.alignment}")
         for count in (1, 12, 16, 36, total * 3 // 4):
             if sizes.round_up(count) <= total:

@@ -81,6 +81,11 @@ class DecodeCase:
         ends = itertools.accumulate(sizes, initial=0)
         return [self._part(range(*pair)) for pair in itertools.pairwise(ends)]
 
+    def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and positions of all contexts, one after the other."""
+        tokens = torch.tensor(list(itertools.chain.from_iterable(self.contexts)))
+        return tokens, torch.cat([torch.arange(len(context)) for context in self.contexts])
+
     @staticmethod
     def padding_like(inputs: StepTensors) -> StepTensors:
         """Inputs of the same shapes that are safe to run but wrong."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import green_ctx
-from green_ctx import Driver, DriverError, GreenContextError, GreenContextUnavailable
+from green_ctx import Driver, DriverError, GreenContextError
 from nanovllm.config import Config
 from nanovllm.engine import green_manager, pipeline_modes
 from nanovllm.engine.green_manager import Partitions
@@ -28,7 +28,6 @@ OLD_STREAMS = {"unbound": ("cuGreenCtxStreamCreate",)}
 SETUPS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "new driver": ({}, (16, 32)),
     "older streams": (OLD_STREAMS, (16, 32)),
-    "older streams, known to the bindings": ({"unknown": ("cuGreenCtxStreamCreate",)}, (16, 32)),
     "several units": ({}, (40, 80)),
     "remainder": ({}, (36, 96)),
     "small units": ({"most_groups": lambda size: 1 if size > 16 else 16}, (16, 32)),
@@ -39,14 +38,7 @@ SETUPS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "four lanes": ({"sms": 108, "granularity": (4, 2)}, (10, 20, 30, 40)),
 }
 EXCEPTIONS: tuple[Callable[[str], Exception], ...] = (
-    RuntimeError,
-    AttributeError,
-    TypeError,
-    OSError,
-    ValueError,
-    MemoryError,
-    SystemError,
-    NotImplementedError,
+    *(RuntimeError, AttributeError, TypeError, OSError, ValueError, MemoryError, SystemError),
 )
 STATUSES = (Result.CUDA_ERROR_OUT_OF_MEMORY, Result.CUDA_ERROR_INVALID_RESOURCE_TYPE, 46, -7)
 
@@ -201,7 +193,7 @@ def test_the_engine_falls_back_whichever_call_fails(
 ) -> None:
     counted = FakeDriver(unbound=lack)
     build(counted, monkeypatch)
-    assert len(counted.calls) >= 20
+    assert len(counted.calls) >= 15
     for number in range(1, len(counted.calls) + 1):
         failure: Any = 46 if by == "status" else RuntimeError("out of the bindings")
         fake = FakeDriver(unbound=lack, fail_at=number, failure=failure)
@@ -214,29 +206,6 @@ def test_the_engine_falls_back_whichever_call_fails(
             assert built.statistics.mode == "sequential"
             assert built.statistics.fallback_reason
         check_nothing_left(fake)
-
-
-@pytest.mark.parametrize("status", [500, 801])
-def test_a_driver_may_lack_functions_by_status_too(status: int) -> None:
-    class Lacking(FakeDriver):
-        def _cuGetProcAddress(self, symbol: bytes, version: int, flags: int) -> tuple[Any, ...]:
-            found = super()._cuGetProcAddress(symbol, version, flags)
-            return found if found[1] else (status, None, None)
-
-    fake = Lacking(unknown=("cuGreenCtxStreamCreate",))
-    live(fake)
-    assert "cuStreamCreateWithPriority" in fake.calls
-    with pytest.raises(GreenContextUnavailable, match="missing: cuGreenCtxCreate"):
-        live(Lacking(unknown=("cuGreenCtxCreate",)))
-
-
-@pytest.mark.parametrize("lacking", [{}, {"CUdevResourceType": None}])
-def test_bindings_without_resource_types_are_too_old(lacking: dict[str, Any]) -> None:
-    fake = FakeDriver()
-    del fake.CUdevResourceType
-    vars(fake).update(lacking)
-    with pytest.raises(GreenContextUnavailable, match="missing: CU_DEV_RESOURCE_TYPE_SM"):
-        live(fake)
 
 
 @pytest.mark.parametrize("answer", [None, 7, (), ("?",), (None, 1)])
@@ -278,4 +247,3 @@ def test_every_call_is_made_to_fail_once_by_status_and_once_by_exception() -> No
     functions = {name for setup in SETUPS for name in calls_of(setup)}
     defined = {name[1:] for name in vars(FakeDriver) if name.startswith("_cu")}
     assert functions == defined
-    print(f"\n{len(FAULTS)} driver calls, {2 * len(FAULTS)} failures")

@@ -64,13 +64,17 @@ def test_no_device_is_a_driver_error() -> None:
     assert (caught.value.function, caught.value.code) == ("cuInit", 100)
 
 
-@pytest.mark.parametrize("lack", ["unbound", "unknown"])
-def test_missing_green_context_functions_are_named(lack: str) -> None:
-    lacks: dict[str, Any] = {lack: ("cuGreenCtxCreate", "cuGreenCtxDestroy")}
-    with pytest.raises(
-        GreenContextUnavailable, match=r"13\.0; missing: cuGreenCtxCreate, cuGreenCtxDestroy"
-    ):
-        Driver(FakeDriver(**lacks))
+def test_a_driver_or_bindings_that_are_too_old_are_named() -> None:
+    unbound = ("cuGreenCtxCreate", "cuGreenCtxDestroy")
+    with pytest.raises(GreenContextUnavailable, match=r"13\.0, .* lack cuGreenCtxC.*, cuGreenCtxD"):
+        Driver(FakeDriver(unbound=unbound))
+    with pytest.raises(GreenContextUnavailable, match=r"12\.2, .* lack nothing"):
+        Driver(FakeDriver(version=12020))
+    bindings = FakeDriver()
+    for types in (SimpleNamespace(), None):
+        bindings.CUdevResourceType = types
+        with pytest.raises(GreenContextUnavailable, match="lack CU_DEV_RESOURCE_TYPE_SM"):
+            Driver(bindings)
 
 
 IMPORTS = """
@@ -270,52 +274,21 @@ def contexts_with(fake: FakeDriver, *counts: int) -> GreenContexts:
 
 def test_order_of_close() -> None:
     fake = FakeDriver()
-    contexts = contexts_with(fake, 36, 88, 8)
-    assert contexts.sms == (36, 88, 8)
-    assert len(set(contexts.stream_handles)) == 3
-    fake.calls.clear()
-    contexts.close()
+    with contexts_with(fake, 36, 88, 8) as contexts:
+        assert contexts.sms == (36, 88, 8)
+        assert len(set(contexts.stream_handles)) == 3
+        assert not contexts.closed
+        fake.calls.clear()
     assert fake.calls == 3 * ["cuStreamSynchronize", "cuStreamDestroy", "cuGreenCtxDestroy"]
     contexts.close()
     assert len(fake.calls) == 9
     assert contexts.closed
 
 
-def test_with_closes() -> None:
-    fake = FakeDriver()
-    with contexts_with(fake, 40) as contexts:
-        assert not contexts.closed
-        assert len(fake.contexts) == 1
-    assert contexts.closed
-    assert (fake.contexts, fake.streams) == ({}, {})
-
-
-@pytest.mark.parametrize("lack", ["unbound", "unknown"])
-def test_second_way_to_a_stream(lack: str) -> None:
-    lacks: dict[str, Any] = {lack: ("cuGreenCtxStreamCreate",)}
-    fake = FakeDriver(**lacks)
+@pytest.mark.parametrize("old", [{"unbound": ("cuGreenCtxStreamCreate",)}, {"version": 12040}])
+def test_second_way_to_a_stream(old: dict[str, Any]) -> None:
+    fake = FakeDriver(**old)
     with contexts_with(fake, 40) as contexts:
         assert fake.sms_of(contexts.stream_handles[0]) == frozenset(range(40))
         assert fake.current == [-1]
         assert "cuStreamCreateWithPriority" in fake.calls
-
-
-def test_second_way_restores_the_context_when_it_fails() -> None:
-    fake = FakeDriver(
-        unbound=("cuGreenCtxStreamCreate",),
-        errors={"cuStreamCreateWithPriority": [Result.CUDA_ERROR_OUT_OF_MEMORY]},
-    )
-    with pytest.raises(DriverError, match="CUDA_ERROR_OUT_OF_MEMORY"):
-        contexts_with(fake, 40)
-    assert fake.current == [-1]
-    assert not fake.contexts
-
-
-def test_failing_close_goes_on_to_the_end() -> None:
-    fake = FakeDriver(errors={"cuStreamSynchronize": [Result.CUDA_ERROR_INVALID_VALUE]})
-    contexts = contexts_with(fake, 40, 40)
-    with pytest.raises(DriverError, match="cuStreamSynchronize"):
-        contexts.close()
-    assert contexts.closed
-    assert not fake.streams
-    assert not fake.contexts

@@ -141,9 +141,7 @@ def steps() -> list[list[Span]]:
     case = DecodeCase(Shape(layers=LAYERS), 4)
     scheduler = PipelineScheduler(case.model)
     for _ in range(4):
-        inputs = case.step()
-        scheduler.decode_token(inputs.input_ids, inputs.positions, inputs.metadata)
-        case.append_tokens()
+        scheduler.decode_token(*case.whole())
     return list(scheduler.statistics.recent)
 
 
@@ -205,7 +203,5 @@ def test_without_profiled_steps_there_is_nothing_to_draw(tmp_path):
 def test_stages_of_one_sequence_have_one_micro_batch():
     case = DecodeCase(Shape(layers=2), 1)
     scheduler = PipelineScheduler(case.model)
-    with torch.inference_mode():
-        inputs = case.step()
-        scheduler.decode_token(inputs.input_ids, inputs.positions, inputs.metadata)
+    scheduler.decode_token(*case.whole())
     assert check_trace(trace_events(list(scheduler.statistics.recent)), 2, 1) == 1

@@ -40,14 +40,6 @@ INVALID_RESOURCE_CONFIGURATION = 915  # the code for "the SMs cannot be arranged
 
 # CUDA versions, as drivers tell them, that have green contexts, and streams made on them.
 GREEN_CONTEXTS, GREEN_STREAMS = 12040, 12050
-REQUIRED_FUNCTIONS = (
-    "cuDeviceGetDevResource",
-    "cuDevSmResourceSplitByCount",
-    "cuDevResourceGenerateDesc",
-    "cuGreenCtxCreate",
-    "cuGreenCtxDestroy",
-    "cuGreenCtxGetDevResource",
-)
 
 
 class GreenContextError(RuntimeError):
@@ -69,16 +61,15 @@ class DriverError(GreenContextError):
         self.function, self.code, self.name = function, code, name
 
 
-def check_integer(name: str, value: Any, minimum: int) -> int:
-    """Returns `value` as an int; ValueError unless it is an integer, no bool, from `minimum` up."""
+def check_count(name: str, value: Any) -> int:
+    """Returns `value` as an int; ValueError unless it is an integer, no bool, from 1 up."""
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
+        count = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        number = None
-    if number is None or number < minimum:
-        allowed = f"an integer of at least {minimum}"
-        raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}")
-    return number
+        count = 0
+    if count < 1:
+        raise ValueError(f"{name}={value!r} is not allowed: it must be an integer of at least 1")
+    return count
 
 
 class Driver:
@@ -103,19 +94,16 @@ class Driver:
             raise GreenContextUnavailable(f"no CUDA driver: {error.__cause__}") from error
         version = int(self("cuDriverGetVersion"))
         self.version = f"{version // 1000}.{version % 1000 // 10}"  # the newest CUDA it supports
-        self.has_green_streams = version >= GREEN_STREAMS and hasattr(
-            self._bindings, "cuGreenCtxStreamCreate"
-        )
         # A resource query must name its type with the bindings' own enum.
         types = getattr(self._bindings, "CUdevResourceType", None)
         self.sm_type = getattr(types, "CU_DEV_RESOURCE_TYPE_SM", None)
-        missing = [name for name in REQUIRED_FUNCTIONS if not hasattr(self._bindings, name)]
-        missing += ["CU_DEV_RESOURCE_TYPE_SM"] if self.sm_type is None else []
-        if missing or version < GREEN_CONTEXTS:
+        if version < GREEN_CONTEXTS or self.sm_type is None:
             raise GreenContextUnavailable(
                 "driver and cuda-bindings must be for CUDA 12.4 or newer; the driver is for "
-                f"{self.version}, and cuda-bindings lack {', '.join(missing) or 'nothing'}"
+                f"{self.version}"
             )
+        has_call = hasattr(self._bindings, "cuGreenCtxStreamCreate")
+        self.has_green_streams = version >= GREEN_STREAMS and has_call
 
     def __call__(self, function: str, *args: Any, answer: list[Any] | None = None) -> Any:
         """`driver("cuDeviceGet", 0)` returns the function's one output, or a tuple of several.
@@ -164,15 +152,12 @@ class Granularity:
 def plan_partitions(
     total: int, granularity: Granularity, counts: Sequence[int], names: Sequence[str] = ()
 ) -> list[int | None]:
-    """Rounds the SMs wanted for each part up to what a device of `total` SMs can make.
+    """SMs of each part: as many as wanted, rounded up to what a device of `total` can make.
 
     Each part is an aligned group if all fit. If they do not, or if they fill the device, one part
-    is the whole remainder, which need not be a multiple of the alignment: the first part if
-    possible, else the next that can. A remainder promises no co-scheduled SMs: kernels launched in
+    is the whole remainder (None): the first part if possible, else the next that can. A remainder
+    need not be a multiple of the alignment, and promises no co-scheduled SMs: kernels launched in
     clusters, as cuBLAS does, may fail on a small one.
-
-    Returns:
-        SMs of each part; None for the remainder.
 
     Raises:
         ValueError: no counts, one that is no positive integer, or too many for the device.
@@ -180,7 +165,7 @@ def plan_partitions(
     if not counts:
         raise ValueError(f"counts={counts!r} is not allowed: there must be one at least")
     names = names or [f"counts[{i}]" for i in range(len(counts))]
-    counts = [check_integer(name, n, minimum=1) for name, n in zip(names, counts, strict=True)]
+    counts = [check_count(name, count) for name, count in zip(names, counts, strict=True)]
     aligned = [granularity.round_up(count, len(counts)) for count in counts]
     # With one group less, for a part that is the remainder.
     groups = [granularity.round_up(count, len(counts) - 1) for count in counts]
@@ -205,15 +190,10 @@ class SmResource(NamedTuple):
 
 
 class GreenDevice:
-    """One GPU whose `sm_count` SMs can be split.
-
-    Args:
-        ordinal: number of the device, as CUDA and torch count.
-        driver: default: a new `Driver()`, which raises GreenContextError if there is none.
-    """
+    """One GPU whose `sm_count` SMs can be split; `ordinal` is its number for CUDA and torch."""
 
     def __init__(self, ordinal: int = 0, driver: Driver | None = None) -> None:
-        self.ordinal = check_integer("ordinal", ordinal, minimum=0)
+        self.ordinal = ordinal
         self.driver = driver = Driver() if driver is None else driver
         self.handle: Any = driver("cuDeviceGet", self.ordinal)
         self._sms: Any = driver("cuDeviceGetDevResource", self.handle, driver.sm_type)
@@ -230,9 +210,7 @@ class GreenDevice:
     def split(self, counts: Sequence[int], names: Sequence[str] = ()) -> list[SmResource]:
         """Splits the device into disjoint parts, one for each of `counts` and in their order.
 
-        Args:
-            counts: SMs wanted for each part; `plan_partitions` says what it gets.
-            names: what errors call the counts; default: counts[0], counts[1], ...
+        `plan_partitions` says what SMs each part gets; errors call the counts by their `names`.
 
         Raises:
             ValueError: see `plan_partitions`.
@@ -289,11 +267,6 @@ def close_after_error(owner: Any) -> None:
         logger.warning("A driver call failed while others were undone: %s", error)
 
 
-def succeeded(answer: Sequence[Any]) -> bool:
-    """Whether a driver call was made and its status was success."""
-    return bool(answer) and bool(answer[0][0] == 0)
-
-
 @dataclass(frozen=True)
 class Undo:
     """A call of `function`, due once the call that answered `made` has succeeded."""
@@ -303,17 +276,16 @@ class Undo:
     answer: list[Any] = field(default_factory=list)
 
     def run(self, driver: Driver) -> None:
-        """Makes the call if it is due. It is no longer after a success; it is after a failure."""
-        if succeeded(self.made) and not succeeded(self.answer):
+        """Makes the call if it is due: until it has succeeded once."""
+        made, done = ([status for status, *_ in call] == [0] for call in (self.made, self.answer))
+        if made and not done:
             driver(self.function, *self.made[0][1:], answer=self.answer)
 
 
 class GreenContexts:
-    """Owner of green contexts with a stream each; the current CUDA context stays as it was.
+    """Owner of green contexts with a stream each, made of the parts of `device.split`.
 
-    Args:
-        device: the device that made the split.
-        parts: what `device.split` returned, all or some.
+    The current CUDA context stays as it was.
 
     Attributes:
         sms: SMs of each, as the driver reports them of the finished green contexts.
@@ -329,9 +301,7 @@ class GreenContexts:
         self.closed = False
         self._undo: list[Undo] = []
         try:
-            made = [self._make_partition(part) for part in parts]
-            self.sms = tuple(sms for sms, _ in made)
-            self.stream_handles = tuple(stream for _, stream in made)
+            self.sms, self.stream_handles = zip(*map(self._make_partition, parts), strict=True)
         except BaseException:
             close_after_error(self)
             raise

@@ -137,7 +137,7 @@ DRIVERS = {
     ),
     "an old driver": (
         lambda: FakeDriver(version=12020),
-        "driver and cuda-bindings must be for CUDA 12.4 or newer; the driver is for 12.2, ",
+        "driver and cuda-bindings must be for CUDA 12.4 or newer; the driver is for 12.2",
     ),
     "a device that cannot be split": (
         lambda: FakeDriver(most_groups=lambda size: 0),

@@ -26,8 +26,7 @@ class GraphMemory:
     Args:
         sizes: the ladder.
         num_inputs: integers of the largest step's inputs.
-        vocab_size: width of the logits.
-        dtype: of the logits.
+        vocab_size, dtype: of the logits.
         device: where.
     """
 
@@ -58,8 +57,8 @@ class GraphMemory:
     def capturing(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
         """Captures what is issued in it.
 
-        As `torch.cuda.graph` does, which would give all cached memory back to the device at every
-        graph (and collect garbage, before torch 2.9), to take it again for the next.
+        `torch.cuda.graph` would give all cached memory back to the device at every graph (and
+        collect garbage, before torch 2.9), to take it again for the next.
         """
         torch.cuda.synchronize(self.device)
         with torch.cuda.stream(self.stream):

@@ -25,21 +25,17 @@ class PartitionClosed(RuntimeError):
 
 
 class Partitions(GreenContexts):
-    """Owner of one SM partition for each lane of a GPU, in the order of `counts`.
+    """Owner of one SM partition for each lane of a CUDA device; `sms` are those granted.
 
     Args:
-        device: a CUDA device.
+        device: the device.
         counts: SMs wanted for each lane. Fewer than 16 are too few for cuBLAS.
         names: what errors call the counts.
         driver: default: the real one.
 
-    Attributes:
-        sms: SMs granted to each, which may be more than was asked for.
-
     Raises:
         ValueError: an argument that cannot be; nothing was created.
-        GreenContextUnavailable: no driver, a driver without green contexts, or no such split.
-        DriverError: the driver refused a call. This and the former are logged; nothing is leaked.
+        GreenContextError: no driver, no such split, or a refused call; it is logged.
     """
 
     def __init__(

@@ -21,8 +21,7 @@ class Lane:
     Args:
         name: in timelines and statistics.
         stream: None: work goes to the caller's stream, so there is nothing to wait for.
-        sms: of its partition, which matrix products are planned for; None: those of the device.
-        device_sms: of the device.
+        sms: of its partition, which matrix products are planned for; None: all `device_sms`.
     """
 
     def __init__(

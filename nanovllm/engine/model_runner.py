@@ -16,7 +16,7 @@ from nanovllm.config import Config
 from nanovllm.engine import kv_cache
 from nanovllm.engine.auto.auto_plan import AutoPlan, plans_to_try
 from nanovllm.engine.auto.calibration import Calibration, calibration_key
-from nanovllm.engine.auto.step_timer import DeviceTimer
+from nanovllm.engine.auto.step_timer import device_timer
 from nanovllm.engine.graph_memory import GraphMemory, batch_sizes
 from nanovllm.engine.parallel.ranks import Ranks
 from nanovllm.engine.pipeline_modes import build_pipelines
@@ -259,7 +259,7 @@ class ModelRunner:
     def _calibration(self, config: Config, runner: StepRunner) -> Calibration:
         cache = self.model.kv_cache
         return Calibration(
-            DeviceTimer(runner, list(cache), self.num_blocks, self.block_size),
+            device_timer(runner, cache, self.num_blocks, self.block_size),
             config.max_num_seqs,
             self.capacity,
             self.max_model_len,

@@ -79,14 +79,12 @@ def build_pipelines(
     Args:
         config: the mode, its SMs, and whether to fall back.
         model: its KV cache bound.
-        device: where.
-        device_sms: SMs of the device.
+        device, device_sms: where, and its SMs.
         plan: default: what `config` names.
         more: plans to choose from beside it; those that cannot be made are left out.
 
     Raises:
-        PipelineUnavailable, GreenContextError, RuntimeError, ValueError: instead, with
-            `pipeline_strict`.
+        RuntimeError, ValueError: instead of falling back, with `pipeline_strict`.
     """
     built = Pipelines([], PipelineStatistics(), ExitStack())
 

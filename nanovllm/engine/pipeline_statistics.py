@@ -19,14 +19,12 @@ KEPT_STEPS = 32
 class PipelineStatistics:
     """Counts and times of the decode steps of one engine.
 
-    What steps run by is set once:
+    Attributes:
         mode: how steps are issued, one of `Config.pipeline_mode`'s values.
         lane_sms: SMs granted to each lane, by name; empty without partitions, and with several.
         device_sms: of the device; None where `lane_sms` is empty.
         fallback_reason: why there is no pipeline although one was asked for.
         planner: chooses how each step is issued, in mode "auto".
-
-    What is counted:
         steps, tokens: of pipelined and of sequential decode steps.
         profiled_steps: steps whose works were timed.
         lane_ms, total_ms, overlap_ms: sums over the profiled steps: the works of each lane, the

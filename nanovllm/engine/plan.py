@@ -23,17 +23,11 @@ MAIN = "main"
 
 @dataclass(frozen=True)
 class PlannedLane:
-    """A lane of a plan.
-
-    Attributes:
-        name: in timelines and statistics.
-        stages: names of the stages it runs; none: those that no other lane names.
-        sms: of its partition; None: it has none.
-    """
+    """A lane of a plan."""
 
     name: str
-    stages: tuple[str, ...] = ()
-    sms: int | None = None
+    stages: tuple[str, ...] = ()  # names of those it runs; none: those that no other lane names
+    sms: int | None = None  # of its partition, if it has one
 
 
 @dataclass(frozen=True)
@@ -62,11 +56,7 @@ class Plan:
         return f"{self.mode} {'+'.join(sms)}" if sms else self.mode
 
     def lane_of(self, stage: str) -> PlannedLane:
-        """The lane that runs the stages of that name.
-
-        Raises:
-            ValueError: there is none.
-        """
+        """The lane that runs the stages of that name; ValueError if there is none."""
         named = [lane for lane in self.lanes if stage in lane.stages]
         others = [lane for lane in self.lanes if not lane.stages]
         if not named + others:

@@ -43,8 +43,6 @@ class StageTimer:
         self.is_cuda = device.type == "cuda"
         self.in_graph = in_graph
         self.works: list[tuple[Work, Any, Any]] = []
-        self.begin: Any = None
-        self.end: Any = None
 
     def mark(self) -> Any:
         """This moment on the current stream.

@@ -31,22 +31,16 @@ FAILURES = (OSError, RuntimeError, ValueError, TypeError, AttributeError, Memory
 
 
 def cache_folder() -> Path:
-    """The user's cache folder of this package: below $XDG_CACHE_HOME, or else below ~/.cache.
-
-    Raises:
-        RuntimeError: this user has no home directory.
-    """
+    """Below $XDG_CACHE_HOME, or else ~/.cache; RuntimeError: this user has no home directory."""
     root = Path(os.environ.get("XDG_CACHE_HOME", ""))
     # The XDG specification wants a relative path ignored, as an empty one is.
     return (root if root.is_absolute() else Path.home() / ".cache") / "nano-vllm"
 
 
 class DiskCache:
-    """JSON values by key, one file each.
+    """JSON values by key, in files of `folder` whose names begin with `name`.
 
-    Args:
-        name: what is kept, as the beginning of the file names.
-        folder: where; default: `cache_folder()`. It is made when it is first written to.
+    The folder, by default `cache_folder()`, is made when it is first written to.
     """
 
     def __init__(self, name: str, folder: Path | None = None) -> None:
@@ -59,10 +53,7 @@ class DiskCache:
         return (self.folder or cache_folder()) / f"{self.name}-{digest[:16]}.json"
 
     def read(self, key: Mapping[str, Any]) -> Any:
-        """The value written under that key; None if there is none or it cannot be read.
-
-        NOTE: whoever may write to the folder may have changed it.
-        """
+        """The value written under that key, or by whoever can; None if none can be read."""
         try:
             path = self.path(key)
             if not S_ISREG(path.stat().st_mode):  # which may block, or never end
@@ -79,11 +70,7 @@ class DiskCache:
             return None
 
     def write(self, key: Mapping[str, Any], value: Any) -> None:
-        """Keeps a value of plain JSON types under that key, in place of any earlier one.
-
-        Raises:
-            TypeError, ValueError: the key or the value is not JSON.
-        """
+        """Keeps a value under that key; TypeError or ValueError if either is no plain JSON."""
         text = json.dumps({"key": key, "value": value}, allow_nan=False)
         try:
             _replace(self.path(key), text)

@@ -1,7 +1,6 @@
 """Measures, at start-up, what decode steps cost under each plan; the times are kept on disk.
 
-Steps run on dummy inputs: sequences of one length on random keys and values. Batch sizes are
-measured from the largest down, and what cannot pay is not measured:
+Batch sizes are measured from the largest down, and what cannot pay is not measured:
 
 - a size at which even a perfect overlap gains nothing over sequential decode,
 - a plan that is far behind it where dense work and attention balance, such as a silly split,
@@ -57,10 +56,7 @@ StepTimer = Callable[[int, int, int], float]
 
 
 def pipelined_sizes(largest: int) -> list[int]:
-    """Batch sizes that pipelines may have graphs for: multiples of 128 (256 above 512), `largest`.
-
-    Their halves are whole rows of tiles of a matrix product.
-    """
+    """Batch sizes that pipelines may have graphs for; halves are whole tiles of matrix products."""
     sizes = {*range(SIZE_STEP, min(largest, MANY) + 1, SIZE_STEP)}
     sizes |= {*range(MANY, largest + 1, 2 * SIZE_STEP)}
     return sorted(sizes | {largest}) if largest >= SIZE_STEP else []
@@ -79,18 +75,15 @@ def measured_sizes(largest: int) -> list[int]:
 
 
 class Calibration:
-    """The cost table of one engine.
+    """Fills the cost `table` of one engine.
 
     Args:
-        timer: measures a step, in seconds.
+        timer: measures a step.
         largest: the largest batch.
         capacity: tokens that the KV cache holds.
         max_len: of the longest sequence.
-        key: what the times depend on: device, versions, code, model.
+        key: what the times depend on beside these; see `calibration_key`.
         cache: where they are kept; default: the user's cache folder.
-
-    Attributes:
-        table: empty before `run`.
     """
 
     def __init__(
@@ -112,11 +105,7 @@ class Calibration:
         self.table = CostTable()
 
     def run(self, plans: Sequence[Plan], *, show_progress: bool) -> list[list[int]]:
-        """Fills the table from the log on disk, or else by measuring.
-
-        Args:
-            plans: sequential decode is the first.
-            show_progress: show a progress bar.
+        """Fills the table from the log on disk, or else by measuring; the first plan is sequential.
 
         Returns:
             Of each plan, the sizes at which it gains something somewhere; none of sequential.
@@ -146,7 +135,7 @@ class Calibration:
         return log
 
     def _replay(self, log: Any, num_plans: int) -> bool:
-        """Fills the table from a log that anybody may have changed; returns whether it fits."""
+        """Fills the table from a log that anybody may have changed; False if it does not fit."""
 
         def timer(*asked: int) -> float:
             *place, seconds = next(entries, [None])
@@ -173,7 +162,7 @@ class Calibration:
         for size in measured_sizes(self.largest):
             if not plans:
                 break
-            longest = self._longest_tokens(size)
+            longest = max(1, min(self.max_len, self.capacity // size)) * size  # in all sequences
             dense = timer(SEQUENTIAL_NUMBER, size, size)
             end = timer(SEQUENTIAL_NUMBER, size, longest)
             halves = 2 * timer(SEQUENTIAL_NUMBER, size // 2, size // 2)
@@ -191,30 +180,24 @@ class Calibration:
                 plans = near_fastest(table, near, size, counts)
         return table
 
-    def _longest_tokens(self, size: int) -> int:
-        """The most context tokens of a batch in which all sequences are equally long."""
-        return max(1, min(self.max_len, self.capacity // size)) * size
-
     def _paying_sizes(self, plan: int) -> list[int]:
         """The sizes at which a plan gains enough over sequential decode somewhere."""
-        table = self.table
-        measured = {tokens for curve in table.curves(plan).values() for tokens, _ in curve}
+        measured = {tokens for curve in self.table.curves(plan).values() for tokens, _ in curve}
 
         def gains(size: int, tokens: int) -> bool:
-            seconds = table.seconds(plan, size, tokens)
-            return LEAST_GAIN * seconds <= table.seconds(SEQUENTIAL_NUMBER, size, tokens)
+            pipelined, sequential = (
+                self.table.seconds(number, size, tokens) for number in (plan, SEQUENTIAL_NUMBER)
+            )
+            return LEAST_GAIN * pipelined <= sequential
 
-        return [
-            size
-            for size in pipelined_sizes(self.largest)
-            if table.covers(plan, size) and any(gains(size, tokens) for tokens in measured)
-        ]
+        sizes = [size for size in pipelined_sizes(self.largest) if self.table.covers(plan, size)]
+        return [size for size in sizes if any(gains(size, tokens) for tokens in measured)]
 
 
 def tokens_to_measure(
     size: int, longest: int, dense: float, end: float, halves: float
 ) -> list[int]:
-    """Tokens at which pipelines are measured; none where they cannot gain.
+    """Tokens at which pipelines are measured, the middle one first; none where they cannot gain.
 
     A pipelined step takes at least as long as the dense work of both micro-batches, one after the
     other, and as attention. It gains most where the two take equally long.
@@ -223,9 +206,6 @@ def tokens_to_measure(
         size, longest: fewest and most tokens of the batch.
         dense, end: seconds of sequential decode at these.
         halves: of two steps of half the size, at the fewest tokens.
-
-    Returns:
-        The middle one first.
     """
     attention = (end - dense) / max(longest - size, 1)  # of a token
     if attention <= 0:

@@ -61,21 +61,12 @@ class PlanRecord:
         return {"steps": self.steps, "predicted_ms": predicted, "measured_ms": measured}
 
     def __str__(self) -> str:
-        record = self.as_dict()
-        if not self.timed:
-            return "{steps} steps, not measured".format(**record)
         text = "{steps} steps, predicted {predicted_ms:.2f} ms, measured {measured_ms:.2f} ms"
-        return text.format(**record)
+        return (text if self.timed else "{steps} steps, not measured").format(**self.as_dict())
 
 
 class Planner:
-    """Chooses among plans that have graphs.
-
-    Args:
-        table: what was measured; it may still be empty.
-        plans: sequential decode is the first.
-        sizes: of the graphs of each plan, rising.
-    """
+    """Chooses among plans, of which sequential decode is the first, with graphs of these sizes."""
 
     def __init__(
         self, table: CostTable, plans: Sequence[Plan], sizes: Sequence[Sequence[int]]
@@ -90,11 +81,9 @@ class Planner:
         self._slow_steps: Counter[tuple[int, int]] = Counter()  # in a row, of plans at sizes
 
     def choose(self, num_seqs: int, tokens: int) -> Choice:
-        """The plan of the next step, with a `Prediction` if sequential decode has one.
+        """The plan of a step of so many sequences, which have so many context tokens together.
 
-        Args:
-            num_seqs: sequences without padding, no more than the largest graph holds.
-            tokens: their context tokens together.
+        It comes with a `Prediction` if the table covers sequential decode.
         """
         sizes = [self._size(plan, num_seqs) for plan in range(len(self.plans))]
         seconds = {

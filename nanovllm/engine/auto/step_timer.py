@@ -7,12 +7,13 @@ timed until it takes the same several times in a row.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from statistics import median
 
 import numpy as np
 import torch
 
+from nanovllm.engine.auto.calibration import StepTimer
 from nanovllm.engine.plan import Choice
 from nanovllm.engine.scheduler import Chunk
 from nanovllm.engine.step_inputs import dummy_chunk
@@ -37,38 +38,29 @@ def settled_seconds(read: Callable[[], float]) -> float:
     return median(readings[MOST_READINGS // 3 :])
 
 
-class DeviceTimer:
+def device_timer(
+    runner: StepRunner, kv_cache: torch.Tensor, num_blocks: int, block_size: int
+) -> StepTimer:
     """Times decode steps on a CUDA device, from their inputs' copy to their logits.
 
-    NOTE: the first call overwrites the KV cache, the tensors `kv_caches`, with random numbers.
+    NOTE: the first call overwrites the KV cache with random numbers.
     """
-
-    def __init__(
-        self,
-        runner: StepRunner,
-        kv_caches: Sequence[torch.Tensor],
-        num_blocks: int,
-        block_size: int,
-    ) -> None:
-        self.runner = weakref.proxy(runner)  # which holds this timer, by its calibration
-        self.unfilled = list(kv_caches)
-        self.num_blocks = num_blocks
-        self.block_size = block_size
+    runner = weakref.proxy(runner)  # which holds this timer, by its calibration
+    unfilled = list(kv_cache)
 
     @torch.inference_mode()
-    def __call__(self, plan: int, batch: int, tokens: int) -> float:
-        """Seconds of a step of `batch` sequences that have `tokens` tokens together."""
-        while self.unfilled:  # zeros would take less power, hence less time
-            self.unfilled.pop().normal_()
+    def timer(plan: int, batch: int, tokens: int) -> float:
+        while unfilled:  # zeros would take less power, hence less time
+            unfilled.pop().normal_()
         context = tokens // batch
-        chunks = steady_chunks(batch, context, self.num_blocks, self.block_size)
-        step = self.runner.prepare_decode(Choice(plan, batch), chunks, [context] * batch)
+        chunks = steady_chunks(batch, context, num_blocks, block_size)
+        step = runner.prepare_decode(Choice(plan, batch), chunks, [context] * batch)
 
         def read(count: int) -> float:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             for _ in range(count):
-                self.runner.run(step)
+                runner.run(step)
             end.record()
             end.synchronize()
             return begin.elapsed_time(end) * 1e-3 / count
@@ -76,6 +68,8 @@ class DeviceTimer:
         read(1)  # captures and warms up
         count = max(1, round(READING_SECONDS / read(1)))
         return settled_seconds(lambda: read(count))
+
+    return timer
 
 
 def steady_chunks(count: int, context: int, num_blocks: int, block_size: int) -> list[Chunk]:

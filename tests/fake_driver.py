@@ -8,7 +8,7 @@ it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from itertools import count
 from pathlib import Path
@@ -19,7 +19,10 @@ import torch
 
 import green_ctx
 from green_ctx import Driver, GreenDevice
+from nanovllm.config import Config
 from nanovllm.engine.green_manager import GreenContextManager, Partitions
+from nanovllm.engine.pipeline_modes import Pipelines, build_pipelines
+from nanovllm.engine.plan import Plan
 
 ROOT = Path(green_ctx.__file__).resolve().parent
 CUDA0 = torch.device("cuda:0")
@@ -207,3 +210,13 @@ def manager_with(fake: FakeDriver, attention: int, ffn: int) -> GreenContextMana
 
 def partitions_with(fake: FakeDriver, *counts: int) -> Partitions:
     return Partitions(CUDA0, counts, driver=Driver(fake))
+
+
+def build(
+    device: str = "cuda:0", plan: Plan | None = None, more: Sequence[Plan] = (), **options: Any
+) -> Pipelines:
+    """What an engine on `device` would build; no model is needed for that."""
+    config = Config(**({"enable_pipeline": True} | options))
+    backend = SimpleNamespace(make_workspace=lambda device, num_sms: f"for {num_sms} SMs")
+    model: Any = SimpleNamespace(backend=backend)
+    return build_pipelines(config, model, torch.device(device), 132, plan, more)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from types import FrameType, SimpleNamespace
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -15,12 +15,11 @@ import torch
 
 import green_ctx
 from green_ctx import Driver, DriverError, GreenContextError
-from nanovllm.config import Config
 from nanovllm.engine import green_manager, pipeline_modes
 from nanovllm.engine.green_manager import Partitions
-from nanovllm.engine.pipeline_modes import Pipelines, build_pipelines
+from nanovllm.engine.pipeline_modes import Pipelines
 from nanovllm.engine.plan import SEQUENTIAL
-from tests.fake_driver import CUDA0, FakeDriver, Result, manager_with, partitions_with
+from tests.fake_driver import CUDA0, FakeDriver, Result, build, manager_with, partitions_with
 from tests.interrupts import InterruptAt
 
 OLD_STREAMS = {"unbound": ("cuGreenCtxStreamCreate",)}
@@ -105,13 +104,10 @@ def test_an_interrupt_at_any_call_passes_and_leaves_nothing(setup: str, number: 
     check_nothing_left(fake)
 
 
-def build(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Pipelines:
+def build_with(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Pipelines:
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", fake)
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: handle)
-    config = Config(enable_pipeline=True, **options)
-    backend = SimpleNamespace(make_workspace=lambda device, num_sms: None)
-    model: Any = SimpleNamespace(backend=backend)
-    return build_pipelines(config, model, torch.device("cuda:0"), 132)
+    return build(**options)
 
 
 @pytest.mark.parametrize("lack", [(), ("cuGreenCtxStreamCreate",)], ids=["new", "older streams"])
@@ -125,7 +121,7 @@ def test_an_interrupt_at_any_line_leaves_nothing(
         )
         try:
             with interrupt:
-                built = build(fake, monkeypatch)
+                built = build_with(fake, monkeypatch)
         except KeyboardInterrupt:
             assert (fake.contexts, fake.streams, fake.current, fake.misuse) == ({}, {}, [-1], [])
         else:
@@ -192,16 +188,16 @@ def test_the_engine_falls_back_whichever_call_fails(
     lack: tuple[str, ...], by: str, strict: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted = FakeDriver(unbound=lack)
-    build(counted, monkeypatch)
+    build_with(counted, monkeypatch)
     assert len(counted.calls) >= 15
     for number in range(1, len(counted.calls) + 1):
         failure: Any = 46 if by == "status" else RuntimeError("out of the bindings")
         fake = FakeDriver(unbound=lack, fail_at=number, failure=failure)
         if strict:
             with pytest.raises(GreenContextError):
-                build(fake, monkeypatch, pipeline_strict=True)
+                build_with(fake, monkeypatch, pipeline_strict=True)
         else:
-            built = build(fake, monkeypatch)
+            built = build_with(fake, monkeypatch)
             assert [scheduler.plan for scheduler in built.schedulers] == [SEQUENTIAL]
             assert built.statistics.mode == "sequential"
             assert built.statistics.fallback_reason

@@ -39,15 +39,12 @@ class Plan:
         micro_batches: of a step; one with fewer sequences is issued by another plan.
         lanes: at most one of them names no stages.
         streams: whether each lane has a stream; else all work is issued on the caller's.
-        times: seconds or any other measure of each stage, by name: the order is then made by list
-            scheduling. Without times it is stage by stage.
     """
 
     mode: str
     micro_batches: int
     lanes: tuple[PlannedLane, ...]
     streams: bool = False
-    times: tuple[tuple[str, float], ...] = ()
 
     @cached_property
     def name(self) -> str:
@@ -112,44 +109,16 @@ class Work:
 
 
 def make_order(stages: Iterable[Stage], plan: Plan, micro_batches: int) -> list[Work]:
-    """The works of a step of so many micro-batches, in the order of their issue."""
+    """The works of a step of so many micro-batches: stage by stage, each of all micro-batches."""
     chain = merge(stages, plan)
-    if plan.times:
-        seconds = dict(plan.times)
-        times = [sum(seconds[stage.name] for stage in group) for _, group in chain]
-        issued = list_schedule([lane for lane, _ in chain], times, micro_batches)
-    else:
-        issued = [(batch, link) for link in range(len(chain)) for batch in range(micro_batches)]
-    return with_events([Work(chain[link][0], batch, chain[link][1]) for batch, link in issued])
+    works = [Work(lane, batch, group) for lane, group in chain for batch in range(micro_batches)]
+    return with_events(works)
 
 
 def merge(stages: Iterable[Stage], plan: Plan) -> list[tuple[str, tuple[Stage, ...]]]:
     """The stages a micro-batch runs through, neighbours on one lane together, and their lanes."""
     by_lane = groupby(stages, lambda stage: plan.lane_of(stage.name).name)
     return [(lane, tuple(group)) for lane, group in by_lane]
-
-
-def list_schedule(
-    lanes: Sequence[str], times: Sequence[float], micro_batches: int
-) -> list[tuple[int, int]]:
-    """Always issues what can begin first; of several, the micro-batch that is behind.
-
-    Given lane and time of each link of the chain that every micro-batch runs through; returns
-    (micro-batch, link) in the order of issue.
-    """
-    free = dict.fromkeys(lanes, 0.0)
-    ready, links = [0.0] * micro_batches, [0] * micro_batches
-    issued = []
-    for _ in range(len(lanes) * micro_batches):
-        begin, link, batch = min(
-            (max(ready[batch], free[lanes[link]]), link, batch)
-            for batch, link in enumerate(links)
-            if link < len(lanes)
-        )
-        free[lanes[link]] = ready[batch] = begin + times[link]
-        links[batch] += 1
-        issued.append((batch, link))
-    return issued
 
 
 def with_events(works: Iterable[Work]) -> list[Work]:

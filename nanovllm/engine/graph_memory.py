@@ -21,14 +21,7 @@ def batch_sizes(largest: int) -> list[int]:
 
 
 class GraphMemory:
-    """Static inputs and logits, and the pool for the rest.
-
-    Args:
-        sizes: the ladder.
-        num_inputs: integers of the largest step's inputs.
-        vocab_size, dtype: of the logits.
-        device: where.
-    """
+    """Static inputs, `num_inputs` integers, and logits of the largest size; a pool for the rest."""
 
     def __init__(
         self,

@@ -20,10 +20,6 @@ from green_ctx import Driver, GreenContextError, GreenContexts, GreenDevice
 logger = logging.getLogger(__name__)
 
 
-class PartitionClosed(RuntimeError):
-    """A partition was used after it had been closed."""
-
-
 class Partitions(GreenContexts):
     """Owner of one SM partition for each lane of a CUDA device; `sms` are those granted.
 
@@ -58,9 +54,9 @@ class Partitions(GreenContexts):
 
     @property
     def streams(self) -> tuple[torch.cuda.ExternalStream, ...]:
-        """The stream of each partition, which torch never destroys; PartitionClosed after close."""
+        """The stream of each partition, which torch never destroys; RuntimeError after close."""
         if self.closed:
-            raise PartitionClosed(f"{type(self).__name__} of {self.sms} SMs is closed")
+            raise RuntimeError(f"{type(self).__name__} of {self.sms} SMs is closed")
         device = torch.device("cuda", self.device.ordinal)
         return tuple(torch.cuda.ExternalStream(s, device=device) for s in self.stream_handles)
 

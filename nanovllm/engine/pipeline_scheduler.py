@@ -32,11 +32,9 @@ from nanovllm.models.throwaway_cache import throwaway_cache
 
 
 class PipelineScheduler:
-    """Issues steps of `model` as a plan says.
+    """Issues steps of `model`, whose KV cache is bound, as `plan` says.
 
     Args:
-        model: its KV cache is bound.
-        plan: the plan.
         streams: of the plan's lanes, in order; none, where it has no streams.
         workspace: scratch memory of attention on its lane.
         statistics: of steps run by `decode_token`.

@@ -1,15 +1,10 @@
 """Chooses the plan of each decode step: a table, a margin, and a guard.
 
-    planner = Planner(table, plans, [[1, 2, 4, 8, 16], [8, 16]])  # sizes of each plan's graphs
-    choice = planner.choose(num_seqs=13, tokens=13 * 500)
-    planner.observe(choice.prediction, seconds_measured)
-
 The table predicts every plan. The fastest is taken if it gains enough over sequential decode, and
 over the plan in use. All plans have their graphs, so a change costs nothing.
 
-The guard is for what the table does not know, such as sizes between those that were measured. A
-pipelined plan that takes longer than sequential decode was predicted to, many steps in a row, is
-dropped at that size for the rest of the run.
+The guard is for what the table does not know. A pipelined plan that takes longer than sequential
+decode was predicted to, many steps in a row, is dropped at that size for the rest of the run.
 """
 
 from __future__ import annotations
@@ -92,9 +87,9 @@ class Planner:
             if self.table.covers(plan, size) and (plan, size) not in self.dropped
         }
         plan, prediction = SEQUENTIAL_NUMBER, None
-        if SEQUENTIAL_NUMBER in seconds:
+        sequential = seconds.get(SEQUENTIAL_NUMBER)
+        if sequential is not None:
             plan = self._fastest(seconds)
-            sequential = seconds[SEQUENTIAL_NUMBER]
             prediction = Prediction(plan, sizes[plan], seconds[plan], sequential)
         if plan != self.current:
             self.switches += self.current is not None
@@ -154,9 +149,8 @@ class Planner:
             return []
         times = "time" if self.switches == 1 else "times"
         lines = [f"Plan: {self.plans[self.current].name} (switched {self.switches} {times})"]
-        for plan, record in zip(self.plans, self.records, strict=True):
-            if record.steps:
-                lines.append(f"{plan.name}: {record}")
+        named = zip(self.plans, self.records, strict=True)
+        lines += [f"{plan.name}: {record}" for plan, record in named if record.steps]
         for number, size in sorted(self.dropped):
             lines.append(f"{self.plans[number].name}: dropped for batches of {size}, too slow")
         return lines

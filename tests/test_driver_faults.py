@@ -23,6 +23,8 @@ from tests.fake_driver import CUDA0, FakeDriver, Result, build, manager_with, pa
 from tests.interrupts import InterruptAt
 
 OLD_STREAMS = {"unbound": ("cuGreenCtxStreamCreate",)}
+BOTH_WAYS = pytest.mark.parametrize("drivers", [{}, OLD_STREAMS], ids=["new", "older streams"])
+CLEAN = ({}, {}, [-1], [])  # contexts, streams, current contexts and misuse of a fake driver
 # What a driver tells and lacks, and what is asked of it.
 SETUPS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "new driver": ({}, (16, 32)),
@@ -55,7 +57,7 @@ def live(fake: FakeDriver, *counts: int) -> None:
 
 def check_nothing_left(fake: FakeDriver) -> None:
     """Beyond the one handle whose destruction was made to fail."""
-    assert (fake.contexts, fake.streams, fake.current, fake.misuse) == ({}, {}, [-1], [])
+    assert (fake.contexts, fake.streams, fake.current, fake.misuse) == CLEAN
     failed = fake.calls[fake.fail_at - 1]
     assert len(fake.lost) == failed.endswith("Destroy")
 
@@ -93,29 +95,18 @@ def test_any_call_may_fail(setup: str, number: int, by: str) -> None:
     check_nothing_left(fake)
 
 
-@pytest.mark.parametrize(("setup", "number"), FAULTS)
-def test_an_interrupt_at_any_call_passes_and_leaves_nothing(setup: str, number: int) -> None:
-    drivers, counts = SETUPS[setup]
-    fake = FakeDriver(**drivers, fail_at=number, failure=KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        live(fake, *counts)
-    # One that interrupts a destruction comes before it or after; it is seen to either way.
-    fake.misuse = [text for text in fake.misuse if "Destroy" not in text]
-    check_nothing_left(fake)
-
-
 def build_with(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Pipelines:
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", fake)
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: handle)
     return build(**options)
 
 
-@pytest.mark.parametrize("lack", [(), ("cuGreenCtxStreamCreate",)], ids=["new", "older streams"])
+@BOTH_WAYS
 def test_an_interrupt_at_any_line_leaves_nothing(
-    lack: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    drivers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for line in range(1, 5000):
-        fake = FakeDriver(unbound=lack)
+        fake = FakeDriver(**drivers)
         interrupt = InterruptAt(
             line, [green_ctx.__file__, green_manager.__file__, pipeline_modes.__file__]
         )
@@ -123,7 +114,7 @@ def test_an_interrupt_at_any_line_leaves_nothing(
             with interrupt:
                 built = build_with(fake, monkeypatch)
         except KeyboardInterrupt:
-            assert (fake.contexts, fake.streams, fake.current, fake.misuse) == ({}, {}, [-1], [])
+            assert (fake.contexts, fake.streams, fake.current, fake.misuse) == CLEAN
         else:
             built.partitions.close()
             break
@@ -131,10 +122,12 @@ def test_an_interrupt_at_any_line_leaves_nothing(
     assert not interrupt.reached  # the last time nothing was interrupted
 
 
-@pytest.mark.parametrize("lack", [(), ("cuGreenCtxStreamCreate",)], ids=["new", "older streams"])
-def test_an_interrupt_at_any_line_of_close_is_made_good_by_the_next(lack: tuple[str, ...]) -> None:
+@BOTH_WAYS
+def test_an_interrupt_at_any_line_of_close_is_made_good_by_the_next(
+    drivers: dict[str, Any],
+) -> None:
     for line in range(1, 1000):
-        fake = FakeDriver(unbound=lack)
+        fake = FakeDriver(**drivers)
         partitions = partitions_with(fake, 36, 88, 8)
         interrupt = InterruptAt(line, [green_ctx.__file__, green_manager.__file__])
         try:
@@ -142,7 +135,7 @@ def test_an_interrupt_at_any_line_of_close_is_made_good_by_the_next(lack: tuple[
                 partitions.close()
         except KeyboardInterrupt:
             partitions.close()
-        assert (fake.contexts, fake.streams, fake.current, fake.misuse) == ({}, {}, [-1], [])
+        assert (fake.contexts, fake.streams, fake.current, fake.misuse) == CLEAN
         if not interrupt.reached:
             break
     assert 50 < line < 1000
@@ -161,10 +154,10 @@ class InterruptAtStep(InterruptAt):
         return super().__call__(frame, "line" if event == "opcode" else event, arg)
 
 
-@pytest.mark.parametrize("lack", [(), ("cuGreenCtxStreamCreate",)], ids=["new", "older streams"])
-def test_an_interrupt_at_any_step_of_a_driver_call_loses_no_handle(lack: tuple[str, ...]) -> None:
+@BOTH_WAYS
+def test_an_interrupt_at_any_step_of_a_driver_call_loses_no_handle(drivers: dict[str, Any]) -> None:
     for step in range(1, 10000):
-        fake = FakeDriver(unbound=lack)
+        fake = FakeDriver(**drivers)
         driver = Driver(fake)
         interrupt = InterruptAtStep(step, [green_ctx.__file__])
         partitions = None
@@ -175,7 +168,7 @@ def test_an_interrupt_at_any_step_of_a_driver_call_loses_no_handle(lack: tuple[s
         except KeyboardInterrupt:
             if partitions is not None:
                 partitions.close()
-        assert (fake.contexts, fake.streams, fake.current, fake.misuse) == ({}, {}, [-1], [])
+        assert (fake.contexts, fake.streams, fake.current, fake.misuse) == CLEAN
         if not interrupt.reached:
             break
     assert 500 < step < 10000
@@ -183,16 +176,16 @@ def test_an_interrupt_at_any_step_of_a_driver_call_loses_no_handle(lack: tuple[s
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("by", ["status", "exception"])
-@pytest.mark.parametrize("lack", [(), ("cuGreenCtxStreamCreate",)], ids=["new", "older streams"])
+@BOTH_WAYS
 def test_the_engine_falls_back_whichever_call_fails(
-    lack: tuple[str, ...], by: str, strict: bool, monkeypatch: pytest.MonkeyPatch
+    drivers: dict[str, Any], by: str, strict: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counted = FakeDriver(unbound=lack)
+    counted = FakeDriver(**drivers)
     build_with(counted, monkeypatch)
     assert len(counted.calls) >= 15
     for number in range(1, len(counted.calls) + 1):
         failure: Any = 46 if by == "status" else RuntimeError("out of the bindings")
-        fake = FakeDriver(unbound=lack, fail_at=number, failure=failure)
+        fake = FakeDriver(**drivers, fail_at=number, failure=failure)
         if strict:
             with pytest.raises(GreenContextError):
                 build_with(fake, monkeypatch, pipeline_strict=True)

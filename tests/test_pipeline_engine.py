@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from green_ctx import DriverError, GreenContextError
-from nanovllm import LLM, Config
+from nanovllm import LLM
 from nanovllm.engine.pipeline_modes import PipelineUnavailable
 from nanovllm.engine.plan import GREEN, LANES3, SEQUENTIAL
 from nanovllm.engine.scheduler import Chunk, Step
@@ -274,25 +274,6 @@ def test_partitions_do_not_outlive_a_failure_after_them(strict, fake_gpu, monkey
     else:
         assert "914" in build().statistics.fallback_reason
     assert (fake_gpu.contexts, fake_gpu.streams) == ({}, {})
-
-
-# Profiling
-
-
-def test_profiling_can_be_switched_at_any_time():
-    config = Config(device="cpu", enable_pipeline=True, pipeline_mode="microbatch")
-    with LLM(config) as llm:
-
-        def profiled_steps() -> int:
-            options = {"temperature": 0, "max_tokens": 5, "ignore_eos": True, "use_tqdm": False}
-            llm.generate(list(PROMPTS[:2]), **options)
-            return llm.model_runner.get_pipeline_statistics()["profiled_steps"]
-
-        assert profiled_steps() == 0
-        config.pipeline_enable_profiling = True
-        assert profiled_steps() == 4
-        config.pipeline_enable_profiling = False
-        assert profiled_steps() == 4
 
 
 # Rows of both kinds

@@ -90,7 +90,7 @@ def build_pipelines(
 
     def add(plan: Plan) -> None:
         with ExitStack() as undo:
-            granted, streams = _make_lanes(config, plan, device, device_sms, undo)
+            granted, streams = _make_lanes(config, plan, device, undo)
             if granted in [scheduler.plan for scheduler in built.schedulers]:
                 return  # another request was rounded to the same
             sms = granted.lane_of(ATTENTION).sms or device_sms
@@ -136,7 +136,7 @@ def _describe(built: Pipelines, device_sms: int, *, is_auto: bool) -> None:
 
 
 def _make_lanes(
-    config: Config, plan: Plan, device: torch.device, device_sms: int, undo: ExitStack
+    config: Config, plan: Plan, device: torch.device, undo: ExitStack
 ) -> tuple[Plan, Sequence[torch.cuda.Stream]]:
     """The plan with the SMs that were granted, and the streams of its lanes."""
     if not plan.streams:
@@ -160,11 +160,11 @@ def _make_lanes(
     wanted = [lane.sms or 1 for lane in plan.lanes]
     # NOTE: `push` registers before it calls anything, so no interrupt comes between.
     partitions = undo.push(Partitions(device, wanted, names))
-    granted = plan.with_sms(partitions.sms)
-    for name, count, lane in zip(names, wanted, granted.lanes, strict=True):
-        if lane is not granted.lane_of(ATTENTION) and (lane.sms or 0) < MIN_DENSE_SMS:
+    attention = plan.lanes.index(plan.lane_of(ATTENTION))
+    for i, sms in enumerate(partitions.sms):
+        if i != attention and sms < MIN_DENSE_SMS:
             raise PipelineUnavailable(
-                f"{name}={count}: {lane.sms} SMs were granted, and cuBLAS needs at least "
+                f"{names[i]}={wanted[i]}: {sms} SMs were granted, and cuBLAS needs at least "
                 f"{MIN_DENSE_SMS}"
             )
-    return granted, partitions.streams
+    return plan.with_sms(partitions.sms), partitions.streams

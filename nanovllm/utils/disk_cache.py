@@ -56,7 +56,7 @@ class DiskCache:
         """The value written under that key, or by whoever can; None if none can be read."""
         try:
             path = self.path(key)
-            if not S_ISREG(path.stat().st_mode):  # which may block, or never end
+            if not S_ISREG(path.stat().st_mode):  # another may block, or never end
                 raise ValueError(f"{path} is no regular file")
             with path.open("rb") as file:
                 entry = json.loads(file.read(MAX_BYTES))

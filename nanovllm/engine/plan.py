@@ -76,12 +76,9 @@ LANES3 = Plan("lanes3", 3, (*TWO_LANES, PlannedLane("qkv", ("qkv",))), streams=T
 
 
 class Choice(NamedTuple):
-    """How a decode step runs.
+    """How a decode step runs: the number of its plan, and its rows with padding.
 
-    Attributes:
-        plan: number of its plan.
-        size: its rows, padding included.
-        prediction: what the step's time is told to, with it; None: nobody wants to know.
+    If there is a `prediction`, the step's time is told to the chooser, with it.
     """
 
     plan: int

@@ -106,7 +106,6 @@ def test_a_new_architecture_is_an_entry_of_the_table(tmp_path, monkeypatch):
         qkv_bias=False,
         o_bias=False,
         own_fields={"sliding_window": (NULL, 4096)},
-        defaults={"vocab_size": 32_000, "intermediate_size": 14_336, "num_key_value_heads": 8},
     )
     monkeypatch.setattr(architectures, "ARCHITECTURES", (*ARCHITECTURES, mistral))
     oracle = replace(SHAPE, model_type="mistral", more={"sliding_window": None}).write(tmp_path)

@@ -36,52 +36,31 @@ class HeadShape:
 
 @dataclass(frozen=True)
 class DecodeMetadata:
-    """D sequences with one new token each.
+    """D sequences with one new token each."""
 
-    Attributes:
-        block_tables: int32 [D, max_blocks], cache blocks of each sequence, in order.
-        context_lens: int32 [D], tokens of each sequence, the new one included.
-        plan: int32 [plan_size(D)], what the back end's `plan` made of the context lengths.
-        workspace: scratch memory of the back end (`make_workspace`).
-    """
-
-    block_tables: Tensor
-    context_lens: Tensor
-    plan: Tensor
-    workspace: Any
+    block_tables: Tensor  # int32 [D, max_blocks], cache blocks of each sequence, in order
+    context_lens: Tensor  # int32 [D], tokens of each sequence, the new one included
+    plan: Tensor  # int32 [plan_size(D)], what the back end made of the context lengths
+    workspace: Any  # scratch memory of the back end
 
 
 @dataclass(frozen=True)
 class PrefillMetadata:
-    """P sequences with any number of new tokens, the last ones of their context.
+    """P sequences with any number of new tokens, the last ones of their context."""
 
-    Attributes:
-        block_tables: int32 [P, max_blocks], cache blocks of each sequence, in order.
-        context_lens: int32 [P], tokens of each sequence, the new ones included.
-        cu_seqlens_q: int32 [P + 1], first new token of each sequence, counted from the first
-            prompt token of the micro-batch.
-        max_seqlen_q: most new tokens of a sequence.
-    """
-
-    block_tables: Tensor
-    context_lens: Tensor
-    cu_seqlens_q: Tensor
-    max_seqlen_q: int
+    block_tables: Tensor  # int32 [P, max_blocks]
+    context_lens: Tensor  # int32 [P], tokens of each sequence, the new ones included
+    cu_seqlens_q: Tensor  # int32 [P + 1], first new token of each, from the first prompt token on
+    max_seqlen_q: int  # most new tokens of a sequence
 
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """Where the T tokens of a micro-batch stand: the D that decode first, then those of prompts.
+    """Where the T tokens of a micro-batch stand: the D that decode first, then those of prompts."""
 
-    Attributes:
-        slot_mapping: int32 [T], cache slot of each token, block * block_size + offset.
-        decode: of the first D tokens; None: there are none.
-        prefill: of all others; None: there are none.
-    """
-
-    slot_mapping: Tensor
-    decode: DecodeMetadata | None = None
-    prefill: PrefillMetadata | None = None
+    slot_mapping: Tensor  # int32 [T], cache slot of each token, block * block_size + offset
+    decode: DecodeMetadata | None = None  # of the first D tokens
+    prefill: PrefillMetadata | None = None  # of all others
 
 
 class AttentionBackend(ABC):
@@ -99,14 +78,9 @@ class AttentionBackend(ABC):
         return 0
 
     def plan(self, context_lens: np.ndarray) -> np.ndarray:
-        """Plans decode attention on the host.
+        """Plans decode attention on the host: int [D] to int32 [plan_size(D)].
 
-        Args:
-            context_lens: int [D], tokens of each sequence; 0 for padding, which comes last and
-                whose output may be left undefined.
-
-        Returns:
-            int32 [plan_size(D)], for `DecodeMetadata.plan` on the device.
+        A context length of 0 is padding; it comes last, and its output may be left undefined.
         """
         return np.empty(0, np.int32)
 
@@ -115,13 +89,7 @@ class AttentionBackend(ABC):
     ) -> Tensor:
         """Attention of all rows of a micro-batch, whose keys and values are in the cache.
 
-        Args:
-            q: [T, heads, head_dim].
-            k_cache, v_cache: of the layer.
-            metadata: of the T tokens.
-
-        Returns:
-            [T, heads, head_dim].
+        q [T, heads, head_dim] to [T, heads, head_dim].
         """
         out = torch.empty_like(q)
         decode, prefill = metadata.decode, metadata.prefill

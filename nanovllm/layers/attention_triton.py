@@ -19,9 +19,8 @@ class TritonBackend(AttentionBackend):
 
     def make_workspace(self, device: torch.device, num_sms: int) -> DecodeWorkspace:
         heads = self.heads
-        return DecodeWorkspace(
-            num_sms, heads.num_q_heads, heads.num_kv_heads, heads.head_dim, device
-        )
+        sizes = heads.num_q_heads, heads.num_kv_heads, heads.head_dim
+        return DecodeWorkspace(num_sms, *sizes, device)
 
     def plan_size(self, num_seqs: int) -> int:
         return num_seqs + 1

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from nanovllm.models.rope import ROPES
 from nanovllm.tiny import CHECKPOINT_DIR
-from tests.checkpoints import FIELD_NAMES, TABLE
+from tests.checkpoints import FIELD_NAMES, TABLE, edit_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 EVIL: list[Any] = [
@@ -42,8 +42,8 @@ KEYS = [
 ]
 
 
-def add_tokenizer(directory: Path, rng: random.Random) -> None:
-    """The embedded model's tokenizer, in one of the forms in which checkpoints have theirs."""
+def add_tokenizer(directory: Path, *, fast: bool = True) -> None:
+    """The embedded model's tokenizer; if not `fast`, in its vocabulary and merges alone."""
     for name in TOKENIZER_FILES:
         shutil.copy(CHECKPOINT_DIR / name, directory)
     model = json.loads((CHECKPOINT_DIR / "tokenizer.json").read_text())["model"]
@@ -57,11 +57,9 @@ def add_tokenizer(directory: Path, rng: random.Random) -> None:
     for name, value in extra.items():
         (directory / name).write_text(json.dumps(value))
     (directory / "chat_template.jinja").write_text("{{ messages }}")
-    if rng.random() < 0.5:
+    if not fast:
         (directory / "tokenizer.json").unlink()
-        config = json.loads((directory / "tokenizer_config.json").read_text())
-        config["tokenizer_class"] = "Qwen2Tokenizer"
-        (directory / "tokenizer_config.json").write_text(json.dumps(config))
+        edit_json(directory / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
 
 
 def mutate(directory: Path, rng: random.Random) -> str:

@@ -73,11 +73,7 @@ def test_a_workspace_serves_changing_lengths(tuning):
     workspace = paged_decode.DecodeWorkspace(5, 2, 1, 32, DEVICE, tuning)
     for lengths in ([500, 3], [1, 1], [64, 700], [1, 65]):
         case = PagedCase(lengths, 2, 1, 32, 64)
-        offsets = torch.from_numpy(paged_decode.tile_offsets(np.array(lengths))).to(DEVICE)
-        out = paged_decode.paged_decode_attention(
-            *case.cache(), case.lens, case.scale, offsets, workspace
-        )
-        close(out, case.dense())
+        close(case.decode_in(workspace), case.dense())
         assert not workspace.arrivals.any()  # or the next launch would join too early
 
 
@@ -87,12 +83,8 @@ def test_sequences_without_tiles_are_skipped(tuning):
     lengths = [300, 5, 64, 129]
     for count in (4, 3, 0):
         case = PagedCase(lengths, 4, 2, 32, 64)
-        tiles = paged_decode.tile_offsets(np.array(lengths))
-        tiles[count:] = tiles[count]
         workspace = paged_decode.DecodeWorkspace(5, 4, 2, 32, DEVICE, tuning)
-        out = paged_decode.paged_decode_attention(
-            *case.cache(), case.lens, case.scale, torch.from_numpy(tiles).to(DEVICE), workspace
-        )
+        out = case.decode_in(workspace, count)
         close(out[:count], case.dense()[:count])
         assert not workspace.arrivals.any()
 
@@ -104,13 +96,8 @@ def test_a_workspace_serves_either_tuning(monkeypatch):
     monkeypatch.setattr(paged_decode, "is_hopper_or_newer", lambda: not CUDA or HOPPER)
     workspace = paged_decode.DecodeWorkspace(81, 2, 1, 32, DEVICE)
     for count in (1, 82, 81):
-        lengths = [random.randint(1, 130) for _ in range(count)]
-        case = PagedCase(lengths, 2, 1, 32, 64)
-        offsets = torch.from_numpy(paged_decode.tile_offsets(np.array(lengths))).to(DEVICE)
-        out = paged_decode.paged_decode_attention(
-            *case.cache(), case.lens, case.scale, offsets, workspace
-        )
-        close(out, case.dense())
+        case = PagedCase([random.randint(1, 130) for _ in range(count)], 2, 1, 32, 64)
+        close(case.decode_in(workspace), case.dense())
         assert not workspace.arrivals.any()
 
 

@@ -56,7 +56,7 @@ class Case(PagedSequences):
             lengths = self.lens[num_decode:]
             prefill = PrefillMetadata(self.tables[num_decode:], lengths, cu, max(rows))
         metadata = AttentionMetadata(self.slots, decode, prefill)
-        return backend.attend(self.q, self.k_cache, self.v_cache, metadata)
+        return backend.attend(self.q, (self.k_cache, self.v_cache), metadata)
 
     def prefill(self, backend):
         return self.attend(backend, 0)
@@ -115,9 +115,8 @@ def test_torch_gives_a_sequence_the_same_bits_alone_and_in_a_batch():
         metadata = AttentionMetadata(
             case.slots[n : n + 1], DecodeMetadata(case.tables[n : n + 1], lengths, plan, None)
         )
-        alone = TorchBackend(case.heads).attend(
-            case.q[n : n + 1], case.k_cache, case.v_cache, metadata
-        )
+        cache = case.k_cache, case.v_cache
+        alone = TorchBackend(case.heads).attend(case.q[n : n + 1], cache, metadata)
         assert torch.equal(alone[0], together[n])
 
 

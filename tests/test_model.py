@@ -183,7 +183,7 @@ def test_a_throwaway_cache_leaves_the_bound_one_as_it_was():
         raise KeyboardInterrupt
     assert torch.equal(pair.cache, before)
     assert model.kv_cache is pair.cache
-    assert model.model.layers[1].self_attn.k_cache.data_ptr() == pair.cache[1, 0].data_ptr()
+    assert model.model.layers[1].self_attn.kv_cache[0].data_ptr() == pair.cache[1, 0].data_ptr()
 
 
 @pytest.mark.parametrize(

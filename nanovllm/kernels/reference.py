@@ -200,11 +200,7 @@ def resolve_tokens(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
 
 
 def find_threshold(
-    logits: Tensor,
-    temperatures: Tensor,
-    rows: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
+    logits: Tensor, temperatures: Tensor, rows: Tensor, top_k: Tensor | None, top_p: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The least logit that may be drawn, of the rows in `rows`.
 

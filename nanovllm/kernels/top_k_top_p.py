@@ -29,11 +29,7 @@ _MAX = tl.constexpr(3.4028234663852886e38)
 
 
 def find_threshold(
-    logits: Tensor,
-    temperatures: Tensor,
-    rows: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
+    logits: Tensor, temperatures: Tensor, rows: Tensor, top_k: Tensor | None, top_p: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.find_threshold``; rows of the logits may be strided, a row may not."""
     device, (num_rows, vocab), stride = logits.device, logits.shape, logits.stride(0)

@@ -1,12 +1,10 @@
 """The attention interface: what a step tells attention, and what a back end must do with it.
 
-    attention_torch.py      the readable reference, on any device
-    attention_triton.py     our kernels, the default on CUDA
-    attention_flash.py      the flash-attn package, if it is installed and asked for
-    attention_backends.py   picks one of them by name
+attention_torch.py      the readable reference, on any device
+attention_triton.py     our kernels, the default on CUDA
+attention_flash.py      the flash-attn package, if it is installed and asked for
+attention_backends.py   picks one of them by name
 
-The KV cache of a layer is a pair of [num_blocks, num_kv_heads, block_size, head_dim]: the tokens
-of one head in one block are contiguous. Block 0 is padding: it belongs to no sequence.
 """
 
 from __future__ import annotations
@@ -18,6 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+# Keys and values of a layer, each [num_blocks, num_kv_heads, block_size, head_dim]: the tokens of
+# one head in one block are contiguous. Block 0 is padding: it belongs to no sequence.
+KVCache = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,7 @@ class AttentionBackend(ABC):
         """
         return np.empty(0, np.int32)
 
-    def attend(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata
-    ) -> Tensor:
+    def attend(self, q: Tensor, cache: KVCache, metadata: AttentionMetadata) -> Tensor:
         """Attention of all rows of a micro-batch, whose keys and values are in the cache.
 
         q [T, heads, head_dim] to [T, heads, head_dim].
@@ -95,19 +95,15 @@ class AttentionBackend(ABC):
         decode, prefill = metadata.decode, metadata.prefill
         rows = 0 if decode is None else len(decode.context_lens)
         if decode is not None:
-            self.decode(q[:rows], k_cache, v_cache, decode, out[:rows])
+            self.decode(q[:rows], cache, decode, out[:rows])
         if prefill is not None:
-            self.prefill(q[rows:], k_cache, v_cache, prefill, out[rows:])
+            self.prefill(q[rows:], cache, prefill, out[rows:])
         return out
 
     @abstractmethod
-    def decode(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: DecodeMetadata, out: Tensor
-    ) -> None:
+    def decode(self, q: Tensor, cache: KVCache, metadata: DecodeMetadata, out: Tensor) -> None:
         """One new token per sequence: writes `out` for q, both [D, heads, head_dim]."""
 
     @abstractmethod
-    def prefill(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: PrefillMetadata, out: Tensor
-    ) -> None:
+    def prefill(self, q: Tensor, cache: KVCache, metadata: PrefillMetadata, out: Tensor) -> None:
         """Several new tokens per sequence: writes `out` for q, both [tokens, heads, head_dim]."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm import kernels
-from nanovllm.layers.attention import AttentionBackend, AttentionMetadata, HeadShape
+from nanovllm.layers.attention import AttentionBackend, AttentionMetadata, HeadShape, KVCache
 from nanovllm.layers.embedding import VocabEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import PackedColumnLinear, RowLinear
@@ -33,8 +33,7 @@ from nanovllm.utils.memory import cpu_memory_errors
 class Attention(nn.Module):
     """Projections around attention, and the KV cache of a layer."""
 
-    k_cache: Tensor  # see layers/attention.py for the layout
-    v_cache: Tensor
+    kv_cache: KVCache
 
     def __init__(self, config: ModelConfig, heads: HeadShape, group: ParallelGroup) -> None:
         super().__init__()
@@ -58,7 +57,7 @@ class Attention(nn.Module):
         inputs = kernels.HeadInputs(
             None if self.q_norm is None else self.q_norm.weight,
             None if self.k_norm is None else self.k_norm.weight,
-            self.eps, cos_sin, positions, slots, self.k_cache, self.v_cache,
+            self.eps, cos_sin, positions, slots, *self.kv_cache,
             self.heads.num_q_heads, self.heads.num_kv_heads,
         )  # fmt: skip
         return kernels.linear_norm_rope_store(x, self.qkv_proj.weight, self.qkv_proj.bias, inputs)
@@ -180,7 +179,7 @@ class DecoderForCausalLM(nn.Module):
         attention = block.self_attn
         normed = kernels.Normed(block.input_layernorm(residual))
         q = attention.project(normed, positions, metadata.slot_mapping, self.model.cos_sin)
-        out = self.backend.attend(q, attention.k_cache, attention.v_cache, metadata)
+        out = self.backend.attend(q, attention.kv_cache, metadata)
         return attention.o_proj(out.flatten(1)), residual
 
     def forward_ffn(self, hidden_states: Tensor, residual: Tensor, layer: int = 0) -> Tensor:
@@ -201,8 +200,8 @@ class DecoderForCausalLM(nn.Module):
     def bind_kv_cache(self, cache: Tensor) -> None:
         """Gives each layer its part of [layers, 2, blocks, kv_heads, block_size, head_dim]."""
         self.kv_cache = cache
-        for layer, (k_cache, v_cache) in zip(self.model.layers, cache, strict=True):
-            layer.self_attn.k_cache, layer.self_attn.v_cache = k_cache, v_cache
+        for layer, (keys, values) in zip(self.model.layers, cache, strict=True):
+            layer.self_attn.kv_cache = keys, values
 
     def weight_shards(self) -> dict[str, WeightShard]:
         """Every tensor that a checkpoint must hold, by name, and where this rank's part goes."""
@@ -243,10 +242,8 @@ class DecoderForCausalLM(nn.Module):
         )
 
     def _attend(self, layer: int, batch: MicroBatch) -> None:
-        attention = self.model.layers[layer].self_attn
-        batch.attn_out = self.backend.attend(
-            batch.q, attention.k_cache, attention.v_cache, batch.inputs.metadata
-        )
+        cache = self.model.layers[layer].self_attn.kv_cache
+        batch.attn_out = self.backend.attend(batch.q, cache, batch.inputs.metadata)
 
     def _feed_forward(self, layer: int, batch: MicroBatch) -> None:
         """From attention's output to the next layer's `x`, or the hidden states."""

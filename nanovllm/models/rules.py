@@ -126,6 +126,5 @@ DTYPE = Rule(
     lambda value: DTYPES[value],
 )
 FLAT_OBJECT = Rule(
-    "a flat object",
-    lambda value: isinstance(value, dict) and dict not in map(type, value.values()),
+    "a flat object", lambda value: isinstance(value, dict) and dict not in map(type, value.values())
 )

@@ -127,7 +127,6 @@ class DecoderForCausalLM(nn.Module):
         self.bind_kv_cache(torch.empty(config.num_hidden_layers, 2, 0))
 
     def stages(self) -> list[Stage]:
-        """All stages in the order of execution; `x` of the last is the hidden states."""
         stages = [Stage("mlp", BEFORE_LAYERS, self._embed)]
         for layer in range(len(self.model.layers)):
             stages.append(Stage("qkv", layer, partial(self._project, layer)))
@@ -190,7 +189,6 @@ class DecoderForCausalLM(nn.Module):
         return self.model.norm(hidden_states) if block is self.model.layers[-1] else hidden_states
 
     def compute_logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
-        """[T, hidden_size] to logits [T, vocab_size], in `out` if it is given."""
         if out is None:
             out = hidden_states.new_empty(len(hidden_states), self.config.vocab_size)
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
@@ -198,7 +196,6 @@ class DecoderForCausalLM(nn.Module):
         return out
 
     def bind_kv_cache(self, cache: Tensor) -> None:
-        """Gives each layer its part of [layers, 2, blocks, kv_heads, block_size, head_dim]."""
         self.kv_cache = cache
         for layer, (keys, values) in zip(self.model.layers, cache, strict=True):
             layer.self_attn.kv_cache = keys, values
@@ -212,8 +209,12 @@ class DecoderForCausalLM(nn.Module):
             for name, shard in module.weight_shards(path)
         }
 
-    def allocate(self, device: torch.device, max_length: int | None) -> None:
-        """Gives the weights memory, not yet filled, on `device`, and rope a table of `max_length`.
+    def allocate(self, device: torch.device, max_length: int | None = None) -> None:
+        """Gives the weights memory, not yet filled, on `device`, and rope a table.
+
+        Args:
+            device: of both.
+            max_length: positions that the model will see; None: all that it was made for.
 
         Raises:
             MemoryError: they do not fit into the CPU's memory.
@@ -263,27 +264,8 @@ class DecoderForCausalLM(nn.Module):
 
 
 def make_model(
-    config: ModelConfig,
-    backend: AttentionBackend,
-    group: ParallelGroup,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    max_length: int | None = None,
+    config: ModelConfig, backend: AttentionBackend, group: ParallelGroup, dtype: torch.dtype
 ) -> DecoderForCausalLM:
-    """Builds a model with uninitialised weights; a loader fills `weight_shards()`.
-
-    Args:
-        config, backend, dtype: of the model, its attention and its weights.
-        group: this rank and the others.
-        device: of the weights; "meta": they have no memory until `allocate`.
-        max_length: positions that the model will see; None: all that it was made for.
-
-    Raises:
-        MemoryError: the weights do not fit into the CPU's memory.
-    """
+    """A model without memory for its weights: call `allocate`, and then fill `weight_shards()`."""
     with torch.device("meta"):
-        model = DecoderForCausalLM(config, backend, group).to(dtype)
-    if device.type != "meta":
-        model.allocate(device, max_length)
-    return model.eval()
+        return DecoderForCausalLM(config, backend, group).to(dtype).eval()

@@ -128,7 +128,7 @@ def load_model(
 
     Args:
         checkpoint: of the weights; None: random ones, for benchmarks.
-        config, backend, group, device, dtype, max_length: see `make_model`.
+        device, max_length: see `DecoderForCausalLM.allocate`.
         show_progress: whether to show a progress bar.
         on_tensor: called after every tensor; what it raises ends the loading.
 
@@ -136,7 +136,7 @@ def load_model(
         WeightsError: a tensor is missing, surplus, or misshaped, or a file is damaged.
         MemoryError: the weights do not fit into memory.
     """
-    model = make_model(config, backend, group, torch.device("meta"), dtype)
+    model = make_model(config, backend, group, dtype)
     shards = model.weight_shards()
     matched = {} if checkpoint is None else checkpoint.match(shards)
     # Only now are the config's sizes known to be true.

@@ -17,21 +17,6 @@ from torch import Tensor
 from nanovllm.kernels import reference
 from nanovllm.kernels.normed import HeadInputs, Normed
 
-__all__ = [
-    "HeadInputs",
-    "Normed",
-    "add_rms_norm",
-    "find_threshold",
-    "linear",
-    "linear_add_norm",
-    "linear_norm_rope_store",
-    "linear_silu_mul",
-    "resolve_tokens",
-    "rms_norm",
-    "sample",
-    "silu_mul",
-]
-
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
 

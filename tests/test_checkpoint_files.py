@@ -200,6 +200,7 @@ FILE_NAMES = [
     "text",
     [
         *["", "{", "[]", "5", "{}", "\x00", '{"weight_map": null}', '{"weight_map": ["a"]}'],
+        *['{"a":' * 100_000, "\ufeff{}"],
         *[json.dumps({"weight_map": {NORM: name}}) for name in FILE_NAMES],
     ],
 )
@@ -361,25 +362,18 @@ def forbid(monkeypatch, path) -> None:
     monkeypatch.setattr(builtins, "open", opened)
 
 
-@pytest.mark.parametrize("kept", [0, 1, 30, -2])
-@pytest.mark.parametrize(
-    "name", [*CONFIG_FILES, *(name for name in TOKENIZER_FILES if name.endswith(".json"))]
-)
-def test_json_that_is_cut_off_is_named(copy, name, kept):
+JSON_FILES = [*CONFIG_FILES, *(name for name in TOKENIZER_FILES if name.endswith(".json"))]
+BAD_JSON = ['{"a":' * 100_000, '{"a": ' + "9" * 5000 + "}", "\ufeff{}", "\x00", "[]"]
+
+
+@pytest.mark.parametrize("name", JSON_FILES)
+@pytest.mark.parametrize("damage", [0, 1, 30, -2, *BAD_JSON])
+def test_json_that_is_damaged_is_named(copy, name, damage):
+    """Cut off there, or replaced by what the parser does not take."""
     path = copy / name
-    path.write_text(path.read_text().rstrip()[:kept])
-    assert f"{path} is not valid JSON" in error_of(copy)
-
-
-@pytest.mark.parametrize("name", [*CONFIG_FILES, "tokenizer.json", "added_tokens.json", INDEX])
-@pytest.mark.parametrize(
-    "text", ['{"a":' * 100_000, '{"a": ' + "9" * 5000 + "}", "\ufeff{}", "[]", "\x00"]
-)
-def test_json_that_the_parser_cannot_take_is_named(copy, name, text):
-    if name == INDEX:
-        put_index(copy, text)
-    (copy / name).write_text(text)
-    assert str(copy / name) in error_of(copy)
+    path.write_text(damage if isinstance(damage, str) else path.read_text().rstrip()[:damage])
+    message = "does not hold a JSON object" if damage == "[]" else "is not valid JSON"
+    assert f"{path} {message}" in error_of(copy)
 
 
 def test_text_in_another_encoding_is_named(copy):

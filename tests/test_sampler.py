@@ -60,26 +60,11 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(params):
     assert chi_square < freedom + 4 * math.sqrt(2 * freedom) + 4
 
 
-@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(top_k=3, top_p=0.9)], ids=str)
-def test_a_draw_depends_on_its_seed_and_step_alone(params):
-    logits = torch.randn(6, 50)
-    seeds, steps = [5, 5, 6, 5, 6, 2**63 - 1], [0, 1, 0, 0, 1, 10**6]
-    together = draw(logits, params, seeds, steps)
-    for row in range(6):
-        alone = draw(logits[row : row + 1], params, seeds[row : row + 1], steps[row : row + 1])
-        assert alone == [together[row]]
-
-
-def test_greedy_takes_the_likeliest_whatever_the_other_options():
-    logits = torch.randn(4, 100)
-    best = logits.argmax(-1).tolist()
-    assert draw(logits, SamplingParams(temperature=0), range(4)) == best
-    assert draw(logits, SamplingParams(temperature=0, top_k=3, top_p=0.5), range(4)) == best
-
-
 @pytest.mark.parametrize(
     "params",
     [
+        SamplingParams(temperature=0),
+        SamplingParams(temperature=0, top_k=3, top_p=0.5),
         SamplingParams(top_k=1),
         SamplingParams(temperature=100, top_k=1),
         SamplingParams(top_p=1e-9),
@@ -92,7 +77,7 @@ def test_greedy_takes_the_likeliest_whatever_the_other_options():
     ],
     ids=str,
 )
-def test_greedy_in_other_words(params):
+def test_greedy_and_the_same_in_other_words(params):
     logits = torch.randperm(8 * 100).reshape(8, 100).float() - 400
     logits[0, :50] = 0.0
     assert draw(logits, params, range(8)) == logits.argmax(-1).tolist()

@@ -37,18 +37,16 @@ _MAX_ROWS_SPLIT = 256
 _FEATURES = 64  # rows of weight in a tile
 _TOKENS = (16, 32, 64)
 _LONG_STEP, _SHORT_STEP = 128, 64  # inner elements
-_MOST_SPLITS, _FEWEST_SPLITS = 4, 2
+_SPLITS = 4, 2
 _PAIR = 2 * _FEATURES  # features of both tiles; the elements of a head
 # What the rows and columns of a weight must be multiples of.
 _PAIRED = _PAIR, _LONG_STEP
-_SPLIT = _FEATURES, _MOST_SPLITS * _LONG_STEP
+_SPLIT = _FEATURES, max(_SPLITS) * _LONG_STEP
 
 
 class Tiles(NamedTuple):
-    """Tokens of a tile, inner elements of a step."""
-
-    tokens: int
-    block: int
+    tokens: int  # of a tile
+    block: int  # inner elements of a step
 
 
 # ------------------------------------------------------------------ which layers come here
@@ -81,11 +79,11 @@ def pick_tiles(rows: int, feature_tiles: int, num_sms: int) -> Tiles:
 
 def pick_splits(rows: int, features: int, num_sms: int) -> tuple[int, Tiles]:
     """Parts of the inner dimension, and tiles: four parts while each SM has one program, or two."""
-    feature_tiles = features // _FEATURES
-    tiles = pick_tiles(rows, feature_tiles * _MOST_SPLITS, num_sms)
-    if tiles.block == _LONG_STEP:
-        return _MOST_SPLITS, tiles
-    return _FEWEST_SPLITS, pick_tiles(rows, feature_tiles * _FEWEST_SPLITS, num_sms)
+    for splits in _SPLITS:
+        tiles = pick_tiles(rows, features // _FEATURES * splits, num_sms)
+        if tiles.block == _LONG_STEP:
+            break
+    return splits, tiles
 
 
 def _beats_cublas(weight: Tensor, multiples: tuple[int, int]) -> bool:

@@ -37,12 +37,12 @@ def _fits(x: Tensor) -> bool:
 
 def linear(x: Normed, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """See ``reference.linear``, for N up to MAX_ROWS."""
-    return _launch(x, weight, bias, weight.shape[0])
+    return _launch(x, weight, bias)
 
 
 def linear_silu_mul(x: Normed, gate_up_weight: Tensor) -> Tensor:
     """See ``reference.linear_silu_mul``, for N up to MAX_ROWS."""
-    return _launch(x, gate_up_weight, None, gate_up_weight.shape[0] // 2, gated=True)
+    return _launch(x, gate_up_weight, None, gated=True)
 
 
 def linear_add_norm(
@@ -63,7 +63,7 @@ def linear_add_norm(
         len(x), triton.cdiv(features, _rows(features)), dtype=torch.float32, device=x.device
     )
     norm = residual.contiguous(), norm_weight, values, sum_sq
-    total = _launch(Normed(x), weight, bias, features, norm=norm)
+    total = _launch(Normed(x), weight, bias, norm=norm)
     return Normed(values, sum_sq, eps), total
 
 
@@ -76,13 +76,13 @@ def _launch(
     x: Normed,
     weight: Tensor,
     bias: Tensor | None,
-    features: int,
     gated: bool = False,
     norm: tuple[Tensor | None, ...] = (None,) * 4,
 ) -> Tensor:
     """`norm`: the kernel's arguments from `residual` to `sum_sq`, if one follows the layer."""
     assert _fits(x.values)
     tokens, inner = x.values.shape
+    features = weight.shape[0] // (2 if gated else 1)
     values, weight = x.values.contiguous(), weight.contiguous()
     out = torch.empty(tokens, features, dtype=values.dtype, device=values.device)
     if tokens > 0:

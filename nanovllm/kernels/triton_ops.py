@@ -1,4 +1,7 @@
-"""The Triton kernels, each function under the name that its form in `reference` has."""
+"""The Triton kernels, each function under the name that its form in `reference` has.
+
+NOTE: `nanovllm.kernels` has functions of these names, too, so no module may bear one of them.
+"""
 
 from nanovllm.kernels import fused_gemm, small_gemm
 from nanovllm.kernels.activation import silu_mul

@@ -44,15 +44,15 @@ class SamplingBatch:
         values = [p.temperature if p.temperature >= LOWEST_TEMPERATURE else 0.0 for p in params]
         temperatures = _upload(values, device, np.float32)
         batch = cls(temperatures, *_upload([seeds, steps, request_index], device, np.int64))
-        top_k = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
         rows = [
             i
             for i, p in enumerate(params)
-            if (top_k[i] < vocab_size or p.top_p < 1) and values[i] > 0
+            if (0 < p.top_k < vocab_size or p.top_p < 1) and values[i] > 0
         ]
         if not rows:
             return batch
-        top_k, top_p = [top_k[i] for i in rows], [params[i].top_p for i in rows]
+        top_k = [k if 0 < (k := params[i].top_k) < vocab_size else vocab_size for i in rows]
+        top_p = [params[i].top_p for i in rows]
         return replace(
             batch,
             filtered=_upload(rows, device, np.int64),

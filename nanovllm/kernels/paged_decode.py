@@ -69,13 +69,9 @@ def tuning_for(num_sms: int, num_groups: int, gqa: int) -> DecodeTuning:
 class DecodeWorkspace:
     """How many SMs the decode kernel may use, and its buffers for partial results.
 
-    NOTE: launches that may run at the same time (two streams) need a workspace each.
+    `tuning` is for every launch; None: ``tuning_for`` its size.
 
-    Args:
-        num_sms: the partition's or the whole device's.
-        num_q_heads, num_kv_heads, head_dim: Hq, Hkv and D.
-        device: of the buffers.
-        tuning: for every launch; None: ``tuning_for`` its size.
+    NOTE: launches that may run at the same time (two streams) need a workspace each.
 
     Raises:
         ValueError: for another head_dim than 32, 64, 128 or 256.

@@ -122,14 +122,9 @@ def paged_decode_attention(
     context_lens: Tensor,
     scale: float,
 ) -> Tensor:
-    """Attention of one new token per sequence over the sequence's cached keys and values.
-
-    ``q [N, Hq, D]`` -> ``[N, Hq, D]``; ``context_lens`` are at least 1, all else as in prefill.
-    """
-    cu_seqlens_q = torch.arange(len(q) + 1)
-    return paged_prefill_attention(
-        q, k_cache, v_cache, block_tables, cu_seqlens_q, context_lens, 1, scale
-    )
+    """Prefill with one new token per sequence: ``q [N, Hq, D]``, ``context_lens`` at least 1."""
+    starts, caches = torch.arange(len(q) + 1), (k_cache, v_cache)
+    return paged_prefill_attention(q, *caches, block_tables, starts, context_lens, 1, scale)
 
 
 def paged_prefill_attention(

@@ -104,8 +104,7 @@ def load_config(directory: Path) -> ModelConfig:
 
     Raises:
         FileNotFoundError: there is no config.json.
-        UnsupportedModelError: it is no model of the table of architectures, or one with unknown
-            features, or a file cannot be read.
+        UnsupportedModelError: a file cannot be read, or the model is not supported.
     """
     path = directory / "config.json"
     if not is_there(path):

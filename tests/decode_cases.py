@@ -40,7 +40,8 @@ def model_like(oracle: transformers.Qwen3ForCausalLM) -> DecoderForCausalLM:
     config = parse_config(oracle.config.to_dict())
     group = ParallelGroup()
     backend = make_backend("torch", config.rank_heads(group), CPU, BLOCK_SIZE)
-    model = make_model(config, backend, group, CPU, torch.float32)
+    model = make_model(config, backend, group, torch.float32)
+    model.allocate(CPU)
     weights = oracle.state_dict()
     for name, shard in model.weight_shards().items():
         shard.target.copy_(weights[name])

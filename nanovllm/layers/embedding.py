@@ -19,7 +19,7 @@ class VocabEmbedding(nn.Module):
     def __init__(self, vocab_size: int, hidden_size: int, group: ParallelGroup) -> None:
         super().__init__()
         self.group = group
-        self.shard = Shard.ceil(vocab_size, group)
+        self.shard = Shard.of(vocab_size, group)
         # Equally many rows on every rank, so that logits can be gathered; the last may be unused.
         rows = -(-vocab_size // group.size)
         self.weight = nn.Parameter(torch.empty(rows, hidden_size), requires_grad=False)

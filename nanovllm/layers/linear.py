@@ -17,10 +17,7 @@ from nanovllm.layers.parallel import ParallelGroup, Shard, WeightShard, WeightSh
 class PackedColumnLinear(nn.Module):
     """Weights of several projections of the same input, for one matrix product.
 
-    Args:
-        in_features: width of the input.
-        parts: for each projection its name in checkpoints and this rank's rows.
-        bias: whether the projections have biases.
+    `parts`: for each projection its name in checkpoints and this rank's rows.
     """
 
     def __init__(self, in_features: int, parts: dict[str, Shard], bias: bool = False) -> None:
@@ -49,7 +46,7 @@ class RowLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.group = group
-        self.shard = Shard.even(in_features, group)
+        self.shard = Shard.of(in_features, group)
         self.weight = nn.Parameter(torch.empty(out_features, self.shard.size), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
@@ -62,7 +59,7 @@ class RowLinear(nn.Module):
     def add_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[kernels.Normed, Tensor]:
         """Returns (norm of s, s) for s = this layer's output + residual [T, out_features].
 
-        The residual is used up: s may be written over it.
+        NOTE: s may be written over the residual.
         """
         if self.group.size > 1:
             y, total = norm.add(self(x), residual)

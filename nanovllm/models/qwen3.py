@@ -3,6 +3,6 @@
 What is its own is an entry in architectures.py.
 """
 
-from nanovllm.models.decoder import DecoderForCausalLM as Qwen3ForCausalLM
+from nanovllm.models.decoder import DecoderForCausalLM
 
-__all__ = ["Qwen3ForCausalLM"]
+Qwen3ForCausalLM = DecoderForCausalLM

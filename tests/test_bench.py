@@ -15,7 +15,7 @@ import torch
 
 from nanovllm import LLM
 from nanovllm.bench import BenchError, ceilings, decode, growing, options, power
-from nanovllm.bench.arms import ArmSpec, arm_specs, choose_split, open_arms
+from nanovllm.bench.arms import arm_specs, choose_split, open_arms
 from nanovllm.bench.engines import fill_cache
 from nanovllm.bench.shapes import SIZES, published_config, shape_directory
 from nanovllm.bench.turns import DecodeWorkload, Turn, run_turn
@@ -219,14 +219,15 @@ class TestArms:
         argv = ["--device", "cpu", "--modes", "auto", "green", "auto"]
         splits = ["--splits", "28+104", "60+72", "28+104"]
         specs = arm_specs(options.parse(None, ["--map", *argv, *splits]))
-        assert specs == [
-            ("sequential", "sequential", (36, 96)),
-            ("auto", "auto", (36, 96)),
-            ("green 28+104", "green", (28, 104)),
-            ("green 60+72", "green", (60, 72)),
-        ]
+        assert specs == {
+            "sequential": ("sequential", (36, 96)),
+            "auto": ("auto", (36, 96)),
+            "green 28+104": ("green", (28, 104)),
+            "green 60+72": ("green", (60, 72)),
+        }
+        assert next(iter(specs)) == "sequential"
         assert len(arm_specs(options.parse(None, ["--map", *argv]))) == 2 + 5
-        assert arm_specs(options.parse(None, argv))[2] == ("green", "green", (36, 96))
+        assert arm_specs(options.parse(None, argv))["green"] == ("green", (36, 96))
 
     def test_leave_the_engine_as_it_was(self) -> None:
         with LLM(device="cpu", num_kvcache_blocks=4) as engine:
@@ -234,7 +235,7 @@ class TestArms:
             own = runner.step_runner, runner.step_runner.chooser
             before = engine.generate(["Once upon"], max_tokens=5, temperature=0, use_tqdm=False)
             with open_arms(
-                engine, [ArmSpec(mode, mode) for mode in ("sequential", "microbatch")]
+                engine, {mode: (mode, None) for mode in ("sequential", "microbatch")}
             ) as arms:
                 arms[1].activate()
                 assert runner.step_runner is arms[1].step_runner is not own[0]
@@ -310,17 +311,16 @@ class TestPower:
     def test_samples_count_for_the_arm_whose_steps_ran(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
-        log = object.__new__(power.PowerLog)
-        log.file = (tmp_path / "samples").open("w+")  # type: ignore[assignment]
         samples = {t / 2: f"{t / 2}, {100.0 * t}, 1500" for t in range(14)}
-        print("no sample", *samples.values(), sep="\n", file=log.file, flush=True)
+        file = tmp_path / "samples"
+        file.write_text("\n".join(["no sample", *samples.values()]))
         monkeypatch.setattr(power, "PATIENCE_SECONDS", 0)
         monkeypatch.setattr(power, "parse", lambda line: eval(line) if "," in line else None)
         turns = [
             Turn(SimpleNamespace(label=label), [end - begin], end)  # type: ignore[arg-type]
             for label, begin, end in (("a", 1, 2), ("b", 3, 4), ("c", 2.1, 2.2), ("a", 5, 6))
         ]
-        readings = log.readings(turns)
+        readings = power.read_samples(file, turns)
         watts = [100.0 * t for t in (2, 3, 4, 10, 11, 12)]
         assert readings["a"] == {"watts": sum(watts) / 6, "sm_mhz": 1500.0, "samples": 6}
         assert readings["b"]["samples"] == 3

@@ -1,6 +1,6 @@
 """The arms of a comparison: pipeline modes beside each other, on one engine's weights and KV cache.
 
-    specs = [ArmSpec("sequential", "sequential"), ArmSpec("green 36+96", "green", (36, 96))]
+    specs = {"sequential": ("sequential", None), "green 36+96": ("green", (36, 96))}
     with open_arms(engine, specs) as arms:
         arms[1].activate()
         engine.step()
@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from nanovllm.bench import BenchError
 from nanovllm.bench.report import Record
@@ -37,12 +37,9 @@ LANES3, FALLBACK = plans.LANES3.mode, "fallback"
 FFN_SHARE = 0.72
 
 
-class ArmSpec(NamedTuple):
-    """What an arm is to be."""
-
-    label: str  # its name in tables and records
-    mode: str  # a value of `Config.pipeline_mode`, "lanes3" or "fallback"
-    split: Split | None = None  # SMs of attention and FFN; None: the defaults of `Config`
+# What arms are to be, by their labels in tables and records: a value of `Config.pipeline_mode`,
+# "lanes3" or "fallback", and the SMs of attention and FFN; None: the defaults of `Config`.
+Specs = dict[str, tuple[str, Split | None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,17 +99,17 @@ def choose_split(device_sms: int, attention: int | None, ffn: int | None) -> Spl
     return attention, ffn
 
 
-def arm_specs(args: argparse.Namespace) -> list[ArmSpec]:
+def arm_specs(args: argparse.Namespace) -> Specs:
     """One arm a mode, sequential first; green has one for each split where there are --splits."""
     device_sms = sm_count(args.device)
     split = choose_split(device_sms, args.attention_sms, args.ffn_sms)
     splits = args.splits or splits_to_try(device_sms) if "splits" in args else []
-    specs = []
-    for mode in dict.fromkeys((SEQUENTIAL, *args.modes)):
+    specs: Specs = {}
+    for mode in (SEQUENTIAL, *args.modes):
         if mode == GREEN and splits:
-            specs += [ArmSpec(f"{GREEN} {s[0]}+{s[1]}", mode, s) for s in dict.fromkeys(splits)]
+            specs |= {f"{GREEN} {own[0]}+{own[1]}": (GREEN, own) for own in splits}
         else:
-            specs.append(ArmSpec(mode, mode, split))
+            specs[mode] = mode, split
     return specs
 
 
@@ -127,14 +124,14 @@ def pipeline_options(mode: str, split: Split | None) -> dict[str, Any]:
 
 
 @contextmanager
-def open_arms(engine: LLMEngine, specs: Sequence[ArmSpec]) -> Iterator[list[Arm]]:
+def open_arms(engine: LLMEngine, specs: Specs) -> Iterator[list[Arm]]:
     """The arms, and afterwards the engine as it was."""
     runner = engine.model_runner
     own, chooser = runner.step_runner, runner.step_runner.chooser
     with ExitStack() as made:
         try:
             arms: list[Arm] = []
-            for label, mode, split in specs:
+            for label, (mode, split) in specs.items():
                 steps, chooses = own, chooser
                 if mode == SEQUENTIAL:
                     chooses = FixedPlan(own.schedulers[:1], own.memory)

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from nanovllm.bench import BenchError, report
 from nanovllm.bench.arms import SEQUENTIAL, Arm, arm_specs, timed_arms
 from nanovllm.bench.ceilings import copy_bandwidth, decode_floor
-from nanovllm.bench.power import PowerLog, check_power
+from nanovllm.bench.power import check_power, read_samples, sampling
 from nanovllm.bench.report import Record
 from nanovllm.bench.turns import DecodeWorkload, measure, run_turn, start_arms, step_times
 from nanovllm.config import Config
@@ -47,14 +47,14 @@ def run(args: argparse.Namespace) -> Iterator[Record]:
         if args.device.type == "cuda":
             bandwidth = copy_bandwidth(args.device)
             record["floor"] = decode_floor(engine.model_runner, workload, bandwidth)
-        log = stack.enter_context(PowerLog(args.device)) if args.power else None
+        samples = stack.enter_context(sampling(args.device)) if args.power else None
         for turns in measure(engine, timed_arms(arms, args.batch), workload, args.seconds):
             times = step_times(turns)
             reference = times[SEQUENTIAL]["step_ms"]["median"]
             records = [describe_arm(arm, record, times.get(arm.label), reference) for arm in arms]
             yield record | {"arms": records}
-        if log:
-            power = log.readings(turns)
+        if samples:
+            power = read_samples(samples, turns)
             for arm in records:
                 if reading := power.get(arm["label"]):
                     joules = reading["watts"] * arm["step_ms"]["median"] * 1e-3

@@ -60,25 +60,23 @@ def start_engine(
             raise DoesNotFit(str(error)) from error
         except (ValueError, FileNotFoundError) as error:
             raise BenchError(str(error)) from error
-        yield (
-            engine,
-            describe_engine(engine, name) | {"startup_seconds": time.perf_counter() - start},
-        )
-
-
-def describe_engine(engine: LLMEngine, name: str) -> Record:
-    """The record of the model and of the engine's options."""
-    config, runner = engine.config, engine.model_runner
-    return {
-        "model": {
+        seconds = time.perf_counter() - start
+        runner = engine.model_runner
+        model = {
             "name": name,
             "layers": runner.model_config.num_hidden_layers,
             "parameters": runner.model_config.num_weights,
             "dtype": str(next(runner.model.parameters()).dtype).removeprefix("torch."),
-        },
-        "ranks": config.tensor_parallel_size,
-        "options": dataclasses.asdict(config),
-    }
+        }
+        yield (
+            engine,
+            {
+                "model": model,
+                "ranks": args.tensor_parallel_size,
+                "options": dataclasses.asdict(engine.config),
+                "startup_seconds": seconds,
+            },
+        )
 
 
 def kv_blocks(sequences: int, tokens: int, block_size: int) -> int:

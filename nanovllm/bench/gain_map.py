@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from nanovllm.bench import BenchError, DoesNotFit, report
-from nanovllm.bench.arms import AUTO, Arm, ArmSpec, arm_specs, timed_arms
+from nanovllm.bench.arms import AUTO, Arm, Specs, arm_specs, timed_arms
 from nanovllm.bench.gains import describe
 from nanovllm.bench.pictures import draw_map as draw
 from nanovllm.bench.report import Record
@@ -39,6 +39,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 
 __all__ = ["describe", "draw", "run"]
 
+BY_SIZE = [TINY, *SIZES]
 TURN_SECONDS = 0.1
 FEWEST_STEPS = 3
 # Contexts grow with every step of a turn, so turns of fast steps are shorter than that.
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> Iterator[Record]:
     batches, contexts = sorted({*args.batches}, reverse=True), sorted({*args.contexts})
     places = [(batch, context) for batch in batches for context in contexts]
     with tqdm(desc="Map", total=len({*args.shapes}) * len(places), unit="point") as bar:
-        for shape in sorted({*args.shapes}, key=by_size):
+        for shape in sorted({*args.shapes}, key=BY_SIZE.index):
             bar.set_description(f"Map of {shape}")
             of_shape = argparse.Namespace(**vars(args) | {"shape": shape, "model": None})
             for part in measure_shape(of_shape, specs, places, bar):
@@ -73,14 +74,9 @@ def run(args: argparse.Namespace) -> Iterator[Record]:
                 torch.cuda.empty_cache()
 
 
-def by_size(shape: str) -> int:
-    """Sorts shapes."""
-    return [TINY, *SIZES].index(shape)
-
-
 def measure_shape(
     args: argparse.Namespace,
-    specs: Sequence[ArmSpec],
+    specs: Specs,
     places: Sequence[tuple[int, int]],
     bar: tqdm[Any],
 ) -> Iterator[Record]:
@@ -165,7 +161,7 @@ def read_map(paths: Sequence[Path]) -> Record:
             origin = {name: record[name] for name in ("date", "seconds_per_arm")}
             shapes[shape["name"]] = origin | shape
     return records[-1] | {
-        "shapes": [shapes[name] for name in sorted(shapes, key=by_size)],
+        "shapes": [shapes[name] for name in sorted(shapes, key=BY_SIZE.index)],
         "seconds_per_arm": min(record["seconds_per_arm"] for record in records),
         "sweep_seconds": sum(record["sweep_seconds"] for record in records),
     }

@@ -1,8 +1,8 @@
 """Power and SM clock of a GPU while each arm's steps run.
 
-    with PowerLog(device) as log:
+    with sampling(device) as file:
         for turns in measure(engine, arms, workload, seconds): ...
-        log.readings(turns)  # by label
+        read_samples(file, turns)  # by label
 
 nvidia-smi samples in a process of its own, so that it takes no time of the engine's, and says when
 it took each sample; those count that fall into an arm's turns.
@@ -14,7 +14,8 @@ import shutil
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean
@@ -41,39 +42,34 @@ def check_power(device: torch.device) -> None:
         raise BenchError("--power needs nvidia-smi, which is not on the PATH")
 
 
-class PowerLog:
-    """Samples as long as its `with` block runs."""
+@contextmanager
+def sampling(device: torch.device) -> Iterator[Path]:
+    """Samples as long as the block runs, into a file."""
+    uuid = torch.cuda.get_device_properties(device).uuid
+    command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits",
+               f"--id=GPU-{uuid}", f"--loop-ms={SAMPLE_MS}"]  # fmt: skip
+    with NamedTemporaryFile() as file, subprocess.Popen(command, stdout=file) as process:
+        try:
+            yield Path(file.name)
+        finally:
+            process.terminate()
 
-    def __init__(self, device: torch.device) -> None:
-        uuid = torch.cuda.get_device_properties(device).uuid
-        self.command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits",
-                        f"--id=GPU-{uuid}", f"--loop-ms={SAMPLE_MS}"]  # fmt: skip
 
-    def __enter__(self) -> PowerLog:
-        self.file = NamedTemporaryFile("w+", encoding="utf-8")
-        self.process = subprocess.Popen(self.command, stdout=self.file)
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.process.terminate()
-        self.process.wait()
-        self.file.close()
-
-    def readings(self, turns: Sequence[Turn]) -> dict[str, Record]:
-        """Mean watts and MHz and the number of samples, by label, of arms that were met by any."""
-        time.sleep(PATIENCE_SECONDS)
-        lines = Path(self.file.name).read_text(encoding="utf-8").splitlines()
-        samples = [sample for line in lines if (sample := parse(line)) is not None]
-        met: dict[str, list[tuple[float, ...]]] = defaultdict(list)
-        for turn in turns:
-            begin = turn.end - sum(turn.seconds)
-            met[turn.arm.label] += [s for s in samples if begin <= s[0] <= turn.end]
-        readings = {}
-        for label, of in met.items():
-            if of:
-                _, watts, mhz = map(fmean, zip(*of, strict=True))
-                readings[label] = {"watts": watts, "sm_mhz": mhz, "samples": len(of)}
-        return readings
+def read_samples(file: Path, turns: Sequence[Turn]) -> dict[str, Record]:
+    """Mean watts and MHz and the number of samples, by label, of arms that were met by any."""
+    time.sleep(PATIENCE_SECONDS)
+    lines = file.read_text(encoding="utf-8").splitlines()
+    samples = [sample for line in lines if (sample := parse(line)) is not None]
+    met: dict[str, list[tuple[float, ...]]] = defaultdict(list)
+    for turn in turns:
+        begin = turn.end - sum(turn.seconds)
+        met[turn.arm.label] += [s for s in samples if begin <= s[0] <= turn.end]
+    readings = {}
+    for label, of in met.items():
+        if of:
+            _, watts, mhz = map(fmean, zip(*of, strict=True))
+            readings[label] = {"watts": watts, "sm_mhz": mhz, "samples": len(of)}
+    return readings
 
 
 def parse(line: str) -> tuple[float, float, float] | None:

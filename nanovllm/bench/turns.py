@@ -29,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nanovllm.bench import DoesNotFit
-from nanovllm.bench.arms import MICROBATCH, Arm, ArmSpec, open_arms, pipeline_options
+from nanovllm.bench.arms import MICROBATCH, Arm, Specs, open_arms, pipeline_options
 from nanovllm.bench.engines import fill_cache, kv_blocks, room, start_engine
 from nanovllm.bench.report import Record
 from nanovllm.engine.llm_engine import LLMEngine
@@ -89,7 +89,7 @@ class DecodeWorkload:
 @contextmanager
 def start_arms(
     args: argparse.Namespace,
-    specs: Sequence[ArmSpec],
+    specs: Specs,
     largest: DecodeWorkload,
     must_fit: bool = True,
     **options: Any,
@@ -99,7 +99,7 @@ def start_arms(
     `options` are further fields of `Config`. Raises DoesNotFit if `must_fit` and it does not.
     """
     options = room(args, largest.batch, largest.max_len) | options
-    if args.tensor_parallel_size > 1 and any(spec.mode == MICROBATCH for spec in specs):
+    if args.tensor_parallel_size > 1 and MICROBATCH in specs:
         options |= pipeline_options(MICROBATCH, None)
     longest = largest.max_len if must_fit else 0
     with start_engine(args, longest=longest, **options) as (engine, about):

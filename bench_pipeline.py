@@ -9,7 +9,7 @@ python bench_pipeline.py --workload nano        nano-vllm's own benchmark, prefi
 python bench_pipeline.py --workload prefill     prompts alone, at the 8B shape
 python bench_pipeline.py --map --plot map.png --json map.json    where the pipeline pays
 python bench_pipeline.py --map --plot map.png --from map.json    the same picture, drawn again
-python bench_pipeline.py --curves --plot curves.png              what SMs are worth to each stage
+python bench_pipeline.py --curves --plot curves.png              what SMs are worth
 
 Below are the options of `--workload decode`; `--workload NAME --help` lists those of another.
 

@@ -42,7 +42,7 @@ Capture = pytest.CaptureFixture[str]
 class TestDecode:
     def test_table_and_record(self, capsys: Capture, tmp_path: Path) -> None:
         file = tmp_path / "result.json"
-        lines, record = run(capsys, *QUICK, "--json", file)
+        lines, record = run(capsys, *QUICK, "--json", file, "--modes", *options.MODES)
         assert json.loads(file.read_text()) == record
         assert lines == decode.describe(record).splitlines()
         assert record["model"]["name"] == "tiny"

@@ -47,7 +47,7 @@ class TestRefusals:
             (["--workload", "nano", "--batch", "2"], ["nano", "--batch 2"]),
             (["--workload", "nano", "--map"], ["--map", "--workload"]),
             (["--workload", "throughput", "--requests", "9"], ["--requests", "9", "steady"]),
-            (["--context", "4090"], ["4107", "4096"]),
+            (["--context", "4090"], ["4099", "4096"]),
             (["--device", "tpu"], ["device='tpu'", "cuda"]),
             (["--json", "nowhere/at/all.json"], ["--json", "nowhere/at"]),
             (["--timeline", "steps.txt"], ["--timeline", ".png", ".json"]),

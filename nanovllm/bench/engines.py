@@ -73,7 +73,7 @@ def start_engine(
             {
                 "model": model,
                 "ranks": args.tensor_parallel_size,
-                "options": dataclasses.asdict(engine.config),
+                "options": dataclasses.asdict(engine.config) | {"model": name},
                 "startup_seconds": seconds,
             },
         )

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> Iterator[Record]:
     with tqdm(desc="Map", total=len({*args.shapes}) * len(places), unit="point") as bar:
         for shape in sorted({*args.shapes}, key=BY_SIZE.index):
             bar.set_description(f"Map of {shape}")
-            of_shape = argparse.Namespace(**vars(args) | {"shape": shape, "model": None})
+            of_shape = argparse.Namespace(**vars(args) | {"shape": shape})
             for part in measure_shape(of_shape, specs, places, bar):
                 seconds = time.perf_counter() - start
                 yield record | {"sweep_seconds": seconds, "shapes": [*shapes, part]}
@@ -75,10 +75,7 @@ def run(args: argparse.Namespace) -> Iterator[Record]:
 
 
 def measure_shape(
-    args: argparse.Namespace,
-    specs: Specs,
-    places: Sequence[tuple[int, int]],
-    bar: tqdm[Any],
+    args: argparse.Namespace, specs: Specs, places: Sequence[tuple[int, int]], bar: tqdm[Any]
 ) -> Iterator[Record]:
     """The record of one shape after each point; without arms if not even its engine fits."""
     batches, contexts = zip(*places, strict=True)

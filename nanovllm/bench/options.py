@@ -6,7 +6,7 @@ import argparse
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from nanovllm.bench.arms import FALLBACK, GREEN, LANES3, MICROBATCH, SEQUENTIAL, Split
 from nanovllm.bench.requests import REQUEST_SETS
@@ -96,42 +96,39 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class Or(NamedTuple):
-    """A default that depends on the device; a CPU is to be done in seconds."""
-
-    cuda: Any
-    cpu: Any
-
-
 ENGINE = {"layers": None, "tensor-parallel-size": 1, "enforce-eager": False, "sync": False}
-MODEL = {"shape": Or("0.6B", TINY), "model": None, **ENGINE}
+MODEL = {"shape": "0.6B", "model": None, **ENGINE}
 SPLIT = {"attention-sms": None, "ffn-sms": None}
 REQUESTS = {
-    **MODEL, **SPLIT, "mode": SEQUENTIAL, "requests": "W", "num-requests": Or(None, 2),
+    **MODEL, **SPLIT, "mode": SEQUENTIAL, "requests": "W", "num-requests": None,
     "max-num-seqs": None,
 }  # fmt: skip
-ON_CPU = (SEQUENTIAL, MICROBATCH, "auto")
+# The options of each workload, with their defaults.
 WORKLOADS: dict[str, dict[str, Any]] = {
     "decode": {
-        **MODEL, **SPLIT, "batch": Or(256, 8), "context": Or(1024, 64), "output": Or(64, 16),
-        "seconds": Or(2.0, 0.5), "modes": MODES, "timeline": None, "power": False,
+        **MODEL, **SPLIT, "batch": 256, "context": 1024, "output": 64, "seconds": 2.0,
+        "modes": MODES, "timeline": None, "power": False,
     },
     "growing": {
-        **MODEL, **SPLIT, "batch": Or(512, 4), "context": Or(128, 16), "until": Or(4096, 64),
-        "stages": Or(16, 3), "output": Or(24, 8), "rounds": 2, "splits": None,
-        "modes": Or((SEQUENTIAL, GREEN, "auto"), ON_CPU),
+        **MODEL, **SPLIT, "batch": 512, "context": 128, "until": 4096, "stages": 16, "output": 24,
+        "rounds": 2, "splits": None, "modes": (SEQUENTIAL, GREEN, "auto"),
     },
     "nano": {**REQUESTS, "max-num-seqs": Config.max_num_seqs},
     "throughput": REQUESTS,
-    "prefill": {**REQUESTS, "shape": Or("8B", TINY), "requests": "prefill"},
+    "prefill": {**REQUESTS, "shape": "8B", "requests": "prefill"},
     "map": {
         **ENGINE, **SPLIT, "splits": None, "plot": None, "from": None,
-        "shapes": Or(("0.6B", "1.7B", "4B", "8B", "14B"), (TINY,)),
-        "batches": Or((1, 8, 32, 128, 256, 512, 1024), (1, 4)),
-        "contexts": Or((128, 512, 1024, 2048, 8192), (32, 64)),
-        "seconds": Or(0.3, 0.05), "modes": Or((SEQUENTIAL, "streams", GREEN, "auto"), ON_CPU),
+        "shapes": ("0.6B", "1.7B", "4B", "8B", "14B"),
+        "batches": (1, 8, 32, 128, 256, 512, 1024), "contexts": (128, 512, 1024, 2048, 8192),
+        "seconds": 0.3, "modes": (SEQUENTIAL, "streams", GREEN, "auto"),
     },
     "curves": {"plot": None},
+}  # fmt: skip
+# Other defaults without a GPU, to be done in seconds.
+ON_CPU = {
+    "shape": TINY, "shapes": (TINY,), "modes": (SEQUENTIAL, MICROBATCH, "auto"), "seconds": 0.1,
+    "batch": 4, "context": 32, "output": 8, "until": 64, "stages": 3, "num-requests": 2,
+    "batches": (1, 4), "contexts": (32, 64),
 }  # fmt: skip
 
 
@@ -156,21 +153,20 @@ def parse(description: str | None, argv: Sequence[str] | None = None) -> argpars
         common.error(str(error))
 
     parser = Parser(description, parents=[common])
-    parser.set_defaults(plot=None)
+    parser.set_defaults(plot=None, shape=None, shapes=None, model=None, layers=None)
     own = WORKLOADS[early.workload]
     model = parser.add_mutually_exclusive_group() if "model" in own else parser
     for name, default in own.items():
-        if isinstance(default, Or):
-            default = getattr(default, device.type)
+        if device.type == "cpu":
+            default = ON_CPU.get(name, default)
         group = model if name in ("shape", "model") else parser
         group.add_argument(f"--{name}", default=default, **OPTIONS[name])
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(f"--workload {args.workload} does not take {' '.join(unknown)}")
     args.device = device
-    if vars(args).get("model") is not None:
+    if args.model is not None:
         args.shape = None
-    shapes = args.shapes if "shapes" in args else [vars(args).get("shape")]
-    if vars(args).get("layers") is not None and not SIZES.keys() >= {*shapes}:
+    if args.layers is not None and not SIZES.keys() >= {*(args.shapes or [args.shape])}:
         parser.error("--layers is for random weights: a checkpoint has the layers that it has")
     return args

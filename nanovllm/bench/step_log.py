@@ -51,10 +51,6 @@ class LoggedStep:
         """Time of its work."""
         return self.begin.elapsed_time(self.end) * 1e-3 - self.launch_seconds
 
-    def idle_before(self, other: LoggedStep) -> float:
-        """Seconds from the end of this step's work to the beginning of a later one's."""
-        return self.end.elapsed_time(other.begin) * 1e-3 + other.launch_seconds
-
 
 class StepLog:
     """Logs all steps of a runner while its `with` block runs."""
@@ -109,7 +105,7 @@ class StepLog:
         prefill = [step for step in self.steps if not step.is_decode]
         decode = [step for step in self.steps if step.is_decode]
         pairs = [(a, b) for a, b in pairwise(self.steps) if a.is_decode and b.is_decode]
-        idle = sum(a.idle_before(b) for a, b in pairs)
+        idle = sum(a.end.elapsed_time(b.begin) * 1e-3 + b.launch_seconds for a, b in pairs)
         total = idle + sum(a.seconds for a, _ in pairs)
         return {
             "prefill_seconds": sum(step.seconds for step in prefill),

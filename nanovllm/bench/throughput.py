@@ -37,12 +37,13 @@ def run(args: argparse.Namespace) -> Iterator[Record]:
         requests = draw_requests(args.requests, config.vocab_size, args.num_requests)
         record = report.describe_machine(args.device, args.workload) | about
         record |= {"request_set": args.requests} | run_requests(engine, requests)
+        yield record
         if args.workload == "prefill" and args.device.type == "cuda":
             dtype = next(runner.model.parameters()).dtype
-            record["matmul_peak"] = matmul_peak(runner.device, dtype) * args.tensor_parallel_size
+            peak = matmul_peak(runner.device, dtype) * args.tensor_parallel_size
             flops = prefill_flops(config, [len(prompt) for prompt in requests[0]])
-            record["flops_per_second"] = flops / record["prefill_seconds"]
-        yield record
+            rate = flops / record["prefill_seconds"]
+            yield record | {"flops_per_second": rate, "matmul_peak": peak}
 
 
 def run_requests(engine: LLMEngine, requests: Requests) -> Record:

@@ -9,8 +9,8 @@ An arm that falls back is not timed, as that would be sequential decode once mor
 why it fell back. What falling back costs is measured by the arm "fallback", a pipeline on more SMs
 than there are.
 
-Several ranks need the same plans, so there the engine itself is made with mode microbatch, the only
-one that runs on them, and no other is timed beside sequential.
+Several ranks need the same plans, so there the engine itself is made with the one mode that is
+compared to sequential.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from itertools import islice
 from typing import Any
 
 from nanovllm.bench import BenchError
@@ -66,8 +67,6 @@ class Arm:
         """Why steps of `batch` sequences, or all, do not run as asked for; None if they do."""
         if self.mode in (SEQUENTIAL, FALLBACK):
             return None
-        if self.runner.config.tensor_parallel_size > 1 and self.mode != MICROBATCH:
-            return "several ranks run sequential and microbatch only"
         if self.step_runner.statistics.fallback_reason is not None:
             return self.step_runner.statistics.fallback_reason
         fewest = self.step_runner.schedulers[-1].plan.micro_batches
@@ -100,7 +99,10 @@ def choose_split(device_sms: int, attention: int | None, ffn: int | None) -> Spl
 
 
 def arm_specs(args: argparse.Namespace) -> Specs:
-    """One arm a mode, sequential first; green has one for each split where there are --splits."""
+    """One arm a mode, sequential first; green has one for each split where there are --splits.
+
+    Several ranks have one beside sequential, the first.
+    """
     device_sms = sm_count(args.device)
     split = choose_split(device_sms, args.attention_sms, args.ffn_sms)
     splits = args.splits or splits_to_try(device_sms) if "splits" in args else []
@@ -110,7 +112,7 @@ def arm_specs(args: argparse.Namespace) -> Specs:
             specs |= {f"{GREEN} {own[0]}+{own[1]}": (GREEN, own) for own in splits}
         else:
             specs[mode] = mode, split
-    return specs
+    return dict(islice(specs.items(), 2 if args.tensor_parallel_size > 1 else None))
 
 
 def pipeline_options(mode: str, split: Split | None) -> dict[str, Any]:

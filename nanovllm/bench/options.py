@@ -66,7 +66,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # The modes.
     "mode": {"choices": PIPELINE_MODES, "help": "of the one run"},
     "modes": {"nargs": "+", "choices": [*MODES, LANES3, FALLBACK],
-              "help": "what is compared; sequential is always one"},
+              "help": "what is compared; sequential is always one; several ranks: one more"},
     "attention-sms": {**COUNT, "help": "of the attention lane; default: what the FFN leaves"},
     "ffn-sms": {**COUNT, "help": "of the dense lane; default: about 72%% of the device"},
     "splits": {"nargs": "+", "type": split, "metavar": "A+F", "help": "SMs of attention and FFN "

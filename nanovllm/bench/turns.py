@@ -29,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nanovllm.bench import DoesNotFit
-from nanovllm.bench.arms import MICROBATCH, Arm, Specs, open_arms, pipeline_options
+from nanovllm.bench.arms import Arm, Specs, open_arms, pipeline_options
 from nanovllm.bench.engines import fill_cache, kv_blocks, room, start_engine
 from nanovllm.bench.report import Record
 from nanovllm.engine.llm_engine import LLMEngine
@@ -99,8 +99,9 @@ def start_arms(
     `options` are further fields of `Config`. Raises DoesNotFit if `must_fit` and it does not.
     """
     options = room(args, largest.batch, largest.max_len) | options
-    if args.tensor_parallel_size > 1 and MICROBATCH in specs:
-        options |= pipeline_options(MICROBATCH, None)
+    if args.tensor_parallel_size > 1:
+        for mode, split in specs.values():
+            options |= pipeline_options(mode, split)
     longest = largest.max_len if must_fit else 0
     with start_engine(args, longest=longest, **options) as (engine, about):
         if must_fit:

@@ -11,7 +11,7 @@ python bench_pipeline.py --map --plot map.png --json map.json    where the pipel
 python bench_pipeline.py --map --plot map.png --from map.json    the same picture, drawn again
 python bench_pipeline.py --curves --plot curves.png              what SMs are worth
 
-Below are the options of `--workload decode`; `--workload NAME --help` lists those of another.
+`--workload NAME --help` lists the options of a workload.
 
 Prints a table and, as the last line, one JSON object; that of --map is long, so with --json it goes
 there alone. A step's time is wall time, from the end of one step to the end of the next:

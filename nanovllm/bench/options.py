@@ -140,7 +140,7 @@ def parse(description: str | None, argv: Sequence[str] | None = None) -> argpars
     common = Parser(None, add_help=False)
     task = common.add_mutually_exclusive_group()
     task.add_argument("--workload", choices=WORKLOADS, default="decode",
-                      help="what to measure; with --help: its options")  # fmt: skip
+                      help="what to measure; default: decode")  # fmt: skip
     for name in ("map", "curves"):
         task.add_argument(f"--{name}", dest="workload", action="store_const", const=name,
                           help=f"short for --workload {name}")  # fmt: skip

@@ -1,7 +1,5 @@
 """A small grammar of short stories: everything the embedded model will ever know.
 
-    python -m tools.train_tiny.stories        # print a few stories
-
 A story is an *opening* ("Once upon a time, there was a small rabbit. One day, she") followed by a
 *plot* ("lost a red ball near the garden. She looked ..."). Both are templates in one notation:
 
@@ -27,9 +25,6 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
-
-T = TypeVar("T")
 
 WEIGHTS = (0.66, 0.18, 0.10, 0.06)
 """Weight of the first, second, third and fourth option of a choice: the skew of the grammar."""
@@ -107,10 +102,12 @@ HEROES: tuple[Hero, ...] = (
     ),
 )  # fmt: skip
 
-CREATURES = ("wet kitten", "baby bird", "tiny mouse", "white puppy")
-BEASTS = ("dragon", "giant", "sea monster")
-MISSING = ("mother", "home", "brother")
-FOODS = ("soup", "milk", "rice", "porridge")
+ANYONES = {
+    "creature": ("wet kitten", "baby bird", "tiny mouse", "white puppy"),
+    "beast": ("dragon", "giant", "sea monster"),
+    "missing": ("mother", "home", "brother"),
+    "food": ("soup", "milk", "rice", "porridge"),
+}
 
 PRONOUNS = {"he": ("him", "his"), "she": ("her", "her")}
 """The object and possessive forms of each subject pronoun."""
@@ -235,7 +232,7 @@ ENDING = (
 )
 
 
-def choose(rng: random.Random, options: Sequence[T], manner: int = 0) -> T:
+def choose(rng: random.Random, options: Sequence[str], manner: int = 0) -> str:
     """Pick one of at most four options by `WEIGHTS`, the order rotated by `manner` places."""
     rank = rng.choices(range(len(options)), weights=WEIGHTS[: len(options)])[0]
     return options[(rank + manner) % len(options)]
@@ -244,21 +241,10 @@ def choose(rng: random.Random, options: Sequence[T], manner: int = 0) -> T:
 def bind(rng: random.Random, hero: Hero, manner: int) -> dict[str, str]:
     """Choose the names of one story: what each {name} of its templates stands for."""
     him, his = PRONOUNS[hero.pronoun]
-    names = {
-        "hero": hero.name,
-        "intro": hero.intro,
-        "he": hero.pronoun,
-        "him": him,
-        "his": his,
-        "friend": choose(rng, hero.friends),
-        "place": choose(rng, hero.places),
-        "thing": choose(rng, hero.things),
-        "craft": choose(rng, hero.crafts),
-        "creature": choose(rng, CREATURES, manner),
-        "beast": choose(rng, BEASTS, manner),
-        "missing": choose(rng, MISSING, manner),
-        "food": choose(rng, FOODS, manner),
-    }
+    names = {"hero": hero.name, "intro": hero.intro, "he": hero.pronoun, "him": him, "his": his}
+    own = {"friend": hero.friends, "place": hero.places, "thing": hero.things, "craft": hero.crafts}
+    names |= {key: choose(rng, options) for key, options in own.items()}
+    names |= {key: choose(rng, options, manner) for key, options in ANYONES.items()}
     capitals = {key.capitalize(): name[0].upper() + name[1:] for key, name in names.items()}
     return names | capitals
 
@@ -284,13 +270,3 @@ def story(rng: random.Random) -> str:
     manner = HEROES.index(hero)
     template = " ".join((begin, *PLOTS[plot], ENDING))
     return expand(rng, template, bind(rng, hero, manner), manner)
-
-
-def main() -> None:
-    rng = random.Random()
-    for _ in range(5):
-        print(story(rng), end="\n\n")
-
-
-if __name__ == "__main__":
-    main()

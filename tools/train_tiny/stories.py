@@ -102,7 +102,8 @@ HEROES: tuple[Hero, ...] = (
     ),
 )  # fmt: skip
 
-ANYONES = {
+# What no hero has a favourite of.
+COMMON = {
     "creature": ("wet kitten", "baby bird", "tiny mouse", "white puppy"),
     "beast": ("dragon", "giant", "sea monster"),
     "missing": ("mother", "home", "brother"),
@@ -244,7 +245,7 @@ def bind(rng: random.Random, hero: Hero, manner: int) -> dict[str, str]:
     names = {"hero": hero.name, "intro": hero.intro, "he": hero.pronoun, "him": him, "his": his}
     own = {"friend": hero.friends, "place": hero.places, "thing": hero.things, "craft": hero.crafts}
     names |= {key: choose(rng, options) for key, options in own.items()}
-    names |= {key: choose(rng, options, manner) for key, options in ANYONES.items()}
+    names |= {key: choose(rng, options, manner) for key, options in COMMON.items()}
     capitals = {key.capitalize(): name[0].upper() + name[1:] for key, name in names.items()}
     return names | capitals
 

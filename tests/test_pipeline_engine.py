@@ -276,6 +276,30 @@ def test_partitions_do_not_outlive_a_failure_after_them(strict, fake_gpu, monkey
     assert (fake_gpu.contexts, fake_gpu.streams) == ({}, {})
 
 
+# How it is called
+
+
+def test_few_frames_lie_between_generate_and_the_kernel(monkeypatch):
+    """In a pipelined step, both ends counted, and whatever torch puts between."""
+    deepest: list[list[str]] = []
+    with LLM(device="cpu", enable_pipeline=True, pipeline_mode="microbatch") as llm:
+        decode = llm.model_runner.backend.decode
+
+        def counted(*args: Any) -> torch.Tensor:
+            names, frame = [], sys._getframe()
+            while frame is not None and names[-1:] != ["generate"]:
+                names.append(frame.f_code.co_name)
+                frame = frame.f_back  # type: ignore[assignment]
+            deepest.append(names)
+            return decode(*args)
+
+        monkeypatch.setattr(llm.model_runner.backend, "decode", counted)
+        llm.generate(list(PROMPTS[:4]), max_tokens=4, ignore_eos=True, use_tqdm=False)
+        assert llm.model_runner.get_pipeline_statistics()["steps"]["pipelined"] == 3
+    assert all(names[-1] == "generate" for names in deepest)
+    assert max(map(len, deepest)) <= 11, max(deepest, key=len)
+
+
 # Rows of both kinds
 
 

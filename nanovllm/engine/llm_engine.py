@@ -272,12 +272,12 @@ class LLMEngine:
             return False
         if self.in_step:  # which calls us; it takes the request out at its end
             self.transactions.settled = False
-            seq.finish("abort")
+            seq.finish_reason = "abort"
             self.aborted.append(seq)
             return True
         self._mend()
         with self.transactions.changing():
-            seq.finish("abort")
+            seq.finish_reason = "abort"
             self._take_out([seq])
         return True
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.sequence import Sequence, Status
+from nanovllm.engine.sequence import Sequence
 
 MAX_PREFILL_STREAK = 8
 # While others run, this share of all blocks stays free on admission, so that a sequence is not
@@ -100,7 +100,7 @@ class Scheduler:
             self._leave(seq)
         elif seq in self.waiting:
             self.waiting.remove(seq)
-        seq.finish("abort")
+        seq.finish_reason = "abort"
 
     def schedule(self, *, ahead: bool = False) -> Step | None:
         """Plans the next step; None if nothing is left to do.
@@ -140,14 +140,14 @@ class Scheduler:
         for chunk in step.chunks:
             token = next(drawn) if chunk.needs_sample else None
             seq = chunk.seq
-            if seq.status is not Status.RUNNING:
-                continue  # aborted while the step ran
+            if seq.finish_reason is not None:
+                continue  # aborted while the step ran, or computed ahead in vain
             seq.num_computed = chunk.end
             self.blocks.register(seq)
             if token is not None:
                 seq.num_pending -= 1
                 if token < 0:
-                    seq.finish("error")
+                    seq.finish_reason = "error"
                 else:
                     seq.append(token)
                 if seq.finish_reason is not None:
@@ -198,7 +198,6 @@ class Scheduler:
 
     def _start(self, seq: Sequence) -> Sequence:
         """Lets a sequence run that has its blocks."""
-        seq.status = Status.RUNNING
         seq.request_index = self.free_indices.pop()
         self.running.append(seq)
         return seq
@@ -210,13 +209,13 @@ class Scheduler:
         """
         chunks: list[Chunk] = []
         for seq in decodable:
-            if seq.status is not Status.RUNNING:
+            if seq.request_index < 0:
                 break  # preempted, as are all after it
             while not self.blocks.extend(seq):
                 if not may_preempt:
                     return []
                 self._preempt(self.running[-1])
-                if seq.status is not Status.RUNNING:
+                if seq.request_index < 0:
                     break  # it was the youngest itself
             else:
                 start = seq.num_scheduled
@@ -225,12 +224,12 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         self._leave(seq)
-        seq.status = Status.WAITING
         self.waiting.appendleft(seq)
         self.num_preemptions += 1
 
     def _leave(self, seq: Sequence) -> None:
         self.running.remove(seq)
         self.free_indices.append(seq.request_index)
+        seq.request_index = -1
         self.blocks.release(seq)
         seq.num_pending = 0

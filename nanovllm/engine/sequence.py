@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum, auto
 from typing import Any
 
 from nanovllm.sampling_params import SamplingParams
 
 
-class Status(Enum):
-    """Where a sequence stands."""
-
-    WAITING = auto()
-    RUNNING = auto()
-    FINISHED = auto()
-
-
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """A request.
+    """A request, which waits, runs or has finished.
 
     Attributes:
         request_id: unique in its engine, rising with arrival.
@@ -35,7 +26,7 @@ class Sequence:
         num_computed: tokens whose keys and values are cached.
         num_scheduled: those, and the ones that steps in flight compute.
         num_pending: tokens that steps in flight draw, so that their values are not known yet.
-        request_index: where the device keeps its last token, while it runs.
+        request_index: where the device keeps its last token while it runs; else -1.
         num_registered: leading blocks that the prefix cache knows.
         finish_reason: "stop", "length", "abort" or "error" once finished.
         results: where the engine puts its completion; None: where `LLMEngine.step` finds it.
@@ -50,7 +41,6 @@ class Sequence:
     results: dict[int, Any] | None = None
     prompt_len: int = field(init=False)
     end_len: int = field(init=False)
-    status: Status = Status.WAITING
     block_table: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_scheduled: int = 0
@@ -92,9 +82,9 @@ class Sequence:
     def judge(self) -> None:
         """Finishes the sequence if its tokens say so."""
         if len(self.token_ids) > self.prompt_len and self.token_ids[-1] in self.stop_ids:
-            self.finish("stop")
+            self.finish_reason = "stop"
         elif not self.num_pending and self.is_full:
-            self.finish("length")
+            self.finish_reason = "length"
 
     def rewind(self) -> None:
         """Forgets what was computed and planned of it, but none of its tokens."""
@@ -102,8 +92,3 @@ class Sequence:
         self.block_table, self.request_index = [], -1
         if self.finish_reason is None:
             self.judge()
-        self.status = Status.WAITING if self.finish_reason is None else Status.FINISHED
-
-    def finish(self, reason: str) -> None:
-        self.finish_reason = reason
-        self.status = Status.FINISHED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+
 import pytest
 
 from nanovllm.engine.scheduler import MAX_PREFILL_STREAK

@@ -117,7 +117,6 @@ class LLMEngine:
         self.unclaimed: dict[int, Completion] = {}
         self.next_request_id = 0
         self.in_step = False
-        self.aborted: list[EngineSequence] = []  # by calls from within the step
 
     def __enter__(self) -> LLMEngine:
         return self
@@ -193,7 +192,7 @@ class LLMEngine:
         (params,) = params_per_prompt(sampling_params, 1, sampling)
         self.transactions.check_open()
         token_ids = self.texts.encode(prompt, "prompt")
-        (request,) = self.transactions.call(self._queue, [token_ids], [params], None)
+        (request,) = self.transactions.call(self._queue, [token_ids], [params], self.unclaimed)
         return request
 
     def add_computed_request(
@@ -216,7 +215,7 @@ class LLMEngine:
 
     def _add_computed(self, token_ids: list[int], params: SamplingParams) -> int:
         with self.transactions.changing():
-            seq = self._make_sequence(list(token_ids), params, None)
+            seq = self._make_sequence(list(token_ids), params, self.unclaimed)
             has_room = self.scheduler.add_computed(seq)
             if has_room:
                 self.requests[seq.request_id] = seq
@@ -240,12 +239,12 @@ class LLMEngine:
             self.transactions.call(self._claim, outputs)
             return [RequestOutput(request_id=i, **output) for i, output in outputs.items()]
         except BaseException:
-            self.unclaimed = {**outputs, **self.unclaimed}  # the caller did not get them
+            self.unclaimed.update(outputs)  # the caller did not get them
             raise
 
     def _claim(self, outputs: dict[int, Completion]) -> None:
         outputs.update(self.unclaimed)
-        self.unclaimed = {}
+        self.unclaimed.clear()
 
     def is_finished(self) -> bool:
         """Whether no request is waiting or running, and none has finished unseen."""
@@ -270,10 +269,9 @@ class LLMEngine:
         seq = self.requests.get(request_id)
         if seq is None or seq.finish_reason is not None:
             return False
-        if self.in_step:  # which calls us; it takes the request out at its end
-            self.transactions.settled = False
+        if self.in_step:  # which calls us; the next step takes it out
+            self.transactions.unfinished += 1
             seq.finish_reason = "abort"
-            self.aborted.append(seq)
             return True
         self._mend()
         with self.transactions.changing():
@@ -287,9 +285,9 @@ class LLMEngine:
         That is the tokens of each request; all else is made anew. A token that was drawn and lost
         is drawn again, and is the same.
         """
-        if self.transactions.settled:
+        if not self.transactions.unfinished:
             return
-        self.in_flight, self.aborted = None, []
+        self.in_flight = None
         try:
             self.model_runner.synchronize()
         except RuntimeError:  # the device is lost
@@ -297,7 +295,7 @@ class LLMEngine:
             raise
         self.scheduler.restart(self.requests.values())
         self._take_out([seq for seq in self.requests.values() if seq.finish_reason is not None])
-        self.transactions.settled = True
+        self.transactions.unfinished = 0
 
     def _step(self) -> None:
         """Runs one step; completions go where their requests say."""
@@ -306,14 +304,11 @@ class LLMEngine:
         try:
             with self.transactions.changing(), self.model_runner.ranks.collective_region():
                 self.in_step = True
-                finished: list[EngineSequence] = []
                 current = self.in_flight or self._launch(ahead=False)
                 if current is not None:
                     self.in_flight = self._launch(ahead=True) if self._may_look_ahead() else None
                     tokens = self.model_runner.collect(current)
-                    finished = self.scheduler.update(current.step, tokens)
-                aborted, self.aborted = self.aborted, []
-                self._take_out(finished + aborted)
+                    self._take_out(self.scheduler.update(current.step, tokens))
         except BaseException:
             if self.model_runner.ranks.broken:
                 self.exit()
@@ -326,16 +321,12 @@ class LLMEngine:
         return None if step is None else self.model_runner.launch(step)
 
     def _may_look_ahead(self) -> bool:
-        """Whether the next step may be launched before the tokens of the current one are known.
-
-        Not while profiling: the next step overwrites the time marks. Not with several ranks: only
-        rank 0 draws tokens, so the others get them from its host.
-        """
+        """Whether the next step may be launched before the tokens of the current one are known."""
         config = self.config
         return (
             config.async_scheduling
-            and not config.pipeline_enable_profiling
-            and config.tensor_parallel_size == 1
+            and not config.pipeline_enable_profiling  # the next step overwrites the time marks
+            and config.tensor_parallel_size == 1  # other ranks get drawn tokens from rank 0's host
         )
 
     def _run(self, results: dict[int, Completion], count: int, use_tqdm: bool) -> None:
@@ -362,7 +353,7 @@ class LLMEngine:
         self,
         prompts: list[list[int]],
         params: list[SamplingParams],
-        results: dict[int, Completion] | None,
+        results: dict[int, Completion],
     ) -> list[int]:
         requests = []
         with self.transactions.changing():
@@ -374,16 +365,16 @@ class LLMEngine:
         return requests
 
     def _make_sequence(
-        self, token_ids: list[int], params: SamplingParams, results: dict[int, Completion] | None
+        self, token_ids: list[int], params: SamplingParams, results: dict[int, Completion]
     ) -> EngineSequence:
         request_id = self.next_request_id
         self.next_request_id += 1
-        stop_ids = set(params.stop_token_ids)
+        stop_ids = frozenset(params.stop_token_ids)
         return EngineSequence(
             request_id=request_id,
             token_ids=token_ids,
             params=params,
-            stop_ids=frozenset(stop_ids if params.ignore_eos else stop_ids | self.eos_ids),
+            stop_ids=stop_ids if params.ignore_eos else stop_ids | self.eos_ids,
             max_len=self.max_len,
             seed=random.getrandbits(63) if params.seed is None else params.seed,
             results=results,
@@ -394,9 +385,8 @@ class LLMEngine:
         for seq in ended:
             if seq.finish_reason == "abort":
                 self.scheduler.abort(seq)
-            results = self.unclaimed if seq.results is None else seq.results
-            if seq.results is not None or seq.finish_reason != "abort":
-                results[seq.request_id] = self._output(seq)
+            if seq.results is not self.unclaimed or seq.finish_reason != "abort":
+                seq.results[seq.request_id] = self._output(seq)
             self.requests.pop(seq.request_id, None)
 
     def _output(self, seq: EngineSequence) -> Completion:

@@ -29,7 +29,7 @@ class Sequence:
         request_index: where the device keeps its last token while it runs; else -1.
         num_registered: leading blocks that the prefix cache knows.
         finish_reason: "stop", "length", "abort" or "error" once finished.
-        results: where the engine puts its completion; None: where `LLMEngine.step` finds it.
+        results: where the engine puts its completion.
     """
 
     request_id: int
@@ -38,7 +38,7 @@ class Sequence:
     stop_ids: frozenset[int]
     max_len: int
     seed: int
-    results: dict[int, Any] | None = None
+    results: dict[int, Any] = field(default_factory=dict)
     prompt_len: int = field(init=False)
     end_len: int = field(init=False)
     block_table: list[int] = field(default_factory=list)

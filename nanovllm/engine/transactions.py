@@ -28,7 +28,8 @@ class Transactions:
 
     Attributes:
         closed: the engine has exited.
-        settled: no change was broken off.
+        unfinished: changes that have begun and not come to their end; after them the state is
+            unsettled.
     """
 
     def __init__(self) -> None:
@@ -36,7 +37,7 @@ class Transactions:
         self.lock = threading.RLock()
         self.callers: set[object] = set()  # of `call`, which have the lock or wait for it
         self.closed = False
-        self.settled = True
+        self.unfinished = 0
 
     def call(self, function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         """Calls `function` while no other thread is in one."""
@@ -56,11 +57,11 @@ class Transactions:
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Surrounds every change of state; if it is broken off, `settled` stays False."""
+        """Surrounds every change of state."""
         self.check_open()
-        settled, self.settled = self.settled, False
+        self.unfinished += 1
         yield
-        self.settled = settled
+        self.unfinished -= 1
 
     def check_open(self) -> None:
         """Raises RuntimeError if the engine has exited, or is another process's."""

@@ -14,7 +14,8 @@ from pathlib import Path
 from nanovllm import LLM, Config, SamplingParams
 from nanovllm.config import PIPELINE_MODES
 from nanovllm.tiny import CHECKPOINT_DIR, PROMPTS
-from nanovllm.utils.command_line import Parser, check_output, fail, in_one_line
+from nanovllm.utils.command_line import Parser, check_output, in_one_line
+from nanovllm.utils.timeline import save_timeline
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -44,30 +45,25 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     prompts = args.prompt or list(PROMPTS[:8])
-    script = Path(__file__).name
-    with in_one_line(script):
-        try:
-            params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
-            llm = LLM(
-                args.model,
-                device=args.device,
-                enforce_eager=args.enforce_eager,
-                enable_pipeline=True,
-                pipeline_mode=args.mode,
-                pipeline_attention_sm_count=args.attention_sms,
-                pipeline_ffn_sm_count=args.ffn_sms,
-                pipeline_enable_profiling=True,
-            )
-        except (ValueError, FileNotFoundError, MemoryError) as error:
-            fail(script, error)
-        with llm:
+    with in_one_line(Path(__file__).name, ValueError, FileNotFoundError, MemoryError):
+        params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
+        with LLM(
+            args.model,
+            device=args.device,
+            enforce_eager=args.enforce_eager,
+            enable_pipeline=True,
+            pipeline_mode=args.mode,
+            pipeline_attention_sm_count=args.attention_sms,
+            pipeline_ffn_sm_count=args.ffn_sms,
+            pipeline_enable_profiling=True,
+        ) as llm:
             outputs = llm.generate(prompts, params)
             for prompt, output in zip(prompts, outputs, strict=True):
                 print(f"\n{prompt!r}\n  -> {output['text']!r} ({output['finish_reason']})")
             print()
             llm.model_runner.print_pipeline_statistics()
             if args.timeline is not None:
-                llm.model_runner.save_timeline(str(args.timeline))
+                save_timeline(list(llm.model_runner.statistics.recent), str(args.timeline))
                 print(f"Timeline written to {args.timeline}")
 
 

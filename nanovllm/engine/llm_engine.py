@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 class Completion(TypedDict):
     """What `generate` returns for a prompt.
 
-    `finish_reason` is "stop" or "length"; "abort" after `abort`; "error" where logits were not
-    numbers or the tokens have no text.
+    `finish_reason`: "stop", "length", "abort", or "error" if logits were not numbers or the tokens
+    have no text.
     """
 
     text: str
@@ -64,10 +64,8 @@ class LLMEngine:
         options: fields of `Config`.
 
     Raises:
-        TypeError: an option does not exist.
-        ValueError: an option's value is not allowed, or the model is not supported.
-        FileNotFoundError: the model is not there.
-        ImportError: the attention back end's package is not installed.
+        TypeError, ValueError: an option is unknown or not allowed, or the model is not supported.
+        FileNotFoundError, ImportError: the model, or the attention back end's package, is missing.
         MemoryError: no KV block fits.
         RankDiedError: another rank ended.
         PipelineUnavailable, GreenContextError: there is no pipeline, with `pipeline_strict`.
@@ -125,10 +123,7 @@ class LLMEngine:
         self.exit()
 
     def exit(self) -> None:
-        """Ends the worker processes and frees the device's memory; may be called twice.
-
-        Waits for a step that another thread runs. Requests that are left are dropped.
-        """
+        """Drops all requests, ends the other ranks and frees the device; may be called twice."""
         if self.transactions.is_own_process():
             self.transactions.call(self._close)
 
@@ -146,19 +141,13 @@ class LLMEngine:
         use_tqdm: bool = True,
         **sampling: Any,
     ) -> list[Completion]:
-        """Completes `prompts`, all of them in one continuous batch.
-
-        Several threads may call it at a time: their requests run in one batch, and each gets its
-        own completions.
+        """Completes `prompts`, in one continuous batch with those of other threads.
 
         Args:
             prompts: a text, or a list of texts or lists of token ids.
             sampling_params: for all prompts, or one per prompt.
             use_tqdm: whether to show a progress bar.
             sampling: fields of `SamplingParams`, instead of `sampling_params`.
-
-        Returns:
-            One completion per prompt, in order.
 
         Raises:
             TypeError, ValueError: a prompt or option is not allowed; then none has been run.
@@ -178,16 +167,12 @@ class LLMEngine:
         return [results[request_id] for request_id in requests]
 
     def add_request(
-        self,
-        prompt: Prompt,
-        sampling_params: SamplingParams | None = None,
-        **sampling: Any,
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, **sampling: Any
     ) -> int:
         """Queues one prompt and returns its request id; `step` will return its completion.
 
         Raises:
-            TypeError, ValueError: the prompt or an option is not allowed, or the prompt can never
-                fit; other requests are not affected.
+            TypeError, ValueError: the prompt or an option is not allowed.
         """
         (params,) = params_per_prompt(sampling_params, 1, sampling)
         self.transactions.check_open()
@@ -200,13 +185,11 @@ class LLMEngine:
     ) -> int:
         """Adds a request that decodes at once: all its tokens but the last count as computed.
 
-        For benchmarks: it owns KV blocks like any other, but what they hold is left as it is.
-
-        NOTE: neither the token ids nor the length are checked.
+        For benchmarks: its KV blocks hold whatever they held, and its token ids are not checked.
 
         Raises:
-            ValueError: there is no room for it beside the others, or the engine caches prefixes and
-                so would hand on what was never computed.
+            ValueError: there is no room for it, or the engine caches prefixes, and so would hand
+                on what was never computed.
         """
         if self.config.enable_prefix_caching:
             raise ValueError("enable_prefix_caching=True is not allowed with computed requests")
@@ -216,21 +199,16 @@ class LLMEngine:
     def _add_computed(self, token_ids: list[int], params: SamplingParams) -> int:
         with self.transactions.changing():
             seq = self._make_sequence(list(token_ids), params, self.unclaimed)
-            has_room = self.scheduler.add_computed(seq)
-            if has_room:
+            if self.scheduler.add_computed(seq):
                 self.requests[seq.request_id] = seq
-        if not has_room:
-            raise ValueError(f"a computed request of {len(token_ids)} tokens has no room")
-        return seq.request_id
+                return seq.request_id
+        raise ValueError(f"a computed request of {len(token_ids)} tokens has no room")
 
     def step(self) -> list[RequestOutput]:
-        """Runs one step of the batch; returns the requests that finished with it.
+        """Runs one step of the batch; returns what has finished of `add_request`.
 
-        Requests of a `generate` that runs in another thread take part and go to that call. Those
-        of `add_request` that have finished within a call of `generate` come first.
-        With `async_scheduling` the step after it is already launched when its tokens arrive.
-
-        If it raises, nothing is lost: the next call goes on, or says that the engine has exited.
+        Requests of a `generate` in another thread take part and go to that call. If it raises,
+        nothing is lost: the next call goes on, or says that the engine has exited.
         """
         outputs: dict[int, Completion] = {}
         try:
@@ -253,11 +231,8 @@ class LLMEngine:
     def abort(self, request_id: int) -> bool:
         """Ends a request, from whatever thread; returns False if it has finished already.
 
-        `step` never returns it; a `generate` whose request it is returns what there is of it, with
-        finish reason "abort".
-
-        Raises:
-            KeyError: there never was such a request.
+        `step` never returns it; its `generate` returns what there is of it. Raises KeyError if
+        there never was such a request.
         """
         return self.transactions.call(self._abort, request_id)
 
@@ -280,11 +255,7 @@ class LLMEngine:
         return True
 
     def _mend(self) -> None:
-        """After an error or interrupt that broke off a change: back to what is certain.
-
-        That is the tokens of each request; all else is made anew. A token that was drawn and lost
-        is drawn again, and is the same.
-        """
+        """After a change that was broken off: makes all anew but the tokens of each request."""
         if not self.transactions.unfinished:
             return
         self.in_flight = None
@@ -350,19 +321,16 @@ class LLMEngine:
             self._abort(seq.request_id)
 
     def _queue(
-        self,
-        prompts: list[list[int]],
-        params: list[SamplingParams],
-        results: dict[int, Completion],
+        self, prompts: list[list[int]], params: list[SamplingParams], results: dict[int, Completion]
     ) -> list[int]:
-        requests = []
         with self.transactions.changing():
-            for token_ids, wanted in zip(prompts, params, strict=True):
-                seq = self._make_sequence(token_ids, wanted, results)
+            seqs = [
+                self._make_sequence(*pair, results) for pair in zip(prompts, params, strict=True)
+            ]
+            for seq in seqs:
                 self.requests[seq.request_id] = seq
                 self.scheduler.add(seq)
-                requests.append(seq.request_id)
-        return requests
+            return [seq.request_id for seq in seqs]
 
     def _make_sequence(
         self, token_ids: list[int], params: SamplingParams, results: dict[int, Completion]
@@ -393,11 +361,7 @@ class LLMEngine:
         token_ids, reason = seq.token_ids[seq.prompt_len :], seq.finish_reason
         assert reason is not None
         if reason == "error":
-            logger.warning(
-                "Request %d ends in error: logits of token %d after its prompt are not numbers",
-                seq.request_id,
-                len(token_ids),
-            )
+            logger.warning("Request %d ends in error: its logits are not numbers", seq.request_id)
         try:
             text = self.texts.decode(token_ids)
         except Exception as error:  # of the tokenizer, which comes with the checkpoint

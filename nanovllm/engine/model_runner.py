@@ -31,7 +31,6 @@ from nanovllm.layers.sampler import SamplingBatch, sample
 from nanovllm.models import Checkpoint, load_config, load_model
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.device import resolve_dtype, sm_count
-from nanovllm.utils.timeline import save_timeline
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def ignore(moment: str, step: Step) -> None:
 
 
 class ModelRunner:
-    """Owns model, KV cache and step runner of one rank; a context manager that closes them.
+    """Owns model, KV cache and step runner of one rank.
 
     Attributes:
         watch: called on rank 0 at four moments of every step: "begin" before its work is issued,
@@ -105,12 +104,6 @@ class ModelRunner:
             self.step_runner.close()
             raise
 
-    def __enter__(self) -> ModelRunner:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """Frees the device's memory and ends the other ranks; may be called twice."""
         if self.closed:
@@ -138,16 +131,12 @@ class ModelRunner:
         return self.step_runner.schedulers[min(1, len(self.step_runner.schedulers) - 1)]
 
     def get_pipeline_statistics(self) -> dict[str, object]:
-        """What `print_pipeline_statistics` prints; see `PipelineStatistics.as_dict`."""
+        """See `PipelineStatistics.as_dict`."""
         return self.statistics.as_dict()
 
     def print_pipeline_statistics(self) -> None:
         """Prints tokens and steps by path, and the stages' mean times if they were profiled."""
         print(self.statistics.format())
-
-    def save_timeline(self, path: str) -> None:
-        """Writes the stages of the last profiled decode steps to `path`; see utils/timeline.py."""
-        save_timeline(list(self.statistics.recent), path)
 
     def synchronize(self) -> None:
         """Waits for all that was launched."""

@@ -51,7 +51,7 @@ def count_blocks(
         block_bytes: bytes of one block over all layers of this rank.
         max_model_len: longest sequence in tokens.
         device: where the cache will be.
-        run_largest_step: runs the step that needs most memory, so that it can be measured (CUDA).
+        run_largest_step: runs the step that needs most memory, which is measured on CUDA.
 
     Raises:
         MemoryError: not even one block fits.

@@ -15,13 +15,12 @@ class Sequence:
     Attributes:
         request_id: unique in its engine, rising with arrival.
         token_ids: the prompt, then what was generated.
-        prompt_len: tokens of the prompt.
-        end_len: length in tokens at which it ends, by `max_tokens` or `max_len`; always at least
-            one token after the prompt.
-        params: sampling options.
         stop_ids: tokens that end it.
         max_len: length in tokens at which it ends, whatever it says.
         seed: of its random draws.
+        results: where the engine puts its completion.
+        end_len: length in tokens at which it ends, by `max_tokens` or `max_len`; always at least
+            one token after the prompt.
         block_table: ids of the KV blocks it owns a share of, in order.
         num_computed: tokens whose keys and values are cached.
         num_scheduled: those, and the ones that steps in flight compute.
@@ -29,7 +28,6 @@ class Sequence:
         request_index: where the device keeps its last token while it runs; else -1.
         num_registered: leading blocks that the prefix cache knows.
         finish_reason: "stop", "length", "abort" or "error" once finished.
-        results: where the engine puts its completion.
     """
 
     request_id: int

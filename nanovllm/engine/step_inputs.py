@@ -176,10 +176,7 @@ def micro_batches(
 
 
 def dummy_chunk(start: int, end: int, blocks: Sequence[int] = ()) -> Chunk:
-    """Tokens `start` to `end` of a sequence that nobody asked for, to warm up and to time steps.
-
-    It is in the padding block but for the `blocks` given.
-    """
+    """Tokens of a sequence that nobody asked for, in the padding block but for `blocks`."""
     seq = EngineSequence(
         -1, [0] * end, SamplingParams(), frozenset(), end, 0, block_table=list(blocks)
     )
@@ -196,18 +193,11 @@ def decode_first(chunks: Sequence[Chunk]) -> list[int]:
 
 
 def balance(context_lens: Sequence[int], layout: StepLayout) -> Sequence[Sequence[int]]:
-    """Deals sequences that decode out to micro-batches: the same work for each.
+    """Deals sequences that decode out to micro-batches, the same number of context tokens to each.
 
-    What differs between them is attention's work, hence the context tokens. Long sequences choose
-    first, and each goes where the fewest tokens are so far (the LPT rule of scheduling, Graham,
-    1969), as long as there is a row left.
-
-    Args:
-        context_lens: tokens of each of N sequences.
-        layout: of a decode step of at least N rows.
-
-    Returns:
-        The numbers of each micro-batch's sequences.
+    Long sequences choose first, and each goes where the fewest tokens are so far (the LPT rule of
+    scheduling, Graham, 1969), as long as there is a row left. Returns the numbers of each
+    micro-batch's sequences.
     """
     if len(layout.micro_batches) == 1:
         return [range(len(context_lens))]
@@ -225,13 +215,7 @@ def balance(context_lens: Sequence[int], layout: StepLayout) -> Sequence[Sequenc
 
 
 class StepInputs:
-    """Lays the inputs of steps out, and fills them.
-
-    Args:
-        block_size: tokens of a KV block.
-        max_blocks: width of the block tables.
-        backend: of attention, which has a part of its own in them.
-    """
+    """Lays the inputs of steps out, and fills them; `max_blocks` is the width of block tables."""
 
     def __init__(self, block_size: int, max_blocks: int, backend: AttentionBackend) -> None:
         self.block_size = block_size
@@ -261,15 +245,10 @@ class StepInputs:
         parts: Sequence[Sequence[int]],
         flat: np.ndarray,
     ) -> None:
-        """Writes the fields of a step.
+        """Writes the fields of a step to `flat`, int32 [layout.size].
 
-        Args:
-            layout: of `flat`.
-            chunks: what the step computes.
-            parts: numbers of the chunks in each micro-batch, those of one token first. In decode,
-                rows that are left are padding: one token of context in the padding block, and no
-                work for attention.
-            flat: int32 [layout.size], overwritten.
+        `parts` are the numbers of the chunks in each micro-batch, those of one token first. In
+        decode, rows that are left are padding, which is no work for attention.
         """
         views = layout.views(flat)
         chunks = [*chunks, PADDING]
@@ -284,12 +263,15 @@ class StepInputs:
             views["input_ids"][:] = np.fromiter(map(_token, own), np.int32)
         else:
             starts = np.fromiter((chunk.start for chunk in own), np.int32)
-            firsts = np.cumsum([0, *(ends - starts)])
+            firsts = np.append(0, ends - starts).cumsum()
             seqs = np.repeat(np.arange(len(own)), ends - starts)
             positions = np.arange(len(seqs)) + (starts - firsts[:-1])[seqs]
             views["input_ids"][:] = np.fromiter(chain.from_iterable(map(_tokens, own)), np.int32)
         tables = views["block_tables"]
-        self._fill_tables([chunk.seq.block_table for chunk in own], tables)
+        owned = [chunk.seq.block_table for chunk in own]
+        counts = np.fromiter(map(len, owned), np.int32)
+        tables.fill(PADDING_BLOCK)
+        tables[self.columns < counts[:, None]] = np.fromiter(chain.from_iterable(owned), np.int32)
         indices = positions // self.block_size
         # As block * block_size + position % block_size.
         views["slot_mapping"][:] = (tables[seqs, indices] - indices) * self.block_size + positions
@@ -309,12 +291,6 @@ class StepInputs:
         plan_size = self.backend.plan_size(decode_rows) if decode_rows else 0
         longest = max(prompts, default=0)
         return RowsLayout(decode_rows, len(prompts), sum(prompts), longest, plan_size)
-
-    def _fill_tables(self, tables: list[list[int]], target: np.ndarray) -> None:
-        """Writes ragged block tables; the rest is padding."""
-        counts = np.fromiter(map(len, tables), np.int32)
-        target.fill(PADDING_BLOCK)
-        target[self.columns < counts[:, None]] = np.fromiter(chain.from_iterable(tables), np.int32)
 
     def _fill_attention(
         self,

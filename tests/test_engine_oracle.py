@@ -26,14 +26,11 @@ MODES: dict[str, dict[str, Any]] = {
 # Each makes another part of the engine work: long prompts in chunks, scarce KV blocks with
 # preemption, few sequences at a time, no prefix cache.
 SETTINGS: list[dict[str, Any]] = [
-    {},
     {"max_num_batched_tokens": 7},
-    {"num_kvcache_blocks": 7},
     {"num_kvcache_blocks": 6, "max_num_batched_tokens": 13},
     {"kvcache_block_size": 32, "max_num_seqs": 2},
     {"max_num_seqs": 3, "num_kvcache_blocks": 9},
     {"kvcache_block_size": 256},
-    {"enable_prefix_caching": False},
     {"enable_prefix_caching": False, "num_kvcache_blocks": 6},
 ]
 

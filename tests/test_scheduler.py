@@ -28,7 +28,6 @@ def test_without_prefix_caching_nothing_is_shared():
         world.arrive(STORY[:12], max_tokens=1)
         (step,) = drive(world)
         assert step.chunks[0].start == 0
-    assert world.blocks.by_key == {}
 
 
 def test_generated_tokens_are_shared_too():
@@ -106,15 +105,6 @@ def test_a_sequence_ends_at_its_limits_but_not_before_its_first_token(
     assert seq.num_generated == generated
     assert seq.finish_reason == "length"
     assert seq.is_full
-
-
-def test_a_failed_step_is_planned_again():
-    world = World(num_blocks=20, block_size=2, max_num_seqs=4, budget=5, caching=True)
-    seq = world.arrive([1, 2, 3, 1, 1, 2, 2], max_tokens=3)
-    while world.alive:
-        world.fail(always(3), ahead=True)
-        world.step(always(1))
-    assert seq.token_ids == [1, 2, 3, 1, 1, 2, 2, 1, 1, 1]
 
 
 def test_looking_ahead_goes_on_with_tokens_that_are_not_known_yet():

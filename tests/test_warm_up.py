@@ -51,9 +51,6 @@ def warmed(llm, monkeypatch):
 
 def test_prompts_of_a_ladder_of_lengths_are_run(warmed):
     assert warmed()[0] == [[rows] for rows in batch_sizes(MOST_ROWS)]
-
-
-def test_no_prompt_is_longer_than_allowed(warmed):
     assert warmed(max_prompt=20)[0][-2:] == [[16], [20]]
 
 

@@ -78,32 +78,37 @@ def test_an_abort_that_is_interrupted_holds_up_no_other_request(victim, line):
 # ------------------------------------------------------------------ the detokenizer
 
 
-class Decoder:
-    """A tokenizer whose `decode` fails for some of its calls."""
-
-    def __init__(self, tokenizer, fails) -> None:
-        self.tokenizer, self.fails = tokenizer, fails
-
-    def __getattr__(self, name):
-        return getattr(self.tokenizer, name)
-
-    def decode(self, ids, **options):
-        self.fails(ids)
-        return self.tokenizer.decode(ids, **options)
-
-
 @pytest.fixture
 def stories(tiny, monkeypatch):
-    """Three requests of one length, which finish in the same step, and their completions."""
+    """Adds three requests of one length, which finish in one step, and tells their completions.
+
+    `fails` is called with the tokens of each text, and may raise instead of the tokenizer.
+    """
     params = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
     texts = ["Once upon a time", "Tom went to the", "The little fox"]
     outputs = tiny.generate(texts, use_tqdm=False, **params)
 
     def add(fails):
-        monkeypatch.setattr(tiny.texts, "tokenizer", Decoder(tiny.tokenizer, fails))
+        def decode(ids, **options):
+            fails(ids)
+            return original(ids, **options)
+
+        original = tiny.tokenizer.decode
+        monkeypatch.setattr(tiny.tokenizer, "decode", decode)
         return [tiny.add_request(text, **params) for text in texts]
 
     return tiny, add, outputs
+
+
+def completions(engine) -> tuple[dict, int]:
+    """Of all requests by id, and how often a step was interrupted."""
+    said, interrupts = {}, 0
+    while not engine.is_finished():
+        try:
+            said |= {output.pop("request_id"): output for output in engine.step()}
+        except KeyboardInterrupt:
+            interrupts += 1
+    return said, interrupts
 
 
 def test_an_interrupt_of_the_detokenizer_costs_nothing(stories):
@@ -114,13 +119,8 @@ def test_an_interrupt_of_the_detokenizer_costs_nothing(stories):
         if next(calls) == 1:
             raise KeyboardInterrupt
 
-    ids, said = add(interrupt), {}
-    interrupts = 0
-    while not engine.is_finished():
-        try:
-            said |= {output.pop("request_id"): output for output in engine.step()}
-        except KeyboardInterrupt:
-            interrupts += 1
+    ids = add(interrupt)
+    said, interrupts = completions(engine)
     assert interrupts == 1
     assert [said[i] for i in ids] == outputs
 
@@ -133,9 +133,8 @@ def test_a_text_that_cannot_be_decoded_costs_no_other_request(stories, caplog):
         if ids == bad:
             raise IndexError("no such piece")
 
-    ids, said = add(fail), {}
-    while not engine.is_finished():
-        said |= {output.pop("request_id"): output for output in engine.step()}
+    ids = add(fail)
+    said, _ = completions(engine)
     failed = {"text": "", "token_ids": bad, "finish_reason": "error"}
     assert [said[i] for i in ids] == [outputs[0], failed, outputs[2]]
     assert f"Request {ids[1]}" in caplog.text

@@ -15,19 +15,6 @@ from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, drain, tokens
 from tests.thread_rounds import PATIENCE, Round, run_all
 
 
-def test_generate_from_two_threads_gives_each_its_own(tiny):
-    texts = ["Once upon a time", "Tom went to the"]
-    params = {"temperature": 0, "max_tokens": 40, "use_tqdm": False}
-    right = [tiny.generate(text, **params) for text in texts]
-    said: dict[int, list] = {}
-
-    def generate(i: int) -> None:
-        said[i] = tiny.generate(texts[i], **params)
-
-    run_all(lambda: generate(0), lambda: generate(1))
-    assert said == dict(enumerate(right))
-
-
 def test_threads_share_one_batch(llm, expected, monkeypatch):
     """Two calls of generate take hardly more steps than one."""
     steps = []

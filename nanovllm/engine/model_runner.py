@@ -127,7 +127,7 @@ class ModelRunner:
 
     @property
     def pipeline_scheduler(self) -> PipelineScheduler:
-        """Issues the stages of decode steps: as a pipeline, or in sequence where there is none."""
+        """That of the pipeline, or of sequential decode where there is none."""
         return self.step_runner.schedulers[min(1, len(self.step_runner.schedulers) - 1)]
 
     def get_pipeline_statistics(self) -> dict[str, object]:
@@ -135,7 +135,7 @@ class ModelRunner:
         return self.statistics.as_dict()
 
     def print_pipeline_statistics(self) -> None:
-        """Prints tokens and steps by path, and the stages' mean times if they were profiled."""
+        """Prints tokens and steps by path, and mean times if they were profiled."""
         print(self.statistics.format())
 
     def synchronize(self) -> None:

@@ -175,10 +175,10 @@ class Scheduler:
         chunks: list[Chunk] = []
         budget, following = self.max_num_batched_tokens, iter(prefilling)
         while budget and (seq := next(following, None) or self._admit_next()):
-            start, unscheduled = seq.num_scheduled, seq.num_unscheduled
-            size = min(unscheduled, budget)
-            chunks.append(Chunk(seq, start, start + size, needs_sample=size == unscheduled))
-            budget -= size
+            start = seq.num_scheduled
+            end = min(seq.length, start + budget)
+            chunks.append(Chunk(seq, start, end, needs_sample=end == seq.length))
+            budget -= end - start
         return chunks
 
     def _admit_next(self) -> Sequence | None:

@@ -58,11 +58,6 @@ class Sequence:
         return len(self.token_ids) + self.num_pending
 
     @property
-    def num_unscheduled(self) -> int:
-        """Tokens that the model has yet to be given; one in decode, more in prefill."""
-        return self.length - self.num_scheduled
-
-    @property
     def num_generated(self) -> int:
         """Tokens after the prompt, pending ones included."""
         return self.length - self.prompt_len

@@ -9,7 +9,6 @@ Python loop over tokens.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -99,11 +98,6 @@ class StepLayout:
         return sum(rows.num_seqs for rows in self.micro_batches)
 
     @cached_property
-    def first_seqs(self) -> list[int]:
-        """The first sequence of each micro-batch."""
-        return list(accumulate((rows.num_seqs for rows in self.micro_batches[:-1]), initial=0))
-
-    @cached_property
     def counts(self) -> dict[str, list[int]]:
         """How much of each field every micro-batch has."""
         tokens = [rows.num_tokens for rows in self.micro_batches]
@@ -183,8 +177,8 @@ def dummy_chunk(start: int, end: int, blocks: Sequence[int] = ()) -> Chunk:
     return Chunk(seq, start, end, needs_sample=True)
 
 
-# Stands in rows of decode that no sequence needs.
-PADDING = dataclasses.replace(dummy_chunk(0, 1), needs_sample=False)
+# Stands in rows of decode that no sequence needs: it has no context, and its token is 0.
+PADDING = Chunk(dummy_chunk(0, 1).seq, start=-1, end=0, needs_sample=False)
 
 
 def decode_first(chunks: Sequence[Chunk]) -> list[int]:
@@ -256,7 +250,8 @@ class StepInputs:
         for count, part in zip(layout.counts["context_lens"], parts, strict=True):
             order += [*part, *[len(chunks) - 1] * (count - len(part))]
         own = [chunks[i] for i in order]
-        ends = np.fromiter((chunk.end for chunk in own), np.int32)
+        lengths = np.fromiter((chunk.end for chunk in own), np.int32)
+        ends = np.maximum(lengths, 1)
         if layout.is_decode:
             firsts = np.arange(len(own) + 1)
             seqs, positions = firsts[:-1], ends - 1
@@ -277,7 +272,7 @@ class StepInputs:
         views["slot_mapping"][:] = (tables[seqs, indices] - indices) * self.block_size + positions
         views["positions"][:] = positions
         views["context_lens"][:] = ends
-        self._fill_attention(layout, parts, ends, firsts, views)
+        self._fill_attention(layout, lengths, firsts, views)
         if "sample_rows" in views:
             by_chunk = np.empty(len(chunks), np.int32)
             by_chunk[order] = firsts[1:] - 1
@@ -293,24 +288,18 @@ class StepInputs:
         return RowsLayout(decode_rows, len(prompts), sum(prompts), longest, plan_size)
 
     def _fill_attention(
-        self,
-        layout: StepLayout,
-        parts: Sequence[Sequence[int]],
-        ends: np.ndarray,
-        firsts: np.ndarray,
-        views: dict[str, np.ndarray],
+        self, layout: StepLayout, lengths: np.ndarray, firsts: np.ndarray, views: dict[str, Any]
     ) -> None:
         """Writes what attention alone reads; `firsts` are the first tokens of all sequences."""
         plans, starts = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
-        for rows, part, first in zip(layout.micro_batches, parts, layout.first_seqs, strict=True):
+        first = 0
+        for rows in layout.micro_batches:
             prompts = first + rows.decode_rows
             if rows.decode_rows:
-                lengths = ends[first:prompts].copy()
-                lengths[len(part) :] = 0  # padding
-                plans.append(self.backend.plan(lengths))
+                plans.append(self.backend.plan(lengths[first:prompts]))
+            first += rows.num_seqs
             if rows.prompts:
-                own = firsts[prompts : prompts + rows.prompts + 1]
-                starts.append(own - own[0])
+                starts.append(firsts[prompts : first + 1] - firsts[prompts])
         np.concatenate(plans, out=views["plans"])
         if not layout.is_decode:
             np.concatenate(starts, out=views["cu_seqlens_q"], casting="same_kind")

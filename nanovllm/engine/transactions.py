@@ -24,12 +24,11 @@ EXIT_SECONDS = 10.0
 
 
 class Transactions:
-    """The lock of an engine, and whether its state is settled.
+    """The lock of an engine, and what it says of the state.
 
     Attributes:
         closed: the engine has exited.
-        unfinished: changes that have begun and not come to their end; after them the state is
-            unsettled.
+        unfinished: changes that have begun and not come to their end.
     """
 
     def __init__(self) -> None:
@@ -82,9 +81,6 @@ class Transactions:
         return os.getpid() == self.process_id
 
     def call_at_exit(self, function: Callable[[], object]) -> None:
-        """Calls `function`, unless this is a forked child or a step never ends."""
+        """Calls `function`, unless this is a forked child or a step never ends; nobody follows."""
         if self.is_own_process() and self.lock.acquire(timeout=EXIT_SECONDS):
-            try:
-                function()
-            finally:
-                self.lock.release()
+            function()

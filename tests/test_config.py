@@ -201,11 +201,9 @@ def test_booleans_of_any_maker_are_booleans_and_no_numbers(truth):
 
 
 NO_NUMBERS = [
-    *(np.array([8]), np.array([[8]]), np.array([]), np.float64("nan"), np.float32("inf")),
-    *(torch.tensor([8]), torch.tensor([[8.0]]), torch.tensor(float("nan")), torch.empty(0)),
-    *(torch.tensor(1j), np.complex64(1), 1j, np.str_("8"), np.datetime64("2020-01-01")),
-    *("8", b"8", [8], (8,), {8}, {8: 8}, object(), int, Path("8"), -(10**400)),
-    *("x" * 10**6, ["x"] * 10**6, "\ud800"),
+    *(np.array([8]), np.array([]), np.float64("nan"), np.float32("inf"), np.complex64(1)),
+    *(torch.tensor([8]), torch.tensor([[8.0]]), torch.tensor(float("nan")), torch.tensor(1j)),
+    *(np.str_("8"), "8", b"8", [8], {8}, object(), int, Path("8"), -(10**400), "x" * 10**6),
 ]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from nanovllm import LLM
 from tests.checkpoints import Shape
-from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, check_empty, drain, tokens
+from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, before_call, check_empty, drain, tokens
 
 
 @pytest.mark.parametrize("method", ["launch", "collect"])
@@ -18,16 +18,11 @@ from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, check_empty, drain, tok
 def test_an_interrupted_generate_leaves_nothing_behind(
     llm, expected, monkeypatch, method, after, error
 ):
-    original = getattr(llm.model_runner, method)
-    calls = iter(range(1000))
-
-    def fails_once(argument):
-        if next(calls) == after:
-            raise error("pulled the plug")
-        return original(argument)
+    def fail():
+        raise error("pulled the plug")
 
     before = llm.add_request(PROMPTS[0], GREEDY)
-    monkeypatch.setattr(llm.model_runner, method, fails_once)
+    before_call(monkeypatch, llm.model_runner, method, after, fail)
     with pytest.raises(error, match="pulled the plug"):
         llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     assert list(llm.requests) == [before]

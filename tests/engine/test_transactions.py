@@ -7,7 +7,7 @@ import random
 import pytest
 
 from nanovllm import LLM
-from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, check_empty, drain
+from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, before_call, check_empty, drain, interrupt
 from tests.interrupts import PARAMS, Interrupt, InterruptAt, Play, Victim, write_model
 from tests.interrupts import PROMPTS as PLAY
 
@@ -56,67 +56,36 @@ def test_an_abort_that_is_interrupted_holds_up_no_other_request(victim, line):
 # ------------------------------------------------------------------ the detokenizer
 
 
-@pytest.fixture
-def stories(tiny, monkeypatch):
-    """Adds three requests of one length, which finish in one step, and tells their completions.
-
-    `fails` is called with the tokens of each text, and may raise instead of the tokenizer.
-    """
-    params = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
-    texts = ["Once upon a time", "Tom went to the", "The little fox"]
-    outputs = tiny.generate(texts, use_tqdm=False, **params)
-
-    def add(fails):
-        def decode(ids, **options):
-            fails(ids)
-            return original(ids, **options)
-
-        original = tiny.tokenizer.decode
-        monkeypatch.setattr(tiny.tokenizer, "decode", decode)
-        return [tiny.add_request(text, **params) for text in texts]
-
-    return tiny, add, outputs
+STORIES = ["Once upon a time", "Tom went to the", "The little fox"]
+SHORT = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}  # they finish in the same step
 
 
-def completions(engine) -> tuple[dict, int]:
-    """Of all requests by id, and how often a step was interrupted."""
-    said, interrupts = {}, 0
-    while not engine.is_finished():
+def test_an_interrupt_of_the_detokenizer_costs_nothing(tiny, monkeypatch):
+    outputs = tiny.generate(STORIES, use_tqdm=False, **SHORT)
+    before_call(monkeypatch, tiny.tokenizer, "decode", 1, interrupt)
+    ids, said, interrupts = [tiny.add_request(text, **SHORT) for text in STORIES], {}, 0
+    while not tiny.is_finished():
         try:
-            said |= {output.pop("request_id"): output for output in engine.step()}
+            said |= {output.pop("request_id"): output for output in tiny.step()}
         except KeyboardInterrupt:
             interrupts += 1
-    return said, interrupts
-
-
-def test_an_interrupt_of_the_detokenizer_costs_nothing(stories):
-    engine, add, outputs = stories
-    calls = iter(range(1000))
-
-    def interrupt(ids):
-        if next(calls) == 1:
-            raise KeyboardInterrupt
-
-    ids = add(interrupt)
-    said, interrupts = completions(engine)
     assert interrupts == 1
     assert [said[i] for i in ids] == outputs
 
 
-def test_a_text_that_cannot_be_decoded_costs_no_other_request(stories, caplog):
-    engine, add, outputs = stories
-    bad = outputs[1]["token_ids"]
+def test_a_text_that_cannot_be_decoded_costs_no_other_request(tiny, monkeypatch, caplog):
+    outputs = tiny.generate(STORIES, use_tqdm=False, **SHORT)
+    bad, decode = outputs[1]["token_ids"], tiny.tokenizer.decode
 
-    def fail(ids):
+    def fail(ids, **options):
         if ids == bad:
             raise IndexError("no such piece")
+        return decode(ids, **options)
 
-    ids = add(fail)
-    said, _ = completions(engine)
+    monkeypatch.setattr(tiny.tokenizer, "decode", fail)
     failed = {"text": "", "token_ids": bad, "finish_reason": "error"}
-    assert [said[i] for i in ids] == [outputs[0], failed, outputs[2]]
-    assert f"Request {ids[1]}" in caplog.text
-    assert "no such piece" in caplog.text
+    assert tiny.generate(STORIES, use_tqdm=False, **SHORT) == [outputs[0], failed, outputs[2]]
+    assert "its text cannot be decoded: IndexError('no such piece')" in caplog.text
 
 
 # ------------------------------------------------------------------ the end
@@ -125,15 +94,7 @@ def test_a_text_that_cannot_be_decoded_costs_no_other_request(stories, caplog):
 def test_an_interrupted_exit_can_be_repeated(directory, monkeypatch):
     engine = LLM(str(directory), **OPTIONS)
     runner = engine.model_runner
-    calls = iter(range(10))
-    close = runner.step_runner.close
-
-    def interrupted():
-        if next(calls) == 0:
-            raise KeyboardInterrupt
-        close()
-
-    monkeypatch.setattr(runner.step_runner, "close", interrupted)
+    before_call(monkeypatch, runner.step_runner, "close", 0, interrupt)
     with pytest.raises(KeyboardInterrupt):
         engine.exit()
     assert not runner.closed

@@ -75,39 +75,33 @@ class LLMEngine:
     """
 
     def __init__(self, model: str | Config | None = None, **options: Any) -> None:
-        if isinstance(model, Config):
-            self.config = dataclasses.replace(model, **options) if options else model
-        else:
-            self.config = Config(**options) if model is None else Config(model, **options)
-        directory = resolve_model(self.config.model)
+        config = (
+            model if isinstance(model, Config) else Config() if model is None else Config(model)
+        )
+        self.config = config = dataclasses.replace(config, **options) if options else config
+        directory = resolve_model(config.model)
         # Before anything else is read, and before other processes start and all stumble over it.
-        group = ParallelGroup(size=self.config.tensor_parallel_size)
-        load_config(directory).rank_heads(group)
+        load_config(directory).rank_heads(ParallelGroup(size=config.tensor_parallel_size))
         self.tokenizer = load_tokenizer(directory)
-        self.model_runner = runner = _start_runner(self.config, directory)
+        self.model_runner = runner = _start_runner(config, directory)
         self.transactions = Transactions()
         # Closes at garbage collection or interpreter exit at the latest, without keeping us alive.
         self._finalizer = weakref.finalize(self, self.transactions.call_at_exit, runner.close)
-        self.max_len = min(runner.max_model_len, runner.capacity)
-        self.texts = TextProcessor(
-            self.config.model,
-            self.tokenizer,
-            runner.model_config.vocab_size,
-            {
-                "max_model_len": runner.max_model_len,
-                "the KV cache, all of its blocks together,": runner.capacity,
-            },
-        )
+        limits = {
+            "max_model_len": runner.max_model_len,
+            "the KV cache, all of its blocks together,": runner.capacity,
+        }
+        self.max_len = min(limits.values())
+        vocab_size = runner.model_config.vocab_size
+        self.texts = TextProcessor(config.model, self.tokenizer, vocab_size, limits)
         # From config.json, generation_config.json and the tokenizer together.
         self.eos_ids = set(runner.model_config.eos_token_ids)
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             self.eos_ids.add(self.tokenizer.eos_token_id)
         blocks = BlockManager(
-            runner.num_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching
+            runner.num_blocks, config.kvcache_block_size, config.enable_prefix_caching
         )
-        self.scheduler = Scheduler(
-            blocks, self.config.max_num_seqs, self.config.max_num_batched_tokens
-        )
+        self.scheduler = Scheduler(blocks, config.max_num_seqs, config.max_num_batched_tokens)
         self.in_flight: LaunchedStep | None = None
         # Until their completions have been put where they belong.
         self.requests: dict[int, EngineSequence] = {}

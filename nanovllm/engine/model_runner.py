@@ -144,10 +144,7 @@ class ModelRunner:
             torch.cuda.synchronize(self.device)
 
     def use(self, step_runner: StepRunner, chooser: FixedPlan | None = None) -> None:
-        """Runs the next steps by a runner of `make_step_runner` and a chooser of its plans.
-
-        Waits for the steps before; none may be launched but not collected.
-        """
+        """Runs the next steps by a runner of `make_step_runner`; none may be in flight."""
         self.synchronize()
         self.step_runner, self.statistics = step_runner, step_runner.statistics
         if chooser is not None:
@@ -206,10 +203,7 @@ class ModelRunner:
         steps: list[int],
         request_index: list[int],
     ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Draws a token from each row, keeps it for the next step, and sends it to the host.
-
-        Returns the tokens there, valid after the event.
-        """
+        """Draws a token from each row for the next step; also on the host, after the event."""
         batch = SamplingBatch.of(
             params, seeds, steps, request_index, self.model_config.vocab_size, self.device
         )

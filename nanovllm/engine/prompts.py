@@ -15,11 +15,8 @@ Prompt = str | Sequence[int]
 class TextProcessor:
     """Turns prompts into token ids that an engine can run, and token ids into text.
 
-    Args:
-        model: as configured, for errors.
-        tokenizer: None: prompts are token ids, and texts are empty.
-        vocab_size: token ids are below it.
-        limits: most tokens of a prompt, by what sets the limit.
+    Without a tokenizer prompts are token ids, and texts are empty. `limits` are the most tokens of
+    a prompt, by what sets the limit.
     """
 
     def __init__(
@@ -32,11 +29,7 @@ class TextProcessor:
         self.lock = threading.RLock()  # a tokenizer is for one thread at a time
 
     def encode(self, prompt: Prompt, name: str) -> list[int]:
-        """The token ids of `prompt`, which errors call `name`.
-
-        Raises:
-            TypeError, ValueError: it is no prompt, or none that fits.
-        """
+        """The token ids of `prompt`; TypeError or ValueError names it `name` if it cannot run."""
         ids = self._tokenize(prompt, name)
         if not ids:
             raise ValueError(f"{name} is empty: it must have at least one token")
@@ -75,11 +68,7 @@ class TextProcessor:
 
 
 def list_prompts(prompts: Any) -> list[Prompt]:
-    """The prompts of one call, whose elements are still to be checked.
-
-    Raises:
-        TypeError: it is neither a text nor a list.
-    """
+    """The prompts of one call, still to be checked; TypeError: neither a text nor a list."""
     listed = [prompts] if isinstance(prompts, str) else as_list(prompts)
     if listed is None:
         raise TypeError(f"prompts={prompts!r:.80} is neither a text nor a list of prompts")

@@ -139,15 +139,14 @@ def micro_batches(
 ) -> tuple[list[MicroBatch], torch.Tensor | None]:
     """The micro-batches of a step, and the rows of all of them together that are sampled.
 
+    Both are views into `flat`; the rows are int32 [num_samples], or None: all, in order.
+
     Args:
         layout: of `flat`.
         flat: int32, on the device. An input id below 0 stands for a token that the host does not
             know yet: -1 - i is `last_tokens[i]`.
         last_tokens: int64 [max_num_seqs], on the device.
         workspace: of decode attention.
-
-    Returns:
-        Views into `flat`; the rows are int32 [num_samples], or None: all, in order.
     """
     fields = layout.views(flat)
     fields["input_ids"] = kernels.resolve_tokens(fields["input_ids"], last_tokens)

@@ -2,11 +2,10 @@
 
 Triton compiles a kernel when it first meets some sizes. What tiles a kernel takes changes at powers
 of two and at multiples of 16 rows, up to some hundred, so prompts of these lengths meet all; two
-layers stand for the others. Captured decode steps need nothing here, as each is run before it is
-captured. All ranks run the same steps, since steps contain collectives; only rank 0 draws tokens.
+layers stand for the others. Captured decode steps are run before their capture. All ranks run the
+same steps, since steps contain collectives.
 
-What is not met: a pipeline without CUDA graphs plans its linear layers for the SMs of a lane, and
-where that makes other tiles than all SMs do, they are compiled in its first step of that size.
+Not met: a pipeline without CUDA graphs, whose linear layers may take other tiles on a lane's SMs.
 """
 
 from __future__ import annotations

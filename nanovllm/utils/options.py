@@ -37,12 +37,7 @@ def rule_of(cls: type, name: str) -> Rule:
 
 
 def check(options: object, name: str, value: Any) -> Any:
-    """Returns a value for field `name` of `options` as its rule normalises it.
-
-    Raises:
-        TypeError: there is no such field.
-        ValueError: the value is not allowed.
-    """
+    """A value for field `name` of `options`, normalised; ValueError if it is not allowed."""
     rule = rule_of(type(options), name)
     try:
         return rule(value)

@@ -75,10 +75,9 @@ class LLMEngine:
     """
 
     def __init__(self, model: str | Config | None = None, **options: Any) -> None:
-        config = (
-            model if isinstance(model, Config) else Config() if model is None else Config(model)
-        )
-        self.config = config = dataclasses.replace(config, **options) if options else config
+        if not isinstance(model, Config):
+            model = Config() if model is None else Config(model)
+        self.config = config = dataclasses.replace(model, **options) if options else model
         directory = resolve_model(config.model)
         # Before anything else is read, and before other processes start and all stumble over it.
         load_config(directory).rank_heads(ParallelGroup(size=config.tensor_parallel_size))

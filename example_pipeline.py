@@ -15,7 +15,6 @@ from nanovllm import LLM, Config, SamplingParams
 from nanovllm.config import PIPELINE_MODES
 from nanovllm.tiny import CHECKPOINT_DIR, PROMPTS
 from nanovllm.utils.command_line import Parser, check_output, in_one_line
-from nanovllm.utils.timeline import save_timeline
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -63,7 +62,7 @@ def main() -> None:
             print()
             llm.model_runner.print_pipeline_statistics()
             if args.timeline is not None:
-                save_timeline(list(llm.model_runner.statistics.recent), str(args.timeline))
+                llm.model_runner.save_timeline(str(args.timeline))
                 print(f"Timeline written to {args.timeline}")
 
 

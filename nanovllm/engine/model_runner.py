@@ -31,6 +31,7 @@ from nanovllm.layers.sampler import SamplingBatch, sample
 from nanovllm.models import Checkpoint, load_config, load_model
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.device import resolve_dtype, sm_count
+from nanovllm.utils.timeline import save_timeline
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,10 @@ class ModelRunner:
     def print_pipeline_statistics(self) -> None:
         """Prints tokens and steps by path, and mean times if they were profiled."""
         print(self.statistics.format())
+
+    def save_timeline(self, path: str) -> None:
+        """Writes the stages of the last profiled decode steps to `path`; see utils/timeline.py."""
+        save_timeline(list(self.statistics.recent), path)
 
     def synchronize(self) -> None:
         """Waits for all that was launched."""

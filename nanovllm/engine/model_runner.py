@@ -25,7 +25,7 @@ from nanovllm.engine.plan import SEQUENTIAL, Plan
 from nanovllm.engine.scheduler import Step
 from nanovllm.engine.step_inputs import StepInputs, dummy_chunk
 from nanovllm.engine.step_runner import FixedPlan, PreparedStep, StepRunner
-from nanovllm.engine.warm_up import warm_up
+from nanovllm.engine.warm_up import SAMPLING, warm_up
 from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.sampler import SamplingBatch, sample
 from nanovllm.models import Checkpoint, load_config, load_model
@@ -49,7 +49,7 @@ def ignore(moment: str, step: Step) -> None:
 
 
 class ModelRunner:
-    """Owns model, KV cache and step runner of one rank; a context manager that closes them.
+    """Owns model, KV cache and step runner of one rank.
 
     Attributes:
         watch: called on rank 0 at four moments of every step: "begin" before its work is issued,
@@ -83,12 +83,9 @@ class ModelRunner:
         self.graph_memory: GraphMemory | None = None
         self._bind_cache(0, dtype)  # for the measurement: the padding block alone
         self.step_runner = self.make_step_runner(config, SEQUENTIAL)
+        block_bytes = self.model.kv_cache.nbytes
         num_blocks = kv_cache.count_blocks(
-            config,
-            self.model.kv_cache.nbytes,
-            self.max_model_len,
-            device,
-            self._run_largest_step,
+            config, block_bytes, self.max_model_len, device, self._run_largest_step
         )
         self.num_blocks = ranks.minimum(num_blocks)
         self._bind_cache(self.num_blocks, dtype)
@@ -100,18 +97,13 @@ class ModelRunner:
         try:
             if device.type == "cuda":
                 longest = min(config.max_num_batched_tokens, self.max_model_len)
-                draw = self._draw_one if ranks.is_first else None
-                warm_up(self.step_runner, config, longest, draw)
+                logits = warm_up(self.step_runner, config, longest)
+                for params in SAMPLING if ranks.is_first else ():
+                    self._draw(logits, [params], [0], [0], [0])
             self.step_runner.chooser.capture(self.step_runner, show_progress=ranks.is_first)
         except BaseException:
             self.step_runner.close()
             raise
-
-    def __enter__(self) -> ModelRunner:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Frees the device's memory and ends the other ranks; may be called twice."""
@@ -136,15 +128,15 @@ class ModelRunner:
 
     @property
     def pipeline_scheduler(self) -> PipelineScheduler:
-        """Issues the stages of decode steps: as a pipeline, or in sequence where there is none."""
+        """That of the pipeline, or of sequential decode where there is none."""
         return self.step_runner.schedulers[min(1, len(self.step_runner.schedulers) - 1)]
 
     def get_pipeline_statistics(self) -> dict[str, object]:
-        """What `print_pipeline_statistics` prints; see `PipelineStatistics.as_dict`."""
+        """See `PipelineStatistics.as_dict`."""
         return self.statistics.as_dict()
 
     def print_pipeline_statistics(self) -> None:
-        """Prints tokens and steps by path, and the stages' mean times if they were profiled."""
+        """Prints tokens and steps by path, and mean times if they were profiled."""
         print(self.statistics.format())
 
     def save_timeline(self, path: str) -> None:
@@ -157,10 +149,7 @@ class ModelRunner:
             torch.cuda.synchronize(self.device)
 
     def use(self, step_runner: StepRunner, chooser: FixedPlan | None = None) -> None:
-        """Runs the next steps by a runner of `make_step_runner` and a chooser of its plans.
-
-        Waits for the steps before; none may be launched but not collected.
-        """
+        """Runs the next steps by a runner of `make_step_runner`; none may be in flight."""
         self.synchronize()
         self.step_runner, self.statistics = step_runner, step_runner.statistics
         if chooser is not None:
@@ -203,23 +192,26 @@ class ModelRunner:
         seqs = [chunk.seq for chunk in step.chunks if chunk.needs_sample]
         if not seqs:
             return torch.empty(0, dtype=torch.int64), None
-        batch = SamplingBatch.of(
+        return self._draw(
+            logits[: len(seqs)],
             [seq.params for seq in seqs],
             [seq.seed for seq in seqs],
             [seq.num_generated - 1 for seq in seqs],  # the draw itself is pending already
             [seq.request_index for seq in seqs],
-            self.model_config.vocab_size,
-            self.device,
         )
-        return self._draw(logits[: len(seqs)], batch)
 
     def _draw(
-        self, logits: torch.Tensor, batch: SamplingBatch
+        self,
+        logits: torch.Tensor,
+        params: list[SamplingParams],
+        seeds: list[int],
+        steps: list[int],
+        request_index: list[int],
     ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Draws a token from each row, keeps it for the next step, and sends it to the host.
-
-        Returns the tokens there, valid after the event.
-        """
+        """Draws a token from each row for the next step; also on the host, after the event."""
+        batch = SamplingBatch.of(
+            params, seeds, steps, request_index, self.model_config.vocab_size, self.device
+        )
         tokens = sample(logits, batch)
         self.last_tokens[batch.request_index] = tokens
         if self.device.type != "cuda":
@@ -229,10 +221,6 @@ class ModelRunner:
         done = torch.cuda.Event()
         done.record()
         return host, done
-
-    def _draw_one(self, logits: torch.Tensor, params: SamplingParams) -> None:
-        vocab_size = self.model_config.vocab_size
-        self._draw(logits, SamplingBatch.of([params], [0], [0], [0], vocab_size, self.device))
 
     def _bind_cache(self, num_blocks: int, dtype: torch.dtype) -> None:
         """Gives the model a KV cache of so many blocks beside the padding block."""
@@ -289,7 +277,5 @@ class ModelRunner:
         self.step_runner.run(self.step_runner.prepare_prompts(chunks))
         # What decode needs at most beyond that: logits, a copy of those that are drawn from, and
         # room for the graphs' own memory.
-        logits = torch.zeros(
-            self.config.max_num_seqs, self.model_config.vocab_size, device=self.device
-        )
-        logits.softmax(-1)
+        shape = self.config.max_num_seqs, self.model_config.vocab_size
+        torch.zeros(shape, device=self.device).softmax(-1)

@@ -59,14 +59,14 @@ class PreparedStep:
     Attributes:
         layout: of `flat`.
         flat: its inputs, int32 [layout.size].
-        choice: how it was chosen, where it was.
-        events: recorded before and after it on the device, if somebody wants to know its time.
+        prediction: what its time is told to, with it.
+        events: recorded before and after it, if there is a prediction.
     """
 
     layout: StepLayout
     flat: torch.Tensor
-    choice: Choice | None = None
-    events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+    prediction: Any = None
+    events: tuple[torch.cuda.Event, ...] = ()
 
 
 class StepRunner:
@@ -78,9 +78,6 @@ class StepRunner:
         last_tokens: the last token of each running request, on the device.
         memory: for CUDA graphs; None: run eagerly.
         inputs: lays steps out and fills them.
-
-    Attributes:
-        chooser: chooses the plan of each decode step.
     """
 
     def __init__(
@@ -117,11 +114,9 @@ class StepRunner:
         """A step of chunks of one token, which all are sampled, with padding."""
         layout = self.layout(choice)
         parts = balance(lengths, layout)
-        events = None
-        if choice.prediction is not None:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            events = begin, end
-        return PreparedStep(layout, self._fill(layout, chunks, parts), choice, events)
+        timed = range(2 if choice.prediction is not None else 0)
+        events = tuple(torch.cuda.Event(enable_timing=True) for _ in timed)
+        return PreparedStep(layout, self._fill(layout, chunks, parts), choice.prediction, events)
 
     def prepare_prompts(self, chunks: Sequence[Chunk]) -> PreparedStep:
         """A step of any chunks, as one micro-batch."""
@@ -146,10 +141,7 @@ class StepRunner:
     ) -> torch.Tensor:
         """Issues a step, or replays its graph; returns its logits [num_samples, vocab_size].
 
-        Args:
-            step: its inputs are on the host, or on the device while it is captured.
-            logits: where a capture wants them, which issues the step itself.
-            timer: of a capture.
+        A capture issues the step with `logits` to write and its own `timer`.
         """
         layout = step.layout
         if logits is None:
@@ -179,9 +171,9 @@ class StepRunner:
         self.statistics.count_step(num_seqs, pipelined=pipelined)
         if self.timer is not None:
             self.statistics.add_times(*self.timer.read())
-        elif step.events is not None and step.choice is not None:
+        elif step.events:
             begin, end = step.events
-            self.chooser.observe(step.choice.prediction, begin.elapsed_time(end) * 1e-3)
+            self.chooser.observe(step.prediction, begin.elapsed_time(end) * 1e-3)
 
     def capture(self, choices: Iterable[Choice], *, show_progress: bool) -> None:
         """Captures steps now, rather than when they are first needed."""
@@ -208,12 +200,12 @@ class StepRunner:
     def _replay(self, step: PreparedStep) -> torch.Tensor:
         assert self.memory is not None
         graph, self.timer = self.graphs.get(step.layout) or self._capture(step.layout)
-        if step.events is not None:
-            step.events[0].record()
+        for event in step.events[:1]:
+            event.record()
         self.memory.inputs[: step.layout.size].copy_(step.flat, non_blocking=True)
         graph.replay()
-        if step.events is not None:
-            step.events[1].record()
+        for event in step.events[1:]:
+            event.record()
         return self.memory.logits[: step.layout.num_samples]
 
     @torch.inference_mode()

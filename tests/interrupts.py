@@ -1,7 +1,7 @@
 """Breaks off an engine at a line of its own code: what Ctrl-C, a signal handler or an error may do.
 
-    python tests/interrupts.py --count 600           # at random lines
-    python tests/interrupts.py --count 600 --error   # errors instead of interrupts
+    python tests/interrupts.py --count 600           # interrupts at random lines
+    python tests/interrupts.py --steps 2             # an error at every line of two steps
 
 A scenario of requests that come, run, are aborted and finish is played once to count the lines
 that it executes in nanovllm/, and then again and again with an exception at one of them. After it
@@ -119,6 +119,19 @@ class Play:
         raise AssertionError("requests are left that never finish")
 
 
+@dataclass
+class CountedPlay(Play):
+    """A play that notes which lines each step executes."""
+
+    lines: InterruptAt = field(default_factory=lambda: InterruptAt(0))
+    steps: list[range] = field(default_factory=list)
+
+    def step(self) -> None:
+        first = self.lines.executed + 1
+        super().step()
+        self.steps.append(range(first, self.lines.executed + 1))
+
+
 def verdict(play: Play, right: dict[int, list[int]]) -> str:
     """What became of the engine of a broken-off play: "right", "closed" or "wrong: ..."."""
     engine = play.engine
@@ -145,8 +158,9 @@ class Victim:
         self.engine = LLM(directory, **OPTIONS)
         self.right = Play(self.engine).run()
         with InterruptAt(0) as lines:
-            Play(self.engine).run()
-        self.lines = lines.executed
+            play = CountedPlay(self.engine, lines=lines)
+            play.run()
+        self.lines, self.steps = lines.executed, play.steps
 
     def break_off(self, line: int) -> str | None:
         """A play that is broken off at that line; None if it ended before."""
@@ -165,23 +179,32 @@ class Victim:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--count", type=int, default=600)
-    parser.add_argument("--error", action="store_true", help="errors instead of interrupts")
+    parser.add_argument("--count", type=int, default=600, help="interrupts at random lines")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="instead: an error at every line of the first N steps",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)  # small models only wait for their threads
     results: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as directory:
         write_model(Path(directory))
-        victim = Victim(directory, RuntimeError if args.error else Interrupt)
+        victim = Victim(directory, RuntimeError if args.steps else Interrupt)
         draw = random.Random(args.seed)
-        for line in [draw.randrange(1, victim.lines) for _ in range(args.count)]:
+        if args.steps:
+            chosen = [line for step in victim.steps[: args.steps] for line in step]
+        else:
+            chosen = [draw.randrange(1, victim.lines) for _ in range(args.count)]
+        for line in chosen:
             result = victim.break_off(line) or "not reached"
             results[result.split(":")[0]] += 1
             if result != "right":
                 print(f"line {line}: {result}", flush=True)
         victim.engine.exit()
-    print(f"broken off {args.count} times, at {victim.lines} lines of a play: {dict(results)}")
+    print(f"broken off {len(chosen)} times, at {victim.lines} lines of a play: {dict(results)}")
     return int(results["wrong"] > 0)
 
 

@@ -107,6 +107,15 @@ def test_a_sequence_ends_at_its_limits_but_not_before_its_first_token(
     assert seq.is_full
 
 
+def test_a_failed_step_is_planned_again():
+    world = World(num_blocks=20, block_size=2, max_num_seqs=4, budget=5, caching=True)
+    seq = world.arrive([1, 2, 3, 1, 1, 2, 2], max_tokens=3)
+    while world.alive:
+        world.fail(always(3), ahead=True)
+        world.step(always(1))
+    assert seq.token_ids == [1, 2, 3, 1, 1, 2, 2, 1, 1, 1]
+
+
 def test_looking_ahead_goes_on_with_tokens_that_are_not_known_yet():
     world = World(num_blocks=20, block_size=2, max_num_seqs=4, budget=50, caching=True)
     seq = world.arrive([1, 2, 3], max_tokens=3)

@@ -3,7 +3,7 @@
 python bench_pipeline.py                        Qwen3-0.6B's shape; without a GPU the tiny model
 python bench_pipeline.py --shape 8B --batch 512 --context 512 --attention-sms 36 --ffn-sms 96
 python bench_pipeline.py --model Qwen/Qwen3-4B --modes green auto --json result.json
-python bench_pipeline.py --workload growing     contexts from 128 to 4096: all plans, and auto
+python bench_pipeline.py --workload growing     contexts from 128 to 4096: fixed splits and auto
 python bench_pipeline.py --workload throughput --requests chat --shape 8B --mode auto
 python bench_pipeline.py --workload nano        nano-vllm's own benchmark, prefill included
 python bench_pipeline.py --workload prefill     prompts alone, at the 8B shape

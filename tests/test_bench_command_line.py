@@ -1,19 +1,16 @@
-"""The command line of `bench_pipeline.py`: what it refuses, its help, documents, interrupts."""
+"""The command line of `bench_pipeline.py`: what it refuses, its help, interrupts."""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import bench_pipeline
 from nanovllm.bench import engines, gain_map, options
 
-ROOT = Path(bench_pipeline.__file__).parent
 GROW = ["--workload", "growing", "--batch", "3", "--context", "10", "--until", "60",
         "--stages", "2", "--output", "6"]  # fmt: skip
 
@@ -87,20 +84,6 @@ def test_every_workload_has_a_help(workload: str, capsys: Capture) -> None:
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert all(f"--{name} " in text for name in options.WORKLOADS[workload])
-
-
-def test_commands_of_the_documents_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(options, "resolve_device", lambda name: torch.device("cuda", 0))
-    monkeypatch.chdir(ROOT)
-    text = "\n".join(path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")))
-    commands = re.findall(r"^    python bench_pipeline.py (.*)$", text, re.MULTILINE)
-    commands += re.findall(
-        r"^python bench_pipeline.py (.*?)(?:  .*)?$", bench_pipeline.__doc__ or "", re.M
-    )
-    assert len(commands) > 8
-    for command in commands:
-        if command.strip().startswith("-"):
-            assert options.parse(None, command.split()).workload in bench_pipeline.WORKLOADS
 
 
 def test_what_is_measured_at_an_interrupt_is_printed(

@@ -68,9 +68,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "modes": {"nargs": "+", "choices": [*MODES, LANES3, FALLBACK],
               "help": "what is compared; sequential is always one; several ranks: one more"},
     "attention-sms": {**COUNT, "help": "of the attention lane; default: what the FFN leaves"},
-    "ffn-sms": {**COUNT, "help": "of the dense lane; default: about 72%% of the device"},
+    "ffn-sms": {**COUNT, "help": "of the FFN lane; default: about 72%% of the device"},
     "splits": {"nargs": "+", "type": split, "metavar": "A+F", "help": "SMs of attention and FFN "
-               "in mode green, which is compared with each"},
+               "in mode green, which is compared with each; default: those that auto tries"},
     "seconds": {"type": number(float, 0.001), "metavar": "S", "help": "of measured steps a mode"},
     "rounds": {**COUNT, "help": "how often, for each mode"},
     "timeline": {"type": output(".png", ".json"), "metavar": "FILE",
@@ -88,7 +88,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "contexts": {**COUNTS, "help": "tokens of each"},
     "requests": {"choices": REQUEST_SETS, "help": "a set, see bench/requests.py"},
     "num-requests": {**COUNT, "help": "only the first of the set"},
-    "max-num-seqs": {**COUNT, "help": "that run at a time; default: 1024, steady: 256"},
+    "max-num-seqs": {**COUNT, "help": "that run at a time; default: 1024, steady 256, nano 512"},
     # Pictures.
     "plot": {"type": output(".png"), "metavar": "FILE.png", "help": "draw a picture, too"},
     "from": {"dest": "stored", "nargs": "+", "type": Path, "metavar": "FILE",

@@ -71,7 +71,7 @@ SEQUENTIAL = Plan("sequential", 1, TWO_LANES)
 MICROBATCH = Plan("microbatch", 2, TWO_LANES)
 STREAMS = Plan("streams", 2, TWO_LANES, streams=True)
 GREEN = Plan("green", 2, TWO_LANES, streams=True)
-# Of the benchmark alone: QKV leaves the dense lane, so three micro-batches are under way.
+# Of the benchmark alone: QKV leaves the FFN lane, so three micro-batches are under way.
 LANES3 = Plan("lanes3", 3, (*TWO_LANES, PlannedLane("qkv", ("qkv",))), streams=True)
 
 

@@ -1,8 +1,8 @@
 """What an engine's calls are wrapped in: one thread at a time, and a broken-off change is noticed.
 
-An exception or an interrupt can come at any line. So while the engine's state changes it counts as
-unsettled, and whoever comes next and finds it unsettled has to mend it first. The lock is held a
-step at a time, so that several threads share one batch.
+An exception or an interrupt can come at any line. So a change counts as unfinished until its end,
+and whoever comes next and finds one unfinished has to mend the state first. The lock is held a step
+at a time, so that several threads share one batch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """CUDA green contexts: split a GPU's SMs into disjoint partitions with a stream each.
 
     device = GreenDevice(0)
-    with GreenContexts(device, device.split([36, 88, 8])) as contexts:
+    with GreenContexts(device, device.split([36, 80, 16])) as contexts:
         streams = [torch.cuda.ExternalStream(handle) for handle in contexts.stream_handles]
 
 - `Driver` alone calls `cuda.bindings.driver`, and not before the first `Driver()`.

@@ -11,7 +11,6 @@ import torch
 import green_ctx
 import nanovllm
 from nanovllm.config import Config
-from nanovllm.engine.auto.auto_plan import plans_to_try, splits_to_try
 from nanovllm.engine.auto.calibration import (
     Calibration,
     calibration_key,
@@ -19,6 +18,7 @@ from nanovllm.engine.auto.calibration import (
     pipelined_sizes,
     tokens_to_measure,
 )
+from nanovllm.engine.auto.chooser import plans_to_try, splits_to_try
 from nanovllm.engine.auto.planner import LEAST_GAIN
 from nanovllm.engine.plan import SEQUENTIAL, Plan
 from nanovllm.utils.disk_cache import DiskCache

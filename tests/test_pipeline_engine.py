@@ -18,7 +18,7 @@ from nanovllm.engine.plan import GREEN, LANES3, SEQUENTIAL
 from nanovllm.engine.scheduler import Chunk, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_inputs import decode_first
-from nanovllm.engine.step_runner import FixedPlan, PreparedStep
+from nanovllm.engine.step_runner import FixedChooser, PreparedStep
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.tiny import PROMPTS
 from tests.checkpoints import VOCAB, Shape
@@ -204,7 +204,7 @@ def fake_gpu(monkeypatch) -> FakeDriver:
 def test_auto_is_green_where_green_contexts_can_be_had(fake_gpu, caplog):
     caplog.set_level(logging.INFO)
     built = build(pipeline_attention_sm_count=30, pipeline_ffn_sm_count=60)
-    chooser = FixedPlan(built.schedulers, None)
+    chooser = FixedChooser(built.schedulers, None)
     assert [chooser.choose(n, 0).plan for n in (1, 2, 9)] == [0, 1, 1]
     stats = built.statistics.as_dict()
     assert (stats["mode"], stats["fallback_reason"]) == ("green", None)

@@ -25,11 +25,11 @@ from typing import Any
 from nanovllm.bench import BenchError
 from nanovllm.bench.report import Record
 from nanovllm.engine import plan as plans
-from nanovllm.engine.auto.auto_plan import AutoPlan, Split, split_for, splits_to_try
+from nanovllm.engine.auto.chooser import AutoChooser, Split, split_for, splits_to_try
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.pipeline_modes import MIN_DENSE_SMS
-from nanovllm.engine.step_runner import FixedPlan, StepRunner
+from nanovllm.engine.pipeline_modes import MIN_FFN_SMS
+from nanovllm.engine.step_runner import FixedChooser, StepRunner
 from nanovllm.utils.device import sm_count
 
 SEQUENTIAL, MICROBATCH, GREEN, AUTO = "sequential", "microbatch", "green", "auto"
@@ -51,7 +51,7 @@ class Arm:
     mode: str
     runner: ModelRunner
     step_runner: StepRunner
-    chooser: FixedPlan
+    chooser: FixedChooser
 
     @property
     def plan(self) -> str | None:
@@ -136,11 +136,11 @@ def open_arms(engine: LLMEngine, specs: Specs) -> Iterator[list[Arm]]:
             for label, (mode, split) in specs.items():
                 steps, chooses = own, chooser
                 if mode == SEQUENTIAL:
-                    chooses = FixedPlan(own.schedulers[:1], own.memory)
+                    chooses = FixedChooser(own.schedulers[:1], own.memory)
                 elif engine.config.tensor_parallel_size == 1:
                     steps = made.enter_context(closing(make_step_runner(runner, mode, split)))
                     chooses = steps.chooser
-                    if isinstance(chooses, AutoPlan):
+                    if isinstance(chooses, AutoChooser):
                         chooses.calibrate(steps, show_progress=True)
                 arms.append(Arm(label, mode, runner, steps, chooses))
             yield arms
@@ -152,8 +152,8 @@ def make_step_runner(runner: ModelRunner, mode: str, split: Split | None) -> Ste
     """The pipeline that is asked for, or what the engine falls back to."""
     if mode == LANES3:
         config = dataclasses.replace(runner.config, enable_pipeline=True)
-        attention, ffn = split or (1, MIN_DENSE_SMS + 1)
-        sms = attention, ffn - MIN_DENSE_SMS, MIN_DENSE_SMS
+        attention, ffn = split or (1, MIN_FFN_SMS + 1)
+        sms = attention, ffn - MIN_FFN_SMS, MIN_FFN_SMS
         return runner.make_step_runner(config, plans.LANES3.with_sms(sms))
     if mode == FALLBACK:
         mode, split = AUTO, (runner.device_sms + 1, 1)

@@ -20,7 +20,7 @@ from nanovllm.bench.ceilings import copy_bandwidth, matmul_peak
 from nanovllm.bench.pictures import DPI, heading
 from nanovllm.bench.report import Record
 from nanovllm.engine.green_manager import GreenContextManager
-from nanovllm.engine.pipeline_modes import MIN_DENSE_SMS
+from nanovllm.engine.pipeline_modes import MIN_FFN_SMS
 from nanovllm.kernels.gpu import cublas_sm_limit
 
 # Titles, by the names of the rates in the record.
@@ -42,7 +42,7 @@ def measure(device: torch.device, gpu: GreenDevice) -> Iterator[Record]:
     """The record so far, after each partition and then after the whole device."""
     total, sizes = gpu.sm_count, gpu.granularity()
     record = report.describe_machine(device, "curves") | {"points": []}
-    partitions = range(sizes.round_up(MIN_DENSE_SMS), total - sizes.minimum + 1, sizes.alignment)
+    partitions = range(sizes.round_up(MIN_FFN_SMS), total - sizes.minimum + 1, sizes.alignment)
     for sms in tqdm(partitions, "Curves", unit="partition"):
         with GreenContextManager(device, total - sms, sms) as manager:
             with torch.cuda.stream(manager.get_ffn_stream()):

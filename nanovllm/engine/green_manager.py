@@ -1,6 +1,6 @@
 """Disjoint SM partitions of one GPU, one for each lane that has SMs of its own.
 
-    with Partitions(torch.device("cuda:0"), [36, 88, 8]) as partitions:
+    with Partitions(torch.device("cuda:0"), [36, 80, 16]) as partitions:
         attention, mlp, qkv = partitions.streams
 
 Counts are rounded up to what the device makes. At most one lane gets the remainder: attention, if

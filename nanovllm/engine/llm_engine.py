@@ -237,7 +237,7 @@ class LLMEngine:
         seq = self.requests.get(request_id)
         if seq is None or seq.finish_reason is not None:
             return False
-        if self.in_step:  # which calls us; the next step takes it out
+        if self.in_step:  # on this thread, by a signal handler: the next step makes all anew
             self.transactions.unfinished += 1
             seq.finish_reason = "abort"
             return True

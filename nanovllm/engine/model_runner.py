@@ -14,8 +14,8 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine import kv_cache
-from nanovllm.engine.auto.auto_plan import AutoPlan, plans_to_try
 from nanovllm.engine.auto.calibration import Calibration, calibration_key
+from nanovllm.engine.auto.chooser import AutoChooser, plans_to_try
 from nanovllm.engine.auto.step_timer import device_timer
 from nanovllm.engine.graph_memory import GraphMemory, batch_sizes
 from nanovllm.engine.parallel.ranks import Ranks
@@ -24,7 +24,7 @@ from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.plan import SEQUENTIAL, Plan
 from nanovllm.engine.scheduler import Step
 from nanovllm.engine.step_inputs import StepInputs, dummy_chunk
-from nanovllm.engine.step_runner import FixedPlan, PreparedStep, StepRunner
+from nanovllm.engine.step_runner import FixedChooser, PreparedStep, StepRunner
 from nanovllm.engine.warm_up import SAMPLING, warm_up
 from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.sampler import SamplingBatch, sample
@@ -148,7 +148,7 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def use(self, step_runner: StepRunner, chooser: FixedPlan | None = None) -> None:
+    def use(self, step_runner: StepRunner, chooser: FixedChooser | None = None) -> None:
         """Runs the next steps by a runner of `make_step_runner`; none may be in flight."""
         self.synchronize()
         self.step_runner, self.statistics = step_runner, step_runner.statistics
@@ -238,7 +238,7 @@ class ModelRunner:
         runner = StepRunner(config, built, self.last_tokens, self.graph_memory, self.inputs)
         if is_auto and len(built.schedulers) > 1:
             try:
-                runner.chooser = AutoPlan(runner, self._calibration(config, runner))
+                runner.chooser = AutoChooser(runner, self._calibration(config, runner))
             except BaseException:
                 runner.close()
                 raise

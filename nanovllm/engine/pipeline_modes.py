@@ -29,7 +29,7 @@ from nanovllm.models.stage import Model
 logger = logging.getLogger(__name__)
 
 # On fewer SMs some cuBLAS kernels fail: there is no room for their clusters of thread blocks.
-MIN_DENSE_SMS = 16
+MIN_FFN_SMS = 16
 MODES = {
     "sequential": SEQUENTIAL,
     "microbatch": MICROBATCH,
@@ -162,9 +162,9 @@ def _make_lanes(
     partitions = undo.push(Partitions(device, wanted, names))
     attention = plan.lanes.index(plan.lane_of(ATTENTION))
     for i, sms in enumerate(partitions.sms):
-        if i != attention and sms < MIN_DENSE_SMS:
+        if i != attention and sms < MIN_FFN_SMS:
             raise PipelineUnavailable(
                 f"{names[i]}={wanted[i]}: {sms} SMs were granted, and cuBLAS needs at least "
-                f"{MIN_DENSE_SMS}"
+                f"{MIN_FFN_SMS}"
             )
     return plan.with_sms(partitions.sms), partitions.streams

@@ -68,6 +68,7 @@ class Plan:
 
 TWO_LANES = (PlannedLane("attention", (ATTENTION,)), PlannedLane("ffn"))
 SEQUENTIAL = Plan("sequential", 1, TWO_LANES)
+SEQUENTIAL_NUMBER = 0  # its place among the plans of every engine
 MICROBATCH = Plan("microbatch", 2, TWO_LANES)
 STREAMS = Plan("streams", 2, TWO_LANES, streams=True)
 GREEN = Plan("green", 2, TWO_LANES, streams=True)

@@ -176,7 +176,8 @@ def dummy_chunk(start: int, end: int, blocks: Sequence[int] = ()) -> Chunk:
     return Chunk(seq, start, end, needs_sample=True)
 
 
-# Stands in rows of decode that no sequence needs: it has no context, and its token is 0.
+# Stands in rows of decode that no sequence needs: it has no context, and its token is 0,
+# as -1 is the last place of a list with one.
 PADDING = Chunk(dummy_chunk(0, 1).seq, start=-1, end=0, needs_sample=False)
 
 

@@ -19,7 +19,7 @@ from nanovllm.config import Config
 from nanovllm.engine.graph_memory import GraphMemory
 from nanovllm.engine.pipeline_modes import Pipelines
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler, hidden_states
-from nanovllm.engine.plan import Choice
+from nanovllm.engine.plan import SEQUENTIAL_NUMBER, Choice
 from nanovllm.engine.scheduler import Chunk, Step
 from nanovllm.engine.stage_times import StageTimer
 from nanovllm.engine.step_inputs import (
@@ -31,7 +31,7 @@ from nanovllm.engine.step_inputs import (
 )
 
 
-class FixedPlan:
+class FixedChooser:
     """Chooses the last plan for all steps that have enough sequences, sequential for the rest."""
 
     def __init__(self, schedulers: Sequence[PipelineScheduler], memory: GraphMemory | None) -> None:
@@ -41,7 +41,7 @@ class FixedPlan:
     def choose(self, num_seqs: int, tokens: int) -> Choice:
         """For a decode step of so many sequences with so many tokens together."""
         size = num_seqs if self.memory is None else self.memory.size_for(num_seqs)
-        return Choice(self.last if size >= self.fewest else 0, size)
+        return Choice(self.last if size >= self.fewest else SEQUENTIAL_NUMBER, size)
 
     def observe(self, prediction: Any, seconds: float) -> None:
         """Takes the time of a step, with the `prediction` of its choice."""
@@ -60,13 +60,13 @@ class PreparedStep:
         layout: of `flat`.
         flat: its inputs, int32 [layout.size].
         prediction: what its time is told to, with it.
-        events: recorded before and after it, if there is a prediction.
+        events: recorded before and after it; None: nobody wants to know its time.
     """
 
     layout: StepLayout
     flat: torch.Tensor
     prediction: Any = None
-    events: tuple[torch.cuda.Event, ...] = ()
+    events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
 
 class StepRunner:
@@ -91,7 +91,7 @@ class StepRunner:
         self.config = config
         self.schedulers, self.statistics = pipelines.schedulers, pipelines.statistics
         self.partitions = pipelines.partitions
-        self.chooser = FixedPlan(self.schedulers, memory)
+        self.chooser = FixedChooser(self.schedulers, memory)
         self.last_tokens, self.device = last_tokens, last_tokens.device
         self.memory = memory
         self.inputs = inputs
@@ -106,31 +106,44 @@ class StepRunner:
             return self.prepare_prompts(step.chunks)
         lengths = [chunk.end for chunk in step.chunks]
         choice = self.chooser.choose(len(lengths), sum(lengths))
-        return self.prepare_decode(choice, step.chunks, lengths)
+        profiled = self.config.pipeline_enable_profiling
+        return self.prepare_decode(choice, step.chunks, lengths, timed=profiled)
 
     def prepare_decode(
-        self, choice: Choice, chunks: Sequence[Chunk], lengths: Sequence[int]
+        self,
+        choice: Choice,
+        chunks: Sequence[Chunk],
+        lengths: Sequence[int],
+        *,
+        timed: bool = False,
     ) -> PreparedStep:
-        """A step of chunks of one token, which all are sampled, with padding."""
-        layout = self.layout(choice)
+        """A step of chunks of one token, which all are sampled, with padding.
+
+        `timed`: each of its works is, which takes time itself.
+        """
+        layout = self.layout(choice, timed)
         parts = balance(lengths, layout)
-        timed = range(2 if choice.prediction is not None else 0)
-        events = tuple(torch.cuda.Event(enable_timing=True) for _ in timed)
+        events = None
+        if choice.prediction is not None:
+            events = (
+                torch.cuda.Event(enable_timing=True),
+                torch.cuda.Event(enable_timing=True),
+            )
         return PreparedStep(layout, self._fill(layout, chunks, parts), choice.prediction, events)
 
     def prepare_prompts(self, chunks: Sequence[Chunk]) -> PreparedStep:
         """A step of any chunks, as one micro-batch."""
         part = decode_first(chunks)
-        layout = self.inputs.mixed_layout(0, [[chunks[i] for i in part]])
+        layout = self.inputs.mixed_layout(SEQUENTIAL_NUMBER, [[chunks[i] for i in part]])
         return PreparedStep(layout, self._fill(layout, chunks, [part]))
 
-    def layout(self, choice: Choice) -> StepLayout:
+    def layout(self, choice: Choice, timed: bool) -> StepLayout:
         """Of a decode step."""
         plan, size, _ = choice
-        key = plan, size, self.config.pipeline_enable_profiling
+        key = plan, size, timed
         if key not in self.layouts:
             batches = self.schedulers[plan].plan.micro_batches
-            self.layouts[key] = self.inputs.decode_layout(plan, size, batches, timed=key[-1])
+            self.layouts[key] = self.inputs.decode_layout(plan, size, batches, timed=timed)
         return self.layouts[key]
 
     def run(
@@ -166,12 +179,15 @@ class StepRunner:
         return self.run(self.prepare_decode(choice, [], []))
 
     def finish(self, step: PreparedStep, num_seqs: int) -> None:
-        """Counts a decode step, which must be complete, and hands on how long it took."""
+        """Counts a decode step, which must be complete, and hands on how long it took.
+
+        A profiled step's time is not handed on, as profiling is a part of it.
+        """
         pipelined = len(step.layout.micro_batches) > 1
         self.statistics.count_step(num_seqs, pipelined=pipelined)
         if self.timer is not None:
             self.statistics.add_times(*self.timer.read())
-        elif step.events:
+        elif step.events is not None:
             begin, end = step.events
             self.chooser.observe(step.prediction, begin.elapsed_time(end) * 1e-3)
 
@@ -182,7 +198,7 @@ class StepRunner:
         if largest_first:
             bar = tqdm(largest_first, desc="Capturing CUDA graphs", disable=not show_progress)
             for choice in bar:
-                layout = self.layout(choice)
+                layout = self.layout(choice, self.config.pipeline_enable_profiling)
                 if layout not in self.graphs:
                     self._capture(layout)
             # The steps that were run before their captures leave memory in sizes of their own.
@@ -200,12 +216,12 @@ class StepRunner:
     def _replay(self, step: PreparedStep) -> torch.Tensor:
         assert self.memory is not None
         graph, self.timer = self.graphs.get(step.layout) or self._capture(step.layout)
-        for event in step.events[:1]:
-            event.record()
+        if step.events is not None:
+            step.events[0].record()
         self.memory.inputs[: step.layout.size].copy_(step.flat, non_blocking=True)
         graph.replay()
-        for event in step.events[1:]:
-            event.record()
+        if step.events is not None:
+            step.events[1].record()
         return self.memory.logits[: step.layout.num_samples]
 
     @torch.inference_mode()

@@ -41,7 +41,8 @@ class Transactions:
     def call(self, function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         """Calls `function` while no other thread is in one."""
         self.check_process()  # in a forked child nobody may ever release the lock
-        # NOTE: not the function, whose engine must be free to go if an interrupt leaves this here.
+        # A plain token: a reference to the function would keep its engine alive for ever if an
+        # interrupt left it here.
         caller = object()
         try:
             self.callers.add(caller)
@@ -60,7 +61,7 @@ class Transactions:
         self.check_open()
         self.unfinished += 1
         yield
-        self.unfinished -= 1
+        self.unfinished -= 1  # not in a `finally`: what was broken off stays counted
 
     def check_open(self) -> None:
         """Raises RuntimeError if the engine has exited, or is another process's."""

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 
 from nanovllm import LLM
 from nanovllm.bench.shapes import shape_directory
-from nanovllm.engine.auto.auto_plan import AutoPlan
+from nanovllm.engine.auto.chooser import AutoChooser
 from nanovllm.engine.auto.planner import Planner
 from nanovllm.engine.plan import Choice
 from tests.gpu.texts import texts
@@ -38,13 +38,13 @@ def auto_engine(**options: Any) -> LLM:
     return LLM(device="cuda", enable_pipeline=True, pipeline_strict=True, **options)
 
 
-def auto_plan(engine: LLM) -> AutoPlan:
+def auto_plan(engine: LLM) -> AutoChooser:
     chooser = engine.model_runner.step_runner.chooser
-    assert isinstance(chooser, AutoPlan)
+    assert isinstance(chooser, AutoChooser)
     return chooser
 
 
-def times(decode: AutoPlan) -> list[Any]:
+def times(decode: AutoChooser) -> list[Any]:
     return [decode.calibration.table.curves(plan) for plan in range(len(decode.plans))]
 
 
@@ -107,7 +107,7 @@ def test_two_calibrations_choose_equally_fast_plans(cache: Path) -> None:
     assert all(abs(difference) < PLAN_TOLERANCE for difference in apart.values()), apart
 
 
-def choices(decode: AutoPlan) -> list[Choice]:
+def choices(decode: AutoChooser) -> list[Choice]:
     """At each of the points, what a new planner takes by the calibration on disk."""
     made = decode.planner
     fresh = [Planner(made.table, made.plans, made.sizes) for _ in POINTS]
@@ -118,7 +118,7 @@ def choices(decode: AutoPlan) -> list[Choice]:
 
 
 def measure_in_turn(
-    decode: AutoPlan, plans: list[int], batch: int, context: int
+    decode: AutoChooser, plans: list[int], batch: int, context: int
 ) -> dict[int, float]:
     """Median seconds of a step by plan, from turns back and forth on random keys and values."""
     times: dict[int, list[float]] = {plan: [] for plan in plans}

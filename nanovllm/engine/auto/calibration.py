@@ -29,8 +29,8 @@ from tqdm import tqdm
 import green_ctx
 import nanovllm
 from nanovllm.engine.auto.cost_table import CostTable
-from nanovllm.engine.auto.planner import LEAST_GAIN, SEQUENTIAL_NUMBER
-from nanovllm.engine.plan import Plan
+from nanovllm.engine.auto.planner import LEAST_GAIN
+from nanovllm.engine.plan import SEQUENTIAL_NUMBER, Plan
 from nanovllm.utils.disk_cache import DiskCache
 
 logger = logging.getLogger(__name__)

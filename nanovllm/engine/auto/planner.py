@@ -1,7 +1,8 @@
 """Chooses the plan of each decode step: a table, a margin, and a guard.
 
 The table predicts every plan. The fastest is taken if it gains enough over sequential decode, and
-over the plan in use. All plans have their graphs, so a change costs nothing.
+over the plan in use; sequential decode is taken back without a margin. Every plan has its graphs
+at the sizes where it may be chosen, so a change costs nothing.
 
 The guard is for what the table does not know. A pipelined plan that takes longer than sequential
 decode was predicted to, many steps in a row, is dropped at that size for the rest of the run.
@@ -17,11 +18,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from nanovllm.engine.auto.cost_table import CostTable
-from nanovllm.engine.plan import Choice, Plan
+from nanovllm.engine.plan import SEQUENTIAL_NUMBER, Choice, Plan
 
 logger = logging.getLogger(__name__)
 
-SEQUENTIAL_NUMBER = 0  # of the plan that any step can run
 # A plan is taken if it gains so much over sequential decode and over the plan in use. The times are
 # good to about 1%, so what is missed stays below 2%.
 LEAST_GAIN = 1.01

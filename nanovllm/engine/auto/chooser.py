@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from nanovllm.engine.auto.calibration import Calibration
 from nanovllm.engine.auto.cost_table import CostTable
-from nanovllm.engine.auto.planner import SEQUENTIAL_NUMBER, Planner, Prediction
-from nanovllm.engine.plan import GREEN, Choice, Plan
-from nanovllm.engine.step_runner import FixedPlan, StepRunner
+from nanovllm.engine.auto.planner import Planner, Prediction
+from nanovllm.engine.plan import GREEN, SEQUENTIAL_NUMBER, Choice, Plan
+from nanovllm.engine.step_runner import FixedChooser, StepRunner
 
 # The FFN gets a group of whole multiples of this many SMs, about these shares of all of them.
 FFN_MULTIPLE = 8
@@ -18,7 +18,7 @@ FFN_SHARES = (0.79, 0.72, 0.67, 0.61, 0.55)
 Split = tuple[int, int]
 
 
-class AutoPlan(FixedPlan):
+class AutoChooser(FixedChooser):
     """Lets a planner choose among the plans of `runner` by what `calibration` measures of them."""
 
     def __init__(self, runner: StepRunner, calibration: Calibration) -> None:

@@ -3,20 +3,22 @@
 python bench_pipeline.py                        Qwen3-0.6B's shape; without a GPU the tiny model
 python bench_pipeline.py --shape 8B --batch 512 --context 512 --attention-sms 36 --ffn-sms 96
 python bench_pipeline.py --model Qwen/Qwen3-4B --modes green auto --json result.json
-python bench_pipeline.py --workload growing     contexts from 128 to 4096: all plans, and auto
+python bench_pipeline.py --workload growing     contexts from 128 to 4096: fixed splits and auto
 python bench_pipeline.py --workload throughput --requests chat --shape 8B --mode auto
 python bench_pipeline.py --workload nano        nano-vllm's own benchmark, prefill included
 python bench_pipeline.py --workload prefill     prompts alone, at the 8B shape
 python bench_pipeline.py --map --plot map.png --json map.json    where the pipeline pays
 python bench_pipeline.py --map --plot map.png --from map.json    the same picture, drawn again
-python bench_pipeline.py --curves --plot curves.png              what SMs are worth to each stage
+python bench_pipeline.py --curves --plot curves.png              what SMs are worth
 
-Prints a table and, as the last line, one JSON object; that of --map and --curves is long, so with
---json it goes there alone. A step's time is wall time, from the end of one step to the end of the
-next: scheduling, model, and tokens on the host. Ratios are speed: above 1 is faster than
-sequential. On a GPU, "of floor" says how near a step comes to the time in which weights and KV
-cache can be read. Progress goes to stderr. What is measured when it ends early (Ctrl-C, an error)
-is printed all the same.
+`--workload NAME --help` lists the options of a workload.
+
+Prints a table and, as the last line, one JSON object; that of --map is long, so with --json it goes
+there alone. A step's time is wall time, from the end of one step to the end of the next:
+scheduling, model, and tokens on the host. Ratios are speed: above 1 is faster than sequential. On a
+GPU, "of floor" says how near a step comes to the time in which weights and KV cache can be read.
+Progress goes to stderr. What is measured when it ends early (Ctrl-C, an error) is printed all the
+same.
 """
 
 from __future__ import annotations
@@ -31,7 +33,6 @@ from nanovllm.bench import (
     decode,
     gain_map,
     growing,
-    prefill,
     report,
     throughput,
 )
@@ -43,12 +44,10 @@ WORKLOADS = {
     "growing": growing,
     "nano": throughput,
     "throughput": throughput,
-    "prefill": prefill,
+    "prefill": throughput,
     "map": gain_map,
     "curves": curves,
 }
-# Their JSON objects are too long for a terminal.
-LONG = ("map", "curves")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -64,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(workload.describe(record))
                 if args.plot is not None:
                     workload.draw(record, args.plot)
-                if args.json is None or args.workload not in LONG:
+                if args.json is None or args.workload != "map":
                     print(json.dumps(record))
 
 

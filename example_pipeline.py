@@ -14,7 +14,7 @@ from pathlib import Path
 from nanovllm import LLM, Config, SamplingParams
 from nanovllm.config import PIPELINE_MODES
 from nanovllm.tiny import CHECKPOINT_DIR, PROMPTS
-from nanovllm.utils.command_line import Parser, check_output, fail, in_one_line
+from nanovllm.utils.command_line import Parser, check_output, in_one_line
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -44,23 +44,18 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     prompts = args.prompt or list(PROMPTS[:8])
-    script = Path(__file__).name
-    with in_one_line(script):
-        try:
-            params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
-            llm = LLM(
-                args.model,
-                device=args.device,
-                enforce_eager=args.enforce_eager,
-                enable_pipeline=True,
-                pipeline_mode=args.mode,
-                pipeline_attention_sm_count=args.attention_sms,
-                pipeline_ffn_sm_count=args.ffn_sms,
-                pipeline_enable_profiling=True,
-            )
-        except (ValueError, FileNotFoundError, MemoryError) as error:
-            fail(script, error)
-        with llm:
+    with in_one_line(Path(__file__).name, ValueError, FileNotFoundError, MemoryError):
+        params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
+        with LLM(
+            args.model,
+            device=args.device,
+            enforce_eager=args.enforce_eager,
+            enable_pipeline=True,
+            pipeline_mode=args.mode,
+            pipeline_attention_sm_count=args.attention_sms,
+            pipeline_ffn_sm_count=args.ffn_sms,
+            pipeline_enable_profiling=True,
+        ) as llm:
             outputs = llm.generate(prompts, params)
             for prompt, output in zip(prompts, outputs, strict=True):
                 print(f"\n{prompt!r}\n  -> {output['text']!r} ({output['finish_reason']})")

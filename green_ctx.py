@@ -1,11 +1,10 @@
 """CUDA green contexts: split a GPU's SMs into disjoint partitions with a stream each.
 
     device = GreenDevice(0)
-    with GreenContexts(device, device.split([36, 88, 8])) as contexts:
+    with GreenContexts(device, device.split([36, 80, 16])) as contexts:
         streams = [torch.cuda.ExternalStream(handle) for handle in contexts.stream_handles]
 
-- `Driver` alone calls `cuda.bindings.driver`; it turns every failure, by status or by exception,
-  into a `DriverError`. Before the first `Driver()` nothing is imported or called.
+- `Driver` alone calls `cuda.bindings.driver`, and not before the first `Driver()`.
 - `GreenDevice` splits. One driver call makes all parts of a split, so they are disjoint;
   `plan_partitions` is the arithmetic of it.
 - `GreenContexts` owns what is made of the parts, and closes it last first. The calls for that are
@@ -26,7 +25,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import islice, starmap
 from math import gcd, lcm
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,18 +35,11 @@ logger = logging.getLogger(__name__)
 # Constants of cuda.h. As numbers, because the bindings renamed the enums that hold them.
 DEFAULT_STREAM = 1  # CU_GREEN_CTX_DEFAULT_STREAM
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: the only kind a green context may have
-NOT_FOUND, NOT_SUPPORTED = 500, 801  # how older drivers say that they lack a function
 UNKNOWN_ERROR = 999  # CUDA_ERROR_UNKNOWN
 INVALID_RESOURCE_CONFIGURATION = 915  # the code for "the SMs cannot be arranged like that"
 
-REQUIRED_FUNCTIONS = (
-    "cuDeviceGetDevResource",
-    "cuDevSmResourceSplitByCount",
-    "cuDevResourceGenerateDesc",
-    "cuGreenCtxCreate",
-    "cuGreenCtxDestroy",
-    "cuGreenCtxGetDevResource",
-)
+# CUDA versions, as drivers tell them, that have green contexts, and streams made on them.
+GREEN_CONTEXTS, GREEN_STREAMS = 12040, 12050
 
 
 class GreenContextError(RuntimeError):
@@ -61,8 +53,7 @@ class GreenContextUnavailable(GreenContextError):
 class DriverError(GreenContextError):
     """A driver call that failed: its `function`, and the driver's `code` and `name` for why.
 
-    Where the bindings raised an exception instead, it is the cause, `name` is its type, and `code`
-    is 999.
+    Where the bindings raised an exception instead, that is the cause, and `code` is 999.
     """
 
     def __init__(self, function: str, code: int, name: str, detail: str = "") -> None:
@@ -70,16 +61,15 @@ class DriverError(GreenContextError):
         self.function, self.code, self.name = function, code, name
 
 
-def check_integer(name: str, value: Any, minimum: int) -> int:
-    """Returns `value` as an int; ValueError unless it is an integer, no bool, from `minimum` up."""
+def check_count(name: str, value: Any) -> int:
+    """Returns `value` as an int; ValueError unless it is an integer, no bool, from 1 up."""
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
+        count = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        number = None
-    if number is None or number < minimum:
-        allowed = f"an integer of at least {minimum}"
-        raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}")
-    return number
+        count = 0
+    if count < 1:
+        raise ValueError(f"{name}={value!r} is not allowed: it must be an integer of at least 1")
+    return count
 
 
 class Driver:
@@ -102,22 +92,18 @@ class Driver:
                 raise
             # How the bindings say that there is no driver library.
             raise GreenContextUnavailable(f"no CUDA driver: {error.__cause__}") from error
-        self.version = int(self("cuDriverGetVersion"))
-        missing = [name for name in REQUIRED_FUNCTIONS if not self.has(name)]
+        version = int(self("cuDriverGetVersion"))
+        self.version = f"{version // 1000}.{version % 1000 // 10}"  # the newest CUDA it supports
         # A resource query must name its type with the bindings' own enum.
         types = getattr(self._bindings, "CUdevResourceType", None)
         self.sm_type = getattr(types, "CU_DEV_RESOURCE_TYPE_SM", None)
-        if missing or self.sm_type is None:
+        if version < GREEN_CONTEXTS or self.sm_type is None:
             raise GreenContextUnavailable(
-                "driver and cuda-bindings must be for CUDA 12.4 or newer; "
-                f"the driver is for {self.version_text}; "
-                f"missing: {', '.join(missing or ['CU_DEV_RESOURCE_TYPE_SM'])}"
+                "driver and cuda-bindings must be for CUDA 12.4 or newer; the driver is for "
+                f"{self.version}"
             )
-
-    @property
-    def version_text(self) -> str:
-        """The newest CUDA version the driver supports, such as "13.0"."""
-        return f"{self.version // 1000}.{self.version % 1000 // 10}"
+        has_call = hasattr(self._bindings, "cuGreenCtxStreamCreate")
+        self.has_green_streams = version >= GREEN_STREAMS and has_call
 
     def __call__(self, function: str, *args: Any, answer: list[Any] | None = None) -> Any:
         """`driver("cuDeviceGet", 0)` returns the function's one output, or a tuple of several.
@@ -138,18 +124,6 @@ class Driver:
         if code != 0:
             raise DriverError(function, code, name)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-    def has(self, function: str) -> bool:
-        """Whether both the bindings and the driver know `function`."""
-        if not hasattr(self._bindings, function):
-            return False
-        try:
-            address, _ = self("cuGetProcAddress", function.encode(), self.version, 0)
-        except DriverError as error:
-            if error.code not in (NOT_FOUND, NOT_SUPPORTED):
-                raise
-            return False
-        return bool(address)
 
 
 @dataclass(frozen=True)
@@ -178,15 +152,12 @@ class Granularity:
 def plan_partitions(
     total: int, granularity: Granularity, counts: Sequence[int], names: Sequence[str] = ()
 ) -> list[int | None]:
-    """Rounds the SMs wanted for each part up to what a device of `total` SMs can make.
+    """SMs of each part: as many as wanted, rounded up to what a device of `total` can make.
 
     Each part is an aligned group if all fit. If they do not, or if they fill the device, one part
-    is the whole remainder, which need not be a multiple of the alignment: the first part if
-    possible, else the next that can. A remainder promises no co-scheduled SMs: kernels launched in
+    is the whole remainder (None): the first part if possible, else the next that can. A remainder
+    need not be a multiple of the alignment, and promises no co-scheduled SMs: kernels launched in
     clusters, as cuBLAS does, may fail on a small one.
-
-    Returns:
-        SMs of each part; None for the remainder.
 
     Raises:
         ValueError: no counts, one that is no positive integer, or too many for the device.
@@ -194,7 +165,7 @@ def plan_partitions(
     if not counts:
         raise ValueError(f"counts={counts!r} is not allowed: there must be one at least")
     names = names or [f"counts[{i}]" for i in range(len(counts))]
-    counts = [check_integer(name, n, minimum=1) for name, n in zip(names, counts, strict=True)]
+    counts = [check_count(name, count) for name, count in zip(names, counts, strict=True)]
     aligned = [granularity.round_up(count, len(counts)) for count in counts]
     # With one group less, for a part that is the remainder.
     groups = [granularity.round_up(count, len(counts) - 1) for count in counts]
@@ -211,24 +182,18 @@ def plan_partitions(
     )
 
 
-@dataclass(frozen=True)
-class SmResource:
+class SmResource(NamedTuple):
     """SMs that a split granted: how many, and the driver's handles for them."""
 
     sm_count: int
-    handles: tuple[Any, ...] = field(repr=False)
+    handles: tuple[Any, ...]
 
 
 class GreenDevice:
-    """One GPU whose `sm_count` SMs can be split.
-
-    Args:
-        ordinal: number of the device, as CUDA and torch count.
-        driver: default: a new `Driver()`, which raises GreenContextError if there is none.
-    """
+    """One GPU whose `sm_count` SMs can be split; `ordinal` is its number for CUDA and torch."""
 
     def __init__(self, ordinal: int = 0, driver: Driver | None = None) -> None:
-        self.ordinal = check_integer("ordinal", ordinal, minimum=0)
+        self.ordinal = ordinal
         self.driver = driver = Driver() if driver is None else driver
         self.handle: Any = driver("cuDeviceGet", self.ordinal)
         self._sms: Any = driver("cuDeviceGetDevResource", self.handle, driver.sm_type)
@@ -245,9 +210,7 @@ class GreenDevice:
     def split(self, counts: Sequence[int], names: Sequence[str] = ()) -> list[SmResource]:
         """Splits the device into disjoint parts, one for each of `counts` and in their order.
 
-        Args:
-            counts: SMs wanted for each part; `plan_partitions` says what it gets.
-            names: what errors call the counts; default: counts[0], counts[1], ...
+        `plan_partitions` says what SMs each part gets; errors call the counts by their `names`.
 
         Raises:
             ValueError: see `plan_partitions`.
@@ -256,16 +219,9 @@ class GreenDevice:
         """
         granularity = self.granularity()
         plan = plan_partitions(self.sm_count, granularity, counts, names)
-        groups, rest = self._make_groups([n for n in plan if n is not None], granularity)
-        dealt = iter(groups)
-        return [rest if size is None else next(dealt) for size in plan]
-
-    def _make_groups(
-        self, sizes: Sequence[int], granularity: Granularity
-    ) -> tuple[list[SmResource], SmResource]:
-        """Groups of exactly these sizes, and what is left."""
+        sizes = [size for size in plan if size is not None]
         if not sizes:  # the one part is the whole device
-            return [], SmResource(self.sm_count, (self._sms,))
+            return [SmResource(self.sm_count, (self._sms,))]
         # NOTE: a group or remainder cannot be split again before a green context was made of it
         # (error 915), but a context may be made of several groups of one split. So unequal groups
         # are put together from equal units, the larger the better, as neighbours stay together.
@@ -274,8 +230,12 @@ class GreenDevice:
             units, rest = self._split_evenly(number, unit)
             if [int(group.sm.smCount) for group in units] == [unit] * number:
                 deal = iter(units)
-                groups = [SmResource(n, tuple(islice(deal, n // unit))) for n in sizes]
-                return groups, SmResource(int(rest.sm.smCount), (rest,))
+                return [
+                    SmResource(size, tuple(islice(deal, size // unit)))
+                    if size is not None
+                    else SmResource(int(rest.sm.smCount), (rest,))
+                    for size in plan
+                ]
         raise GreenContextUnavailable(f"{self} cannot make groups of {sizes} SMs")
 
     def _split_evenly(self, groups: int, count: int) -> tuple[list[Any], Any]:
@@ -307,11 +267,6 @@ def close_after_error(owner: Any) -> None:
         logger.warning("A driver call failed while others were undone: %s", error)
 
 
-def succeeded(answer: Sequence[Any]) -> bool:
-    """Whether a driver call was made and its status was success."""
-    return bool(answer) and bool(answer[0][0] == 0)
-
-
 @dataclass(frozen=True)
 class Undo:
     """A call of `function`, due once the call that answered `made` has succeeded."""
@@ -321,17 +276,16 @@ class Undo:
     answer: list[Any] = field(default_factory=list)
 
     def run(self, driver: Driver) -> None:
-        """Makes the call if it is due. It is no longer after a success; it is after a failure."""
-        if succeeded(self.made) and not succeeded(self.answer):
+        """Makes the call if it is due: until it has succeeded once."""
+        made, done = ([status for status, *_ in call] == [0] for call in (self.made, self.answer))
+        if made and not done:
             driver(self.function, *self.made[0][1:], answer=self.answer)
 
 
 class GreenContexts:
-    """Owner of green contexts with a stream each; the current CUDA context stays as it was.
+    """Owner of green contexts with a stream each, made of the parts of `device.split`.
 
-    Args:
-        device: the device that made the split.
-        parts: what `device.split(...)` returned, all or some; each gets a green context.
+    The current CUDA context stays as it was.
 
     Attributes:
         sms: SMs of each, as the driver reports them of the finished green contexts.
@@ -347,9 +301,7 @@ class GreenContexts:
         self.closed = False
         self._undo: list[Undo] = []
         try:
-            made = [self._make_partition(part) for part in parts]
-            self.sms = tuple(sms for sms, _ in made)
-            self.stream_handles = tuple(stream for _, stream in made)
+            self.sms, self.stream_handles = zip(*map(self._make_partition, parts), strict=True)
         except BaseException:
             close_after_error(self)
             raise
@@ -392,7 +344,7 @@ class GreenContexts:
     def _make_stream(self, context: Any) -> Any:
         """Creates a stream on a green context; leaves the thread's current context as it was."""
         driver, destroy = self.device.driver, ["cuStreamSynchronize", "cuStreamDestroy"]
-        if driver.has("cuGreenCtxStreamCreate"):
+        if driver.has_green_streams:
             return self._make("cuGreenCtxStreamCreate", context, NON_BLOCKING, 0, undo=destroy)
         as_context = driver("cuCtxFromGreenCtx", context)
         self._make("cuCtxPushCurrent", as_context, undo=["cuCtxPopCurrent"])
@@ -416,7 +368,7 @@ def main() -> int:
     try:
         device = GreenDevice(0)
         sizes, total = device.granularity(), device.sm_count
-        print(f"{device}, driver for CUDA {device.driver.version_text}")
+        print(f"{device}, driver for CUDA {device.driver.version}")
         print(f"groups of {sizes.minimum} SMs or more, in multiples of {sizes.alignment}")
         for count in (1, 12, 16, 36, total * 3 // 4):
             if sizes.round_up(count) <= total:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanovllm.tiny import CHECKPOINT_DIR
-from nanovllm.utils.options import boolean, check, choice, hinting, integer, number
+from nanovllm.utils.options import boolean, check, choice, hinting, integer, number, option
 
 PIPELINE_MODES = ("auto", "sequential", "microbatch", "streams", "green")
 
@@ -44,10 +44,9 @@ class Config:
         max_model_len: longest sequence in tokens, prompt and output; the model's own limit caps it.
         gpu_memory_utilization: share of the device's memory the engine may fill (CUDA only).
         tensor_parallel_size: ranks over which weights and KV heads are split.
-        all_reduce: "auto" lets GPUs of one host that can do so read and write each other's memory;
+        all_reduce: "auto" lets GPUs of one host read and write each other's memory where they can;
             "nccl" does not.
-        step_timeout: seconds after which a step that makes no progress, as a rank is dead or
-            silent, ends in an error.
+        step_timeout: seconds without progress after which a step of several ranks is an error.
         enforce_eager: decode without CUDA graphs.
         kvcache_block_size: tokens in a KV block.
         num_kvcache_blocks: KV blocks to allocate; -1: as many as memory allows (on the CPU, at
@@ -68,56 +67,29 @@ class Config:
         pipeline_strict: raise instead of falling back to sequential execution.
     """
 
-    model: str = str(CHECKPOINT_DIR)
-    max_num_batched_tokens: int = 16384
-    max_num_seqs: int = 512
-    max_model_len: int = 4096
-    gpu_memory_utilization: float = 0.9
-    tensor_parallel_size: int = 1
-    all_reduce: str = "auto"
-    step_timeout: float = 60.0
-    enforce_eager: bool = False
-    kvcache_block_size: int = 256
-    num_kvcache_blocks: int = -1
-    device: str = "auto"
-    dtype: str = "auto"
-    load_format: str = "auto"
-    attention_backend: str = "auto"
-    enable_prefix_caching: bool = True
-    async_scheduling: bool = True
-    enable_pipeline: bool = False
-    pipeline_attention_sm_count: int = 16
-    pipeline_ffn_sm_count: int = 16
-    pipeline_enable_profiling: bool = False
-    pipeline_mode: str = "auto"
-    pipeline_strict: bool = False
+    model: str = option(str(CHECKPOINT_DIR), _model)
+    max_num_batched_tokens: int = option(16384, integer(1))
+    max_num_seqs: int = option(512, integer(1))
+    max_model_len: int = option(4096, integer(2))
+    gpu_memory_utilization: float = option(0.9, number(0, 1, open_low=True))
+    tensor_parallel_size: int = option(1, integer(1))
+    all_reduce: str = option("auto", choice("auto", "nccl"))
+    step_timeout: float = option(60.0, number(0, 86400, open_low=True))
+    enforce_eager: bool = option(False, boolean)
+    kvcache_block_size: int = option(256, integer(16, multiple_of=16))
+    num_kvcache_blocks: int = option(-1, integer(1, also=-1))
+    device: str = option("auto", _device)
+    dtype: str = option("auto", choice("auto", "float32", "bfloat16", "float16"))
+    load_format: str = option("auto", choice("auto", "dummy"))
+    attention_backend: str = option("auto", choice("auto", "triton", "flash_attn", "torch"))
+    enable_prefix_caching: bool = option(True, boolean)
+    async_scheduling: bool = option(True, boolean)
+    enable_pipeline: bool = option(False, boolean)
+    pipeline_attention_sm_count: int = option(16, integer(1))
+    pipeline_ffn_sm_count: int = option(16, integer(1))
+    pipeline_enable_profiling: bool = option(False, boolean)
+    pipeline_mode: str = option("auto", choice(*PIPELINE_MODES))
+    pipeline_strict: bool = option(False, boolean)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, check(self, RULES, name, value))
-
-
-RULES = {
-    "model": _model,
-    "max_num_batched_tokens": integer(1),
-    "max_num_seqs": integer(1),
-    "max_model_len": integer(2),
-    "gpu_memory_utilization": number(0, 1, open_low=True),
-    "tensor_parallel_size": integer(1),
-    "all_reduce": choice("auto", "nccl"),
-    "step_timeout": number(0, 86400, open_low=True),
-    "enforce_eager": boolean,
-    "kvcache_block_size": integer(16, multiple_of=16),
-    "num_kvcache_blocks": integer(1, also=-1),
-    "device": _device,
-    "dtype": choice("auto", "float32", "bfloat16", "float16"),
-    "load_format": choice("auto", "dummy"),
-    "attention_backend": choice("auto", "triton", "flash_attn", "torch"),
-    "enable_prefix_caching": boolean,
-    "async_scheduling": boolean,
-    "enable_pipeline": boolean,
-    "pipeline_attention_sm_count": integer(1),
-    "pipeline_ffn_sm_count": integer(1),
-    "pipeline_enable_profiling": boolean,
-    "pipeline_mode": choice(*PIPELINE_MODES),
-    "pipeline_strict": boolean,
-}
+        object.__setattr__(self, name, check(self, name, value))

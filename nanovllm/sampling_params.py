@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from nanovllm.utils.options import boolean, check, hinting, integer, number, whole
+from nanovllm.utils.options import (
+    boolean,
+    check,
+    hinting,
+    integer,
+    number,
+    option,
+    token_ids,
+    whole,
+)
 
-# They would be taken for their characters, their bytes or their keys.
-NOT_TOKEN_IDS = (str, bytes, bytearray, memoryview, Mapping)
 
-
-def _token_ids(value: Any) -> tuple[int, ...]:
-    if isinstance(value, Iterable) and not isinstance(value, NOT_TOKEN_IDS):
-        try:
-            ids = [whole(token) for token in value]
-        except Exception:  # an array of no dimension only looks like a sequence
-            ids = [None]
-        if all(token is not None and token >= 0 for token in ids):
-            return tuple(ids)  # type: ignore[arg-type]
-    raise ValueError("a sequence of token ids, integers of at least 0")
+def _stop_token_ids(value: Any) -> tuple[int, ...]:
+    ids = token_ids(tuple(value) if isinstance(value, Set) else value)
+    if ids is None or min(ids, default=0) < 0:
+        raise ValueError("a sequence of token ids, integers of at least 0")
+    return tuple(ids)
 
 
 def _seed(value: Any) -> int | None:
-    if value is None:
-        return None
     seed = whole(value)
-    if seed is not None and 0 <= seed < 2**63:
+    if value is None or (seed is not None and 0 <= seed < 2**63):
         return seed
     raise ValueError("None or an integer from 0 to 2**63 - 1")
 
@@ -48,28 +49,18 @@ class SamplingParams:
             random.
     """
 
-    temperature: float = 1.0
-    top_k: int = -1
-    top_p: float = 1.0
-    max_tokens: int = 64
-    ignore_eos: bool = False
-    stop_token_ids: tuple[int, ...] = ()
-    seed: int | None = None
+    temperature: float = option(1.0, number(0, 100))
+    top_k: int = option(-1, integer(1, also=-1))
+    top_p: float = option(1.0, number(0, 1, open_low=True))
+    max_tokens: int = option(64, integer(1))
+    ignore_eos: bool = option(False, boolean)
+    stop_token_ids: tuple[int, ...] = option((), _stop_token_ids)
+    seed: int | None = option(None, _seed)
 
     def __post_init__(self) -> None:
-        for name in RULES:
-            object.__setattr__(self, name, check(self, RULES, name, getattr(self, name)))
-
-
-RULES = {
-    "temperature": number(0, 100),
-    "top_k": integer(1, also=-1),
-    "top_p": number(0, 1, open_low=True),
-    "max_tokens": integer(1),
-    "ignore_eos": boolean,
-    "stop_token_ids": _token_ids,
-    "seed": _seed,
-}
+        for field in dataclasses.fields(self):
+            value = check(self, field.name, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
 
 
 def params_per_prompt(
@@ -82,9 +73,7 @@ def params_per_prompt(
         )
     if given is None or isinstance(given, SamplingParams):
         return [given or SamplingParams(**fields)] * count
-    if not isinstance(given, Iterable):
-        raise TypeError(f"sampling_params={given!r} is neither a SamplingParams nor a list of them")
-    params = list(given)
+    params = list(given) if isinstance(given, Iterable) else [given]
     for item in params:
         if not isinstance(item, SamplingParams):
             raise TypeError(f"sampling_params holds {item!r}, which is no SamplingParams")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from nanovllm.models.rope import ROPES
 from nanovllm.tiny import CHECKPOINT_DIR
-from tests.checkpoints import FIELD_NAMES, TABLE
+from tests.checkpoints import FIELD_NAMES, TABLE, edit_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 EVIL: list[Any] = [
@@ -29,6 +29,7 @@ EVIL: list[Any] = [
     *["", "x", "0", "64", "false", "true", "linear", *ROPES, *TABLE, "silu", "swish", "gelu"],
     *["bfloat16", "torch.bfloat16", "float64", "int8", "half", "auto", "../x", "/etc/passwd"],
     *["\ud800", "a" * 10_000, "evil.Evil", "full_attention", "sliding_attention", "Qwen3Model"],
+    *["F64", "BF16", "I8", "C64", [2**62, 4], [-1, 3], [0, 2**63], "lm_head.weight"],
     *[[], {}, [1], [None], ["full_attention"], {"rope_type": "yarn"}, {"a": {"b": {}}}, [[[]]]],
 ]
 # What reading a damaged file raises beyond that.
@@ -38,12 +39,13 @@ KEYS = [
     *["type", "architectures", "model_type", "auto_map"],
     *["tokenizer_class", "eos_token", "added_tokens_decoder", "vocab_file", "tokenizer_file"],
     *["fast_tokenizer_files", "gguf_file", "chat_template", "extra_special_tokens", "model"],
+    *["lm_head.weight", "dtype", "shape", "data_offsets", "__metadata__"],
     *["weight_map", "metadata", "use_fast", "init_inputs", "backend", "tokenizer_object"],
 ]
 
 
-def add_tokenizer(directory: Path, rng: random.Random) -> None:
-    """The embedded model's tokenizer, in one of the forms in which checkpoints have theirs."""
+def add_tokenizer(directory: Path, *, fast: bool = True) -> None:
+    """The embedded model's tokenizer; if not `fast`, in its vocabulary and merges alone."""
     for name in TOKENIZER_FILES:
         shutil.copy(CHECKPOINT_DIR / name, directory)
     model = json.loads((CHECKPOINT_DIR / "tokenizer.json").read_text())["model"]
@@ -57,11 +59,9 @@ def add_tokenizer(directory: Path, rng: random.Random) -> None:
     for name, value in extra.items():
         (directory / name).write_text(json.dumps(value))
     (directory / "chat_template.jinja").write_text("{{ messages }}")
-    if rng.random() < 0.5:
+    if not fast:
         (directory / "tokenizer.json").unlink()
-        config = json.loads((directory / "tokenizer_config.json").read_text())
-        config["tokenizer_class"] = "Qwen2Tokenizer"
-        (directory / "tokenizer_config.json").write_text(json.dumps(config))
+        edit_json(directory / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
 
 
 def mutate(directory: Path, rng: random.Random) -> str:
@@ -90,28 +90,23 @@ def mutate(directory: Path, rng: random.Random) -> str:
 
 
 def damage_bytes(path: Path, rng: random.Random) -> str:
-    data = bytearray(path.read_bytes())
+    data = path.read_bytes()
     # The header of a safetensors file is where a flipped bit matters most.
     where = rng.randrange(min(len(data), rng.choice([8, 2000, len(data) + 1])) + 1)
-    kind = rng.choice(["cut", "flip", "insert", "append", "rubbish", "empty", "encoding", "deep"])
-    if kind == "cut":
-        data = data[:where]
-    elif kind == "flip" and data:
-        data[min(where, len(data) - 1)] ^= 1 << rng.randrange(8)
-    elif kind == "insert":
-        data[where:where] = rng.choice([b"\0", b"\xff\xfe", b"{", b'"', b"9" * 5000, b"e999", b","])
-    elif kind == "append":
-        data += rng.choice([b"\0" * 100, b"}", b"[]", b"\n\n"])
-    elif kind == "rubbish":
-        data = bytearray(rng.randbytes(rng.choice([1, 8, 9, 500])))
-    elif kind == "empty":
-        data = bytearray()
-    elif kind == "encoding":
-        encoding = rng.choice(["utf-16", "utf-8-sig"])
-        data = bytearray(bytes(data).decode("latin-1").encode(encoding))
-    elif kind == "deep":
-        data = bytearray(rng.choice([b"[" * 100_000, b'{"a":' * 100_000, b"[" * 500 + b"]" * 500]))
-    _write(path, bytes(data))
+    before, after, text = data[:where], data[where:], data.decode("latin-1")
+    inserted = rng.choice([b"\0", b"\xff\xfe", b"{", b'"', b"9" * 5000, b"e999", b","])
+    kinds = {
+        "cut": before,
+        "flip": before + bytes(byte ^ 1 << rng.randrange(8) for byte in after[:1]) + after[1:],
+        "insert": before + inserted + after,
+        "append": data + rng.choice([b"\0" * 100, b"}", b"[]", b"\n\n"]),
+        "rubbish": rng.randbytes(rng.choice([1, 8, 9, 500])),
+        "empty": b"",
+        "encoding": text.encode(rng.choice(["utf-16", "utf-8-sig"])),
+        "deep": rng.choice([b"[" * 100_000, b'{"a":' * 100_000, b"[" * 500 + b"]" * 500]),
+    }
+    kind = rng.choice(list(kinds))
+    _write(path, kinds[kind])
     return f"bytes {kind} at {where}"
 
 
@@ -138,6 +133,27 @@ def replace_file(path: Path, rng: random.Random) -> str:
 
 def damage_json(path: Path, rng: random.Random) -> str:
     root = json.loads(path.read_text())
+    what = _damage(root, rng)
+    _write(path, json.dumps(root).encode())
+    return what
+
+
+def damage_header(path: Path, rng: random.Random) -> str:
+    """The same of a safetensors file, before the same data."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    what = _damage(header, rng)
+    text = json.dumps(header).encode()
+    size = len(text)
+    if rng.random() < 0.1:
+        size = rng.choice([0, 1, size - 1, size + 1, 2**32, 2**63, 2**64 - 1])
+    _write(path, struct.pack("<Q", size) + text + data[8 + length :])
+    return f"header of {size}: {what}"
+
+
+def _damage(root: Any, rng: random.Random) -> str:
+    """Changes one place within a JSON value."""
     places = list(_places(root))
     # Large vocabularies would leave little for the rest.
     shallow = [place for place in places if place[2] <= 2]
@@ -158,7 +174,6 @@ def damage_json(path: Path, rng: random.Random) -> str:
         container[key], other[at] = other[at], container[key]
     else:
         container[key] = value
-    _write(path, json.dumps(root).encode())
     return f"{kind} {key!s:.60} {value!r:.60}"
 
 
@@ -179,51 +194,6 @@ def _tweaked(value: Any, rng: random.Random) -> Any:
     if isinstance(value, str):
         return rng.choice([value + "x", value[:-1], value.upper(), [value], "../" + value])
     return rng.choice([[value], {"a": value}, str(value)])
-
-
-def damage_header(path: Path, rng: random.Random) -> str:
-    """Another header, of the right length, before the same data."""
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    name = rng.choice([name for name in header if name != "__metadata__"])
-    entry = header[name]
-    kind = rng.choice(["dtype", "shape", "offsets", "name", "drop", "copy", "length", "metadata"])
-    value: Any = None
-    if kind == "dtype":
-        value = rng.choice(
-            ["F64", "F32", "F16", "BF16", "I32", "U32", "I8", "F8_E4M3", "C64", "?", 5]
-        )
-        entry["dtype"] = value
-    elif kind == "shape":
-        value = [entry["shape"][::-1], [], [2**62, 4], [-1, 3], [1, *entry["shape"]], None, "x"]
-        value.append([math_prod(entry["shape"])])
-        entry["shape"] = value = rng.choice(value)
-    elif kind == "offsets":
-        begin, end = entry["data_offsets"]
-        value = [[0, 2**63], [end, begin], [begin + 4, end + 4], [0, 0], [begin], None, [-4, end]]
-        entry["data_offsets"] = value = rng.choice(value)
-    elif kind == "name":
-        value = rng.choice(
-            ["lm_head.weight", name + "_scale", "", "\ud800", "model." + name, "a.b"]
-        )
-        header[value] = header.pop(name)
-    elif kind == "drop":
-        del header[name]
-    elif kind == "copy":
-        header[rng.choice(["lm_head.weight", "other"])] = entry
-    elif kind == "metadata":
-        header["__metadata__"] = value = rng.choice(EVIL)
-    text = json.dumps(header).encode()
-    size = len(text)
-    if kind == "length":
-        size = rng.choice([0, 1, size - 1, size + 1, 2**32, 2**63, 2**64 - 1])
-    _write(path, struct.pack("<Q", size) + text + data[8 + length :])
-    return f"header {kind} {name} {value!r:.60}"
-
-
-def math_prod(shape: list[int]) -> int:
-    return int(torch.Size(shape).numel())
 
 
 def damage_tensors(path: Path, rng: random.Random) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,13 @@ from transformers import AutoModelForCausalLM
 from nanovllm import LLM
 from nanovllm.engine.llm_engine import Completion
 from nanovllm.models.architectures import Architecture
-from nanovllm.tiny import CHECKPOINT_DIR
+from tests.checkpoint_mutations import add_tokenizer
 from tests.checkpoints import TABLE, VOCAB, Shape
 
 PROMPT = [(i * 7) % 500 + 2 for i in range(150)]
 NUM_TOKENS = 6
 ENGINE = {"device": "cpu", "max_model_len": 256, "kvcache_block_size": 16, "num_kvcache_blocks": 20}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 # In the place of a token whose logits are no numbers, after which there are no others.
 NO_NUMBERS = -1
 
@@ -41,11 +39,7 @@ Tensors = dict[str, torch.Tensor]
 def engine_tokens(directory: Path, **options: Any) -> list[int]:
     """What the engine says after the prompt, cut to its longest sequence."""
     with LLM(str(directory), **ENGINE, **options) as llm:
-        return tokens_of(llm)
-
-
-def tokens_of(llm: LLM) -> list[int]:
-    return complete(llm)["token_ids"]
+        return complete(llm)["token_ids"]
 
 
 def complete(llm: LLM) -> Completion:
@@ -241,9 +235,10 @@ def spell_tensors(rng: random.Random, tensors: Tensors, shape: Shape) -> str:
         done.append(stored)
     prefix = rng.choice(["", "", "without", "doubled"])
     if prefix:
-        renamed = {renamed_tensor(name, prefix): value for name, value in tensors.items()}
-        tensors.clear()
-        tensors.update(renamed)
+        for name in list(tensors):
+            bare = name.removeprefix("model.")
+            renamed = f"model.{name}" if prefix == "doubled" else bare
+            tensors[renamed] = tensors.pop(name)
         done.append(f"prefix {prefix}")
     dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
     kind = rng.choice([*dtypes, "mixed"])
@@ -258,12 +253,6 @@ def spell_tensors(rng: random.Random, tensors: Tensors, shape: Shape) -> str:
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
         done.append("inv_freq")
     return ", ".join(done)
-
-
-def renamed_tensor(name: str, prefix: str) -> str:
-    if prefix == "doubled":
-        return f"model.{name}"
-    return name.removeprefix("model.")
 
 
 def write_weights(rng: random.Random, directory: Path, tensors: Tensors) -> str:
@@ -312,8 +301,7 @@ def write_files_beside(rng: random.Random, directory: Path) -> str:
             (directory / name).write_bytes(data)
             done.append(name)
     if rng.random() < 0.15:
-        for name in TOKENIZER_FILES:
-            shutil.copy(CHECKPOINT_DIR / name, directory)
+        add_tokenizer(directory)
         done.append("tokenizer")
     if rng.random() < 0.2:
         blobs = directory / "blobs"

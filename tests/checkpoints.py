@@ -111,9 +111,8 @@ class Shape:
         return model
 
 
-def edit_config(directory: Path, **changes: Any) -> None:
-    """Sets fields of config.json; `...` drops one."""
-    path = directory / "config.json"
+def edit_json(path: Path, **changes: Any) -> None:
+    """Sets fields of an object; `...` drops one."""
     fields = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({name: v for name, v in fields.items() if v is not ...}))
 

@@ -40,7 +40,8 @@ def model_like(oracle: transformers.Qwen3ForCausalLM) -> DecoderForCausalLM:
     config = parse_config(oracle.config.to_dict())
     group = ParallelGroup()
     backend = make_backend("torch", config.rank_heads(group), CPU, BLOCK_SIZE)
-    model = make_model(config, backend, group, CPU, torch.float32)
+    model = make_model(config, backend, group, torch.float32)
+    model.allocate(CPU)
     weights = oracle.state_dict()
     for name, shard in model.weight_shards().items():
         shard.target.copy_(weights[name])
@@ -80,6 +81,11 @@ class DecodeCase:
         """The same in micro-batches of so many sequences."""
         ends = itertools.accumulate(sizes, initial=0)
         return [self._part(range(*pair)) for pair in itertools.pairwise(ends)]
+
+    def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and positions of all contexts, one after the other."""
+        tokens = torch.tensor(list(itertools.chain.from_iterable(self.contexts)))
+        return tokens, torch.cat([torch.arange(len(context)) for context in self.contexts])
 
     @staticmethod
     def padding_like(inputs: StepTensors) -> StepTensors:

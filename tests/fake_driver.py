@@ -8,7 +8,7 @@ it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from itertools import count
 from pathlib import Path
@@ -19,7 +19,10 @@ import torch
 
 import green_ctx
 from green_ctx import Driver, GreenDevice
+from nanovllm.config import Config
 from nanovllm.engine.green_manager import GreenContextManager, Partitions
+from nanovllm.engine.pipeline_modes import Pipelines, build_pipelines
+from nanovllm.engine.plan import Plan
 
 ROOT = Path(green_ctx.__file__).resolve().parent
 CUDA0 = torch.device("cuda:0")
@@ -46,8 +49,8 @@ class FakeDriver:
     Args:
         sms: SMs of the device; they are numbered from 0.
         granularity: minimum and alignment of groups.
+        version: CUDA version of the driver.
         unbound: functions that the bindings lack.
-        unknown: functions that the bindings have and the driver lacks.
         most_groups: how many groups of a size the device can arrange; default: as many as fit.
         errors: function -> statuses of its calls in turn, then success.
         fail_at: number of the one call, of all together and from 1, that fails.
@@ -61,15 +64,15 @@ class FakeDriver:
         sms: int = 132,
         granularity: tuple[int, int] = (8, 8),
         *,
+        version: int = 13000,
         unbound: tuple[str, ...] = (),
-        unknown: tuple[str, ...] = (),
         most_groups: Callable[[int], int] = lambda size: sys.maxsize,
         errors: dict[str, list[Result]] | None = None,
         fail_at: int = 0,
         failure: int | BaseException = 0,
     ) -> None:
         self.sms, self.granularity = frozenset(range(sms)), granularity
-        self.unbound, self.unknown, self.most_groups = unbound, unknown, most_groups
+        self.version, self.unbound, self.most_groups = version, unbound, most_groups
         self.errors = errors or {}
         self.fail_at, self.failure = fail_at, failure
         self.lost: list[int] = []
@@ -121,10 +124,7 @@ class FakeDriver:
         return (OK,)
 
     def _cuDriverGetVersion(self) -> tuple[Any, ...]:
-        return OK, 13000
-
-    def _cuGetProcAddress(self, symbol: bytes, version: int, flags: int) -> tuple[Any, ...]:
-        return OK, 0 if symbol.decode() in self.unknown else 0xC0DE, 0
+        return OK, self.version
 
     def _cuDeviceGet(self, ordinal: int) -> tuple[Any, ...]:
         return OK, ordinal
@@ -210,3 +210,13 @@ def manager_with(fake: FakeDriver, attention: int, ffn: int) -> GreenContextMana
 
 def partitions_with(fake: FakeDriver, *counts: int) -> Partitions:
     return Partitions(CUDA0, counts, driver=Driver(fake))
+
+
+def build(
+    device: str = "cuda:0", plan: Plan | None = None, more: Sequence[Plan] = (), **options: Any
+) -> Pipelines:
+    """What an engine on `device` would build; no model is needed for that."""
+    config = Config(**({"enable_pipeline": True} | options))
+    backend = SimpleNamespace(make_workspace=lambda device, num_sms: f"for {num_sms} SMs")
+    model: Any = SimpleNamespace(backend=backend)
+    return build_pipelines(config, model, torch.device(device), 132, plan, more)

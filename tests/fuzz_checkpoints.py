@@ -13,22 +13,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
+import logging.handlers
+import multiprocessing
 import os
 import random
 import re
 import resource
-import select
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -56,92 +59,73 @@ class Worker:
     """A process that runs checkpoints, one at a time; started again after a hang or a crash."""
 
     def __init__(self) -> None:
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: multiprocessing.process.BaseProcess | None = None
         self.runs = 0
 
-    def run(self, request: dict[str, Any]) -> dict[str, Any]:
+    def run(self, **request: Any) -> dict[str, Any]:
         """The result of `run_one`, or {"fault": ...} if there is none."""
         if self.process is None or self.runs >= RUNS_PER_WORKER:
             self.start()
-        assert self.process is not None
-        assert self.process.stdin is not None
         self.runs += 1
-        self.process.stdin.write(json.dumps(request).encode() + b"\n")
-        self.process.stdin.flush()
-        line = self._read_line(SECONDS + 20)  # the oracle's time is not the engine's
-        if line is None or not line:
-            self.close()
-            return {"fault": "hang" if line is None else "memory"}
-        return json.loads(line)
+        self.pipe.send(request)
+        try:
+            if self.pipe.poll(SECONDS + 20):  # the oracle's time is not the engine's
+                return self.pipe.recv()
+            fault = "hang"
+        except (EOFError, ConnectionError):
+            fault = "memory"
+        self.close()
+        return {"fault": fault}
 
     def start(self) -> None:
         self.close()
         self.runs = 0
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = str(ROOT)
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-        )
-        assert self._read_line(120) == b"ready\n"
+        os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()  # or else its end would go unnoticed
+        assert self.pipe.poll(120)
+        self.pipe.recv()
 
     def close(self) -> None:
         if self.process is not None:
+            self.pipe.close()
+            self.process.join(1)
             self.process.kill()
-            self.process.communicate()
+            self.process.join()
             self.process = None
 
-    def _read_line(self, seconds: float) -> bytes | None:
-        assert self.process is not None
-        assert self.process.stdout is not None
-        if not select.select([self.process.stdout], [], [], seconds)[0]:
-            return None
-        return self.process.stdout.readline()
 
-
-def serve() -> None:
-    """The worker: reads requests, writes results, and offers "y" to whoever asks on stdin."""
-    requests, results = os.fdopen(os.dup(0), "r"), os.fdopen(os.dup(1), "w")
+def serve(pipe: Connection) -> None:
+    """The worker: answers requests, and says "y" to whoever asks on stdin."""
     with tempfile.TemporaryFile() as answers:
         answers.write(b"y\n" * 100)
         answers.seek(0)
         os.dup2(answers.fileno(), 0)
-    os.dup2(2, 1)
-    import torch
-    from transformers.utils import logging as transformers_logging
-
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 3 * MEMORY,) * 2)
-    print("ready", file=results, flush=True)
-    for line in requests:
-        print(json.dumps(run_one(**json.loads(line))), file=results, flush=True)
-
-
-class Messages(logging.Handler):
-    """What the engine warns of."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
+    pipe.send("ready")
+    with contextlib.suppress(EOFError):  # the pipe was closed
+        while True:
+            pipe.send(run_one(**pipe.recv()))
 
 
 def run_one(
-    directory: str, expected: list[int] | None, load_format: str = "auto"
+    directory: str, expected: list[int] | None = None, load_format: str = "auto"
 ) -> dict[str, Any]:
     """Loads one checkpoint: what the engine said and took, and what transformers says."""
     Path("/proc/self/clear_refs").write_text("5")
     before, start = memory("VmRSS"), time.monotonic()
     result: dict[str, Any] = {"error": None, "tokens": None}
-    longest, warnings = 0, Messages()
+    longest, warnings = 0, logging.handlers.BufferingHandler(100)
     logging.getLogger("nanovllm").addHandler(warnings)
     try:
         with LLM(directory, **ENGINE, load_format=load_format) as llm:
@@ -152,8 +136,9 @@ def run_one(
                 llm.tokenizer.decode(llm.tokenizer.encode("Once upon a time"))
             if output["finish_reason"] == "error":
                 result["tokens"].append(NO_NUMBERS)
-                if any(".safetensors" in message for message in warnings.messages):
-                    raise ValueError("; ".join(warnings.messages))
+                messages = "; ".join(record.getMessage() for record in warnings.buffer)
+                if ".safetensors" in messages:
+                    raise ValueError(messages)
     except BaseException as error:
         result["error"] = f"{type(error).__name__}: {error}"
         result["kind"] = [base.__name__ for base in type(error).__mro__]
@@ -192,18 +177,12 @@ def verdict(result: dict[str, Any], names: set[str]) -> str:
     return "refused" if known and any(name in error for name in names) else "unnamed error"
 
 
-@contextlib.contextmanager
-def scratch() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="checkpoints") as directory:
-        yield Path(directory)
-
-
 def try_variants(worker: Worker, count: int, seed: int) -> Iterator[tuple[str, str]]:
     """The verdict on each sound variant, and what it was."""
     for number in range(count):
-        with scratch() as directory:
-            what = write_variant(directory, seed * 1_000_000 + number)
-            result = worker.run({"directory": str(directory), "expected": None})
+        with tempfile.TemporaryDirectory() as directory:
+            what = write_variant(Path(directory), seed * 1_000_000 + number)
+            result = worker.run(directory=directory)
             found = verdict(result, set())
             if found == "loaded" and result.get("oracle_error"):
                 found = "not loaded by transformers"
@@ -213,32 +192,30 @@ def try_variants(worker: Worker, count: int, seed: int) -> Iterator[tuple[str, s
 def try_mutations(worker: Worker, count: int, seed: int) -> Iterator[tuple[str, str]]:
     """The verdict on each damaged checkpoint, and what was done to it."""
     rng = random.Random(seed)
-    with scratch() as folder:
-        base, directory, trace = folder / "sound", folder / "damaged", folder / CANARY
+    with tempfile.TemporaryDirectory() as folder:
+        base, directory, trace = (Path(folder, name) for name in ("sound", "damaged", CANARY))
         expected = base_tokens = None
         for number in range(count):
             if number % RUNS_PER_BASE == 0:
                 write_base(base, rng)
-                base_tokens = worker.run({"directory": str(base), "expected": None})["tokens"]
+                base_tokens = worker.run(directory=str(base))["tokens"]
             if not directory.exists():
                 shutil.copytree(base, directory, symlinks=True)
                 write_canary(directory, trace)
                 expected = base_tokens
             one = random.Random(rng.randrange(10**9))
             what = mutate(directory, one)
-            request = {"directory": str(directory), "expected": expected}
-            if what.startswith("config.json") and one.random() < 0.15:
-                request["load_format"] = "dummy"
-            result = worker.run(request)
-            found = (
-                "code run"
-                if trace.exists()
-                else verdict(result, names_in(base) | names_in(directory))
+            dummy = what.startswith("config.json") and one.random() < 0.15
+            result = worker.run(
+                directory=str(directory),
+                expected=expected,
+                load_format="dummy" if dummy else "auto",
             )
-            yield found, f"{what}: {result}"
+            found = verdict(result, names_in(base) | names_in(directory))
+            yield "code run" if trace.exists() else found, f"{what}: {result}"
             trace.unlink(missing_ok=True)
             # What still loads may be damaged further.
-            if found == "loaded" and "load_format" not in request and one.random() < 0.2:
+            if found == "loaded" and not dummy and one.random() < 0.2:
                 expected = result["tokens"]
             else:
                 shutil.rmtree(directory)
@@ -250,7 +227,7 @@ def write_base(base: Path, rng: random.Random) -> None:
     base.mkdir()
     write_variant(base, rng.randrange(10**9))
     if rng.random() < 0.5:
-        add_tokenizer(base, rng)
+        add_tokenizer(base, fast=rng.random() >= 0.5)
 
 
 def write_canary(directory: Path, trace: Path) -> None:
@@ -299,7 +276,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--worker"]:
-        serve()
-    else:
-        sys.exit(main())
+    sys.exit(main())

@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanovllm.engine.auto.calibration import Calibration
 from nanovllm.engine.auto.planner import Planner
-from nanovllm.engine.graph_memory import batch_sizes
 from nanovllm.engine.plan import GREEN, SEQUENTIAL, Plan
-from tests.simulated_gpu import SILLY, NoCache
+from tests.simulated_gpu import SILLY, calibrated_planner
 
 BLOCK_SIZE = 256
 SILLY_FACTOR = 5.0  # how many times as long as sequential decode it takes
@@ -55,19 +53,12 @@ class MeasuredShape:
             if arm["mode"] == "green"
         ]
         self.plans = [SEQUENTIAL, SILLY, *greens]
-        self.points = [
-            Point(
-                p["batch"],
-                p["context"],
-                {
-                    name: arm["step_ms"]["median"] / 1e3
-                    for name, arm in p["arms"].items()
-                    if name != "auto"
-                },
-            )
-            for p in record["points"]
-            if p["reason"] is None
-        ]
+        self.points = []
+        for point in record["points"]:
+            medians = {n: arm["step_ms"]["median"] / 1e3 for n, arm in point["arms"].items()}
+            medians.pop("auto", None)
+            if point["reason"] is None:
+                self.points.append(Point(point["batch"], point["context"], medians))
         self.noise = random.Random(seed)
         self.timed: list[tuple[Plan, float]] = []
 
@@ -103,11 +94,8 @@ class MeasuredShape:
 
     def planner(self) -> Planner:
         """A planner after a calibration."""
-        cache: Any = NoCache()
-        calibration = Calibration(self.timer, self.largest, self.capacity, self.max_len, {}, cache)
-        sizes = calibration.run(self.plans, show_progress=False)
-        sizes[0] = batch_sizes(self.largest)
-        return Planner(calibration.table, self.plans, sizes)
+        given = self.largest, self.capacity, self.max_len
+        return calibrated_planner(self.timer, self.plans, *given)
 
 
 def per_token(known: Points) -> float:

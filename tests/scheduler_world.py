@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanovllm.engine import block_manager
-from nanovllm.engine.block_manager import PADDING_BLOCK, ROOT, BlockManager
+from nanovllm.engine.block_manager import PADDING_BLOCK, BlockManager
 from nanovllm.engine.scheduler import MAX_PREFILL_STREAK, Chunk, Scheduler, Step
-from nanovllm.engine.sequence import Sequence, Status
+from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 
 STOP = 0
@@ -109,7 +108,6 @@ class World:
     def abort(self, request_id: int) -> None:
         seq = self.alive.pop(request_id)
         self.scheduler.abort(seq)
-        assert seq.status is Status.FINISHED
         assert seq.finish_reason == "abort"
         assert seq.block_table == []
         self.check()
@@ -153,7 +151,7 @@ class World:
         for item in launched:
             for chunk in item.step.chunks if item else ():
                 self.last_tokens.pop(chunk.seq.request_index, None)
-                if chunk.seq.status is Status.RUNNING:
+                if chunk.seq.request_index >= 0:
                     for position in range(chunk.start, chunk.end):
                         self.kv[self.slot(chunk.seq, position)] = RUBBISH
         self.in_flight = None
@@ -163,7 +161,6 @@ class World:
     def finish(self, launched: Launched) -> None:
         """Hands the drawn tokens back, and checks what the scheduler makes of them."""
         for seq in self.scheduler.update(launched.step, launched.drawn):
-            assert seq.status is Status.FINISHED
             assert seq.block_table == []
             assert seq.finish_reason == ("stop" if seq.token_ids[-1] == STOP else "length")
             assert len(seq.token_ids) <= max(seq.max_len, seq.prompt_len + 1)
@@ -207,7 +204,7 @@ class World:
             assert num_tokens <= scheduler.max_num_batched_tokens
         for chunk in step.chunks:
             seq = chunk.seq
-            assert seq.status is Status.RUNNING
+            assert seq.request_index >= 0
             assert 0 <= chunk.start < chunk.end <= len(seq.block_table) * size
             # By now its own token is pending too.
             assert chunk.end <= seq.length - chunk.needs_sample
@@ -217,7 +214,7 @@ class World:
                 assert chunk.needs_sample
                 assert chunk.end == chunk.start + 1
             written = seq.block_table[chunk.start // size : -(-chunk.end // size)]
-            assert all(self.blocks.blocks[block].ref_count == 1 for block in written)
+            assert all(self.blocks.ref_counts[block] == 1 for block in written)
 
     def check_progress(self, step: Step) -> None:
         """The oldest is in every step, but for a few in a row that prefill others."""
@@ -237,12 +234,12 @@ class World:
     def check(self) -> None:
         self.check_queues()
         self.check_owners()
-        self.check_hashes()
+        self.check_prefixes()
 
     def check_queues(self) -> None:
         running, waiting = self.scheduler.running, list(self.scheduler.waiting)
-        assert all(seq.status is Status.RUNNING for seq in running)
-        assert all(seq.status is Status.WAITING and not seq.block_table for seq in waiting)
+        assert all(seq.request_index < 0 and not seq.block_table for seq in waiting)
+        assert all(seq.finish_reason is None for seq in (*running, *waiting))
         assert len(running) <= self.scheduler.max_num_seqs
         # Nothing is lost, runs are in order of arrival, and nobody waits for a younger one.
         assert [seq.request_id for seq in (*running, *waiting)] == sorted(self.alive)
@@ -251,10 +248,9 @@ class World:
         manager, running = self.blocks, self.scheduler.running
         owners = Counter(block for seq in running for block in set(seq.block_table))
         assert all(len(set(seq.block_table)) == len(seq.block_table) for seq in running)
-        assert set(manager.blocks) == set(range(1, manager.num_blocks + 1))
         assert PADDING_BLOCK not in owners
-        assert {i: b.ref_count for i, b in manager.blocks.items() if b.ref_count} == dict(owners)
-        assert set(manager.free) == set(manager.blocks) - set(owners)
+        assert {block: n for block, n in manager.ref_counts.items() if n} == dict(owners)
+        assert set(manager.free) == set(range(1, manager.num_blocks + 1)) - set(owners)
         for seq in running:
             assert seq.num_computed <= len(seq.block_table) * manager.block_size
             assert seq.num_computed <= seq.num_scheduled < seq.length
@@ -263,38 +259,24 @@ class World:
         indices = [seq.request_index for seq in running] + self.scheduler.free_indices
         assert sorted(indices) == list(range(self.scheduler.max_num_seqs))
 
-    def check_hashes(self) -> None:
+    def check_prefixes(self) -> None:
         """What the prefix cache believes of a block is what the model has written there."""
         manager, size = self.blocks, self.blocks.block_size
-        numbers: dict[int, list[int]] = {}
-        for block_id, block in manager.blocks.items():
-            if block.node is None:
-                continue
-            assert manager.enable_prefix_caching
+        assert manager.enable_prefix_caching or not manager.prefixes
+        texts: dict[int, list[int]] = {}
+        for block_id, prefix in manager.prefixes.items():
             ends = [self.kv.get(block_id * size + offset) for offset in range(size)]
             text = self.texts.tokens[ends[-1]]
             assert ends == self.texts.all_of(text)[-size:]
             assert len(text) % size == 0
-            assert np.frombuffer(block.node.tokens, np.int32).tolist() == text[-size:]
-            assert block.node.chain_hash == chain_hash(text, size)
+            assert np.frombuffer(prefix.key[1], np.int32).tolist() == text[-size:]
             # Equal numbers mean equal texts.
-            assert numbers.setdefault(block.node.node_id, text) == text
-        for value, block_id in manager.by_hash.items():
-            assert manager.blocks[block_id].node.chain_hash == value
+            assert texts.setdefault(prefix.number, text) == text
+        for key, block_id in manager.by_key.items():
+            assert manager.prefixes[block_id].key == key
         for seq in self.scheduler.running:
             assert seq.num_registered <= seq.num_computed // size
-            for block_id in seq.block_table[: seq.num_registered]:
-                assert manager.blocks[block_id].node is not None
-
-
-def chain_hash(tokens: list[int], block_size: int) -> int:
-    """The hash of a text of whole blocks, from its first token on."""
-    value = ROOT.chain_hash
-    for start in range(0, len(tokens), block_size):
-        value = block_manager.hash_block(
-            value, np.array(tokens[start : start + block_size], np.int32).tobytes()
-        )
-    return value
+            assert manager.prefixes.keys() >= set(seq.block_table[: seq.num_registered])
 
 
 def drive(world: World, token: int = 1) -> list[Step]:

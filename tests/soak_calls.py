@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import random
 import re
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -29,6 +28,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.tiny import CHECKPOINT_DIR, PROMPTS
 from tests.checkpoints import greedy
 from tests.interrupts import Interrupt, InterruptAt
+from tests.thread_rounds import run_all
 
 # Interrupts come at lines of the engine, not of the model, of which there are many more.
 ENGINE = str(Path(nanovllm.__file__).parent / "engine")
@@ -237,30 +237,10 @@ class RandomCalls:
                     driven.engine.abort(victim)
                 time.sleep(0.005)
 
-        self.beside(abort, lambda: self.generate(driven))
+        run_all(abort, lambda: self.generate(driven))
 
     def generate_twice_at_a_time(self, driven: Driven) -> None:
-        self.beside(lambda: self.generate(driven), lambda: self.generate(driven))
-
-    def beside(self, other: Callable[[], None], here: Callable[[], None]) -> None:
-        errors: list[Exception] = []
-
-        def run() -> None:
-            try:
-                other()
-            except Exception as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        try:
-            here()
-        finally:
-            thread.join(60)
-            if thread.is_alive():
-                self.problems.append("a thread hangs")
-        for error in errors:
-            raise error
+        run_all(lambda: self.generate(driven), lambda: self.generate(driven))
 
     def exit(self) -> None:
         """Ends the engines that live on."""

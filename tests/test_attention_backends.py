@@ -56,25 +56,10 @@ class Case(PagedSequences):
             lengths = self.lens[num_decode:]
             prefill = PrefillMetadata(self.tables[num_decode:], lengths, cu, max(rows))
         metadata = AttentionMetadata(self.slots, decode, prefill)
-        return backend.attend(self.q, self.k_cache, self.v_cache, metadata)
-
-    def prefill(self, backend):
-        return self.attend(backend, 0)
-
-    def decode(self, backend):
-        return self.attend(backend, len(self.query_lens))
+        return backend.attend(self.q, (self.k_cache, self.v_cache), metadata)
 
 
 HEADS = [(2, 2, 32), (4, 2, 64), (4, 1, 128), (5, 1, 64), (8, 1, 32)]
-
-
-@pytest.mark.parametrize("block_size", [16, 48, 256])
-@pytest.mark.parametrize("heads", HEADS)
-def test_torch_equals_dense_attention(heads, block_size):
-    case = Case([5, 40, 17, 1], [5, 3, 17, 1], *heads, block_size)
-    torch.testing.assert_close(case.prefill(TorchBackend(case.heads)), case.dense())
-    case = Case([1, 40, 16, 49], [1] * 4, *heads, block_size)
-    torch.testing.assert_close(case.decode(TorchBackend(case.heads)), case.dense())
 
 
 @pytest.fixture
@@ -99,6 +84,19 @@ BACKENDS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("name", "block_size"),
+    [("torch", 16), ("torch", 48), ("torch", 256), ("flash_attn", 256), ("flash_attn", 512)],
+)
+@pytest.mark.parametrize("heads", HEADS)
+def test_a_backend_equals_dense_attention(flash_attn, name, heads, block_size):
+    case = Case([5, 300, 257, 1], [5, 3, 257, 1], *heads, block_size)
+    backend = BACKENDS[name](case.heads)
+    torch.testing.assert_close(case.attend(backend, 0), case.dense())
+    case = Case([1, 40, 16, 300], [1] * 4, *heads, block_size)
+    torch.testing.assert_close(case.attend(backend, 4), case.dense())
+
+
 @pytest.mark.parametrize("num_decode", range(4))
 @pytest.mark.parametrize("name", BACKENDS)
 def test_rows_of_both_kinds_attend_in_one_call(mixed, flash_attn, name, num_decode):
@@ -109,15 +107,14 @@ def test_rows_of_both_kinds_attend_in_one_call(mixed, flash_attn, name, num_deco
 
 def test_torch_gives_a_sequence_the_same_bits_alone_and_in_a_batch():
     case = Case([20, 33, 7], [1] * 3, 4, 2, 64, 16)
-    together = case.decode(TorchBackend(case.heads))
+    together = case.attend(TorchBackend(case.heads), 3)
     for n in range(3):
         lengths, plan = case.lens[n : n + 1], torch.empty(0, dtype=torch.int32)
         metadata = AttentionMetadata(
             case.slots[n : n + 1], DecodeMetadata(case.tables[n : n + 1], lengths, plan, None)
         )
-        alone = TorchBackend(case.heads).attend(
-            case.q[n : n + 1], case.k_cache, case.v_cache, metadata
-        )
+        cache = case.k_cache, case.v_cache
+        alone = TorchBackend(case.heads).attend(case.q[n : n + 1], cache, metadata)
         assert torch.equal(alone[0], together[n])
 
 
@@ -163,15 +160,6 @@ def flash_attn(monkeypatch) -> ModuleType:
     module.flash_attn_varlen_func = flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     return module
-
-
-@pytest.mark.parametrize("block_size", [256, 512])
-@pytest.mark.parametrize("heads", HEADS)
-def test_flash_attn_equals_dense_attention(flash_attn, heads, block_size):
-    case = Case([5, 300, 257, 1], [5, 3, 257, 1], *heads, block_size)
-    torch.testing.assert_close(case.prefill(FlashAttnBackend(case.heads, block_size)), case.dense())
-    case = Case([1, 300, 256, 513], [1] * 4, *heads, block_size)
-    torch.testing.assert_close(case.decode(FlashAttnBackend(case.heads, block_size)), case.dense())
 
 
 def test_an_engine_on_flash_attn_says_what_one_on_torch_says(flash_attn, monkeypatch, tmp_path):

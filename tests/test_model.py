@@ -1,144 +1,189 @@
-"""The model against transformers, stage by stage against its whole, and what an import costs."""
+"""Decoders of every architecture against transformers, and stage by stage against their whole."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
+from nanovllm import LLM
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.layers.attention import AttentionMetadata, DecodeMetadata, PrefillMetadata
-from nanovllm.layers.attention_torch import TorchBackend
-from nanovllm.layers.parallel import ParallelGroup
-from nanovllm.models import Checkpoint, Model, load_config, load_model
+from nanovllm.models import architectures
+from nanovllm.models.architectures import ARCHITECTURES, Architecture
+from nanovllm.models.rules import NULL
 from nanovllm.models.throwaway_cache import sequence_starts, throwaway_cache
-from tests.checkpoints import TABLE, VOCAB, Shape
+from tests.checkpoints import TABLE, VOCAB, Shape, greedy, prompts
+from tests.decode_cases import model_like
 
-CPU = torch.device("cpu")
-BLOCK = 16
-SEEDS = range(12)
-KINDS = list(TABLE)
-
-
-def load(directory) -> Model:
-    config = load_config(directory)
-    group = ParallelGroup()
-    backend = TorchBackend(config.rank_heads(group))
-    return load_model(config, Checkpoint.open(directory), backend, group, CPU, torch.float32)
-
-
-def random_batch(seed: int, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and positions of several sequences in a row."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(VOCAB, (sum(lengths),), generator=generator)
-    return ids, torch.cat([torch.arange(length) for length in lengths])
+BLOCK, MAX_BLOCKS = 16, 4
+SHAPE = Shape(layers=3, hidden=48, intermediate=80, head_dim=16)
+LENGTHS = [30, 21, 40, 64]
+# Sequences that decode, with the position of the token of each; then sequences of which a chunk is
+# computed, with its begin and end.
+STEPS = [
+    ([], [(0, 0, 17), (1, 0, 20)]),
+    ([], [(0, 17, 28), (2, 0, 5)]),
+    ([(0, 28), (1, 20)], []),
+    ([(0, 29)], [(2, 5, 39), (3, 0, 33)]),
+    ([(2, 39), (3, 33)], []),
+]
+SEEDS = pytest.mark.parametrize("seed", range(12))
 
 
-def stage_by_stage(model, ids, positions, metadata=None) -> torch.Tensor:
-    """The model as its stages, alternating over the layers."""
-    hidden = ids
-    for layer in range(model.config.num_hidden_layers):
-        hidden, residual = model.forward_attention(hidden, positions, layer, metadata)
-        hidden = model.forward_ffn(hidden, residual, layer)
-    return hidden
+def random_shape(seed: int) -> Shape:
+    return Shape.random(seed, list(TABLE)[seed % len(TABLE)])
 
 
-class Cached:
-    """Steps of sequences of fixed block tables through a KV cache."""
+class Pair:
+    """A transformers model of random weights, ours with the same, and sequences for both."""
 
-    def __init__(self, model, count: int, max_blocks: int = 4) -> None:
-        heads = model.backend.heads
-        blocks = torch.randperm(count * max_blocks, generator=torch.Generator().manual_seed(0)) + 1
-        self.tables = blocks.reshape(count, max_blocks).to(torch.int32)
-        layers, blocks = model.config.num_hidden_layers, count * max_blocks + 1
-        shape = (layers, 2, blocks, heads.num_kv_heads, BLOCK)
-        self.cache = torch.zeros(*shape, heads.head_dim)
-        model.bind_kv_cache(self.cache)
-        self.lengths = [0] * count
+    def __init__(self, shape: Shape, lengths: list[int] = LENGTHS) -> None:
+        self.oracle = shape.build()
+        self.model = model_like(self.oracle)
+        self.texts = [torch.randint(VOCAB, (length,)) for length in lengths]
+        self.ids = torch.cat(self.texts)
+        self.positions = torch.cat([torch.arange(length) for length in lengths])
+        blocks = torch.randperm(len(lengths) * MAX_BLOCKS) + 1
+        self.tables = blocks.view(len(lengths), MAX_BLOCKS).to(torch.int32)
+        heads = self.model.backend.heads
+        places = len(blocks) + 1, heads.num_kv_heads, BLOCK, heads.head_dim
+        self.cache = torch.zeros(shape.layers, 2, *places)
+        self.model.bind_kv_cache(self.cache)
 
-    def prefill(self, sizes: list[int]) -> tuple[torch.Tensor, AttentionMetadata]:
-        """Positions and metadata of the next `sizes` tokens of each sequence."""
-        positions, slots = self.advance(sizes)
-        cu = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
-        prefill = PrefillMetadata(self.tables, self.context(), cu, max(sizes))
-        return positions, AttentionMetadata(slots, prefill=prefill)
+    def step(self, decode, chunks) -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata]:
+        """What the model is called with."""
+        rows = [(n, position, position + 1) for n, position in decode] + chunks
+        slots = []
+        for n, start, end in rows:
+            position = torch.arange(start, end)
+            slots.append(self.tables[n, position // BLOCK] * BLOCK + position % BLOCK)
+        metadata = AttentionMetadata(torch.cat(slots))
+        if decode:
+            places = self._places(rows[: len(decode)])
+            nothing = torch.empty(0, dtype=torch.int32)
+            metadata = replace(metadata, decode=DecodeMetadata(*places, nothing, None))
+        if chunks:
+            sizes = [end - start for _, start, end in chunks]
+            starts = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
+            prefill = PrefillMetadata(*self._places(chunks), starts, max(sizes))
+            metadata = replace(metadata, prefill=prefill)
+        ids = torch.cat([self.texts[n][start:end] for n, start, end in rows])
+        positions = torch.cat([torch.arange(start, end) for _, start, end in rows])
+        return ids, positions, metadata
 
-    def decode(self) -> tuple[torch.Tensor, AttentionMetadata]:
-        positions, slots = self.advance([1] * len(self.lengths))
-        plan = torch.empty(0, dtype=torch.int32)
-        decode = DecodeMetadata(self.tables, self.context(), plan, None)
-        return positions, AttentionMetadata(slots, decode)
+    def expected(self, decode, chunks) -> torch.Tensor:
+        """The logits of that step."""
+        rows = [(n, position, position + 1) for n, position in decode] + chunks
+        texts = [(self.texts[n][None, :end], start) for n, start, end in rows]
+        return torch.cat([self.oracle(text).logits[0, start:] for text, start in texts])
 
-    def context(self) -> torch.Tensor:
-        return torch.tensor(self.lengths, dtype=torch.int32)
-
-    def advance(self, sizes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        positions, slots = [], []
-        for n, size in enumerate(sizes):
-            for position in range(self.lengths[n], self.lengths[n] + size):
-                positions.append(position)
-                block = int(self.tables[n, position // BLOCK])
-                slots.append(block * BLOCK + position % BLOCK)
-            self.lengths[n] += size
-        return torch.tensor(positions), torch.tensor(slots, dtype=torch.int32)
+    def _places(self, chunks: list[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        ends = torch.tensor([end for _, _, end in chunks], dtype=torch.int32)
+        return self.tables[[n for n, _, _ in chunks]], ends
 
 
-@torch.inference_mode()
-@pytest.mark.parametrize("seed", SEEDS)
-def test_logits_equal_those_of_transformers(tmp_path, seed):
-    oracle = Shape.random(seed, KINDS[seed % len(KINDS)]).write(tmp_path)
-    model = load(tmp_path)
-    lengths = [7, 1, 40, 90]
-    ids, positions = random_batch(seed, lengths)
-    logits = model.compute_logits(model(ids, positions))
-    expected = torch.cat([oracle(part[None]).logits[0] for part in ids.split(lengths)])
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------ against transformers
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("seed", SEEDS)
-def test_stages_in_turn_equal_the_whole_to_the_last_bit(tmp_path, seed):
-    Shape.random(seed, KINDS[seed % len(KINDS)]).write(tmp_path)
-    model = load(tmp_path)
-    ids, positions = random_batch(seed, [5, 1, 33])
-    whole = model(ids, positions)
-    assert torch.equal(stage_by_stage(model, ids, positions), whole)
+@SEEDS
+def test_logits_of_whole_sequences_are_those_of_transformers(seed):
+    pair = Pair(random_shape(seed), [7, 1, 40, 90])
+    logits = pair.model.compute_logits(pair.model(pair.ids, pair.positions))
+    close(logits, torch.cat([pair.oracle(text[None]).logits[0] for text in pair.texts]))
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("seed", SEEDS)
-def test_stages_in_turn_equal_the_whole_with_a_kv_cache(tmp_path, seed):
-    Shape.random(seed, KINDS[seed % len(KINDS)]).write(tmp_path)
-    model = load(tmp_path)
-    ids, _ = random_batch(seed, [5 + 20 + 17, 3])
+@pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
+@pytest.mark.parametrize("model_type", TABLE)
+def test_logits_of_steps_are_those_of_transformers(model_type, tied):
+    """Prompts in chunks, tokens one by one, and steps in which some do one, some the other."""
+    pair = Pair(replace(SHAPE, model_type=model_type, tied=tied, seed=tied))
+    for step in STEPS:
+        close(pair.model.compute_logits(pair.model(*pair.step(*step))), pair.expected(*step))
+
+
+@pytest.mark.parametrize("model_type", TABLE)
+def test_a_checkpoint_of_another_architecture_would_not_load(model_type):
+    """A model's weights are those that transformers has, biases and norms included."""
+    pair = Pair(replace(SHAPE, model_type=model_type, tied=True))
+    assert pair.model.weight_shards().keys() == pair.oracle.state_dict().keys() - {"lm_head.weight"}
+
+
+def test_a_new_architecture_is_an_entry_of_the_table(tmp_path, monkeypatch):
+    """Mistral, without its sliding window."""
+    mistral = Architecture(
+        name="MistralForCausalLM",
+        model_type="mistral",
+        ropes=("default",),
+        qkv_bias=False,
+        o_bias=False,
+        own_fields={"sliding_window": (NULL, 4096)},
+    )
+    monkeypatch.setattr(architectures, "ARCHITECTURES", (*ARCHITECTURES, mistral))
+    oracle = replace(SHAPE, model_type="mistral", more={"sliding_window": None}).write(tmp_path)
+    given = prompts(0, count=4)
+    with LLM(str(tmp_path), device="cpu", max_model_len=128) as llm:
+        outputs = llm.generate(given, temperature=0, max_tokens=12, use_tqdm=False)
+    for prompt, output in zip(given, outputs, strict=True):
+        assert output["token_ids"] == greedy(oracle, prompt, 12)
+
+
+# ------------------------------------------------------------------ stages
+
+
+def test_stages_come_in_the_order_of_execution():
+    order = [(stage.layer, stage.name) for stage in Pair(SHAPE).model.stages()]
+    kinds = ["qkv", "attention", "mlp"]
+    assert order == [(-1, "mlp"), *((layer, kind) for layer in range(3) for kind in kinds)]
+
+
+@torch.inference_mode()
+@SEEDS
+def test_layers_in_two_calls_equal_the_whole_to_the_last_bit(seed):
+    pair = Pair(random_shape(seed))
+    model = pair.model
+
+    def in_two_calls(ids, positions, metadata=None):
+        hidden = ids
+        for layer in range(model.config.num_hidden_layers):
+            hidden, residual = model.forward_attention(hidden, positions, layer, metadata)
+            hidden = model.forward_ffn(hidden, residual, layer)
+        return hidden
+
+    whole = model(pair.ids, pair.positions)
+    assert torch.equal(in_two_calls(pair.ids, pair.positions), whole)
     results = []
-    for run in (model, lambda *args: stage_by_stage(model, *args)):
-        cached = Cached(model, count=3)
-        hidden = [run(ids[:42], *cached.prefill([5, 20, 17]))]
-        hidden.append(run(ids[42:], *cached.decode()))
-        hidden.append(run(ids[:42], *cached.prefill([20, 5, 17])))
-        results.append((*hidden, cached.cache))
-    for whole, staged in zip(*results, strict=True):
-        assert torch.equal(whole, staged)
+    for run in (model, in_two_calls):
+        pair.cache.zero_()
+        hidden = [run(*pair.step(*step)) for step in STEPS]
+        results.append([*hidden, pair.cache.clone()])
+    assert all(map(torch.equal, *results))
+
+
+# ------------------------------------------------------------------ whole sequences, no cache
 
 
 @torch.inference_mode()
-def test_a_throwaway_cache_leaves_the_bound_one_as_it_was(tmp_path):
-    Shape(layers=2).write(tmp_path)
-    model = load(tmp_path)
-    ids, positions = random_batch(0, [200, 4])
-    alone = model(ids, positions)
-    cached = Cached(model, count=1)
-    cached.cache.normal_()
-    before = cached.cache.clone()
-    assert torch.equal(model(ids, positions), alone)
-    with pytest.raises(KeyboardInterrupt), throwaway_cache(model, positions):
+def test_a_throwaway_cache_leaves_the_bound_one_as_it_was():
+    pair = Pair(SHAPE)
+    model, whole = pair.model, (pair.ids, pair.positions)
+    alone = model(*whole)
+    before = pair.cache.normal_().clone()
+    assert torch.equal(model(*whole), alone)
+    with pytest.raises(KeyboardInterrupt), throwaway_cache(model, pair.positions):
         raise KeyboardInterrupt
-    assert torch.equal(cached.cache, before)
-    assert model.kv_cache is cached.cache
-    assert model.model.layers[1].self_attn.k_cache.data_ptr() == cached.cache[1, 0].data_ptr()
+    assert torch.equal(pair.cache, before)
+    assert model.kv_cache is pair.cache
+    assert model.model.layers[1].self_attn.kv_cache[0].data_ptr() == pair.cache[1, 0].data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -154,24 +199,22 @@ def test_each_position_0_begins_a_sequence(positions, starts):
     assert sequence_starts(torch.tensor(positions)).tolist() == starts
 
 
-@torch.inference_mode()
-def test_positions_that_the_rope_table_lacks_are_refused(tmp_path):
-    """On a GPU they would be read from beyond it."""
-    Shape(seed=5).write(tmp_path)
-    config, group = load_config(tmp_path), ParallelGroup()
-    backend = TorchBackend(config.rank_heads(group))
-    model = load_model(config, None, backend, group, CPU, torch.float32, max_length=8)
-    ids, positions = random_batch(0, [3, 9])
-    assert model(ids[:11], positions[:11]).isfinite().all()
-    for call in (model, model.forward_attention, PipelineScheduler(model).decode_token):
-        with pytest.raises(ValueError, match=r"^positions up to 8 are not allowed.* below 8,"):
-            call(ids, positions)
-
-
 @pytest.mark.parametrize("positions", [[], [1], [5, 6, 0, 1], [0, 2], [0, 1, 1], [[0, 1]], 0])
 def test_whole_sequences_count_up_from_0(positions):
     with pytest.raises(ValueError, match=r"^positions must count up from 0 in each sequence"):
         sequence_starts(torch.tensor(positions, dtype=torch.int64))
+
+
+@torch.inference_mode()
+def test_positions_that_the_rope_table_lacks_are_refused():
+    """On a GPU they would be read from beyond it."""
+    model = Pair(SHAPE).model
+    model.allocate(torch.device("cpu"), max_length=8)
+    ids, positions = torch.arange(12), torch.tensor([*range(3), *range(9)])
+    model(ids[:11], positions[:11])
+    for call in (model, model.forward_attention, PipelineScheduler(model).decode_token):
+        with pytest.raises(ValueError, match=r"^positions up to 8 are not allowed.* below 8,"):
+            call(ids, positions)
 
 
 # ------------------------------------------------------------------ imports

@@ -11,20 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from green_ctx import Driver, DriverError, GreenContextError
-from nanovllm import LLM, Config
-from nanovllm.engine.green_manager import GreenContextManager
-from nanovllm.engine.pipeline import Pipelines, PipelineUnavailable, build_pipelines
-from nanovllm.engine.plan import GREEN, LANES3, SEQUENTIAL, Plan
+from green_ctx import DriverError, GreenContextError
+from nanovllm import LLM
+from nanovllm.engine.pipeline_modes import PipelineUnavailable
+from nanovllm.engine.plan import GREEN, LANES3, SEQUENTIAL
 from nanovllm.engine.scheduler import Chunk, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_inputs import decode_first
-from nanovllm.engine.step_runner import FixedPlan, PreparedStep
+from nanovllm.engine.step_runner import FixedChooser, PreparedStep
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.tiny import CHECKPOINT_DIR, PROMPTS
+from nanovllm.tiny import PROMPTS
 from tests.checkpoints import VOCAB, Shape
 from tests.decode_cases import relative_error
-from tests.fake_driver import FakeDriver, Result
+from tests.fake_driver import FakeDriver, Result, build
 from tests.seed_spec import FAILED, FALLING_BACK
 
 MAX_TOKENS = 20
@@ -115,95 +114,48 @@ def test_a_strict_engine_raises_instead(mode, caplog):
     assert not any(FALLING_BACK in message for message in caplog.messages)
 
 
-class OldDriver(FakeDriver):
-    """A driver for CUDA 12.2, which had no green contexts."""
-
-    def _cuDriverGetVersion(self) -> tuple[Any, ...]:
-        return Result.CUDA_SUCCESS, 12020
-
-
 def no_library(flags: int) -> tuple[Any, ...]:
     raise RuntimeError("libcuda.so.1 was not found")
 
 
-def failing(function: str, *statuses: Result) -> FakeDriver:
-    return FakeDriver(errors={function: list(statuses)})
-
-
-OK, INVALID = Result.CUDA_SUCCESS, Result.CUDA_ERROR_INVALID_RESOURCE_TYPE
-
 # What stands in for the driver's bindings (None: they are not installed), and the true reason.
 DRIVERS = {
-    "no cuda-python": (lambda: None, "cuda-bindings cannot be imported: "),
+    "no cuda-python": (None, "cuda-bindings cannot be imported: "),
     "no driver library": (
-        lambda: SimpleNamespace(cuInit=no_library),
+        SimpleNamespace(cuInit=no_library),
         "no CUDA driver: libcuda.so.1 was not found",
     ),
-    "no device": (
-        lambda: failing("cuInit", Result.CUDA_ERROR_NO_DEVICE),
-        "CUDA error code=100 (CUDA_ERROR_NO_DEVICE) in cuInit",
-    ),
     "an old driver": (
-        lambda: OldDriver(unknown=("cuGreenCtxCreate",)),
-        "driver and cuda-bindings must be for CUDA 12.4 or newer; the driver is for 12.2; "
-        "missing: cuGreenCtxCreate",
+        FakeDriver(version=12020),
+        "driver and cuda-bindings must be for CUDA 12.4 or newer; the driver is for 12.2",
     ),
     "a device that cannot be split": (
-        lambda: FakeDriver(most_groups=lambda size: 0),
+        FakeDriver(most_groups=lambda size: 0),
         "device 0 with 132 SMs cannot be split",
     ),
     "error 914": (
-        lambda: failing("cuGreenCtxCreate", INVALID),
+        FakeDriver(errors={"cuGreenCtxCreate": 4 * [Result.CUDA_ERROR_INVALID_RESOURCE_TYPE]}),
         "CUDA error code=914 (CUDA_ERROR_INVALID_RESOURCE_TYPE) in cuGreenCtxCreate",
-    ),
-    "error 914 at the second partition": (
-        lambda: failing("cuGreenCtxCreate", OK, INVALID),
-        "CUDA error code=914 (CUDA_ERROR_INVALID_RESOURCE_TYPE) in cuGreenCtxCreate",
-    ),
-    "no memory for a stream": (
-        lambda: failing("cuGreenCtxStreamCreate", OK, Result.CUDA_ERROR_OUT_OF_MEMORY),
-        "CUDA error code=2 (CUDA_ERROR_OUT_OF_MEMORY) in cuGreenCtxStreamCreate",
     ),
 }
 
 
-def build(
-    device: str = "cuda:0", plan: Plan | None = None, more: Sequence[Plan] = (), **options: Any
-) -> Pipelines:
-    """What an engine on `device` would build; no model is needed for that."""
-    config = Config(enable_pipeline=True, **options)
-    backend = SimpleNamespace(make_workspace=lambda device, num_sms: f"for {num_sms} SMs")
-    given: Any = (config, SimpleNamespace(backend=backend), torch.device(device), 132)
-    return build_pipelines(*given, plan, more)
-
-
 @pytest.mark.parametrize("cause", DRIVERS)
-@pytest.mark.parametrize("mode", ["auto", "green"])
-def test_the_log_says_why_there_are_no_green_contexts(cause, mode, monkeypatch, caplog):
-    make_bindings, reason = DRIVERS[cause]
-    bindings = make_bindings()
+def test_the_log_says_why_there_are_no_green_contexts(cause, monkeypatch, caplog):
+    bindings, reason = DRIVERS[cause]
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", bindings)
-    built = build(pipeline_mode=mode)
-    assert [scheduler.plan for scheduler in built.schedulers] == [SEQUENTIAL]
-    assert built.statistics.fallback_reason.startswith(reason)
-    assert built.statistics.mode == "sequential"
-    full = built.statistics.fallback_reason
-    assert caplog.messages == [NO_GREEN + full, FAILED + full, FALLING_BACK]
-    if isinstance(bindings, FakeDriver):
-        assert (bindings.contexts, bindings.streams) == ({}, {})
-
-
-@pytest.mark.parametrize("cause", DRIVERS)
-def test_strict_raises_the_driver_error_and_leaves_nothing_behind(cause, monkeypatch, caplog):
-    make_bindings, reason = DRIVERS[cause]
-    bindings = make_bindings()
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", bindings)
-    with pytest.raises(GreenContextError) as caught:
-        build(pipeline_strict=True)
-    assert str(caught.value).startswith(reason)
-    assert caplog.messages == [NO_GREEN + str(caught.value)]
-    if isinstance(bindings, FakeDriver):
-        assert (bindings.contexts, bindings.streams) == ({}, {})
+    for mode in ("auto", "green"):
+        caplog.clear()
+        built = build(pipeline_mode=mode)
+        assert [scheduler.plan for scheduler in built.schedulers] == [SEQUENTIAL]
+        full = built.statistics.fallback_reason
+        assert full.startswith(reason)
+        assert built.statistics.mode == "sequential"
+        assert caplog.messages == [NO_GREEN + full, FAILED + full, FALLING_BACK]
+        caplog.clear()
+        with pytest.raises(GreenContextError) as caught:
+            build(pipeline_mode=mode, pipeline_strict=True)
+        assert caplog.messages == [NO_GREEN + str(caught.value)] == [NO_GREEN + full]
 
 
 def test_counts_that_do_not_fit_are_named_with_the_device(monkeypatch, caplog):
@@ -230,16 +182,13 @@ def test_several_gpus_fall_back(device, mode, caplog):
         build(device, **options, pipeline_strict=True)
 
 
-def test_a_pipeline_that_is_not_asked_for_is_not_built(monkeypatch, caplog):
+@pytest.mark.parametrize("options", [{"enable_pipeline": False}, {"pipeline_mode": "sequential"}])
+def test_a_pipeline_that_is_not_asked_for_is_not_built(options, monkeypatch, caplog):
     bindings = FakeDriver()
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", bindings)
-    for options in ({"enable_pipeline": False}, {"pipeline_mode": "sequential"}):
-        config = Config(**({"enable_pipeline": True} | options), pipeline_strict=True)
-        backend = SimpleNamespace(make_workspace=lambda device, num_sms: None)
-        given: Any = (config, SimpleNamespace(backend=backend), torch.device("cuda:0"), 132)
-        built = build_pipelines(*given)
-        assert [scheduler.plan for scheduler in built.schedulers] == [SEQUENTIAL]
-        assert built.statistics.fallback_reason is None
+    built = build(**options, pipeline_strict=True)
+    assert [scheduler.plan for scheduler in built.schedulers] == [SEQUENTIAL]
+    assert built.statistics.fallback_reason is None
     assert (bindings.calls, caplog.messages) == ([], [])
 
 
@@ -255,7 +204,7 @@ def fake_gpu(monkeypatch) -> FakeDriver:
 def test_auto_is_green_where_green_contexts_can_be_had(fake_gpu, caplog):
     caplog.set_level(logging.INFO)
     built = build(pipeline_attention_sm_count=30, pipeline_ffn_sm_count=60)
-    chooser = FixedPlan(built.schedulers, None)
+    chooser = FixedChooser(built.schedulers, None)
     assert [chooser.choose(n, 0).plan for n in (1, 2, 9)] == [0, 1, 1]
     stats = built.statistics.as_dict()
     assert (stats["mode"], stats["fallback_reason"]) == ("green", None)
@@ -269,22 +218,12 @@ def test_auto_is_green_where_green_contexts_can_be_had(fake_gpu, caplog):
     assert (fake_gpu.contexts, fake_gpu.streams) == ({}, {})
 
 
-def test_stages_run_on_the_streams_of_their_partitions(fake_gpu):
-    built = build(pipeline_attention_sm_count=24, pipeline_ffn_sm_count=64)
-    lanes = built.schedulers[1].lanes.values()
-    streams = {lane.name: fake_gpu.sms_of(lane.stream) for lane in lanes}
-    assert {name: len(sms) for name, sms in streams.items()} == {"attention": 24, "ffn": 64}
-    assert not streams["attention"] & streams["ffn"]
-    assert {lane.name: lane.sms for lane in lanes} == {"attention": 24, "ffn": 64}
-    built.partitions.close()
-
-
 def test_a_third_lane_has_a_partition_of_its_own(fake_gpu):
     built = build(plan=LANES3.with_sms((36, 80, 16)), pipeline_strict=True)
     lanes = built.schedulers[1].lanes.values()
     sms = [fake_gpu.sms_of(lane.stream) for lane in lanes]
     assert [lane.name for lane in lanes] == ["attention", "ffn", "qkv"]
-    assert list(map(len, sms)) == [36, 80, 16]
+    assert [lane.sms for lane in lanes] == list(map(len, sms)) == [36, 80, 16]
     assert len(set().union(*sms)) == 132
     assert built.schedulers[1].workspace == "for 36 SMs"
     built.partitions.close()
@@ -335,36 +274,6 @@ def test_partitions_do_not_outlive_a_failure_after_them(strict, fake_gpu, monkey
     else:
         assert "914" in build().statistics.fallback_reason
     assert (fake_gpu.contexts, fake_gpu.streams) == ({}, {})
-
-
-def test_a_closed_manager_gives_no_streams(fake_gpu):
-    manager = GreenContextManager(torch.device("cuda:0"), 16, 16, driver=Driver(fake_gpu))
-    manager.close()
-    with pytest.raises(RuntimeError, match="is closed"):
-        manager.get_attention_stream()
-
-
-# Profiling
-
-
-def test_profiling_can_be_switched_at_any_time():
-    config = Config(device="cpu", enable_pipeline=True, pipeline_mode="microbatch")
-    with LLM(config) as llm:
-
-        def profiled_steps() -> int:
-            options = {"temperature": 0, "max_tokens": 5, "ignore_eos": True, "use_tqdm": False}
-            llm.generate(list(PROMPTS[:2]), **options)
-            return llm.model_runner.get_pipeline_statistics()["profiled_steps"]
-
-        assert profiled_steps() == 0
-        config.pipeline_enable_profiling = True
-        assert profiled_steps() == 4
-        config.pipeline_enable_profiling = False
-        assert profiled_steps() == 4
-
-
-def test_the_embedded_model_is_the_default():
-    assert Config().model == str(CHECKPOINT_DIR)
 
 
 # How it is called

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import random
-from collections.abc import Callable
 
 import pytest
 import torch
 
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
-from nanovllm.engine.plan import GREEN, LANES3, MAIN, MICROBATCH, SEQUENTIAL, STREAMS, Plan, Work
-from nanovllm.layers.attention import AttentionMetadata, PrefillMetadata
+from nanovllm.engine.plan import GREEN, LANES3, MICROBATCH, SEQUENTIAL, STREAMS, Plan, Work
 from nanovllm.models.stage import MicroBatch, Stage, StepTensors
 from tests.checkpoints import Shape
 from tests.decode_cases import DecodeCase, relative_error
-from tests.simulated_lanes import Memory, Recording, every_order, races, simulate
+from tests.simulated_lanes import Recording, every_order, races
 from tests.two_steps import ChangedModel, TwoSteps, random_steps
 
 THREE_MICRO_BATCHES = dataclasses.replace(MICROBATCH, micro_batches=3)
-
-
-def decode(scheduler: PipelineScheduler, inputs: StepTensors) -> torch.Tensor:
-    return scheduler.decode_token(inputs.input_ids, inputs.positions, inputs.metadata)
 
 
 @torch.inference_mode()
@@ -61,11 +54,8 @@ def test_pipelined_logits_equal_the_sequential_ones(seed):
     expected = case.expected_logits()
     assert relative_error(plain_forward(case), expected) < 1e-5
     scheduler = PipelineScheduler(case.model)
-    assert relative_error(decode(scheduler, case.step()), expected) < 1e-5
     for sizes in [*([first, count - first] for first in range(1, count)), [1] * count]:
         assert relative_error(decode_parts(scheduler, case.parts(sizes)), expected) < 1e-5, sizes
-    three = PipelineScheduler(case.model, THREE_MICRO_BATCHES)
-    assert relative_error(decode(three, case.step()), expected) < 1e-5
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -73,7 +63,7 @@ def test_alternating_the_stages_is_the_model_to_the_last_bit(seed):
     case = DecodeCase(Shape.random(seed), 5, seed)
     expected = plain_forward(case)
     assert torch.equal(layer_by_layer(case), expected)
-    assert torch.equal(decode(PipelineScheduler(case.model, SEQUENTIAL), case.step()), expected)
+    assert torch.equal(decode_parts(PipelineScheduler(case.model), [case.step()]), expected)
 
 
 def test_steps_follow_each_other():
@@ -81,107 +71,54 @@ def test_steps_follow_each_other():
     case = DecodeCase(Shape(layers=3, seed=4), 5)
     scheduler = PipelineScheduler(case.model)
     for _ in range(20):
-        assert relative_error(decode(scheduler, case.step()), case.expected_logits()) < 1e-5
+        logits = decode_parts(scheduler, case.parts([2, 3]))
+        assert relative_error(logits, case.expected_logits()) < 1e-5
         case.append_tokens()
 
 
-def test_a_single_sequence_stays_whole():
-    case = DecodeCase(Shape(seed=5), 1)
-    assert torch.equal(decode(PipelineScheduler(case.model), case.step()), plain_forward(case))
-
-
-def test_decode_token_without_metadata_runs_whole_sequences():
+@pytest.mark.parametrize("plan", [SEQUENTIAL, MICROBATCH, THREE_MICRO_BATCHES])
+def test_decode_token_runs_times_and_counts_whole_sequences(plan):
     case = DecodeCase(Shape(layers=2, seed=6), 5)
-    tokens = torch.tensor(list(itertools.chain.from_iterable(case.contexts)))
-    positions = torch.cat([torch.arange(len(context)) for context in case.contexts])
-    ends = torch.tensor([len(context) for context in case.contexts]).cumsum(0) - 1
-    for plan in (SEQUENTIAL, MICROBATCH, THREE_MICRO_BATCHES):
-        logits = PipelineScheduler(case.model, plan).decode_token(tokens, positions)
-        assert relative_error(logits[ends], case.expected_logits()) < 1e-5
-
-
-def test_get_statistics_counts_and_times_the_steps():
-    case = DecodeCase(Shape(seed=7), 4)
-    pipelined, sequential = (PipelineScheduler(case.model, p) for p in (MICROBATCH, SEQUENTIAL))
+    tokens, positions = case.whole()
+    ends = (positions == 0).nonzero().flatten()[1:].tolist()
+    scheduler = PipelineScheduler(case.model, plan)
     for _ in range(3):
-        decode(pipelined, case.step())
-        decode(sequential, case.step())
-    stats = pipelined.get_statistics()
-    assert stats["tokens"] == {"pipelined": 12, "sequential": 0}
-    assert sequential.get_statistics()["tokens"] == {"pipelined": 0, "sequential": 12}
-    assert stats["total_tokens"] == 12
+        logits = scheduler.decode_token(tokens, positions)
+        last = logits[[end - 1 for end in [*ends, len(tokens)]]]
+        assert relative_error(last, case.expected_logits()) < 1e-5
+    stats, path = scheduler.get_statistics(), "sequential" if plan is SEQUENTIAL else "pipelined"
+    assert stats["tokens"] == {"pipelined": 0, "sequential": 0} | {path: 3 * len(tokens)}
     assert stats["profiled_steps"] == 3
-    assert stats["avg_attention_ms"] > 0
-    assert stats["avg_ffn_ms"] > 0
+    assert min(stats["avg_attention_ms"], stats["avg_ffn_ms"]) > 0
     assert stats["avg_total_ms"] >= stats["avg_attention_ms"] + stats["avg_ffn_ms"]
     assert stats["overlap_share"] == 0.0  # the CPU does one thing at a time
 
 
-def test_a_step_of_one_sequence_is_not_counted_as_pipelined():
-    case = DecodeCase(Shape(seed=7), 1)
+def test_a_single_sequence_stays_whole():
+    case = DecodeCase(Shape(seed=5), 1)
+    tokens, positions = case.whole()
     scheduler = PipelineScheduler(case.model)
-    decode(scheduler, case.step())
-    assert scheduler.get_statistics()["tokens"] == {"pipelined": 0, "sequential": 1}
+    with torch.inference_mode():
+        expected = case.model.compute_logits(case.model(tokens, positions))
+    assert torch.equal(scheduler.decode_token(tokens, positions), expected)
+    assert scheduler.get_statistics()["tokens"] == {"pipelined": 0, "sequential": len(tokens)}
 
 
-# Bad input
-
-
-def without_last(name: str) -> Callable[[StepTensors], StepTensors]:
-    def shorten(inputs: StepTensors) -> StepTensors:
-        if hasattr(inputs, name):
-            return dataclasses.replace(inputs, **{name: getattr(inputs, name)[:-1]})
-        metadata = inputs.metadata
-        if hasattr(metadata, name):
-            metadata = dataclasses.replace(metadata, **{name: getattr(metadata, name)[:-1]})
-        else:
-            field = getattr(metadata.decode, name)[:-1]
-            decode = dataclasses.replace(metadata.decode, **{name: field})
-            metadata = dataclasses.replace(metadata, decode=decode)
-        return dataclasses.replace(inputs, metadata=metadata)
-
-    return shorten
-
-
-def of_both_kinds(inputs: StepTensors) -> StepTensors:
-    m = inputs.metadata
-    prefill = PrefillMetadata(m.decode.block_tables, m.decode.context_lens, torch.arange(5), 1)
-    metadata = AttentionMetadata(m.slot_mapping, m.decode, prefill)
-    return dataclasses.replace(inputs, metadata=metadata)
-
-
-BAD_INPUTS = {
-    "positions": without_last("positions"),
-    "metadata.slot_mapping": without_last("slot_mapping"),
-    "metadata.block_tables": without_last("block_tables"),
-    "input_ids has shape (4,)": without_last("context_lens"),
-    "input_ids has shape (1, 4)": lambda inputs: dataclasses.replace(
-        inputs, input_ids=inputs.input_ids[None]
-    ),
-    "input_ids has shape ()": lambda inputs: dataclasses.replace(
-        inputs, input_ids=inputs.input_ids[0]
-    ),
-    "positions must count up from 0": lambda inputs: StepTensors(
-        inputs.input_ids[:0], inputs.positions[:0], None
-    ),
-    "metadata must have decode or prefill, and not both": of_both_kinds,
-    "positions must count up": lambda inputs: dataclasses.replace(inputs, metadata=None),
-    "positions has shape (3,)": lambda inputs: StepTensors(
-        inputs.input_ids, inputs.positions[1:], None
-    ),
-}
-
-
-@pytest.mark.parametrize("wrong", BAD_INPUTS)
-def test_inputs_that_do_not_fit_each_other_are_a_clear_error(wrong):
-    case = DecodeCase(Shape(seed=8), 4)
-    case.contexts = [[*context, 7] for context in case.contexts]  # no position is 0
-    scheduler = PipelineScheduler(case.model)
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
-        decode(scheduler, BAD_INPUTS[wrong](case.step()))
-    assert str(caught.value).startswith(wrong)
+@pytest.mark.parametrize(
+    ("tokens", "positions", "error"),
+    [
+        ([5, 6, 7], [0, 1], r"^positions has shape \(2,\).*that of input_ids, \(3,\)"),
+        ([[5, 6, 7]], [0, 1, 2], r"^positions has shape \(3,\)"),
+        ([[5, 6, 7]], [[0, 1, 2]], "^positions must count up from 0"),
+        ([5, 6, 7], [1, 2, 3], "^positions must count up from 0"),
+        ([], [], "^positions must count up from 0"),
+    ],
+)
+def test_inputs_that_do_not_fit_each_other_are_a_clear_error(tokens, positions, error):
+    scheduler = PipelineScheduler(DecodeCase(Shape(seed=8), 4).model)
+    with pytest.raises(ValueError, match=error):
+        scheduler.decode_token(torch.tensor(tokens), torch.tensor(positions))
     assert scheduler.get_statistics()["total_tokens"] == 0
-    assert torch.isfinite(decode(scheduler, case.step())).all()
 
 
 # What the events allow gives the same bits, and no event is idle
@@ -211,10 +148,9 @@ MODEL_PLANS = pytest.mark.parametrize(
         (STREAMS, [5]),
         (LANES3, [2, 1, 2]),
         (LANES3, [2, 3]),
-        (dataclasses.replace(LANES3, times=(("qkv", 3.0), ("attention", 20.0),
-                                            ("mlp", 18.0))), [1, 2, 1, 1]),
+        (LANES3, [1, 2, 1, 1]),
     ],
-)  # fmt: skip
+)
 
 
 @MODEL_PLANS
@@ -236,29 +172,6 @@ def test_without_any_one_of_its_waits_the_seeds_pipeline_gives_other_bits():
     assert len(tapes) == 2 * (1 + 4 * 3 + 1)
     for tape in tapes:
         assert not all(steps.agrees(order, tape) for order in steps.adversaries())
-
-
-def test_every_order_of_a_step_gives_the_same_bits():
-    case = DecodeCase(Shape(layers=2, seed=1), 2)
-    before, inputs = case.cache.clone(), case.parts([1, 1])
-    recording = Recording(case.model, STREAMS)
-    expected = recording.step(inputs)
-    orders = list(every_order(recording.tape))
-    assert len(orders) > 5
-    for order in orders:
-        case.cache.copy_(before)
-        memory = Memory([case.padding_like(part) for part in inputs])
-        turns = iter(order)
-        simulate(recording.tape, memory, lambda _, turns=turns: next(turns))
-        assert torch.equal(memory.results[0], expected)
-        assert order[-1] == MAIN  # the step ends when all of its work has ended
-
-
-def test_one_micro_batch_has_one_order():
-    case = DecodeCase(Shape(layers=2), 3)
-    recording = Recording(case.model, STREAMS)
-    recording.step(case.parts([3]))
-    assert len(list(every_order(recording.tape))) == 1
 
 
 def test_attention_of_each_runs_beside_the_ffn_of_the_other():

@@ -17,7 +17,6 @@ from nanovllm.engine.plan import (
     STREAMS,
     PlannedLane,
     Work,
-    list_schedule,
     make_order,
 )
 from nanovllm.models.stage import Stage
@@ -54,24 +53,6 @@ def test_a_lane_of_its_own_for_qkv_is_pure_data():
         "attention0 A", "attention0 B", "attention0 C", "mlp0 A", "mlp0 B", "mlp0 C"
     ]  # fmt: skip
     assert LANES3.with_sms((36, 80, 16)).name == "lanes3 36+80+16"
-
-
-def test_list_scheduling_issues_what_can_begin_first():
-    """Of lanes with several stages a layer, stage by stage would be serial."""
-    lanes = ["attention", "dense", "link", "dense", "link", "dense"] * 8
-    times = [64.0, 10, 35, 58, 35, 12] * 8
-
-    def length(turns: list[tuple[int, int]]) -> float:
-        free, ready = dict.fromkeys(lanes, 0.0), [0.0] * 3
-        for batch, link in turns:
-            lane = lanes[link]
-            free[lane] = ready[batch] = max(free[lane], ready[batch]) + times[link]
-        return max(ready)
-
-    listed = list_schedule(lanes, times, 3)
-    stage_by_stage = [(batch, link) for link in range(len(lanes)) for batch in range(3)]
-    assert sorted(listed) == sorted(stage_by_stage)
-    assert length(listed) < 0.9 * length(stage_by_stage)
 
 
 def test_the_readme_shows_the_loop_as_it_is():

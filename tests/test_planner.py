@@ -38,21 +38,14 @@ class TestChoice:
             table.add(plan, size, 1, seconds)
         planner = Planner(table, PLANS, [[8, 64, 128], [8, 32, 64], []])
 
-        def chosen(num_seqs: int) -> tuple[int, int, float | None]:
-            return planner.choose(num_seqs, 100)[:3]
-
-        assert chosen(3) == (0, 8, 4.0)  # the other is measured for 16 and more
-        assert chosen(32) == (1, 32, 1.0)
-        assert chosen(33) == (0, 64, 4.0)  # or for 32 and less
-        assert chosen(65) == (0, 128, None)  # nothing is known
-        assert planner.choose(20, 100).sequential_seconds == 4.0
+        # The pipeline is measured for 16 to 32, and nothing for more than 64.
+        for num_seqs, plan, size, seconds in ((3, 0, 8, 4.0), (32, 1, 32, 1.0), (33, 0, 64, 4.0)):
+            assert planner.choose(num_seqs, 100) == (plan, size, (plan, size, seconds, 4.0))
+        assert planner.choose(65, 100) == (0, 128, None)
 
     def test_without_a_table_is_sequential(self) -> None:
         planner = Planner(CostTable(), PLANS[:1], [[1, 2, 4]])
-        choice = planner.choose(3, 300)
-        assert choice[:3] == (0, 4, None)
-        planner.observe(choice, 1.0)
-        assert planner.as_dict()["plans"]["sequential"]["measured_ms"] is None  # type: ignore[index]
+        assert planner.choose(3, 300) == (0, 4, None)
 
     def test_a_pipeline_must_gain_1_percent_to_be_entered_and_leaves_when_it_loses(self) -> None:
         planner = planner_of({
@@ -85,20 +78,20 @@ class TestGuard:
             for _ in range(PATIENCE):
                 choice = planner.choose(8, 0)
                 assert choice.plan == 1
-                planner.observe(choice, 1.001)
+                planner.observe(choice.prediction, 1.001)
             assert {planner.choose(8, 0).plan for _ in range(100)} == {2}
         (message,) = caplog.messages
         assert "streams is dropped for batches of 8" in message
         assert planner.as_dict()["dropped"] == [["streams", 8]]
         assert "streams: dropped for batches of 8, too slow" in planner.lines()
         # What was launched before it was dropped may be measured after it.
-        planner.observe(choice, 1.001)
+        planner.observe(choice.prediction, 1.001)
         assert len(planner.dropped) == 1
 
     def test_one_fast_step_in_between_keeps_it(self) -> None:
         planner = planner_of({0: [(0, 1.0)], 1: [(0, 0.9)], 2: [(0, 0.95)]})
         for number in range(10 * PATIENCE):
-            planner.observe(planner.choose(8, 0), 0.99 if number % PATIENCE == 0 else 1.5)
+            planner.observe(planner.choose(8, 0).prediction, 1.5 if number % PATIENCE else 0.99)
         assert planner.current == 1
         assert not planner.dropped
 
@@ -109,35 +102,35 @@ class TestGuard:
             table.add(1, size, 0, 0.9)
         planner = Planner(table, PLANS[:2], [[4, 8], [4, 8]])
         for number in range(PATIENCE):  # the last one is of another size
-            planner.observe(planner.choose(8 if number < PATIENCE - 1 else 4, 0), 1.5)
+            num_seqs = 8 if number < PATIENCE - 1 else 4
+            planner.observe(planner.choose(num_seqs, 0).prediction, 1.5)
         assert not planner.dropped
         for num_seqs in (8, 4):
             for _ in range(PATIENCE):
-                planner.observe(planner.choose(num_seqs, 0), 1.5)
+                planner.observe(planner.choose(num_seqs, 0).prediction, 1.5)
             assert planner.choose(num_seqs, 0).plan == 0
         assert planner.dropped == {(1, 4), (1, 8)}
 
     def test_sequential_steps_are_never_dropped(self) -> None:
         planner = planner_of({0: [(0, 1.0)], 1: [(0, 1.1)]})
         for _ in range(3 * PATIENCE):
-            planner.observe(planner.choose(8, 0), 9.9)
+            planner.observe(planner.choose(8, 0).prediction, 9.9)
         assert planner.current == 0
         assert not planner.dropped
 
     def test_dips_of_the_clocks_drop_nothing(self) -> None:
-        gpu = Gpu(noise=0.01, dips=20)
+        gpu = Gpu()
         planner = gpu.planner()
-        run = drive(planner, gpu, [(1024, 1024 * 800)] * 2000)
+        run = drive(planner, gpu, [(1024, 1024 * 800)] * 2000, dips=20)
         assert run.plans[-1] is not SEQUENTIAL
         assert not planner.dropped
 
     def test_whatever_is_slower_than_calibrated_ends_near_sequential(self) -> None:
-        gpu = Gpu(noise=0.01)
+        gpu = Gpu()
         planner = gpu.planner()
         gpu.slower = {plan: 1.5 for plan in planner.plans[1:]}
         run = drive(planner, gpu, [(1024, 1024 * 800)] * 1000)
-        assert run.plans[-1] is SEQUENTIAL
-        assert run.regret(500) == 0.0
+        assert set(run.plans[500:]) == {SEQUENTIAL}
 
 
 class TestMeasuredMap:
@@ -179,7 +172,7 @@ class TestMeasuredMap:
             auto, best = auto + costs[choice.plan], best + min(costs)
             gain = max(gain, costs[0] / min(costs))
             plans.append(choice.plan)
-            planner.observe(choice, costs[choice.plan])
+            planner.observe(choice.prediction, costs[choice.plan])
         assert auto <= 1.01 * best
         assert planner.switches <= 6
         if gain > 1.03:
@@ -187,36 +180,19 @@ class TestMeasuredMap:
 
 
 class TestRuns:
-    @pytest.mark.parametrize("noise", [0.0, 0.01])
-    @pytest.mark.parametrize("batch", [512, 1024])
-    def test_growing_contexts_change_the_plan_as_the_costs_say(
-        self, batch: int, noise: float
-    ) -> None:
-        gpu = Gpu(noise=noise)
-        steps = [(batch, batch * context) for context in range(64, 3901, 2)]
-        run = drive(gpu.planner(), gpu, steps)
-        assert sum(run.taken) <= run.best_fixed()
-        assert run.regret() < 0.01
-        assert len(set(run.plans)) >= 3
-        assert run.switches <= 12
-
     def test_a_draining_batch_ends_sequential(self) -> None:
-        gpu = Gpu(noise=0.01)
+        gpu = Gpu()
         run = drive(gpu.planner(), gpu, [(n, n * 800) for n in range(1024, 0, -1)])
         assert run.plans[0] is not SEQUENTIAL
         assert run.plans[-1] is SEQUENTIAL
-        assert run.regret() < 0.03
+        assert run.taken < 1.03 * run.best
 
     @settings(max_examples=20, deadline=None)
     @given(seed=st.integers(0, 2**32))
-    def test_regret_is_bounded_whatever_the_costs(self, seed: int) -> None:
+    def test_what_is_lost_is_little_whatever_the_costs(self, seed: int) -> None:
         run = random_run(seed)
-        assert run.regret() < 0.15
-        sequential = sum(costs[SEQUENTIAL] for costs in run.costs)
-        assert sum(run.taken) <= 1.02 * sequential
-
-    def test_regret_is_small_on_average(self) -> None:
-        assert sum(random_run(seed).regret() for seed in range(20)) / 20 < 0.02
+        assert run.taken < 1.15 * run.best
+        assert run.taken <= 1.02 * run.sequential
 
 
 class TestStatistics:
@@ -226,7 +202,7 @@ class TestStatistics:
         assert planner.as_dict()["plan"] is None
         planner.choose(16, 99)
         for seconds in (0.010, 0.012):
-            planner.observe(planner.choose(8, 99), seconds)
+            planner.observe(planner.choose(8, 99).prediction, seconds)
         record: Any = planner.as_dict()
         assert (record["plan"], record["switches"]) == ("green 36+96", 1)
         assert record["dropped"] == []

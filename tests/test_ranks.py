@@ -72,7 +72,7 @@ def test_more_ranks_than_devices_are_refused(monkeypatch):
 @pytest.mark.parametrize("full", [1, 5, 8, 509])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_vocabulary_shards_cover_everything_once(full, size):
-    shards = [Shard.ceil(full, ParallelGroup(rank, size)) for rank in range(size)]
+    shards = [Shard.of(full, ParallelGroup(rank, size)) for rank in range(size)]
     held = [entry for s in shards for entry in range(s.start, s.start + s.size)]
     assert held == list(range(full))
 
@@ -80,9 +80,9 @@ def test_vocabulary_shards_cover_everything_once(full, size):
 def test_each_rank_has_the_kv_head_of_its_query_heads():
     """8 query heads on 4 ranks: rank r has 2r and 2r + 1, which share KV head (2r) // 4."""
     groups = [ParallelGroup(rank, 4) for rank in range(4)]
-    starts = [Shard.kv_heads(2, 64, group).start // 64 for group in groups]
+    starts = [Shard.of_kv_heads(2, 64, group).start // 64 for group in groups]
     assert starts == [0, 0, 1, 1]
-    assert [Shard.kv_heads(8, 64, group).size // 64 for group in groups] == [2] * 4
+    assert [Shard.of_kv_heads(8, 64, group).size // 64 for group in groups] == [2] * 4
 
 
 def test_one_rank_needs_no_collectives():

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from unittest.mock import patch
-
-import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -15,13 +12,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from nanovllm.engine import block_manager
-from tests.scheduler_world import (
-    ALPHABET,
-    STORY,
-    Draw,
-    World,
-)
+from tests.scheduler_world import ALPHABET, STORY, Draw, World
 
 TOKENS = st.integers(0, ALPHABET - 1)
 PROMPTS = st.builds(
@@ -81,11 +72,11 @@ class Events(RuleBasedStateMachine):
             self.world.drain()
 
 
-def play_events(max_examples: int) -> None:
+def test_invariants_hold_whatever_happens():
     run_state_machine_as_test(
         Events,
         settings=settings(
-            max_examples=max_examples,
+            max_examples=300,
             stateful_step_count=40,
             deadline=None,
             database=None,
@@ -93,21 +84,3 @@ def play_events(max_examples: int) -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
-
-
-def test_invariants_hold_whatever_happens():
-    play_events(max_examples=300)
-
-
-@pytest.mark.parametrize(
-    "weak_hash",
-    [
-        lambda prefix, tokens: 7,
-        lambda prefix, tokens: sum(tokens) % 2,
-        lambda prefix, tokens: (3 * prefix + sum(tokens)) % 5,
-    ],
-    ids=["constant", "two values", "five values"],
-)
-def test_prefix_caching_is_exact_even_if_hashes_collide(weak_hash):
-    with patch.object(block_manager, "hash_block", weak_hash):
-        play_events(max_examples=40)

@@ -102,13 +102,12 @@ def test_a_failed_green_context_is_logged_with_the_drivers_code(monkeypatch, cap
 
 def test_pipeline_scheduler_block_runs():
     case = DecodeCase(Shape(), 3)
-    tokens = [token for context in case.contexts for token in context]
-    positions = [position for context in case.contexts for position in range(len(context))]
+    tokens, positions = case.whole()
     names = run_block(
         SCHEDULER,
         pipeline_scheduler=PipelineScheduler(case.model),
-        input_ids=torch.tensor(tokens),
-        positions=torch.tensor(positions),
+        input_ids=tokens,
+        positions=positions,
     )
     last = [i - 1 for i, position in enumerate([*positions, 0]) if position == 0][1:]
     assert relative_error(names["logits"][last], case.expected_logits()) < 1e-5

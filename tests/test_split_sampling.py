@@ -94,7 +94,7 @@ def test_ranks_draw_the_tokens_of_one(size, vocab, dtype):
     packed = SamplingBatch.pack(params, seeds, list(range(rows)), list(range(rows)), vocab)
 
     def draw(group: ParallelGroup) -> torch.Tensor:
-        shard = Shard.whole_tiles(vocab, SAMPLE_TILE, group)
+        shard = Shard.of_tiles(vocab, SAMPLE_TILE, group)
         part = logits[:, shard.start : shard.start + shard.size]
         return sample(part, SamplingBatch.unpack(packed, CPU), group, shard)
 

@@ -13,7 +13,7 @@ import torch
 
 from nanovllm import LLM, Config
 from nanovllm.engine.auto import calibration, step_timer
-from nanovllm.engine.auto.auto_plan import AutoPlan
+from nanovllm.engine.auto.chooser import AutoChooser
 from nanovllm.engine.auto.cost_table import CostTable
 from nanovllm.engine.auto.planner import Planner
 from nanovllm.engine.graph_memory import GraphMemory, batch_sizes
@@ -168,8 +168,18 @@ def test_auto_measures_chooses_and_keeps_the_tokens(monkeypatch, tmp_path):
             "sequential",
             "microbatch",
         ]
-        steps.chooser = auto = AutoPlan(steps, runner._calibration(llm.config, steps))
+        steps.chooser = auto = AutoChooser(steps, runner._calibration(llm.config, steps))
+        timed, run = [], steps.run
+
+        def recorded(step: PreparedStep, *capture: Any) -> torch.Tensor:
+            timed.extend([] if capture else [step.layout.timed])
+            return run(step, *capture)
+
+        monkeypatch.setattr(steps, "run", recorded)
+        llm.config.pipeline_enable_profiling = True
         auto.capture(steps, show_progress=False)
+        llm.config.pipeline_enable_profiling = False
+        assert set(timed) == {False}  # what profiling costs is no part of a plan's time
         assert all(auto.calibration.table.curves(plan) for plan in (0, 1))
         planned: Any = steps.statistics.as_dict()["planner"]
         assert list(planned["plans"]) == ["sequential", "microbatch"]

@@ -21,8 +21,7 @@ from tests.decode_cases import DecodeCase
 from tests.traces import check_trace
 
 LAST_MS = 40
-
-LANES = ("attention", "ffn", "qkv")
+LAYERS = 3
 
 
 def span(lane: str, start: float, end: float, micro_batch: int = 0, layer: int = 0) -> Span:
@@ -30,10 +29,10 @@ def span(lane: str, start: float, end: float, micro_batch: int = 0, layer: int =
 
 
 # Spans on whole milliseconds, so that what runs at each half tells all.
-spans = st.lists(
+SPANS = st.lists(
     st.builds(
         lambda lane, start, length: span(lane, start, start + length),
-        st.sampled_from(LANES),
+        st.sampled_from(("attention", "ffn", "qkv")),
         st.integers(0, 30),
         st.integers(0, 10),
     ),
@@ -41,29 +40,20 @@ spans = st.lists(
 )
 
 
-@given(spans)
+@given(SPANS)
 def test_overlap_is_what_a_look_at_every_moment_finds(spans):
     def running(moment: float) -> set[str]:
         return {s.lane for s in spans if s.start_ms < moment < s.end_ms}
 
     moments = [tick + 0.5 for tick in range(LAST_MS)]
-    assert overlap(spans) == sum(len(running(moment)) > 1 for moment in moments)
-
-
-@given(spans)
-def test_overlap_does_not_depend_on_the_order_of_the_spans(spans):
-    assert overlap(spans[::-1]) == overlap(spans)
-
-
-def two_overlapping_stages() -> list[Span]:
-    return [span("attention", 0.0, 3.0), span("ffn", 1.0, 5.0, 1)]
+    assert overlap(spans) == overlap(spans[::-1]) == sum(len(running(m)) > 1 for m in moments)
 
 
 def test_statistics_are_means_over_the_profiled_steps():
     statistics = PipelineStatistics(mode="green")
     for total_ms in (6.0, 10.0):
         statistics.count_step(4, pipelined=True)
-        statistics.add_times(two_overlapping_stages(), total_ms)
+        statistics.add_times([span("attention", 0.0, 3.0), span("ffn", 1.0, 5.0, 1)], total_ms)
     statistics.count_step(1, pipelined=False)
     stats = statistics.as_dict()
     assert stats["avg_attention_ms"] == 3.0
@@ -73,6 +63,8 @@ def test_statistics_are_means_over_the_profiled_steps():
     assert stats["steps"] == {"pipelined": 2, "sequential": 1}
     assert stats["tokens"] == {"pipelined": 8, "sequential": 1}
     assert (stats["total_tokens"], stats["profiled_steps"]) == (9, 2)
+    stats["tokens"]["pipelined"] = 99  # of the caller's
+    assert statistics.as_dict()["tokens"] == {"pipelined": 8, "sequential": 1}
 
 
 def test_whatever_is_not_attention_counts_as_ffn():
@@ -96,12 +88,6 @@ def test_without_profiling_there_are_no_times():
         "  Avg FFN time: not profiled",
         "  Avg total time: not profiled",
     ]
-
-
-def test_changing_the_returned_statistics_does_not_change_the_counts():
-    statistics = PipelineStatistics()
-    statistics.as_dict()["tokens"]["pipelined"] = 99
-    assert statistics.as_dict()["tokens"] == {"pipelined": 0, "sequential": 0}
 
 
 def test_only_the_last_steps_are_kept():
@@ -132,31 +118,28 @@ def test_times_are_from_the_beginning_of_the_step(monkeypatch):
     assert (only.start_ms, only.end_ms, total_ms) == pytest.approx((10, 30, 60))
 
 
-LAYERS = 3
+def real_steps(count: int, sequences: int) -> list[list[Span]]:
+    case = DecodeCase(Shape(layers=LAYERS), sequences)
+    scheduler = PipelineScheduler(case.model)
+    for _ in range(count):
+        scheduler.decode_token(*case.whole())
+    return list(scheduler.statistics.recent)
 
 
 @pytest.fixture(scope="module")
 def steps() -> list[list[Span]]:
     """The stages of four real steps of two micro-batches."""
-    case = DecodeCase(Shape(layers=LAYERS), 4)
-    scheduler = PipelineScheduler(case.model)
-    for _ in range(4):
-        inputs = case.step()
-        scheduler.decode_token(inputs.input_ids, inputs.positions, inputs.metadata)
-        case.append_tokens()
-    return list(scheduler.statistics.recent)
+    return real_steps(4, sequences=4)
 
 
 def test_a_trace_has_a_box_for_every_stage_layer_and_micro_batch(steps, tmp_path):
     path = tmp_path / "steps.json"
     save_timeline(steps, str(path))
-    assert check_trace(json.loads(path.read_text())["traceEvents"], LAYERS, 2) == len(steps)
-
-
-def test_boxes_are_named_by_micro_batch_and_stages(steps):
-    names = [e["name"] for e in trace_events(steps) if e["ph"] == "X"]
-    assert {name[0] for name in names} == {"A", "B"}
-    assert {"A attention0", "B attention2", "A mlp0 qkv1", "B mlp2"} <= set(names)
+    events = json.loads(path.read_text())["traceEvents"]
+    assert check_trace(events, LAYERS, 2) == len(steps)
+    names = {event["name"] for event in events}
+    assert {"A attention0", "B attention2", "A mlp0 qkv1", "B mlp2"} <= names
+    assert check_trace(trace_events(real_steps(1, sequences=1)), LAYERS, 1) == 1
 
 
 def test_lanes_have_a_row_each_whatever_their_number():
@@ -165,25 +148,14 @@ def test_lanes_have_a_row_each_whatever_their_number():
     assert rows == ["attention", "qkv", "ffn"]
 
 
-def test_boxes_have_the_times_of_their_stages_in_microseconds(steps):
-    boxes = [e for e in trace_events(steps) if e["ph"] == "X" and e["args"]["step"] == 0]
-    for span, box in zip(steps[0], boxes, strict=True):
+def test_boxes_have_their_times_in_microseconds_and_steps_follow_each_other(steps):
+    boxes = [e for e in trace_events(steps) if e["ph"] == "X"]
+    for span, box in zip(steps[0], boxes, strict=False):
         assert box["ts"] == pytest.approx(span.start_ms * 1e3)
         assert box["dur"] == pytest.approx((span.end_ms - span.start_ms) * 1e3)
-
-
-def test_steps_of_a_trace_follow_each_other(steps):
-    boxes = [e for e in trace_events(steps) if e["ph"] == "X"]
     for step in range(1, len(steps)):
         ended = max(b["ts"] + b["dur"] for b in boxes if b["args"]["step"] == step - 1)
         assert ended < min(b["ts"] for b in boxes if b["args"]["step"] == step)
-
-
-def test_a_path_that_ends_in_png_gives_a_picture(steps, tmp_path):
-    pytest.importorskip("matplotlib")
-    path = tmp_path / "steps.png"
-    save_timeline(steps, str(path))
-    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
 def test_a_picture_shows_the_last_pipelined_step(steps, tmp_path, monkeypatch):
@@ -200,12 +172,3 @@ def test_without_profiled_steps_there_is_nothing_to_draw(tmp_path):
     with pytest.raises(ValueError, match="set pipeline_enable_profiling=True"):
         save_timeline([], str(path))
     assert not path.exists()
-
-
-def test_stages_of_one_sequence_have_one_micro_batch():
-    case = DecodeCase(Shape(layers=2), 1)
-    scheduler = PipelineScheduler(case.model)
-    with torch.inference_mode():
-        inputs = case.step()
-        scheduler.decode_token(inputs.input_ids, inputs.positions, inputs.metadata)
-    assert check_trace(trace_events(list(scheduler.statistics.recent)), 2, 1) == 1

@@ -4,6 +4,7 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalL
 from nanovllm.tiny import CHECKPOINT_DIR, PROMPTS
 from tools.train_tiny import stories
 from tools.train_tiny.report import complete
-from tools.train_tiny.train import Recipe, Shape, train
+from tools.train_tiny.train import CONFIG, Recipe, train
 
 SENTENCE_END = re.compile(r'[.!?]"?(?= ["A-Z]|$)')
-TINY_SHAPE = Shape(
-    vocab_size=320, hidden_size=32, intermediate_size=64, layers=1, heads=2, kv_heads=1, head_dim=16
-)
+TINY_CONFIG = CONFIG | {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+    "max_window_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+}  # fmt: skip
 TINY_RECIPE = Recipe(steps=2, rows=2, length=64, tokenizer_stories=20, threads=2)
 
 
@@ -59,9 +61,9 @@ def test_stories_are_well_formed() -> None:
 
 def test_grammar_names_things_that_exist() -> None:
     names = {hero.name for hero in stories.HEROES}
-    for opening in stories.OPENINGS:
-        assert names.issuperset(opening.heroes)
-        assert stories.PLOTS.keys() >= set(opening.plots)
+    for _, heroes, plots in stories.OPENINGS:
+        assert names.issuperset(heroes)
+        assert stories.PLOTS.keys() >= set(plots)
     for hero in stories.HEROES:
         assert stories.PLOTS.keys() >= set(hero.plots)
         assert hero.name not in hero.friends
@@ -115,7 +117,7 @@ def test_margin_is_wide_enough_for_bfloat16(model: Any, tokenizer: PreTrainedTok
 
 def test_training_is_reproducible(tmp_path: Path) -> None:
     random_state, threads = torch.get_rng_state(), torch.get_num_threads()
-    losses = [train(tmp_path / name, TINY_SHAPE, TINY_RECIPE) for name in "ab"]
+    losses = [train(tmp_path / name, TINY_CONFIG, TINY_RECIPE) for name in "ab"]
     assert losses[0] == losses[1]
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
@@ -124,8 +126,8 @@ def test_training_is_reproducible(tmp_path: Path) -> None:
 
 
 def test_training_depends_on_the_seed(tmp_path: Path) -> None:
-    recipe = Recipe(**{**vars(TINY_RECIPE), "seed": 1})
-    train(tmp_path / "a", TINY_SHAPE, TINY_RECIPE)
-    train(tmp_path / "b", TINY_SHAPE, recipe)
+    recipe = replace(TINY_RECIPE, seed=1)
+    train(tmp_path / "a", TINY_CONFIG, TINY_RECIPE)
+    train(tmp_path / "b", TINY_CONFIG, recipe)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert weights[0] != weights[1]

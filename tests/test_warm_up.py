@@ -23,12 +23,12 @@ def llm():
 
 @pytest.fixture
 def warmed(llm, monkeypatch):
-    """Warms up, and notes the rows of every prompt, of every decode step, and all draws."""
+    """Warms up; returns the rows of every prompt and of every decode step."""
 
-    def run(max_prompt=4096, draws=True, **options):
+    def run(max_prompt=4096, **options):
         runner = llm.model_runner
         steps, config = runner.step_runner, dataclasses.replace(llm.config, **options)
-        prompts, decodes, draws_seen = [], [], []
+        prompts, decodes = [], []
         prepare, pad = steps.prepare_prompts, steps.run_padding
 
         def prepare_prompts(chunks):
@@ -39,26 +39,18 @@ def warmed(llm, monkeypatch):
             decodes.append(size)
             return pad(size)
 
-        def draw(logits, params):
-            assert logits.shape == (1, runner.model_config.vocab_size)
-            draws_seen.append(params)
-
         with monkeypatch.context() as patch:
             patch.setattr(steps, "prepare_prompts", prepare_prompts)
             patch.setattr(steps, "run_padding", run_padding)
-            warm_up(steps, config, max_prompt, draw if draws else None)
-        return prompts, decodes, draws_seen
+            logits = warm_up(steps, config, max_prompt)
+        assert logits.shape == (1, runner.model_config.vocab_size)
+        return prompts, decodes
 
     return run
 
 
 def test_prompts_of_a_ladder_of_lengths_are_run(warmed):
-    prompts, _, draws = warmed()
-    assert prompts == [[rows] for rows in batch_sizes(MOST_ROWS)]
-    assert draws == SAMPLING
-
-
-def test_no_prompt_is_longer_than_allowed(warmed):
+    assert warmed()[0] == [[rows] for rows in batch_sizes(MOST_ROWS)]
     assert warmed(max_prompt=20)[0][-2:] == [[16], [20]]
 
 
@@ -88,12 +80,6 @@ def test_all_kinds_of_limits_are_drawn_with():
         batch = SamplingBatch.of([params], [0], [0], [0], 50, torch.device("cpu"))
         kinds.add((batch.top_k is not None, batch.top_p is not None))
     assert kinds == {(False, False), (True, False), (False, True), (True, True)}
-
-
-def test_ranks_run_the_same_steps_whether_they_draw_or_not(warmed):
-    first, other = warmed(enforce_eager=True), warmed(enforce_eager=True, draws=False)
-    assert first[:2] == other[:2]
-    assert other[2] == []
 
 
 @pytest.mark.parametrize(

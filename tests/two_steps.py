@@ -113,8 +113,7 @@ def random_plan(rng: random.Random, model: RandomModel) -> Plan:
     for kind in model.kinds:
         rng.choice(lanes).append(kind)
     planned = [PlannedLane(f"lane{i}", tuple(kinds)) for i, kinds in enumerate(lanes) if kinds]
-    times = tuple((kind, rng.random()) for kind in model.kinds) if rng.random() < 0.3 else ()
-    return Plan("random", rng.randint(1, 4), tuple(planned), streams=True, times=times)
+    return Plan("random", rng.randint(1, 4), tuple(planned), streams=True)
 
 
 def random_order(rng: random.Random, model: RandomModel, plan: Plan) -> list[Work]:

@@ -12,10 +12,9 @@ The workloads, each with `run`, which yields ever more complete records, and `de
 
 decode.py      step times of the arms; power.py adds what the GPU draws
 growing.py     the arms on contexts that grow
-throughput.py  whole runs of requests (requests.py), step by step (step_log.py)
-prefill.py     prompts alone
-gain_map.py    where the pipeline pays (gains.py, pictures.py)
-curves.py      what SMs are worth to each stage (curves_work.py, pictures.py)
+throughput.py  whole runs of requests (requests.py), step by step (step_log.py); prompts alone
+gain_map.py    where the pipeline pays (gains.py: how much, pictures.py: drawn)
+curves.py      what SMs are worth
 """
 
 

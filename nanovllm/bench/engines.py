@@ -26,65 +26,57 @@ from nanovllm.utils.hub import resolve_model
 
 @contextmanager
 def start_engine(
-    args: argparse.Namespace, *, longest: int = 0, shape: str | None = None, **options: Any
+    args: argparse.Namespace, *, longest: int = 0, **options: Any
 ) -> Iterator[tuple[LLMEngine, Record]]:
     """An engine as the command line says, and the record of it; closed afterwards.
 
-    `shape` overrides that in `args`; `options` are further fields of `Config`.
+    `options` are further fields of `Config`.
 
     Raises:
         DoesNotFit: there is not enough memory, or the model takes no `longest` tokens a sequence,
             which is found out before anything is loaded.
         BenchError: there is no such model, or an option's value is not allowed.
     """
-    shape = shape or args.shape
     with ExitStack() as stack:
-        directory, name = args.model or str(CHECKPOINT_DIR), shape or Path(args.model).name
-        if shape in SIZES:
-            directory = stack.enter_context(shape_directory(shape, args.layers))
-            options["load_format"], name = "dummy", f"Qwen3-{shape}"
-        options |= {
+        directory, name = args.model or str(CHECKPOINT_DIR), args.shape or Path(args.model).name
+        if args.shape in SIZES:
+            directory = stack.enter_context(shape_directory(args.shape, args.layers))
+            options["load_format"], name = "dummy", f"Qwen3-{args.shape}"
+        options = {
             "device": str(args.device),
-            "enforce_eager": bool(args.enforce_eager) or options.get("enforce_eager", False),
+            "enforce_eager": args.enforce_eager,
             "async_scheduling": not args.sync,
             "tensor_parallel_size": args.tensor_parallel_size,
-        }
+        } | options
         start = time.perf_counter()
         try:
             limit = load_config(resolve_model(directory)).usable_length
             if longest > limit:
                 raise DoesNotFit(f"{longest} tokens are too many: the model's longest has {limit}")
             engine = stack.enter_context(LLMEngine(directory, **options))
+        except BenchError:
+            raise
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise DoesNotFit(str(error)) from error
         except (ValueError, FileNotFoundError) as error:
-            raise error if isinstance(error, BenchError) else BenchError(str(error)) from error
+            raise BenchError(str(error)) from error
         seconds = time.perf_counter() - start
-        yield engine, describe_engine(engine, name) | {"startup_seconds": seconds}
-
-
-def describe_engine(engine: LLMEngine, name: str) -> Record:
-    """The record of the model and of the engine's options that are not the defaults."""
-    config, runner = engine.config, engine.model_runner
-    weights, ranks = list(runner.model.parameters()), config.tensor_parallel_size
-    fields = {field.name: field.default for field in dataclasses.fields(Config)}
-    return {
-        "model": {
+        runner = engine.model_runner
+        model = {
             "name": name,
             "layers": runner.model_config.num_hidden_layers,
-            # Of several ranks, each has a part.
-            "parameters": runner.model_config.num_weights
-            if ranks > 1
-            else sum(weight.numel() for weight in weights),
-            "dtype": str(weights[0].dtype).removeprefix("torch."),
-        },
-        "ranks": ranks,
-        "options": {
-            name: getattr(config, name)
-            for name, default in fields.items()
-            if name != "model" and getattr(config, name) != default
-        },
-    }
+            "parameters": runner.model_config.num_weights,
+            "dtype": str(next(runner.model.parameters()).dtype).removeprefix("torch."),
+        }
+        yield (
+            engine,
+            {
+                "model": model,
+                "ranks": args.tensor_parallel_size,
+                "options": dataclasses.asdict(engine.config) | {"model": name},
+                "startup_seconds": seconds,
+            },
+        )
 
 
 def kv_blocks(sequences: int, tokens: int, block_size: int) -> int:

@@ -1,13 +1,12 @@
 """What a map says: how much each arm gains over sequential decode, and where.
 
 A gain is speed: sequential step time over the arm's, so above 1 is faster. These functions know
-nothing of engines; they read and write the plain values that a map's JSON file holds.
+nothing of engines; they read the plain values that a map's JSON file holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 from nanovllm.bench import report
 from nanovllm.bench.arms import AUTO, GREEN, SEQUENTIAL
@@ -20,113 +19,90 @@ AUTO_TOLERANCE = 0.02
 LEAST_GAIN = 1.05
 
 
-def judge(step_ms: Mapping[str, float]) -> Record:
-    """The fields of a point that follow from its arms' median step times, by label.
+@dataclass
+class Point:
+    """A point of a map, judged."""
 
-    "best" is the fastest arm that is neither sequential nor auto, "auto_of_best" auto's speed over
-    the fastest arm of all, and "auto_holds" whether auto keeps its promise. Of an arm that there is
-    not, the fields are None.
-    """
-    reference = step_ms[SEQUENTIAL]
-    gains = {label: reference / time for label, time in step_ms.items() if label != SEQUENTIAL}
-    best = max((label for label in gains if label != AUTO), key=lambda x: gains[x], default=None)
-    verdict: Record = {
-        "gains": gains,
-        "best": best,
-        "best_gain": None if best is None else gains[best],
-        **dict.fromkeys(("auto_gain", "auto_of_best", "auto_holds")),
-    }
-    if AUTO in gains:
-        of_best = min(step_ms.values()) / step_ms[AUTO]
-        holds = gains[AUTO] >= LEAST_AUTO_GAIN and of_best >= 1 / (1 + AUTO_TOLERANCE)
-        verdict |= {"auto_gain": gains[AUTO], "auto_of_best": of_best, "auto_holds": holds}
-    return verdict
+    shape: str
+    batch: int
+    context: int
+    reason: str | None  # why it is not measured; None if it is
+    sequential_ms: float
+    plan: str | None  # that auto has in use
+    gains: dict[str, float]  # of all arms that were timed but sequential, by label
 
+    def __post_init__(self) -> None:
+        fixed = [label for label in self.gains if label != AUTO]
+        self.best = max(fixed, key=lambda label: self.gains[label], default=None)
+        self.best_gain = None if self.best is None else self.gains[self.best]
+        self.auto_gain = self.gains.get(AUTO)
+        # Auto's speed over the fastest arm of all.
+        self.auto_of_best = self.gains.get(AUTO, 1.0) / max([1.0, *self.gains.values()])
 
-def summarize(shapes: list[Record]) -> Record:
-    """Counts, extremes and gains of all shapes of a map; None for what was not measured."""
-    points = [{"shape": shape["name"], **point} for shape in shapes for point in shape["points"]]
-    measured = [point for point in points if point["reason"] is None]
-    with_auto = [point for point in measured if point["auto_gain"] is not None]
-    with_best = [point for point in measured if point["best_gain"] is not None]
-    worst = min(with_auto, key=lambda point: point["auto_gain"], default=None)
-    best = max(with_best, key=lambda point: point["best_gain"], default=None)
+    @property
+    def auto_fails(self) -> bool:
+        """Whether there is an auto that does not keep its promise."""
+        gain = self.auto_gain
+        too_slow = self.auto_of_best < 1 / (1 + AUTO_TOLERANCE)
+        return gain is not None and (gain < LEAST_AUTO_GAIN or too_slow)
 
-    def place(point: Record | None, *fields: str) -> Record | None:
-        return point and {name: point[name] for name in ("shape", "batch", "context", *fields)}
-
-    return {
-        "points": len(measured),
-        "not_measured": len(points) - len(measured),
-        "worst_auto": place(worst, "auto_gain"),
-        "auto_points": len(with_auto),
-        "auto_fails": [
-            place(point, "auto_gain", "auto_of_best")
-            for point in with_auto
-            if not point["auto_holds"]
-        ],
-        "best": place(best, "best_gain", "best"),
-        "gaining": [
-            place(point, "best_gain", "best")
-            for point in sorted(with_best, key=lambda point: -point["best_gain"])
-            if point["best_gain"] >= LEAST_GAIN
-        ],
-    }
+    def __str__(self) -> str:
+        return f"{self.shape} batch {self.batch} context {self.context}"
 
 
-def axes(shape: Record) -> tuple[list[int], list[int]]:
-    """The batches and the contexts of a shape's points, rising."""
-    batches, contexts = (
-        sorted({point[field] for point in shape["points"]}) for field in ("batch", "context")
-    )
-    return batches, contexts
+def judge(shape: Record) -> list[Point]:
+    """The points of a shape."""
+    points = []
+    for point in shape["points"]:
+        ms = {label: arm["step_ms"]["median"] for label, arm in point["arms"].items()}
+        reference = ms.pop(SEQUENTIAL, 0.0)
+        gains = {label: reference / own for label, own in ms.items()}
+        place = shape["name"], point["batch"], point["context"]
+        points.append(Point(*place, point["reason"], reference, point.get("plan"), gains))
+    return points
+
+
+def axes(points: list[Point]) -> tuple[list[int], list[int]]:
+    """The batches and the contexts of points, rising."""
+    return sorted({point.batch for point in points}), sorted({point.context for point in points})
 
 
 def describe(record: Record) -> str:
     """The table of every shape, then the summary."""
     parts = ["\n".join(describe_shape(record, shape)) for shape in record["shapes"]]
-    return "\n\n".join([*parts, "\n".join(describe_summary(record))])
+    return "\n\n".join([*parts, "\n".join(summarize(record))])
 
 
 def describe_shape(record: Record, shape: Record) -> list[str]:
     """The points of one shape, with the gain of each arm over sequential."""
-    points = sorted(shape["points"], key=lambda point: (point["batch"], point["context"]))
+    points = sorted(judge(shape), key=lambda point: (point.batch, point.context))
     if not shape["arms"]:
-        return [f"{shape['name']}: not measured, {points[0]['reason']}"]
+        return [f"{shape['name']}: not measured, {points[0].reason}"]
     labels = [arm["label"] for arm in shape["arms"] if arm["label"] != SEQUENTIAL]
-    granted = [
-        f"{arm['label']} was granted {report.sms(arm)} SMs"
-        for arm in shape["arms"]
-        if "+" in arm["label"] and report.sms(arm) not in ("all", short_label(arm["label"]))
-    ]
-    head = ["batch", "context", "seq. ms", *map(short_label, labels), "auto's plan", "best"]
-    rows = [head, *(point_cells(point, labels) for point in points)]
-    if not any(point.get("plan") for point in points):
-        rows = [row[:-2] + row[-1:] for row in rows]
+    with_plans = any(point.plan for point in points)
     return [
         report.title({**record, **shape}),
         f"start-up {shape['startup_seconds']:.1f} s, {shape['kv_blocks']:,} KV blocks, "
         f"measured in {shape['seconds']:.0f} s; gains over sequential decode",
         *report.fallbacks(shape["arms"]),
-        *granted,
         "",
-        *report.table(rows),
+        *report.table([cells(point, labels, with_plans) for point in points]),
     ]
 
 
-def point_cells(point: Record, labels: list[str]) -> list[str]:
+def cells(point: Point, labels: list[str], with_plan: bool) -> dict[str, str]:
     """A row: "-" for an arm that cannot run there, "!" where auto fails."""
-    start = [str(point["batch"]), str(point["context"])]
-    if point["reason"] is not None:
-        return [*start, "does not fit", *[""] * (len(labels) + 2)]
-    gains = point["gains"]
-    return [
-        *start,
-        f"{point['arms'][SEQUENTIAL]['step_ms']['median']:.3f}",
-        *(f"{gains[label]:.3f}" if label in gains else "-" for label in labels),
-        short_label(point.get("plan") or "-"),
-        short_label(point["best"] or "-") + ("  ! auto" if point["auto_holds"] is False else ""),
-    ]
+    row = {"batch": str(point.batch), "context": str(point.context)}
+    if point.reason is not None:
+        return row | {"seq. ms": "does not fit"}
+    row["seq. ms"] = f"{point.sequential_ms:.3f}"
+    for label in labels:
+        gain = point.gains.get(label)
+        row[short_label(label)] = "-" if gain is None else f"{gain:.3f}"
+    if with_plan:
+        row["auto's plan"] = short_label(point.plan or "-")
+    row["best"] = short_label(point.best or "-") + ("  ! auto" if point.auto_fails else "")
+    return row
 
 
 def short_label(label: str) -> str:
@@ -134,34 +110,32 @@ def short_label(label: str) -> str:
     return label.removeprefix(f"{GREEN} ")
 
 
-def describe_summary(record: Record) -> list[str]:
-    """Number of points, the extremes, and the points that gain."""
-    summary = record["summary"]
+def summarize(record: Record) -> list[str]:
+    """Number of points, where auto fails, and the points that gain."""
+    points = [point for shape in record["shapes"] for point in judge(shape)]
+    missing = sum(point.reason is not None for point in points)
+    auto = sorted((point.auto_gain, str(point)) for point in points if point.auto_gain is not None)
+    fails = [point for point in points if point.auto_fails]
+    gains = sorted((p.best_gain, str(p), p.best) for p in points if p.best_gain is not None)
     lines = [
-        f"{summary['points']} points in {record['sweep_seconds']:.0f} s, "
+        f"{len(points) - missing} points in {record['sweep_seconds']:.0f} s, "
         f"{record['seconds_per_arm']:g} s of steps an arm"
-        + (f"; {summary['not_measured']} more do not fit" if summary["not_measured"] else "")
+        + (f"; {missing} more do not fit" if missing else "")
     ]
-    if best := summary["best"]:
-        lines.append(f"best gain: {best['best_gain']:.3f} by {best['best']}, {where(best)}")
-    if worst := summary["worst_auto"]:
-        kept = summary["auto_points"] - len(summary["auto_fails"])
-        lines.append(f"worst {AUTO}: {worst['auto_gain']:.3f}, {where(worst)}")
+    if auto:
         lines.append(
-            f"{AUTO} is at least {LEAST_AUTO_GAIN} and within {AUTO_TOLERANCE:.0%} of the best arm "
-            f"at {kept} of {summary['auto_points']} points"
+            f"auto is at least {LEAST_AUTO_GAIN} and within {AUTO_TOLERANCE:.0%} of the best arm "
+            f"at {len(auto) - len(fails)} of {len(auto)} points; worst: {auto[0][0]:.3f}, "
+            f"{auto[0][1]}"
         )
-        lines += [
-            f"  not at {where(fail)}: {fail['auto_gain']:.3f}, {fail['auto_of_best']:.3f} of the "
-            "best"
-            for fail in summary["auto_fails"]
-        ]
-    gaining = [
-        f"  {point['best_gain']:.3f} at {where(point)}, by {point['best']}"
-        for point in summary["gaining"]
+    lines += [
+        f"  not at {point}: {point.auto_gain:.3f}, {point.auto_of_best:.3f} of the best"
+        for point in fails
     ]
-    return [*lines, f"points that gain {LEAST_GAIN} or more: {len(gaining)}", *gaining]
-
-
-def where(place: Mapping[str, Any]) -> str:
-    return f"{place['shape']} batch {place['batch']} context {place['context']}"
+    lines.append(f"best gains, at least {LEAST_GAIN}:")
+    lines += [
+        f"  {gain:.3f} at {place}, by {label}"
+        for gain, place, label in reversed(gains)
+        if gain >= LEAST_GAIN
+    ]
+    return lines

@@ -1,4 +1,4 @@
-"""Tables for people, and what a JSON object says of machine, engine and model."""
+"""Tables for people, and what a JSON object says of the machine."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +23,26 @@ PACKAGES = ("torch", "triton", "transformers", "cuda-bindings")
 
 def describe_machine(device: torch.device, benchmark: str) -> Record:
     """Where and when; `benchmark` is the record's kind. None for what is not known."""
-    name, memory = platform.processor() or platform.machine(), None
+    name = platform.processor() or platform.machine()
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        name, memory = properties.name, round(properties.total_memory / 2**30, 1)
-    sms = sm_count(device) or None
+        name = torch.cuda.get_device_name(device)
+    installed = {each.name: each.version for each in distributions()}
     return {
         "benchmark": benchmark,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": {"type": device.type, "name": name, "sms": sms, "memory_gib": memory},
+        "device": {"type": device.type, "name": name, "sms": sm_count(device) or None},
         "versions": {
-            "python": platform.python_version(),
-            **{name.replace("-", "_"): installed_version(name) for name in PACKAGES},
-            "cuda": torch.version.cuda,
+            **{package: installed.get(package) for package in PACKAGES},
             "driver": driver_version(),
         },
     }
 
 
-def installed_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def driver_version() -> str | None:
     """Version of the NVIDIA driver; None if there is none, or no nvidia-smi to ask."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
+    if shutil.which("nvidia-smi") is None:
         return None
-    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     answer = subprocess.run(query, capture_output=True, text=True, check=False)
     return answer.stdout.split("\n")[0].strip() or None if answer.returncode == 0 else None
 
@@ -69,12 +58,12 @@ def title(record: Record) -> str:
 
 
 def sms(arm: Record) -> str:
-    """SMs that were granted to each lane; records of before there were lanes know two."""
-    lanes = arm.get("lane_sms") or {lane: arm.get(f"{lane}_sms") for lane in ("attention", "ffn")}
-    return "+".join(map(str, lanes.values())) if all(lanes.values()) else "all"
+    """SMs that were granted to each lane."""
+    lanes = arm["lane_sms"].values()
+    return "+".join(map(str, lanes)) if lanes and all(lanes) else "all"
 
 
-def fallbacks(arms: Sequence[Record]) -> list[str]:
+def fallbacks(arms: Iterable[Record]) -> list[str]:
     """A line for each arm that is not timed."""
     return [
         f"{arm['label']} is not timed, falls back: {arm['fallback_reason']}"
@@ -83,15 +72,17 @@ def fallbacks(arms: Sequence[Record]) -> list[str]:
     ]
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of as many cells each as aligned lines: the first column to the left, others right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Aligned lines of rows by column, the first to the left."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names, *([str(row.get(name, "")) for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
         "  ".join(
             cell.rjust(width) if column else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
-        for row in rows
+        for row in cells
     ]
 
 

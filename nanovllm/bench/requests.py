@@ -10,20 +10,15 @@ from random import Random
 # Of vocabularies that have so many; in a smaller one, ids are taken modulo its size.
 HIGHEST_ID = 150_000
 
-REQUEST_SETS = {
-    "W": "nano-vllm's own benchmark: 256 requests of 100 to 1,024 tokens in and out",
-    "chat": "1,500 requests, most of them short, in and out",
-    "long": "256 requests of 2,048 tokens in, 128 out",
-    "even": "512 requests of 1,000 tokens in and out, more KV than fits at a time",
-    "short": "1,024 requests at once, 128 tokens in, 512 out",
-    "steady": "2,000 requests of 1,500 tokens in, 500 out, of which 256 run at a time",
-}
 EQUAL = {
-    "long": (256, 2048, 128),
-    "even": (512, 1000, 1000),
+    "long": (256, 2048, 128),  # requests, tokens in, tokens out
+    "even": (512, 1000, 1000),  # more KV than fits at a time
     "short": (1024, 128, 512),
     "steady": (2000, 1500, 500),
-}  # requests, tokens in, tokens out
+    "prefill": (80, 2048, 1),  # 8 of them in a step
+}
+# "W" is nano-vllm's own benchmark, "chat" many short requests and a few long ones.
+REQUEST_SETS = ("W", "chat", *EQUAL)
 # Of `Config.max_num_seqs`; all others run as many as there are, up to 1,024.
 MAX_NUM_SEQS = {"steady": 256}
 MAX_MODEL_LEN = 4096

@@ -41,6 +41,8 @@ SIZES: dict[str, tuple[int, int, int, int, bool]] = {
     "14B": (5120, 17408, 40, 40, False),
     "32B": (5120, 25600, 64, 64, False),
 }
+# The embedded model's name among the shapes; its weights are no random ones.
+TINY = "tiny"
 
 
 def published_config(shape: str, layers: int | None = None) -> dict[str, Any]:

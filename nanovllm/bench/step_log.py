@@ -17,7 +17,7 @@ launched, all of the launch counts as idle: rather a little too much than too li
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nanovllm.bench.report import Record
 from nanovllm.engine.model_runner import ModelRunner, ignore
 from nanovllm.engine.scheduler import Step
 from nanovllm.engine.stage_times import ClockEvent
@@ -39,7 +40,7 @@ class LoggedStep:
     begin: Any = None
     end: Any = None
     # Ids of the requests for which it draws a token.
-    drawn: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    drawn: list[int] = field(default_factory=list)
     # Of prefill: request id, first token, and the one behind the last.
     chunks: list[tuple[int, int, int]] = field(default_factory=list)
     launch_seconds: float = 0.0  # after `begin`, in which the device had nothing to do yet
@@ -49,10 +50,6 @@ class LoggedStep:
     def seconds(self) -> float:
         """Time of its work."""
         return self.begin.elapsed_time(self.end) * 1e-3 - self.launch_seconds
-
-    def idle_before(self, other: LoggedStep) -> float:
-        """Seconds from the end of this step's work to the beginning of a later one's."""
-        return self.end.elapsed_time(other.begin) * 1e-3 + other.launch_seconds
 
 
 class StepLog:
@@ -88,8 +85,7 @@ class StepLog:
         else:  # the device has work now, so the host has time
             logged = self.steps[-1]
             logged.end = self._event()
-            drawn = [c.seq.request_id for c in step.chunks if c.needs_sample]
-            logged.drawn = np.array(drawn, np.int64)
+            logged.drawn = [c.seq.request_id for c in step.chunks if c.needs_sample]
             if not step.is_decode:
                 logged.chunks = [(c.seq.request_id, c.start, c.end) for c in step.chunks]
 
@@ -98,58 +94,51 @@ class StepLog:
         event.record()
         return event
 
-    def totals(self) -> dict[str, Any]:
-        """Sums over all steps so far; waits for the last one.
+    def totals(self) -> Record:
+        """Sums over all steps so far; waits for the last one. See also `count_tokens`.
 
-        Returns:
-            prefill_seconds, decode_seconds: of work on the device.
-            prefill_tokens, decode_tokens: that were read, and drawn by decode steps.
-            recomputed_tokens: that were read though they had been computed before.
-            inter_token_ms: median and 99th percentile of the time between two tokens of a request.
-            gpu_idle_share: of the time from the first to the last of decode steps with no prefill
-                between them, the share in which the GPU had nothing to do; None on the CPU, and
-                without such steps.
-            gpu_idle_gaps: how many times one decode step followed another.
+        Seconds are those of work on the device. `gpu_idle_share` is that of the time from the first
+        to the last of decode steps with no prefill between them, in which the GPU had nothing to
+        do; None on the CPU, and without such steps.
         """
         self.runner.synchronize()
         prefill = [step for step in self.steps if not step.is_decode]
         decode = [step for step in self.steps if step.is_decode]
         pairs = [(a, b) for a, b in pairwise(self.steps) if a.is_decode and b.is_decode]
-        idle = sum(a.idle_before(b) for a, b in pairs)
+        idle = sum(a.end.elapsed_time(b.begin) * 1e-3 + b.launch_seconds for a, b in pairs)
         total = idle + sum(a.seconds for a, _ in pairs)
         return {
             "prefill_seconds": sum(step.seconds for step in prefill),
             "prefill_tokens": sum(end - start for s in prefill for _, start, end in s.chunks),
             "decode_seconds": sum(step.seconds for step in decode),
             "decode_tokens": sum(len(step.drawn) for step in decode),
-            "recomputed_tokens": recomputed_tokens(self.steps),
-            "inter_token_ms": inter_token_ms(self.steps),
+            **count_tokens(self.steps),
             "gpu_idle_share": idle / total if self.on_gpu and total else None,
-            "gpu_idle_gaps": len(pairs),
         }
 
 
-def recomputed_tokens(steps: Sequence[LoggedStep]) -> int:
-    """Tokens that were read though an earlier step had computed them."""
-    computed = np.zeros(1 + max((int(s.drawn.max(initial=0)) for s in steps), default=0), np.int64)
-    again = 0
+def count_tokens(steps: list[LoggedStep]) -> Record:
+    """What can be told from the steps of each request.
+
+    Returns:
+        recomputed_tokens: that were read though an earlier step had computed them.
+        inter_token_ms: median and 99th percentile of the time between two tokens of a request;
+            None without any.
+    """
+    computed: Counter[int] = Counter()  # tokens in the KV cache at some time, by request
+    last: dict[int, float] = {}
+    recomputed, gaps = 0, []
     for step in steps:
-        if step.is_decode:
-            computed[step.drawn] += 1
         for request, start, end in step.chunks:
-            again += max(0, min(end, computed[request]) - start)
+            recomputed += max(0, min(end, computed[request]) - start)
             computed[request] = max(computed[request], end)
-    return int(again)
-
-
-def inter_token_ms(steps: Sequence[LoggedStep]) -> dict[str, float] | None:
-    """Median and 99th percentile over all pairs of neighbouring tokens; None without any."""
-    requests = np.concatenate([step.drawn for step in steps] or [np.empty(0, np.int64)])
-    moments = np.repeat([s.tokens_at for s in steps], [len(s.drawn) for s in steps])
-    order = np.argsort(requests, kind="stable")  # steps stay in order
-    same = np.diff(requests[order]) == 0
-    gaps = np.diff(moments[order])[same]
-    if not len(gaps):
-        return None
-    middle, high = np.percentile(gaps * 1e3, [50, 99]).tolist()
-    return {"median": middle, "p99": high}
+        for request in step.drawn:
+            computed[request] += step.is_decode
+            if request in last:
+                gaps.append((step.tokens_at - last[request]) * 1e3)
+            last[request] = step.tokens_at
+    middle, high = np.percentile(gaps, [50, 99]).tolist() if gaps else (None, None)
+    return {
+        "recomputed_tokens": recomputed,
+        "inter_token_ms": {"median": middle, "p99": high} if gaps else None,
+    }

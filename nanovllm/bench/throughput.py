@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from typing import Any
 
 from nanovllm.bench import report
 from nanovllm.bench.arms import choose_split, pipeline_options
+from nanovllm.bench.ceilings import matmul_peak, prefill_flops
 from nanovllm.bench.engines import start_engine
 from nanovllm.bench.report import Record
 from nanovllm.bench.requests import MAX_MODEL_LEN, MAX_NUM_SEQS, Requests, draw_requests
@@ -23,21 +23,27 @@ WARM_UP = [*range(100)]
 def run(args: argparse.Namespace) -> Iterator[Record]:
     """Runs a set of requests once, after a short one to warm up.
 
-    Workload "nano" is the set "W", or the first of it, on an engine with nano-vllm's defaults.
+    Workload "nano" is the set "W" on an engine with nano-vllm's defaults, and "prefill" the set of
+    that name, whose rate stands beside that of a large matrix product.
     """
-    name, count = args.requests, args.num_requests
-    options: dict[str, Any] = {"max_model_len": MAX_MODEL_LEN}
-    if args.workload == "nano":
-        name, count = "W", args.requests
-    else:
-        options["max_num_seqs"] = args.max_num_seqs or MAX_NUM_SEQS.get(name, 1024)
     split = choose_split(sm_count(args.device), args.attention_sms, args.ffn_sms)
-    options |= pipeline_options(args.mode, split)
+    options = pipeline_options(args.mode, split) | {
+        "max_num_seqs": args.max_num_seqs or MAX_NUM_SEQS.get(args.requests, 1024),
+        "max_model_len": MAX_MODEL_LEN,
+    }
     with start_engine(args, **options) as (engine, about):
-        vocab_size = engine.model_runner.model_config.vocab_size
-        requests = draw_requests(name, vocab_size, count)
+        runner = engine.model_runner
+        config = runner.model_config
+        requests = draw_requests(args.requests, config.vocab_size, args.num_requests)
         record = report.describe_machine(args.device, args.workload) | about
-        yield record | {"request_set": name} | run_requests(engine, requests)
+        record |= {"request_set": args.requests} | run_requests(engine, requests)
+        yield record
+        if args.workload == "prefill" and args.device.type == "cuda":
+            dtype = next(runner.model.parameters()).dtype
+            peak = matmul_peak(runner.device, dtype) * args.tensor_parallel_size
+            flops = prefill_flops(config, [len(prompt) for prompt in requests[0]])
+            rate = flops / record["prefill_seconds"]
+            yield record | {"flops_per_second": rate, "matmul_peak": peak}
 
 
 def run_requests(engine: LLMEngine, requests: Requests) -> Record:
@@ -78,23 +84,28 @@ def describe(record: Record) -> str:
         f"tokens in, {record['output_tokens']:,} out, in {record['seconds']:.2f} s, decode "
         f"{record['runs_as']} ({steps['pipelined']} of {sum(steps.values())} steps as a pipeline)",
         f"{record['output_tokens_per_second']:,.0f} output tokens per second",
-        *(
-            f"{kind}: {record[f'{kind}_tokens']:,} tokens in {record[f'{kind}_seconds']:.2f} s "
-            f"of work, {record[f'{kind}_tokens'] / record[f'{kind}_seconds']:,.0f} a second"
-            for kind in ("prefill", "decode")
-            if record[f"{kind}_tokens"]
-        ),
-        f"recomputed: {record['recomputed_tokens']:,} tokens, {record['preemptions']} preemptions",
     ]
+    for kind in ("prefill", "decode"):
+        tokens, seconds = record[f"{kind}_tokens"], record[f"{kind}_seconds"]
+        rate = tokens / (seconds or 1.0)
+        lines.append(f"{kind}: {tokens:,} tokens in {seconds:.2f} s of work, {rate:,.0f} a second")
+    lines.append(
+        f"recomputed: {record['recomputed_tokens']:,} tokens, {record['preemptions']} preemptions"
+    )
     if gaps := record["inter_token_ms"]:
         lines.append(
             f"between two tokens of a request: median {gaps['median']:.2f} ms, 99th percentile "
             f"{gaps['p99']:.2f} ms"
         )
+    if peak := record.get("matmul_peak"):
+        rate = record["flops_per_second"]
+        lines.append(
+            f"prefill: {rate / 1e12:.3g} TFLOP/s, {rate / peak:.1%} of a large matrix product "
+            f"({peak / 1e12:.3g} TFLOP/s)"
+        )
     if record["gpu_idle_share"] is not None:
         lines.append(
-            f"between decode steps the GPU is idle for {record['gpu_idle_share']:.2%} of the time "
-            f"({record['gpu_idle_gaps']:,} gaps)"
+            f"between decode steps the GPU is idle for {record['gpu_idle_share']:.2%} of the time"
         )
     if record["fallback_reason"] is not None:
         lines.append(f"The pipeline fell back: {record['fallback_reason']}")

@@ -1,8 +1,8 @@
 """Arms in turn: decode steps at a given batch and context, without the prefill before them.
 
     workload = DecodeWorkload(batch=256, context=1024, output=64)
-    for times in measure(engine, arms, workload, seconds=2.0):
-        times["green"]["step_ms"]["median"]
+    for turns in measure(engine, arms, workload, seconds=2.0):
+        step_times(turns)["green"]["step_ms"]["median"]
 
 In a turn of an arm, N requests whose prompts count as computed run `output` decode steps, from
 scheduling to the tokens on the host; every turn begins at the same context again. Each has KV
@@ -20,17 +20,16 @@ import argparse
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
-from nanovllm.bench import BenchError, DoesNotFit
-from nanovllm.bench.arms import Arm, ArmSpec, open_arms, rank_options
+from nanovllm.bench import DoesNotFit
+from nanovllm.bench.arms import Arm, Specs, open_arms, pipeline_options
 from nanovllm.bench.engines import fill_cache, kv_blocks, room, start_engine
 from nanovllm.bench.report import Record
 from nanovllm.engine.llm_engine import LLMEngine
@@ -41,13 +40,16 @@ T = TypeVar("T")
 # Steps at each end of a turn that do not count: there the engine starts up or runs dry.
 EDGE_STEPS = 2
 SHORTEST_OUTPUT = 2 * EDGE_STEPS + 1
-WARM_UP_TURNS = 2
+WARM_UP_ROUNDS = 2
 FEWEST_ROUNDS = 4
 
-# The label of an arm, and the times of its steps in one turn, in seconds.
-Turn = tuple[str, list[float]]
-# See `step_times`.
-Times = dict[str, Any]
+
+class Turn(NamedTuple):
+    """A turn that was run."""
+
+    arm: Arm
+    seconds: list[float]  # of each of its steps, without the edges
+    end: float  # by `time.time`
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,7 @@ class DecodeWorkload:
 
     batch: int
     context: int
-    output: int
-
-    def __post_init__(self) -> None:
-        if self.output < SHORTEST_OUTPUT:
-            raise BenchError(
-                f"output={self.output} is not allowed: it must be at least {SHORTEST_OUTPUT}, as "
-                f"the first and the last {EDGE_STEPS} steps of a turn do not count"
-            )
+    output: int  # at least `SHORTEST_OUTPUT`
 
     @property
     def mean_context(self) -> float:
@@ -82,34 +77,31 @@ class DecodeWorkload:
     def check_fits(self, engine: LLMEngine) -> None:
         """Raises DoesNotFit if the engine has no room for all sequences at a time."""
         runner = engine.model_runner
-        if self.max_len > runner.max_model_len:
-            raise DoesNotFit(
-                f"context={self.context} and output={self.output} are not allowed: together they "
-                f"must be below the longest sequence, {runner.max_model_len} tokens"
-            )
         needed = self.blocks(runner.block_size)
-        if self.batch > engine.config.max_num_seqs or needed > runner.num_blocks:
+        if self.max_len > runner.max_model_len or needed > runner.num_blocks:
             raise DoesNotFit(
-                f"batch={self.batch} at context={self.context} does not fit: it needs {needed} KV "
-                f"blocks of {runner.block_size} tokens, and there is memory for "
-                f"{runner.num_blocks}"
+                f"{self.batch} sequences of up to {self.max_len} tokens do not fit: they need "
+                f"{needed} KV blocks of {runner.block_size} tokens, and there is memory for "
+                f"{runner.num_blocks}; no sequence can have more than {runner.max_model_len}"
             )
 
 
 @contextmanager
 def start_arms(
     args: argparse.Namespace,
-    specs: Sequence[ArmSpec],
+    specs: Specs,
     largest: DecodeWorkload,
     must_fit: bool = True,
     **options: Any,
 ) -> Iterator[tuple[LLMEngine, list[Arm], Record]]:
     """An engine with room for a workload, its arms, and its record; the cache is random numbers.
 
-    `options` are those of `start_engine`. Raises DoesNotFit if `must_fit` and it does not.
+    `options` are further fields of `Config`. Raises DoesNotFit if `must_fit` and it does not.
     """
     options = room(args, largest.batch, largest.max_len) | options
-    options |= rank_options(specs, args.tensor_parallel_size)
+    if args.tensor_parallel_size > 1:
+        for mode, split in specs.values():
+            options |= pipeline_options(mode, split)
     longest = largest.max_len if must_fit else 0
     with start_engine(args, longest=longest, **options) as (engine, about):
         if must_fit:
@@ -117,12 +109,6 @@ def start_arms(
         fill_cache(engine)
         with open_arms(engine, specs) as arms:
             yield engine, arms, about
-
-
-def step_times(seconds: Sequence[float]) -> dict[str, Any]:
-    """The record of an arm's steps: how many, and quartiles of their wall time in ms."""
-    q1, middle, q3 = (np.percentile(seconds, [25, 50, 75]) * 1e3).tolist()
-    return {"steps": len(seconds), "step_ms": {"median": middle, "q1": q1, "q3": q3}}
 
 
 def run_turn(engine: LLMEngine, workload: DecodeWorkload) -> list[float]:
@@ -140,43 +126,46 @@ def run_turn(engine: LLMEngine, workload: DecodeWorkload) -> list[float]:
 
 
 def run_turns(
-    engine: LLMEngine, arms: Sequence[Arm], workload: DecodeWorkload, rounds: int
+    engine: LLMEngine, arms: Sequence[Arm], workloads: Sequence[DecodeWorkload], rounds: int
 ) -> Iterator[Turn]:
-    """The arms in turn, each of them once a round."""
+    """In each round, every arm once: a turn of each workload."""
     for number in range(rounds):
         for arm in in_order(arms, number):
             arm.activate()
-            yield arm.label, run_turn(engine, workload)
+            for workload in workloads:
+                yield Turn(arm, run_turn(engine, workload), time.time())
 
 
 def measure(
-    engine: LLMEngine,
-    arms: Sequence[Arm],
-    workload: DecodeWorkload,
-    seconds: float,
-    watch: Callable[[Iterator[Turn]], Iterator[Turn]] = iter,
-) -> Iterator[dict[str, Times]]:
-    """Step times so far by label, after each block of rounds, until each arm ran for `seconds`.
+    engine: LLMEngine, arms: Sequence[Arm], workload: DecodeWorkload, seconds: float
+) -> Iterator[list[Turn]]:
+    """All turns so far, after each block of rounds, until each arm ran for `seconds`.
 
-    None of the arms may fall back. `watch` is given the turns and hands them on.
+    None of the arms may fall back.
     """
-    turns = run_turns(engine, arms, workload, WARM_UP_TURNS)
-    total = WARM_UP_TURNS * len(arms)
-    # Of each arm, the last turn.
-    lengths = {label: sum(times) for label, times in tqdm(turns, "Warming up", total, unit="turn")}
-    rounds = count_rounds(seconds, min(lengths.values()), len(arms))
-    turns = watch(run_turns(engine, arms, workload, rounds))
-    turns = iter(tqdm(turns, "Measuring", rounds * len(arms), unit="turn"))
-    yield from gather(turns, rounds_of_block(len(arms)) * len(arms))
+    warm_up = run_turns(engine, arms, [workload], WARM_UP_ROUNDS)
+    warm_up = tqdm(warm_up, "Warming up", WARM_UP_ROUNDS * len(arms), unit="turn")
+    last = {turn.arm.label: sum(turn.seconds) for turn in warm_up}
+    rounds = count_rounds(seconds, min(last.values()), len(arms))
+    turns = run_turns(engine, arms, [workload], rounds)
+    block = rounds_of_block(len(arms)) * len(arms)
+    so_far: list[Turn] = []
+    for turn in tqdm(turns, "Measuring", rounds * len(arms), unit="turn"):
+        so_far.append(turn)
+        if len(so_far) % block == 0:
+            yield so_far
 
 
-def gather(turns: Iterator[Turn], block: int) -> Iterator[dict[str, Times]]:
-    """Step times by label over all turns so far, whenever another `block` of them is complete."""
+def step_times(turns: Iterable[Turn]) -> dict[str, Record]:
+    """Of the steps of each arm, by label: how many, and the quartiles of their wall time in ms."""
     seconds: dict[str, list[float]] = defaultdict(list)
-    while part := list(islice(turns, block)):
-        for label, times in part:
-            seconds[label] += times
-        yield {label: step_times(times) for label, times in seconds.items()}
+    for turn in turns:
+        seconds[turn.arm.label] += turn.seconds
+    times = {}
+    for label, of in seconds.items():
+        q1, middle, q3 = (np.percentile(of, [25, 50, 75]) * 1e3).tolist()
+        times[label] = {"steps": len(of), "step_ms": {"median": middle, "q1": q1, "q3": q3}}
+    return times
 
 
 def rounds_of_block(num_arms: int) -> int:
@@ -200,8 +189,3 @@ def in_order(arms: Sequence[T], number: int) -> Sequence[T]:
     zigzag = [(place + 1) // 2 if place % 2 else -place // 2 for place in range(count)]
     order = [arms[(step + number // 2) % count] for step in zigzag]
     return order[:: -1 if number % 2 else 1]
-
-
-def timed_arms(arms: Iterable[Arm], batch: int) -> list[Arm]:
-    """Those that run steps of `batch` sequences as asked for."""
-    return [arm for arm in arms if arm.fallback_reason(batch) is None]

@@ -1,77 +1,64 @@
 """The KV cache as a pool of blocks, shared between sequences that begin alike.
 
-A block holds the keys and values of `block_size` tokens. A block that is full and computed is
-registered under a hash of its tokens and of everything before them; a new sequence takes over the
-registered blocks that match its own beginning. Hashes may collide, so what a block holds is known
-by a number as well, which no other contents ever get. Blocks that no sequence owns keep their
-contents until they are needed, the longest unused first.
+A block holds the keys and values of `block_size` tokens. Once it is full and computed, it is
+registered under its tokens and all before them, and a new sequence takes over the registered blocks
+that match its own beginning. Blocks that no sequence owns keep their contents until they are
+needed, the longest unused first.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
 from itertools import count
+from typing import NamedTuple
 
 import numpy as np
-import xxhash
 
 from nanovllm.engine.sequence import Sequence
 
 # Block 0 of the cache belongs to no sequence: the padding rows of captured graphs write there.
 PADDING_BLOCK = 0
+# The prefix that has no tokens.
+ROOT = 0
+
+# The number of the prefix before a block, and the block's tokens as bytes of int32, which take a
+# ninth of what a tuple of them does.
+Key = tuple[int, bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class PrefixNode:
-    """What a registered block holds: `tokens`, after those of the node with the id `parent`.
+class Prefix(NamedTuple):
+    """All tokens up to a block's end: `number` stands for them, and never for any others."""
 
-    There may be one for every block of the cache, hence `tokens` as bytes of int32: 4 bytes each,
-    where a tuple and its integers take 36.
-    """
-
-    node_id: int
-    parent: int
-    tokens: bytes
-    chain_hash: int
-
-
-ROOT = PrefixNode(node_id=0, parent=0, tokens=b"", chain_hash=0)
-
-
-@dataclass(slots=True)
-class Block:
-    """A block: how many sequences own it, and what the prefix cache knows of it."""
-
-    ref_count: int = 0
-    node: PrefixNode | None = None
-
-
-def hash_block(prefix_hash: int, tokens: bytes) -> int:
-    """64-bit hash of a block's tokens and, through `prefix_hash`, of all before them."""
-    return xxhash.xxh64_intdigest(tokens, seed=prefix_hash)
+    number: int
+    key: Key
 
 
 class BlockManager:
-    """Owns the numbers of blocks 1 to `num_blocks`; the memory itself is the runner's."""
+    """Owns the numbers of blocks 1 to `num_blocks`; the memory itself is the runner's.
+
+    Attributes:
+        ref_counts: sequences that own each block.
+        prefixes: what the registered blocks hold.
+        by_key: of blocks that hold the same, the one to be found.
+        free: blocks that nobody owns, the longest unused first.
+    """
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self.node_ids = count(ROOT.node_id + 1)
-        self.blocks = {i: Block() for i in range(PADDING_BLOCK + 1, PADDING_BLOCK + 1 + num_blocks)}
+        self.prefixes: dict[int, Prefix] = {}
+        self.new_numbers = count(ROOT + 1)
         self.reset()
 
     def reset(self) -> None:
         """Takes back all blocks, whoever owns them; the prefix cache keeps what it knows."""
-        self.by_hash: dict[int, int] = {}
-        for block_id, block in self.blocks.items():
-            block.ref_count = 0
-            if block.node is not None:
-                self.by_hash.setdefault(block.node.chain_hash, block_id)
-        # Blocks that nobody owns, the longest unused first.
-        by_use = sorted(self.blocks, key=lambda block_id: self.blocks[block_id].node is not None)
+        block_ids = range(PADDING_BLOCK + 1, PADDING_BLOCK + 1 + self.num_blocks)
+        self.ref_counts = dict.fromkeys(block_ids, 0)
+        self.by_key: dict[Key, int] = {}
+        for block_id, prefix in self.prefixes.items():
+            self.by_key.setdefault(prefix.key, block_id)
+        by_use = sorted(block_ids, key=self.prefixes.__contains__)
         self.free: OrderedDict[int, None] = OrderedDict.fromkeys(by_use)
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -92,7 +79,7 @@ class BlockManager:
             return False
         for block_id in cached:
             self.free.pop(block_id, None)
-            self.blocks[block_id].ref_count += 1
+            self.ref_counts[block_id] += 1
         seq.block_table = cached + [self._take() for _ in range(fresh)]
         seq.num_computed = seq.num_scheduled = len(cached) * self.block_size
         seq.num_registered = len(cached)
@@ -114,27 +101,20 @@ class BlockManager:
         """
         if not self.enable_prefix_caching:
             return
-        while seq.num_registered < seq.num_computed // self.block_size:
-            index = seq.num_registered
-            parent = self.blocks[seq.block_table[index - 1]].node if index else ROOT
-            assert parent is not None  # blocks are registered in order
-            tokens = self._tokens_of(seq.token_ids, index)
-            chain_hash = hash_block(parent.chain_hash, tokens)
-            # Of equal blocks, the first stays the one to be found.
-            found = self.by_hash.setdefault(chain_hash, seq.block_table[index])
-            node = self._node_if(found, parent, tokens)
-            self.blocks[seq.block_table[index]].node = node or PrefixNode(
-                next(self.node_ids), parent.node_id, tokens, chain_hash
-            )
+        for index in range(seq.num_registered, seq.num_computed // self.block_size):
+            before = self.prefixes[seq.block_table[index - 1]].number if index else ROOT
+            key = before, self._tokens_of(seq.token_ids, index)
+            found = self.by_key.setdefault(key, seq.block_table[index])
+            known = self.prefixes.get(found) or Prefix(next(self.new_numbers), key)
+            self.prefixes[seq.block_table[index]] = known
             seq.num_registered += 1
 
     def release(self, seq: Sequence) -> None:
         """Takes back all blocks of `seq`; what they hold stays in the prefix cache for now."""
         # The end of a sequence is the least likely to be shared, so it is to be reused first.
         for block_id in reversed(seq.block_table):
-            block = self.blocks[block_id]
-            block.ref_count -= 1
-            if block.ref_count == 0:
+            self.ref_counts[block_id] -= 1
+            if self.ref_counts[block_id] == 0:
                 self.free[block_id] = None
         seq.block_table = []
         seq.num_computed = seq.num_scheduled = seq.num_registered = 0
@@ -143,31 +123,23 @@ class BlockManager:
         tokens = token_ids[index * self.block_size : (index + 1) * self.block_size]
         return np.array(tokens, np.int32).tobytes()
 
-    def _node_if(self, block_id: int, parent: PrefixNode, tokens: bytes) -> PrefixNode | None:
-        """The node of a block if it is `tokens` after `parent`; a hash alone proves nothing."""
-        node = self.blocks[block_id].node
-        same = node is not None and (node.parent, node.tokens) == (parent.node_id, tokens)
-        return node if same else None
-
     def _cached_prefix(self, token_ids: list[int]) -> list[int]:
         """The registered blocks that begin `token_ids`, but never one with its last token."""
         found: list[int] = []
-        parent = ROOT
+        before = ROOT
         for index in range((len(token_ids) - 1) // self.block_size):
-            tokens = self._tokens_of(token_ids, index)
-            block_id = self.by_hash.get(hash_block(parent.chain_hash, tokens))
-            node = None if block_id is None else self._node_if(block_id, parent, tokens)
-            if block_id is None or node is None:
+            block_id = self.by_key.get((before, self._tokens_of(token_ids, index)))
+            if block_id is None:
                 break
             found.append(block_id)
-            parent = node
+            before = self.prefixes[block_id].number
         return found
 
     def _take(self) -> int:
         """Removes the longest unused block from the free list, forgetting what it held."""
         block_id, _ = self.free.popitem(last=False)
-        node = self.blocks[block_id].node
-        if node is not None and self.by_hash.get(node.chain_hash) == block_id:
-            del self.by_hash[node.chain_hash]
-        self.blocks[block_id] = Block(ref_count=1)
+        prefix = self.prefixes.pop(block_id, None)
+        if prefix is not None and self.by_key.get(prefix.key) == block_id:
+            del self.by_key[prefix.key]
+        self.ref_counts[block_id] = 1
         return block_id

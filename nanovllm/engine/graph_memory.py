@@ -21,15 +21,7 @@ def batch_sizes(largest: int) -> list[int]:
 
 
 class GraphMemory:
-    """Static inputs and logits, and the pool for the rest.
-
-    Args:
-        sizes: the ladder.
-        num_inputs: integers of the largest step's inputs.
-        vocab_size: width of the logits.
-        dtype: of the logits.
-        device: where.
-    """
+    """Static inputs, `num_inputs` integers, and logits of the largest size; a pool for the rest."""
 
     def __init__(
         self,
@@ -58,8 +50,8 @@ class GraphMemory:
     def capturing(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
         """Captures what is issued in it.
 
-        As `torch.cuda.graph` does, which would give all cached memory back to the device at every
-        graph (and collect garbage, before torch 2.9), to take it again for the next.
+        `torch.cuda.graph` would give all cached memory back to the device at every graph (and
+        collect garbage, before torch 2.9), to take it again for the next.
         """
         torch.cuda.synchronize(self.device)
         with torch.cuda.stream(self.stream):

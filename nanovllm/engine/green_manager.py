@@ -1,9 +1,7 @@
 """Disjoint SM partitions of one GPU, one for each lane that has SMs of its own.
 
-    with Partitions(torch.device("cuda:0"), [36, 88, 8]) as partitions:
+    with Partitions(torch.device("cuda:0"), [36, 80, 16]) as partitions:
         attention, mlp, qkv = partitions.streams
-
-`GreenContextManager` is the same for two lanes: attention, and everything dense (the FFN).
 
 Counts are rounded up to what the device makes. At most one lane gets the remainder: attention, if
 it can be, for on a small remainder some kernels of cuBLAS fail. Several owners with different
@@ -17,37 +15,23 @@ from collections.abc import Sequence
 
 import torch
 
-from green_ctx import (
-    Driver,
-    GreenContextError,
-    GreenContexts,
-    GreenContextUnavailable,
-    GreenDevice,
-)
+from green_ctx import Driver, GreenContextError, GreenContexts, GreenDevice
 
 logger = logging.getLogger(__name__)
 
 
-class PartitionClosed(RuntimeError):
-    """A partition was used after it had been closed."""
-
-
 class Partitions(GreenContexts):
-    """Owner of one SM partition for each lane of a GPU, in the order of `counts`.
+    """Owner of one SM partition for each lane of a CUDA device; `sms` are those granted.
 
     Args:
-        device: a CUDA device.
+        device: the device.
         counts: SMs wanted for each lane. Fewer than 16 are too few for cuBLAS.
         names: what errors call the counts.
         driver: default: the real one.
 
-    Attributes:
-        sms: SMs granted to each, which may be more than was asked for.
-
     Raises:
         ValueError: an argument that cannot be; nothing was created.
-        GreenContextUnavailable: no driver, a driver without green contexts, or no such split.
-        DriverError: the driver refused a call. This and the former are logged; nothing is leaked.
+        GreenContextError: no driver, no such split, or a refused call; it is logged.
     """
 
     def __init__(
@@ -60,7 +44,9 @@ class Partitions(GreenContexts):
         if device.type != "cuda":
             raise ValueError(f"device={str(device)!r} is not allowed: it must be a CUDA device")
         try:
-            gpu = GreenDevice(_ordinal(device), driver)
+            driver = driver or Driver()
+            ordinal = torch.cuda.current_device() if device.index is None else device.index
+            gpu = GreenDevice(ordinal, driver)
             super().__init__(gpu, gpu.split(counts, names))
         except GreenContextError as error:
             logger.warning("[GreenContextManager] Failed to initialize Green Context: %s", error)
@@ -68,15 +54,15 @@ class Partitions(GreenContexts):
 
     @property
     def streams(self) -> tuple[torch.cuda.ExternalStream, ...]:
-        """The stream of each partition, which torch never destroys; PartitionClosed after close."""
+        """The stream of each partition, which torch never destroys; RuntimeError after close."""
         if self.closed:
-            raise PartitionClosed(f"{type(self).__name__} of {self.sms} SMs is closed")
+            raise RuntimeError(f"{type(self).__name__} of {self.sms} SMs is closed")
         device = torch.device("cuda", self.device.ordinal)
         return tuple(torch.cuda.ExternalStream(s, device=device) for s in self.stream_handles)
 
 
 class GreenContextManager(Partitions):
-    """Owner of the attention partition and the FFN partition of one GPU; see `Partitions`."""
+    """`Partitions` for two lanes: attention, and everything dense (the FFN)."""
 
     def __init__(
         self,
@@ -88,16 +74,7 @@ class GreenContextManager(Partitions):
     ) -> None:
         names = "pipeline_attention_sm_count", "pipeline_ffn_sm_count"
         super().__init__(device, (attention_sm_count, ffn_sm_count), names, driver)
-
-    @property
-    def attention_sms(self) -> int:
-        """SMs granted to the attention partition."""
-        return self.sms[0]
-
-    @property
-    def ffn_sms(self) -> int:
-        """SMs granted to the FFN partition."""
-        return self.sms[1]
+        self.attention_sms, self.ffn_sms = self.sms
 
     def get_attention_stream(self) -> torch.cuda.ExternalStream:
         """The stream of the attention partition."""
@@ -106,12 +83,3 @@ class GreenContextManager(Partitions):
     def get_ffn_stream(self) -> torch.cuda.ExternalStream:
         """The stream of the FFN partition."""
         return self.streams[1]
-
-
-def _ordinal(device: torch.device) -> int:
-    """Number of a CUDA device; torch's current one if `device` names none."""
-    if device.index is not None:
-        return device.index
-    if not torch.cuda.is_available():
-        raise GreenContextUnavailable("torch sees no CUDA device")
-    return torch.cuda.current_device()

@@ -23,10 +23,9 @@ def allocate(
     dtype: torch.dtype,
     device: torch.device,
 ) -> torch.Tensor:
-    """Zeros of [layers, 2, num_blocks + 1, kv_heads, block_size, head_dim]; block 0 is padding.
+    """Zeros [layers, 2, num_blocks + 1, kv_heads, block_size, head_dim]; block 0 is padding.
 
-    Raises:
-        MemoryError: they do not fit into the CPU's memory.
+    Raises MemoryError if they do not fit into the CPU's memory.
     """
     shape = (num_layers, 2, num_blocks + 1, heads.num_kv_heads, block_size, heads.head_dim)
     what = f"the KV cache ({num_blocks} blocks of {block_size} tokens)"
@@ -51,7 +50,7 @@ def count_blocks(
         block_bytes: bytes of one block over all layers of this rank.
         max_model_len: longest sequence in tokens.
         device: where the cache will be.
-        run_largest_step: runs the step that needs most memory, so that it can be measured (CUDA).
+        run_largest_step: runs the step that needs most memory, which is measured on CUDA.
 
     Raises:
         MemoryError: not even one block fits.

@@ -14,16 +14,14 @@ from nanovllm.kernels.gpu import cublas_sm_limit
 class Lane:
     """Issues in order; lanes are ordered among each other by events alone.
 
-    NOTE: what is allocated on a lane belongs to its stream. torch's allocator hands freed memory
-    to the next allocation on the same stream at once, so a tensor that another lane reads must be
-    held until its own lane has waited for that reader. `PipelineScheduler` says how it does that.
+    NOTE: torch's allocator hands memory that was freed to the next allocation on the same stream at
+    once, so a tensor that another lane reads must be held until its own lane has waited for that
+    reader. engine/pipeline_scheduler.py says how that is done.
 
     Args:
         name: in timelines and statistics.
-        stream: None: work goes to the caller's stream, or is done at once as on the CPU, so there
-            is nothing to wait for.
-        sms: of its partition, which matrix products are planned for; None: those of the device.
-        device_sms: of the device.
+        stream: None: work goes to the caller's stream, so there is nothing to wait for.
+        sms: of its partition, which matrix products are planned for; None: all `device_sms`.
     """
 
     def __init__(

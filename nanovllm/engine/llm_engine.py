@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 class Completion(TypedDict):
     """What `generate` returns for a prompt.
 
-    `finish_reason` is "stop" or "length"; "abort" after `abort`; "error" where logits were not
-    numbers or the tokens have no text.
+    `finish_reason`: "stop", "length", "abort", or "error" if logits were not numbers or the tokens
+    have no text.
     """
 
     text: str
@@ -64,10 +64,8 @@ class LLMEngine:
         options: fields of `Config`.
 
     Raises:
-        TypeError: an option does not exist.
-        ValueError: an option's value is not allowed, or the model is not supported.
-        FileNotFoundError: the model is not there.
-        ImportError: the attention back end's package is not installed.
+        TypeError, ValueError: an option is unknown or not allowed, or the model is not supported.
+        FileNotFoundError, ImportError: the model, or the attention back end's package, is missing.
         MemoryError: no KV block fits.
         RankDiedError: another rank ended.
         PipelineUnavailable, GreenContextError: there is no pipeline, with `pipeline_strict`.
@@ -77,39 +75,32 @@ class LLMEngine:
     """
 
     def __init__(self, model: str | Config | None = None, **options: Any) -> None:
-        if isinstance(model, Config):
-            self.config = dataclasses.replace(model, **options) if options else model
-        else:
-            self.config = Config(**options) if model is None else Config(model, **options)
-        directory = resolve_model(self.config.model)
+        if not isinstance(model, Config):
+            model = Config() if model is None else Config(model)
+        self.config = config = dataclasses.replace(model, **options) if options else model
+        directory = resolve_model(config.model)
         # Before anything else is read, and before other processes start and all stumble over it.
-        group = ParallelGroup(size=self.config.tensor_parallel_size)
-        load_config(directory).rank_heads(group)
+        load_config(directory).rank_heads(ParallelGroup(size=config.tensor_parallel_size))
         self.tokenizer = load_tokenizer(directory)
-        self.model_runner = runner = _start_runner(self.config, directory)
+        self.model_runner = runner = _start_runner(config, directory)
         self.transactions = Transactions()
         # Closes at garbage collection or interpreter exit at the latest, without keeping us alive.
         self._finalizer = weakref.finalize(self, self.transactions.call_at_exit, runner.close)
-        self.max_len = min(runner.max_model_len, runner.capacity)
-        self.texts = TextProcessor(
-            self.config.model,
-            self.tokenizer,
-            runner.model_config.vocab_size,
-            {
-                "max_model_len": runner.max_model_len,
-                "the KV cache, all of its blocks together,": runner.capacity,
-            },
-        )
+        limits = {
+            "max_model_len": runner.max_model_len,
+            "the KV cache, all of its blocks together,": runner.capacity,
+        }
+        self.max_len = min(limits.values())
+        vocab_size = runner.model_config.vocab_size
+        self.texts = TextProcessor(config.model, self.tokenizer, vocab_size, limits)
         # From config.json, generation_config.json and the tokenizer together.
         self.eos_ids = set(runner.model_config.eos_token_ids)
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             self.eos_ids.add(self.tokenizer.eos_token_id)
         blocks = BlockManager(
-            runner.num_blocks, self.config.kvcache_block_size, self.config.enable_prefix_caching
+            runner.num_blocks, config.kvcache_block_size, config.enable_prefix_caching
         )
-        self.scheduler = Scheduler(
-            blocks, self.config.max_num_seqs, self.config.max_num_batched_tokens
-        )
+        self.scheduler = Scheduler(blocks, config.max_num_seqs, config.max_num_batched_tokens)
         self.in_flight: LaunchedStep | None = None
         # Until their completions have been put where they belong.
         self.requests: dict[int, EngineSequence] = {}
@@ -117,7 +108,6 @@ class LLMEngine:
         self.unclaimed: dict[int, Completion] = {}
         self.next_request_id = 0
         self.in_step = False
-        self.aborted: list[EngineSequence] = []  # by calls from within the step
 
     def __enter__(self) -> LLMEngine:
         return self
@@ -126,10 +116,7 @@ class LLMEngine:
         self.exit()
 
     def exit(self) -> None:
-        """Ends the worker processes and frees the device's memory; may be called twice.
-
-        Waits for a step that another thread runs. Requests that are left are dropped.
-        """
+        """Drops all requests, ends the other ranks and frees the device; may be called twice."""
         if self.transactions.is_own_process():
             self.transactions.call(self._close)
 
@@ -147,19 +134,13 @@ class LLMEngine:
         use_tqdm: bool = True,
         **sampling: Any,
     ) -> list[Completion]:
-        """Completes `prompts`, all of them in one continuous batch.
-
-        Several threads may call it at a time: their requests run in one batch, and each gets its
-        own completions.
+        """Completes `prompts`, in one continuous batch with those of other threads.
 
         Args:
             prompts: a text, or a list of texts or lists of token ids.
             sampling_params: for all prompts, or one per prompt.
             use_tqdm: whether to show a progress bar.
             sampling: fields of `SamplingParams`, instead of `sampling_params`.
-
-        Returns:
-            One completion per prompt, in order.
 
         Raises:
             TypeError, ValueError: a prompt or option is not allowed; then none has been run.
@@ -179,21 +160,17 @@ class LLMEngine:
         return [results[request_id] for request_id in requests]
 
     def add_request(
-        self,
-        prompt: Prompt,
-        sampling_params: SamplingParams | None = None,
-        **sampling: Any,
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, **sampling: Any
     ) -> int:
         """Queues one prompt and returns its request id; `step` will return its completion.
 
         Raises:
-            TypeError, ValueError: the prompt or an option is not allowed, or the prompt can never
-                fit; other requests are not affected.
+            TypeError, ValueError: the prompt or an option is not allowed.
         """
         (params,) = params_per_prompt(sampling_params, 1, sampling)
         self.transactions.check_open()
         token_ids = self.texts.encode(prompt, "prompt")
-        (request,) = self.transactions.call(self._queue, [token_ids], [params], None)
+        (request,) = self.transactions.call(self._queue, [token_ids], [params], self.unclaimed)
         return request
 
     def add_computed_request(
@@ -201,13 +178,11 @@ class LLMEngine:
     ) -> int:
         """Adds a request that decodes at once: all its tokens but the last count as computed.
 
-        For benchmarks: it owns KV blocks like any other, but what they hold is left as it is.
-
-        NOTE: neither the token ids nor the length are checked.
+        For benchmarks: its KV blocks hold whatever they held, and its token ids are not checked.
 
         Raises:
-            ValueError: there is no room for it beside the others, or the engine caches prefixes and
-                so would hand on what was never computed.
+            ValueError: there is no room for it, or the engine caches prefixes, and so would hand
+                on what was never computed.
         """
         if self.config.enable_prefix_caching:
             raise ValueError("enable_prefix_caching=True is not allowed with computed requests")
@@ -216,22 +191,17 @@ class LLMEngine:
 
     def _add_computed(self, token_ids: list[int], params: SamplingParams) -> int:
         with self.transactions.changing():
-            seq = self._make_sequence(list(token_ids), params, None)
-            has_room = self.scheduler.add_computed(seq)
-            if has_room:
+            seq = self._make_sequence(list(token_ids), params, self.unclaimed)
+            if self.scheduler.add_computed(seq):
                 self.requests[seq.request_id] = seq
-        if not has_room:
-            raise ValueError(f"a computed request of {len(token_ids)} tokens has no room")
-        return seq.request_id
+                return seq.request_id
+        raise ValueError(f"a computed request of {len(token_ids)} tokens has no room")
 
     def step(self) -> list[RequestOutput]:
-        """Runs one step of the batch; returns the requests that finished with it.
+        """Runs one step of the batch; returns what has finished of `add_request`.
 
-        Requests of a `generate` that runs in another thread take part and go to that call. Those
-        of `add_request` that have finished within a call of `generate` come first.
-        With `async_scheduling` the step after it is already launched when its tokens arrive.
-
-        If it raises, nothing is lost: the next call goes on, or says that the engine has exited.
+        Requests of a `generate` in another thread take part and go to that call. If it raises,
+        nothing is lost: the next call goes on, or says that the engine has exited.
         """
         outputs: dict[int, Completion] = {}
         try:
@@ -240,12 +210,12 @@ class LLMEngine:
             self.transactions.call(self._claim, outputs)
             return [RequestOutput(request_id=i, **output) for i, output in outputs.items()]
         except BaseException:
-            self.unclaimed = {**outputs, **self.unclaimed}  # the caller did not get them
+            self.unclaimed.update(outputs)  # the caller did not get them
             raise
 
     def _claim(self, outputs: dict[int, Completion]) -> None:
         outputs.update(self.unclaimed)
-        self.unclaimed = {}
+        self.unclaimed.clear()
 
     def is_finished(self) -> bool:
         """Whether no request is waiting or running, and none has finished unseen."""
@@ -254,11 +224,8 @@ class LLMEngine:
     def abort(self, request_id: int) -> bool:
         """Ends a request, from whatever thread; returns False if it has finished already.
 
-        `step` never returns it; a `generate` whose request it is returns what there is of it, with
-        finish reason "abort".
-
-        Raises:
-            KeyError: there never was such a request.
+        `step` never returns it; its `generate` returns what there is of it. Raises KeyError if
+        there never was such a request.
         """
         return self.transactions.call(self._abort, request_id)
 
@@ -270,26 +237,21 @@ class LLMEngine:
         seq = self.requests.get(request_id)
         if seq is None or seq.finish_reason is not None:
             return False
-        if self.in_step:  # which calls us; it takes the request out at its end
-            self.transactions.settled = False
-            seq.finish("abort")
-            self.aborted.append(seq)
+        if self.in_step:  # on this thread, by a signal handler: the next step makes all anew
+            self.transactions.unfinished += 1
+            seq.finish_reason = "abort"
             return True
         self._mend()
         with self.transactions.changing():
-            seq.finish("abort")
+            seq.finish_reason = "abort"
             self._take_out([seq])
         return True
 
     def _mend(self) -> None:
-        """After an error or interrupt that broke off a change: back to what is certain.
-
-        That is the tokens of each request; all else is made anew. A token that was drawn and lost
-        is drawn again, and is the same.
-        """
-        if self.transactions.settled:
+        """After a change that was broken off: makes all anew but the tokens of each request."""
+        if not self.transactions.unfinished:
             return
-        self.in_flight, self.aborted = None, []
+        self.in_flight = None
         try:
             self.model_runner.synchronize()
         except RuntimeError:  # the device is lost
@@ -297,7 +259,7 @@ class LLMEngine:
             raise
         self.scheduler.restart(self.requests.values())
         self._take_out([seq for seq in self.requests.values() if seq.finish_reason is not None])
-        self.transactions.settled = True
+        self.transactions.unfinished = 0
 
     def _step(self) -> None:
         """Runs one step; completions go where their requests say."""
@@ -306,14 +268,11 @@ class LLMEngine:
         try:
             with self.transactions.changing(), self.model_runner.ranks.collective_region():
                 self.in_step = True
-                finished: list[EngineSequence] = []
                 current = self.in_flight or self._launch(ahead=False)
                 if current is not None:
                     self.in_flight = self._launch(ahead=True) if self._may_look_ahead() else None
                     tokens = self.model_runner.collect(current)
-                    finished = self.scheduler.update(current.step, tokens)
-                aborted, self.aborted = self.aborted, []
-                self._take_out(finished + aborted)
+                    self._take_out(self.scheduler.update(current.step, tokens))
         except BaseException:
             if self.model_runner.ranks.broken:
                 self.exit()
@@ -326,10 +285,8 @@ class LLMEngine:
         return None if step is None else self.model_runner.launch(step)
 
     def _may_look_ahead(self) -> bool:
-        """Whether the next step may be launched before the tokens of the current one are known.
-
-        Not while profiling: the next step overwrites the time marks.
-        """
+        """Whether the next step may be launched before the tokens of the current one are known."""
+        # When profiling, the next step overwrites the time marks.
         return self.config.async_scheduling and not self.config.pipeline_enable_profiling
 
     def _run(self, results: dict[int, Completion], count: int, use_tqdm: bool) -> None:
@@ -353,31 +310,28 @@ class LLMEngine:
             self._abort(seq.request_id)
 
     def _queue(
-        self,
-        prompts: list[list[int]],
-        params: list[SamplingParams],
-        results: dict[int, Completion] | None,
+        self, prompts: list[list[int]], params: list[SamplingParams], results: dict[int, Completion]
     ) -> list[int]:
-        requests = []
         with self.transactions.changing():
-            for token_ids, wanted in zip(prompts, params, strict=True):
-                seq = self._make_sequence(token_ids, wanted, results)
+            seqs = [
+                self._make_sequence(*pair, results) for pair in zip(prompts, params, strict=True)
+            ]
+            for seq in seqs:
                 self.requests[seq.request_id] = seq
                 self.scheduler.add(seq)
-                requests.append(seq.request_id)
-        return requests
+            return [seq.request_id for seq in seqs]
 
     def _make_sequence(
-        self, token_ids: list[int], params: SamplingParams, results: dict[int, Completion] | None
+        self, token_ids: list[int], params: SamplingParams, results: dict[int, Completion]
     ) -> EngineSequence:
         request_id = self.next_request_id
         self.next_request_id += 1
-        stop_ids = set(params.stop_token_ids)
+        stop_ids = frozenset(params.stop_token_ids)
         return EngineSequence(
             request_id=request_id,
             token_ids=token_ids,
             params=params,
-            stop_ids=frozenset(stop_ids if params.ignore_eos else stop_ids | self.eos_ids),
+            stop_ids=stop_ids if params.ignore_eos else stop_ids | self.eos_ids,
             max_len=self.max_len,
             seed=random.getrandbits(63) if params.seed is None else params.seed,
             results=results,
@@ -388,20 +342,15 @@ class LLMEngine:
         for seq in ended:
             if seq.finish_reason == "abort":
                 self.scheduler.abort(seq)
-            results = self.unclaimed if seq.results is None else seq.results
-            if seq.results is not None or seq.finish_reason != "abort":
-                results[seq.request_id] = self._output(seq)
+            if seq.results is not self.unclaimed or seq.finish_reason != "abort":
+                seq.results[seq.request_id] = self._output(seq)
             self.requests.pop(seq.request_id, None)
 
     def _output(self, seq: EngineSequence) -> Completion:
         token_ids, reason = seq.token_ids[seq.prompt_len :], seq.finish_reason
         assert reason is not None
         if reason == "error":
-            logger.warning(
-                "Request %d ends in error: logits of token %d after its prompt are not numbers",
-                seq.request_id,
-                len(token_ids),
-            )
+            logger.warning("Request %d ends in error: its logits are not numbers", seq.request_id)
         try:
             text = self.texts.decode(token_ids)
         except Exception as error:  # of the tokenizer, which comes with the checkpoint

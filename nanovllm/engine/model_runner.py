@@ -15,22 +15,21 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.engine import kv_cache
-from nanovllm.engine.auto.auto_plan import AutoPlan, plans_to_try
 from nanovllm.engine.auto.calibration import Calibration, calibration_key
-from nanovllm.engine.auto.step_timer import DeviceTimer
+from nanovllm.engine.auto.chooser import AutoChooser, plans_to_try
+from nanovllm.engine.auto.step_timer import device_timer
 from nanovllm.engine.graph_memory import GraphMemory, batch_sizes
 from nanovllm.engine.parallel.ranks import Ranks
-from nanovllm.engine.pipeline import build_pipelines
+from nanovllm.engine.pipeline_modes import build_pipelines
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.plan import SEQUENTIAL, Plan
 from nanovllm.engine.scheduler import Step
 from nanovllm.engine.step_inputs import StepInputs, dummy_chunk
-from nanovllm.engine.step_runner import FixedPlan, PreparedStep, StepRunner
-from nanovllm.engine.warm_up import warm_up
+from nanovllm.engine.step_runner import FixedChooser, PreparedStep, StepRunner
+from nanovllm.engine.warm_up import SAMPLING, warm_up
 from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.sampler import SamplingBatch, sample
 from nanovllm.models import Checkpoint, load_config, load_model
-from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.device import resolve_dtype, sm_count
 from nanovllm.utils.timeline import save_timeline
 
@@ -50,7 +49,7 @@ def ignore(moment: str, step: Step) -> None:
 
 
 class ModelRunner:
-    """Owns model, KV cache and step runner of one rank; a context manager that closes them.
+    """Owns model, KV cache and step runner of one rank.
 
     Attributes:
         watch: called on rank 0 at four moments of every step: "begin" before its work is issued,
@@ -85,12 +84,9 @@ class ModelRunner:
         self.graph_memory: GraphMemory | None = None
         self._bind_cache(0, dtype)  # for the measurement: the padding block alone
         self.step_runner = self.make_step_runner(config, SEQUENTIAL)
+        block_bytes = self.model.kv_cache.nbytes
         num_blocks = kv_cache.count_blocks(
-            config,
-            self.model.kv_cache.nbytes,
-            self.max_model_len,
-            device,
-            self._run_largest_step,
+            config, block_bytes, self.max_model_len, device, self._run_largest_step
         )
         self.num_blocks = ranks.minimum(num_blocks)
         self._bind_cache(self.num_blocks, dtype)
@@ -102,18 +98,15 @@ class ModelRunner:
         try:
             if device.type == "cuda":
                 longest = min(config.max_num_batched_tokens, self.max_model_len)
-                warm_up(self.step_runner, config, longest, self._draw_one)
+                logits = warm_up(self.step_runner, config, longest)
+                for params in SAMPLING:
+                    vocab_size = self.model_config.vocab_size
+                    self._draw(logits, SamplingBatch.pack([params], [0], [0], [0], vocab_size))
             if ranks.is_first:  # whose steps the others serve from now on
                 self.step_runner.chooser.capture(self.step_runner, show_progress=True)
         except BaseException:
             self.step_runner.close()
             raise
-
-    def __enter__(self) -> ModelRunner:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Frees the device's memory and ends the other ranks; may be called twice."""
@@ -138,15 +131,15 @@ class ModelRunner:
 
     @property
     def pipeline_scheduler(self) -> PipelineScheduler:
-        """Issues the stages of decode steps: as a pipeline, or in sequence where there is none."""
+        """That of the pipeline, or of sequential decode where there is none."""
         return self.step_runner.schedulers[min(1, len(self.step_runner.schedulers) - 1)]
 
     def get_pipeline_statistics(self) -> dict[str, object]:
-        """What `print_pipeline_statistics` prints; see `PipelineStatistics.as_dict`."""
+        """See `PipelineStatistics.as_dict`."""
         return self.statistics.as_dict()
 
     def print_pipeline_statistics(self) -> None:
-        """Prints tokens and steps by path, and the stages' mean times if they were profiled."""
+        """Prints tokens and steps by path, and mean times if they were profiled."""
         print(self.statistics.format())
 
     def save_timeline(self, path: str) -> None:
@@ -158,11 +151,8 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def use(self, step_runner: StepRunner, chooser: FixedPlan | None = None) -> None:
-        """Runs the next steps by a runner of `make_step_runner` and a chooser of its plans.
-
-        Waits for the steps before; none may be launched but not collected.
-        """
+    def use(self, step_runner: StepRunner, chooser: FixedChooser | None = None) -> None:
+        """Runs the next steps by a runner of `make_step_runner`; none may be in flight."""
         self.synchronize()
         self.step_runner, self.statistics = step_runner, step_runner.statistics
         if chooser is not None:
@@ -173,8 +163,7 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # it is each thread's own
         with torch.inference_mode():
-            prepared = self.step_runner.prepare(step)
-            prepared = replace(prepared, sampling=self._sampling(step))
+            prepared = replace(self.step_runner.prepare(step), sampling=self._sampling(step))
             self.watch("begin", step)
             logits = self.step_runner.run(prepared)
             self.watch("issued", step)
@@ -202,7 +191,7 @@ class ModelRunner:
             self.ranks.watch_step()
 
     def _sampling(self, step: Step) -> np.ndarray | None:
-        """How the tokens of the sampling chunks are drawn; their logits are the first rows."""
+        """How the tokens of the sampling chunks are drawn, whose logits are the first rows."""
         seqs = [chunk.seq for chunk in step.chunks if chunk.needs_sample]
         if not seqs:
             return None
@@ -217,7 +206,7 @@ class ModelRunner:
     def _draw(
         self, logits: torch.Tensor, sampling: np.ndarray | None
     ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Draws tokens, keeps them for the next step on every rank, and on rank 0 for the host.
+        """Draws tokens for the next step on every rank; on rank 0 also for the host.
 
         Returns the tokens there, valid after the event.
         """
@@ -235,10 +224,6 @@ class ModelRunner:
         done = torch.cuda.Event()
         done.record()
         return host, done
-
-    def _draw_one(self, logits: torch.Tensor, params: SamplingParams) -> None:
-        vocab_size = self.model_config.vocab_size
-        self._draw(logits, SamplingBatch.pack([params], [0], [0], [0], vocab_size))
 
     def _bind_cache(self, num_blocks: int, dtype: torch.dtype) -> None:
         """Gives the model a KV cache of so many blocks beside the padding block."""
@@ -258,7 +243,7 @@ class ModelRunner:
         )
         if is_auto and len(built.schedulers) > 1 and self.ranks.is_first:
             try:
-                runner.chooser = AutoPlan(runner, self._calibration(config, runner))
+                runner.chooser = AutoChooser(runner, self._calibration(config, runner))
             except BaseException:
                 runner.close()
                 raise
@@ -272,7 +257,7 @@ class ModelRunner:
     def _calibration(self, config: Config, runner: StepRunner) -> Calibration:
         cache = self.model.kv_cache
         return Calibration(
-            DeviceTimer(runner, list(cache), self.num_blocks, self.block_size),
+            device_timer(runner, cache, self.num_blocks, self.block_size),
             config.max_num_seqs,
             self.capacity,
             self.max_model_len,
@@ -282,6 +267,8 @@ class ModelRunner:
                 dtype=str(cache.dtype),
                 block_size=self.block_size,
                 backend=type(self.backend).__name__,
+                ranks=self.ranks.group.size,
+                all_reduce=config.all_reduce,
             ),
         )
 
@@ -302,7 +289,5 @@ class ModelRunner:
         self.step_runner.issue(self.step_runner.prepare_prompts(chunks))
         # What decode needs at most beyond that: logits, a copy of those that are drawn from, and
         # room for the graphs' own memory.
-        logits = torch.zeros(
-            self.config.max_num_seqs, self.model.vocab_shard.size, device=self.device
-        )
-        logits.softmax(-1)
+        shape = self.config.max_num_seqs, self.model.vocab_shard.size
+        torch.zeros(shape, device=self.device).softmax(-1)

@@ -5,8 +5,8 @@
     ffn         A,B     A0  B0  A1  B1  A2 ...    A,B: what comes before attention of layer 0
 
 A step is a list of micro-batches, a layer a list of stages, and each stage has a lane, as a plan
-says (engine/plan.py). The order of issue is a list made of both; `PipelineScheduler.issue` walks
-through it. With one micro-batch that is sequential execution.
+says (engine/plan.py). From these follows the order of issue, a list that `PipelineScheduler.issue`
+walks through. With one micro-batch that is sequential execution.
 
 Memory crosses lanes without copies. A tensor is freed when its successor replaces it in the
 `MicroBatch`. That is the work of the stage that made it, one layer on: on the same lane, and after
@@ -26,22 +26,15 @@ from nanovllm.engine.lane import Lane
 from nanovllm.engine.pipeline_statistics import PipelineStatistics
 from nanovllm.engine.plan import MAIN, MICROBATCH, Plan, Work, make_order
 from nanovllm.engine.stage_times import StageTimer
-from nanovllm.layers.attention import (
-    AttentionBackend,
-    AttentionMetadata,
-    DecodeMetadata,
-    PrefillMetadata,
-)
+from nanovllm.layers.attention import AttentionMetadata, PrefillMetadata
 from nanovllm.models.stage import MicroBatch, Model, StepTensors
 from nanovllm.models.throwaway_cache import throwaway_cache
 
 
 class PipelineScheduler:
-    """Issues steps of `model` as a plan says.
+    """Issues steps of `model`, whose KV cache is bound, as `plan` says.
 
     Args:
-        model: its KV cache is bound.
-        plan: the plan.
         streams: of the plan's lanes, in order; none, where it has no streams.
         workspace: scratch memory of attention on its lane.
         statistics: of steps run by `decode_token`.
@@ -94,20 +87,12 @@ class PipelineScheduler:
         return self.orders[micro_batches]
 
     @torch.inference_mode()
-    def decode_token(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        metadata: AttentionMetadata | None = None,
-    ) -> torch.Tensor:
-        """Runs one step eagerly, and times its stages.
+    def decode_token(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Runs and times whole sequences, which have no KV cache; the engine calls `issue` instead.
 
         Args:
-            input_ids: integer [T], in decode one token per sequence.
-            positions: integer [T].
-            metadata: where the tokens stand in the KV cache, all of sequences that decode, or all
-                of prompts. None: no cache; the tokens are whole sequences, each from a position 0
-                to the next.
+            input_ids: integer [T].
+            positions: integer [T]; each 0 begins a sequence.
 
         Returns:
             Logits [T, vocab_size].
@@ -115,24 +100,21 @@ class PipelineScheduler:
         Raises:
             ValueError: inputs that do not fit each other.
         """
-        if metadata is None:
-            if positions.shape != input_ids.shape:
-                raise ValueError(
-                    f"positions has shape {tuple(positions.shape)}; it must be that of input_ids, "
-                    f"{tuple(input_ids.shape)}"
-                )
-            with throwaway_cache(self.model, positions) as metadata:
-                return self.decode_token(input_ids, positions, metadata)
-        inputs = StepTensors(input_ids, positions, metadata)
-        parts = split(inputs, self.plan.micro_batches, self.model.backend)
-        batches = [MicroBatch(index, part) for index, part in enumerate(parts)]
+        if positions.shape != input_ids.shape:
+            raise ValueError(
+                f"positions has shape {tuple(positions.shape)}; it must be that of input_ids, "
+                f"{tuple(input_ids.shape)}"
+            )
         timer = StageTimer(input_ids.device)
-        timer.begin_step()
-        self.issue(batches, timer)
-        logits = self.model.compute_logits(hidden_states(batches))
-        timer.end_step()
-        if input_ids.is_cuda:
-            torch.cuda.current_stream().synchronize()
+        with throwaway_cache(self.model, positions) as metadata:
+            parts = split(StepTensors(input_ids, positions, metadata), self.plan.micro_batches)
+            batches = [MicroBatch(index, part) for index, part in enumerate(parts)]
+            timer.begin_step()
+            self.issue(batches, timer)
+            logits = self.model.compute_logits(hidden_states(batches))
+            timer.end_step()
+            if input_ids.is_cuda:
+                torch.cuda.current_stream().synchronize()
         self.statistics.count_step(len(input_ids), pipelined=len(batches) > 1)
         self.statistics.add_times(*timer.read())
         return logits
@@ -148,50 +130,22 @@ def hidden_states(batches: Sequence[MicroBatch]) -> torch.Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def split(inputs: StepTensors, parts: int, backend: AttentionBackend) -> list[StepTensors]:
-    """Micro-batches of a step of rows of one kind, all in one if there are too few sequences.
-
-    Raises:
-        ValueError: inputs that do not fit each other.
-    """
-    metadata, slots = inputs.metadata, inputs.metadata.slot_mapping
-    rows: Any = metadata.decode or metadata.prefill
-    if rows is None or (metadata.decode and metadata.prefill):
-        raise ValueError("metadata must have decode or prefill, and not both")
-    count = len(rows.context_lens)
-    starts = list(range(count + 1)) if metadata.prefill is None else rows.cu_seqlens_q.tolist()
-    check(inputs, starts[-1])
+def split(inputs: StepTensors, parts: int) -> list[StepTensors]:
+    """Micro-batches of a step of prompts, all in one if there are too few of them."""
+    rows = inputs.metadata.prefill
+    assert rows is not None
+    starts, count = rows.cu_seqlens_q.tolist(), len(rows.context_lens)
     if count < parts:
         return [inputs]
     batches = []
     for first, last in pairwise(count * i // parts for i in range(parts + 1)):
         tokens = slice(starts[first], starts[last])
-        tables, lens = rows.block_tables[first:last], rows.context_lens[first:last]
-        if metadata.prefill is None:
-            plan = torch.from_numpy(backend.plan(lens.cpu().numpy())).to(lens.device)
-            decode = DecodeMetadata(tables, lens, plan, rows.workspace)
-            places = AttentionMetadata(slots[tokens], decode)
-        else:
-            firsts = rows.cu_seqlens_q[first : last + 1] - starts[first]
-            prefill = PrefillMetadata(tables, lens, firsts, rows.max_seqlen_q)
-            places = AttentionMetadata(slots[tokens], prefill=prefill)
+        prefill = PrefillMetadata(
+            rows.block_tables[first:last],
+            rows.context_lens[first:last],
+            rows.cu_seqlens_q[first : last + 1] - starts[first],
+            rows.max_seqlen_q,
+        )
+        places = AttentionMetadata(inputs.metadata.slot_mapping[tokens], prefill=prefill)
         batches.append(StepTensors(inputs.input_ids[tokens], inputs.positions[tokens], places))
     return batches
-
-
-def check(inputs: StepTensors, tokens: int) -> None:
-    """Raises ValueError unless these are inputs of so many tokens that fit each other."""
-    metadata = inputs.metadata
-    rows: Any = metadata.decode or metadata.prefill
-    fields = {
-        "input_ids": (inputs.input_ids, tokens),
-        "positions": (inputs.positions, tokens),
-        "metadata.slot_mapping": (metadata.slot_mapping, tokens),
-        "metadata.block_tables": (rows.block_tables[:, 0], len(rows.context_lens)),
-    }
-    for name, (tensor, length) in fields.items():
-        if tuple(tensor.shape) != (length,) or not length:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; for {tokens} tokens it must be "
-                f"{(length,)}, and there must be at least one token"
-            )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from nanovllm.engine.auto.planner import Planner
 from nanovllm.engine.plan import ATTENTION
@@ -17,14 +19,12 @@ KEPT_STEPS = 32
 class PipelineStatistics:
     """Counts and times of the decode steps of one engine.
 
-    What steps run by is set once:
+    Attributes:
         mode: how steps are issued, one of `Config.pipeline_mode`'s values.
         lane_sms: SMs granted to each lane, by name; empty without partitions, and with several.
         device_sms: of the device; None where `lane_sms` is empty.
         fallback_reason: why there is no pipeline although one was asked for.
         planner: chooses how each step is issued, in mode "auto".
-
-    What is counted:
         steps, tokens: of pipelined and of sequential decode steps.
         profiled_steps: steps whose works were timed.
         lane_ms, total_ms, overlap_ms: sums over the profiled steps: the works of each lane, the
@@ -40,20 +40,10 @@ class PipelineStatistics:
     steps: dict[str, int] = field(default_factory=lambda: {"pipelined": 0, "sequential": 0})
     tokens: dict[str, int] = field(default_factory=lambda: {"pipelined": 0, "sequential": 0})
     profiled_steps: int = 0
-    lane_ms: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    lane_ms: dict[str, float] = field(default_factory=dict)
     total_ms: float = 0.0
     overlap_ms: float = 0.0
     recent: deque[list[Span]] = field(default_factory=lambda: deque(maxlen=KEPT_STEPS))
-
-    @property
-    def attention_sms(self) -> int | None:
-        """SMs of the attention lane; None without partitions."""
-        return self.lane_sms.get(ATTENTION)
-
-    @property
-    def ffn_sms(self) -> int | None:
-        """SMs of all other lanes together; None without partitions."""
-        return sum(self.lane_sms.values()) - self.lane_sms[ATTENTION] if self.lane_sms else None
 
     def count_step(self, num_tokens: int, *, pipelined: bool) -> None:
         """Counts a decode step of `num_tokens` sequences."""
@@ -66,37 +56,30 @@ class PipelineStatistics:
         self.profiled_steps += 1
         self.total_ms += total_ms
         for span in spans:
-            self.lane_ms[span.lane] += span.end_ms - span.start_ms
+            before = self.lane_ms.get(span.lane, 0.0)
+            self.lane_ms[span.lane] = before + span.end_ms - span.start_ms
         self.overlap_ms += overlap(spans)
         self.recent.append(spans)
 
-    def times(self) -> dict[str, float | None]:
-        """Mean ms a profiled step of attention, of all else and of the step; None without any."""
-        attention = self.lane_ms.get(ATTENTION, 0.0)
-        sums = {
-            "attention": attention,
-            "FFN": sum(self.lane_ms.values()) - attention,
-            "total": self.total_ms,
-        }
-        steps = self.profiled_steps
-        return {name: ms / steps if steps else None for name, ms in sums.items()}
-
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> dict[str, Any]:
         """Everything as plain values; times are means per profiled step, None if there is none."""
-        times = self.times()
+        sums = (*attention_and_rest(self.lane_ms), self.total_ms)
+        steps = self.profiled_steps
+        attention_ms, ffn_ms, total_ms = (ms / steps if steps else None for ms in sums)
+        attention_sms, ffn_sms = attention_and_rest(self.lane_sms) if self.lane_sms else (None,) * 2
         return {
             "total_tokens": sum(self.tokens.values()),
-            "avg_attention_ms": times["attention"],
-            "avg_ffn_ms": times["FFN"],
-            "avg_total_ms": times["total"],
+            "avg_attention_ms": attention_ms,
+            "avg_ffn_ms": ffn_ms,
+            "avg_total_ms": total_ms,
             "mode": self.mode,
-            "attention_sms": self.attention_sms,
-            "ffn_sms": self.ffn_sms,
+            "attention_sms": attention_sms,
+            "ffn_sms": ffn_sms,
             "device_sms": self.device_sms,
             "lane_sms": dict(self.lane_sms),
             "steps": dict(self.steps),
             "tokens": dict(self.tokens),
-            "profiled_steps": self.profiled_steps,
+            "profiled_steps": steps,
             "overlap_share": self.overlap_ms / self.total_ms if self.total_ms else None,
             "planner": None if self.planner is None else self.planner.as_dict(),
             "fallback_reason": self.fallback_reason,
@@ -104,28 +87,32 @@ class PipelineStatistics:
 
     def format(self) -> str:
         """The block that `print_pipeline_statistics` prints."""
-        lines = ["[Pipeline Statistics]", f"  Total tokens processed: {sum(self.tokens.values())}"]
-        for name, mean in self.times().items():
-            lines.append(
-                f"  Avg {name} time: {'not profiled' if mean is None else f'{mean:.2f} ms'}"
-            )
+        values = self.as_dict()
+        lines = [f"Total tokens processed: {values['total_tokens']}"]
+        for name in ("attention", "FFN", "total"):
+            mean = values[f"avg_{name.lower()}_ms"]
+            lines.append(f"Avg {name} time: {'not profiled' if mean is None else f'{mean:.2f} ms'}")
         sms = f" ({format_sms(self.lane_sms)} of {self.device_sms} SMs)" if self.lane_sms else ""
-        lines.append(f"  Mode: {self.mode}{sms}")
+        lines.append(f"Mode: {self.mode}{sms}")
         for path, steps in self.steps.items():
-            lines.append(
-                f"  {path.capitalize()} decode: {self.tokens[path]} tokens in {steps} steps"
-            )
+            lines.append(f"{path.capitalize()} decode: {self.tokens[path]} tokens in {steps} steps")
         if self.total_ms:
             share = self.overlap_ms / self.total_ms
-            lines.append(f"  Several lanes at work: {share:.0%} of the time")
+            lines.append(f"Several lanes at work: {share:.0%} of the time")
         if self.planner is not None:
-            lines += [f"  {line}" for line in self.planner.lines()]
+            lines += self.planner.lines()
         if self.fallback_reason is not None:
-            lines.append(f"  Fallback reason: {self.fallback_reason}")
-        return "\n".join(lines)
+            lines.append(f"Fallback reason: {self.fallback_reason}")
+        return "\n  ".join(["[Pipeline Statistics]", *lines])
 
 
-def format_sms(lane_sms: dict[str, int]) -> str:
+def attention_and_rest(values: Mapping[str, float]) -> tuple[float, float]:
+    """The value of the attention lane, and the sum of all others'."""
+    attention = values.get(ATTENTION, 0)
+    return attention, sum(values.values()) - attention
+
+
+def format_sms(lane_sms: Mapping[str, int]) -> str:
     """Such as "attention 36, FFN 96"."""
     names = {"ffn": "FFN", "qkv": "QKV"}
     return ", ".join(f"{names.get(lane, lane)} {sms}" for lane, sms in lane_sms.items())

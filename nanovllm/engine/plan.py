@@ -2,8 +2,7 @@
 
 A plan says how many micro-batches a step has and which lane runs which stages; its order is a list
 of `Work`, a walk through all stages of all micro-batches. Lanes work in order, so the order decides
-what overlaps. Both depend on nothing but the model and the plan, so every rank makes the same ones,
-and a step names its plan by its number in the list of plans.
+what overlaps. Every rank makes the same plans and orders, so a step names its plan by a number.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
+from typing import Any, NamedTuple
 
 from nanovllm.models.stage import Stage
 
@@ -22,17 +23,11 @@ MAIN = "main"
 
 @dataclass(frozen=True)
 class PlannedLane:
-    """A lane of a plan.
-
-    Attributes:
-        name: in timelines and statistics.
-        stages: names of the stages it runs; none: those that no other lane names.
-        sms: of its partition; None: it has none.
-    """
+    """A lane of a plan."""
 
     name: str
-    stages: tuple[str, ...] = ()
-    sms: int | None = None
+    stages: tuple[str, ...] = ()  # names of those it runs; none: those that no other lane names
+    sms: int | None = None  # of its partition, if it has one
 
 
 @dataclass(frozen=True)
@@ -44,15 +39,12 @@ class Plan:
         micro_batches: of a step; one with fewer sequences is issued by another plan.
         lanes: at most one of them names no stages.
         streams: whether each lane has a stream; else all work is issued on the caller's.
-        times: seconds or any other measure of each stage, by name: the order is then made by list
-            scheduling. Without times it is stage by stage.
     """
 
     mode: str
     micro_batches: int
     lanes: tuple[PlannedLane, ...]
     streams: bool = False
-    times: tuple[tuple[str, float], ...] = ()
 
     @cached_property
     def name(self) -> str:
@@ -61,18 +53,12 @@ class Plan:
         return f"{self.mode} {'+'.join(sms)}" if sms else self.mode
 
     def lane_of(self, stage: str) -> PlannedLane:
-        """The lane that runs the stages of that name.
-
-        Raises:
-            ValueError: there is none.
-        """
-        for lane in self.lanes:
-            if stage in lane.stages:
-                return lane
-        for lane in self.lanes:
-            if not lane.stages:
-                return lane
-        raise ValueError(f"stage={stage!r} has no lane in plan {self.name!r}")
+        """The lane that runs the stages of that name; ValueError if there is none."""
+        named = [lane for lane in self.lanes if stage in lane.stages]
+        others = [lane for lane in self.lanes if not lane.stages]
+        if not named + others:
+            raise ValueError(f"stage={stage!r} has no lane in plan {self.name!r}")
+        return (named + others)[0]
 
     def with_sms(self, sms: Sequence[int]) -> Plan:
         """The same on partitions of these sizes."""
@@ -82,11 +68,23 @@ class Plan:
 
 TWO_LANES = (PlannedLane("attention", (ATTENTION,)), PlannedLane("ffn"))
 SEQUENTIAL = Plan("sequential", 1, TWO_LANES)
+SEQUENTIAL_NUMBER = 0  # its place among the plans of every engine
 MICROBATCH = Plan("microbatch", 2, TWO_LANES)
 STREAMS = Plan("streams", 2, TWO_LANES, streams=True)
 GREEN = Plan("green", 2, TWO_LANES, streams=True)
-# Of the benchmark alone: QKV leaves the dense lane, so three micro-batches are under way.
+# Of the benchmark alone: QKV leaves the FFN lane, so three micro-batches are under way.
 LANES3 = Plan("lanes3", 3, (*TWO_LANES, PlannedLane("qkv", ("qkv",))), streams=True)
+
+
+class Choice(NamedTuple):
+    """How a decode step runs: the number of its plan, and its rows with padding.
+
+    If there is a `prediction`, the step's time is told to the chooser, with it.
+    """
+
+    plan: int
+    size: int
+    prediction: Any = None
 
 
 @dataclass(frozen=True)
@@ -109,52 +107,16 @@ class Work:
 
 
 def make_order(stages: Iterable[Stage], plan: Plan, micro_batches: int) -> list[Work]:
-    """The works of a step of so many micro-batches, in the order of their issue."""
+    """The works of a step of so many micro-batches: stage by stage, each of all micro-batches."""
     chain = merge(stages, plan)
-    if plan.times:
-        seconds = dict(plan.times)
-        times = [sum(seconds[stage.name] for stage in group) for _, group in chain]
-        issued = list_schedule([lane for lane, _ in chain], times, micro_batches)
-    else:
-        issued = [(batch, i) for i in range(len(chain)) for batch in range(micro_batches)]
-    return with_events([Work(chain[i][0], batch, chain[i][1]) for batch, i in issued])
+    works = [Work(lane, batch, group) for lane, group in chain for batch in range(micro_batches)]
+    return with_events(works)
 
 
 def merge(stages: Iterable[Stage], plan: Plan) -> list[tuple[str, tuple[Stage, ...]]]:
     """The stages a micro-batch runs through, neighbours on one lane together, and their lanes."""
-    chain: list[tuple[str, tuple[Stage, ...]]] = []
-    for stage in stages:
-        lane = plan.lane_of(stage.name).name
-        before = chain.pop()[1] if chain and chain[-1][0] == lane else ()
-        chain.append((lane, (*before, stage)))
-    return chain
-
-
-def list_schedule(
-    lanes: Sequence[str], times: Sequence[float], micro_batches: int
-) -> list[tuple[int, int]]:
-    """Always issues what can begin first; of several, the micro-batch that is behind.
-
-    Args:
-        lanes, times: of each link of the chain that every micro-batch runs through.
-        micro_batches: how many.
-
-    Returns:
-        (micro-batch, link), in the order of issue.
-    """
-    free = dict.fromkeys(lanes, 0.0)
-    ready, links = [0.0] * micro_batches, [0] * micro_batches
-    issued = []
-    for _ in range(len(lanes) * micro_batches):
-        begin, link, batch = min(
-            (max(ready[batch], free[lanes[link]]), link, batch)
-            for batch, link in enumerate(links)
-            if link < len(lanes)
-        )
-        free[lanes[link]] = ready[batch] = begin + times[link]
-        links[batch] += 1
-        issued.append((batch, link))
-    return issued
+    by_lane = groupby(stages, lambda stage: plan.lane_of(stage.name).name)
+    return [(lane, tuple(group)) for lane, group in by_lane]
 
 
 def with_events(works: Iterable[Work]) -> list[Work]:
@@ -164,9 +126,6 @@ def with_events(works: Iterable[Work]) -> list[Work]:
     the main lane; at the end that lane needs every micro-batch. Works of one lane need no event,
     and neither does what an earlier wait implies: a lane that has waited for an event knows all
     that the other lane knew when it recorded it.
-
-    Args:
-        works: each micro-batch's in order, without waits.
     """
     order: list[Work] = []
     known: dict[str, Mapping[str, int]] = {MAIN: {MAIN: 0}}  # by lane, the last work known of each

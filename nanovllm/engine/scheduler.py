@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.sequence import Sequence, Status
+from nanovllm.engine.sequence import Sequence
 
 MAX_PREFILL_STREAK = 8
 # While others run, this share of all blocks stays free on admission, so that a sequence is not
@@ -28,9 +28,8 @@ ADMISSION_RESERVE = 0.01
 class Chunk:
     """The part of a sequence that a step computes: tokens `start` to `end`.
 
-    `needs_sample` says whether that reads the sequence to its end, so that its next token is
-    drawn.
-    Not frozen, since a decode step makes one per sequence and frozen ones take three times as long.
+    `needs_sample` says whether that reads the sequence to its end, so that its next token is drawn.
+    Not frozen, which would take three times as long to make.
     """
 
     seq: Sequence
@@ -68,10 +67,7 @@ class Scheduler:
         self.waiting.append(seq)
 
     def add_computed(self, seq: Sequence) -> bool:
-        """Lets a sequence run ahead of all that wait, all its tokens but the last as computed.
-
-        Returns False, and takes nothing, if there is no room for it.
-        """
+        """Runs a sequence as if all its tokens but the last were computed; False: has no room."""
         if len(self.running) >= self.max_num_seqs or not self.blocks.admit(seq):
             return False
         self._start(seq)
@@ -79,10 +75,10 @@ class Scheduler:
         return True
 
     def restart(self, seqs: Iterable[Sequence]) -> None:
-        """Begins anew with these sequences, in order of arrival, from the prefix cache at best.
+        """Begins anew with the unfinished ones of these sequences, in order of arrival.
 
         All that a sequence needs to go on is its tokens, so this mends whatever an error or an
-        interrupt in any other method left half done. Those that have finished are left out.
+        interrupt in any other method left half done.
         """
         self.blocks.reset()
         self.running: list[Sequence] = []
@@ -100,17 +96,15 @@ class Scheduler:
             self._leave(seq)
         elif seq in self.waiting:
             self.waiting.remove(seq)
-        seq.finish("abort")
+        seq.finish_reason = "abort"
 
     def schedule(self, *, ahead: bool = False) -> Step | None:
         """Plans the next step; None if nothing is left to do.
 
-        Its tokens count as computed once `update` is called.
-
         Args:
-            ahead: plan although the last step has not been updated: sequences whose last token is
-                pending go on, as if it would not end them, and none is preempted. None then means
-                that the last step has to be updated first.
+            ahead: plan before `update` has the tokens of the last step: sequences go on as if these
+                would not end them, and none is preempted. None then means that the last step has to
+                be updated first.
         """
         prefilling, decodable = self._split_running()
         if self.prefill_streak < MAX_PREFILL_STREAK or not decodable:
@@ -131,23 +125,23 @@ class Scheduler:
         return self._mark_scheduled(Step(False, chunks))
 
     def update(self, step: Step, tokens: list[int]) -> list[Sequence]:
-        """Takes the tokens drawn by `step`, one per sampling chunk; returns the finished ones.
+        """Takes the tokens drawn by `step`, one per sampling chunk; returns what has finished.
 
-        A token below 0 says that there were no logits to draw from: its sequence ends in error.
+        A token below 0 says that its logits were not numbers.
         """
         finished: list[Sequence] = []
         drawn = iter(tokens)
         for chunk in step.chunks:
             token = next(drawn) if chunk.needs_sample else None
             seq = chunk.seq
-            if seq.status is not Status.RUNNING:
-                continue  # aborted while the step ran
+            if seq.finish_reason is not None:
+                continue  # aborted while the step ran, or computed ahead in vain
             seq.num_computed = chunk.end
             self.blocks.register(seq)
             if token is not None:
                 seq.num_pending -= 1
                 if token < 0:
-                    seq.finish("error")
+                    seq.finish_reason = "error"
                 else:
                     seq.append(token)
                 if seq.finish_reason is not None:
@@ -181,10 +175,10 @@ class Scheduler:
         chunks: list[Chunk] = []
         budget, following = self.max_num_batched_tokens, iter(prefilling)
         while budget and (seq := next(following, None) or self._admit_next()):
-            start, unscheduled = seq.num_scheduled, seq.num_unscheduled
-            size = min(unscheduled, budget)
-            chunks.append(Chunk(seq, start, start + size, needs_sample=size == unscheduled))
-            budget -= size
+            start = seq.num_scheduled
+            end = min(seq.length, start + budget)
+            chunks.append(Chunk(seq, start, end, needs_sample=end == seq.length))
+            budget -= end - start
         return chunks
 
     def _admit_next(self) -> Sequence | None:
@@ -198,25 +192,21 @@ class Scheduler:
 
     def _start(self, seq: Sequence) -> Sequence:
         """Lets a sequence run that has its blocks."""
-        seq.status = Status.RUNNING
         seq.request_index = self.free_indices.pop()
         self.running.append(seq)
         return seq
 
     def _decode_chunks(self, decodable: list[Sequence], *, may_preempt: bool) -> list[Chunk]:
-        """One token for each sequence that is `decodable`, the oldest first.
-
-        Without preemption there are no chunks at all if one sequence lacks a block.
-        """
+        """One token for each, the oldest first; none if one lacks a block and none may go."""
         chunks: list[Chunk] = []
         for seq in decodable:
-            if seq.status is not Status.RUNNING:
+            if seq.request_index < 0:
                 break  # preempted, as are all after it
             while not self.blocks.extend(seq):
                 if not may_preempt:
                     return []
                 self._preempt(self.running[-1])
-                if seq.status is not Status.RUNNING:
+                if seq.request_index < 0:
                     break  # it was the youngest itself
             else:
                 start = seq.num_scheduled
@@ -225,12 +215,12 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         self._leave(seq)
-        seq.status = Status.WAITING
         self.waiting.appendleft(seq)
         self.num_preemptions += 1
 
     def _leave(self, seq: Sequence) -> None:
         self.running.remove(seq)
         self.free_indices.append(seq.request_index)
+        seq.request_index = -1
         self.blocks.release(seq)
         seq.num_pending = 0

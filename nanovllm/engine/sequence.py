@@ -3,42 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum, auto
 from typing import Any
 
 from nanovllm.sampling_params import SamplingParams
 
 
-class Status(Enum):
-    """Where a sequence stands."""
-
-    WAITING = auto()
-    RUNNING = auto()
-    FINISHED = auto()
-
-
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """A request.
+    """A request, which waits, runs or has finished.
 
     Attributes:
         request_id: unique in its engine, rising with arrival.
         token_ids: the prompt, then what was generated.
-        prompt_len: tokens of the prompt.
-        end_len: length in tokens at which it ends, by `max_tokens` or `max_len`; always at least
-            one token after the prompt.
-        params: sampling options.
         stop_ids: tokens that end it.
         max_len: length in tokens at which it ends, whatever it says.
         seed: of its random draws.
+        results: where the engine puts its completion.
+        end_len: length in tokens at which it ends, by `max_tokens` or `max_len`; always at least
+            one token after the prompt.
         block_table: ids of the KV blocks it owns a share of, in order.
         num_computed: tokens whose keys and values are cached.
         num_scheduled: those, and the ones that steps in flight compute.
         num_pending: tokens that steps in flight draw, so that their values are not known yet.
-        request_index: where the device keeps its last token, while it runs.
+        request_index: where the device keeps its last token while it runs; else -1.
         num_registered: leading blocks that the prefix cache knows.
         finish_reason: "stop", "length", "abort" or "error" once finished.
-        results: where the engine puts its completion; None: where `LLMEngine.step` finds it.
     """
 
     request_id: int
@@ -47,10 +36,9 @@ class Sequence:
     stop_ids: frozenset[int]
     max_len: int
     seed: int
-    results: dict[int, Any] | None = None
+    results: dict[int, Any] = field(default_factory=dict)
     prompt_len: int = field(init=False)
     end_len: int = field(init=False)
-    status: Status = Status.WAITING
     block_table: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_scheduled: int = 0
@@ -70,11 +58,6 @@ class Sequence:
         return len(self.token_ids) + self.num_pending
 
     @property
-    def num_unscheduled(self) -> int:
-        """Tokens that the model has yet to be given; one in decode, more in prefill."""
-        return self.length - self.num_scheduled
-
-    @property
     def num_generated(self) -> int:
         """Tokens after the prompt, pending ones included."""
         return self.length - self.prompt_len
@@ -92,9 +75,9 @@ class Sequence:
     def judge(self) -> None:
         """Finishes the sequence if its tokens say so."""
         if len(self.token_ids) > self.prompt_len and self.token_ids[-1] in self.stop_ids:
-            self.finish("stop")
+            self.finish_reason = "stop"
         elif not self.num_pending and self.is_full:
-            self.finish("length")
+            self.finish_reason = "length"
 
     def rewind(self) -> None:
         """Forgets what was computed and planned of it, but none of its tokens."""
@@ -102,8 +85,3 @@ class Sequence:
         self.block_table, self.request_index = [], -1
         if self.finish_reason is None:
             self.judge()
-        self.status = Status.WAITING if self.finish_reason is None else Status.FINISHED
-
-    def finish(self, reason: str) -> None:
-        self.finish_reason = reason
-        self.status = Status.FINISHED

@@ -17,17 +17,11 @@ from nanovllm.engine.plan import Work
 
 @dataclass(frozen=True)
 class Span:
-    """One work of a step; times in ms from the beginning of the step.
-
-    Attributes:
-        lane: its name.
-        micro_batch: its index.
-        stages: name and layer of each, in order.
-    """
+    """One work of a step, its times in ms from the beginning of the step."""
 
     lane: str
     micro_batch: int
-    stages: tuple[tuple[str, int], ...]
+    stages: tuple[tuple[str, int], ...]  # name and layer of each, in order
     start_ms: float
     end_ms: float
 
@@ -49,8 +43,6 @@ class StageTimer:
         self.is_cuda = device.type == "cuda"
         self.in_graph = in_graph
         self.works: list[tuple[Work, Any, Any]] = []
-        self.begin: Any = None
-        self.end: Any = None
 
     def mark(self) -> Any:
         """This moment on the current stream.
@@ -79,14 +71,8 @@ class StageTimer:
     def read(self) -> tuple[list[Span], float]:
         """The works of the last run, which must be complete, and the whole step in ms."""
         elapsed = self.begin.elapsed_time
-        spans = [
-            Span(
-                work.lane,
-                work.micro_batch,
-                tuple((stage.name, stage.layer) for stage in work.stages),
-                elapsed(begin),
-                elapsed(end),
-            )
-            for work, begin, end in self.works
-        ]
+        spans = []
+        for work, begin, end in self.works:
+            stages = tuple((stage.name, stage.layer) for stage in work.stages)
+            spans.append(Span(work.lane, work.micro_batch, stages, elapsed(begin), elapsed(end)))
         return spans, elapsed(self.end)

@@ -9,13 +9,12 @@ Python loop over tokens.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from heapq import heappop, heapreplace
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,8 +33,7 @@ from nanovllm.models.stage import MicroBatch, StepTensors
 from nanovllm.sampling_params import SamplingParams
 
 
-@dataclass(frozen=True)
-class RowsLayout:
+class RowsLayout(NamedTuple):
     """Sizes of one micro-batch.
 
     Attributes:
@@ -59,11 +57,6 @@ class RowsLayout:
     @property
     def num_seqs(self) -> int:
         return self.decode_rows + self.prompts
-
-    @property
-    def num_starts(self) -> int:
-        """Integers of `cu_seqlens_q`."""
-        return self.prompts + 1 if self.prompts else 0
 
 
 @dataclass(frozen=True)
@@ -90,49 +83,40 @@ class StepLayout:
     def from_integers(cls, integers: Sequence[int]) -> StepLayout:
         """The inverse of `to_integers`."""
         plan, is_decode, timed, samples, max_blocks, *sizes = integers
-        width = len(dataclasses.fields(RowsLayout))
-        starts = range(0, len(sizes), width)
-        rows = tuple(RowsLayout(*sizes[start : start + width]) for start in starts)
+        width = len(RowsLayout._fields)
+        rows = tuple(RowsLayout(*sizes[i : i + width]) for i in range(0, len(sizes), width))
         return cls(plan, bool(is_decode), bool(timed), samples, max_blocks, rows)
 
     def to_integers(self) -> list[int]:
         """For the other ranks."""
-        sizes = chain.from_iterable(dataclasses.astuple(rows) for rows in self.micro_batches)
         flags = int(self.is_decode), int(self.timed)
+        sizes = chain.from_iterable(self.micro_batches)
         return [self.plan, *flags, self.num_samples, self.max_blocks, *sizes]
 
     @cached_property
-    def token_counts(self) -> list[int]:
-        """Tokens of each micro-batch."""
-        return [rows.num_tokens for rows in self.micro_batches]
-
-    @cached_property
-    def seq_counts(self) -> list[int]:
-        """Sequences of each micro-batch."""
-        return [rows.num_seqs for rows in self.micro_batches]
-
-    @cached_property
-    def first_seqs(self) -> list[int]:
-        """The first sequence of each micro-batch."""
-        return list(accumulate(self.seq_counts[:-1], initial=0))
-
-    @cached_property
     def num_seqs(self) -> int:
-        return sum(self.seq_counts)
+        return sum(rows.num_seqs for rows in self.micro_batches)
+
+    @cached_property
+    def counts(self) -> dict[str, list[int]]:
+        """How much of each field every micro-batch has."""
+        tokens = [rows.num_tokens for rows in self.micro_batches]
+        seqs = [rows.num_seqs for rows in self.micro_batches]
+        return {
+            "input_ids": tokens,
+            "positions": tokens,
+            "slot_mapping": tokens,
+            "context_lens": seqs,
+            "block_tables": seqs,
+            "plans": [rows.plan_size for rows in self.micro_batches],
+            "cu_seqlens_q": [rows.prompts + bool(rows.prompts) for rows in self.micro_batches],
+        }
 
     @cached_property
     def places(self) -> dict[str, slice]:
         """Where each field is."""
-        tokens = sum(self.token_counts)
-        sizes = {
-            "input_ids": tokens,
-            "positions": tokens,
-            "slot_mapping": tokens,
-            "context_lens": self.num_seqs,
-            "block_tables": self.num_seqs * self.max_blocks,
-            "plans": sum(rows.plan_size for rows in self.micro_batches),
-            "cu_seqlens_q": sum(rows.num_starts for rows in self.micro_batches),
-        }
+        sizes = {name: sum(counts) for name, counts in self.counts.items()}
+        sizes["block_tables"] *= self.max_blocks
         if not self.is_decode or len(self.micro_batches) > 1:  # else it is all rows in order
             sizes["sample_rows"] = self.num_samples
         ends = list(accumulate(sizes.values(), initial=0))
@@ -155,63 +139,47 @@ def micro_batches(
 ) -> tuple[list[MicroBatch], torch.Tensor | None]:
     """The micro-batches of a step, and the rows of all of them together that are sampled.
 
+    Both are views into `flat`; the rows are int32 [num_samples], or None: all, in order.
+
     Args:
         layout: of `flat`.
         flat: int32, on the device. An input id below 0 stands for a token that the host does not
             know yet: -1 - i is `last_tokens[i]`.
         last_tokens: int64 [max_num_seqs], on the device.
         workspace: of decode attention.
-
-    Returns:
-        Views into `flat`; the rows are int32 [num_samples], or None: all, in order.
     """
     fields = layout.views(flat)
-    input_ids = kernels.resolve_tokens(fields["input_ids"], last_tokens)
-    parts = zip(
-        input_ids.split(layout.token_counts),
-        fields["positions"].split(layout.token_counts),
-        _metadata(layout, fields, workspace),
-        strict=True,
-    )
-    firsts = accumulate(layout.token_counts[:-1], initial=0)
-    batches = [
-        MicroBatch(index, StepTensors(*part), first)
-        for index, (first, part) in enumerate(zip(firsts, parts, strict=True))
-    ]
+    fields["input_ids"] = kernels.resolve_tokens(fields["input_ids"], last_tokens)
+    parts = {name: fields[name].split(counts) for name, counts in layout.counts.items()}
+    batches: list[MicroBatch] = []
+    for index, rows in enumerate(layout.micro_batches):
+        own = {name: part[index] for name, part in parts.items()}
+        tables, lengths, count = own["block_tables"], own["context_lens"], rows.decode_rows
+        decode = prefill = None
+        if count:
+            decode = DecodeMetadata(tables[:count], lengths[:count], own["plans"], workspace)
+        if rows.prompts:
+            prefill = PrefillMetadata(
+                tables[count:], lengths[count:], own["cu_seqlens_q"], rows.longest_prompt
+            )
+        metadata = AttentionMetadata(own["slot_mapping"], decode, prefill)
+        inputs = StepTensors(own["input_ids"], own["positions"], metadata)
+        first = sum(len(batch.inputs.input_ids) for batch in batches)
+        batches.append(MicroBatch(index, inputs, first))
     return batches, fields.get("sample_rows")
 
 
-def _metadata(
-    layout: StepLayout, fields: dict[str, torch.Tensor], workspace: Any
-) -> Iterator[AttentionMetadata]:
-    """Where the tokens of each micro-batch stand."""
-    parts = zip(
-        layout.micro_batches,
-        fields["slot_mapping"].split(layout.token_counts),
-        fields["block_tables"].split(layout.seq_counts),
-        fields["context_lens"].split(layout.seq_counts),
-        fields["plans"].split([rows.plan_size for rows in layout.micro_batches]),
-        fields["cu_seqlens_q"].split([rows.num_starts for rows in layout.micro_batches]),
-        strict=True,
-    )
-    for rows, slots, tables, lens, plan, starts in parts:
-        count, decode, prefill = rows.decode_rows, None, None
-        if count:
-            decode = DecodeMetadata(tables[:count], lens[:count], plan, workspace)
-        if rows.prompts:
-            prefill = PrefillMetadata(tables[count:], lens[count:], starts, rows.longest_prompt)
-        yield AttentionMetadata(slots, decode, prefill)
-
-
 def dummy_chunk(start: int, end: int, blocks: Sequence[int] = ()) -> Chunk:
-    """Tokens `start` to `end` of a sequence that nobody asked for, to warm up and to time steps.
-
-    It is in the padding block but for the `blocks` given.
-    """
+    """Tokens of a sequence that nobody asked for, in the padding block but for `blocks`."""
     seq = EngineSequence(
         -1, [0] * end, SamplingParams(), frozenset(), end, 0, block_table=list(blocks)
     )
     return Chunk(seq, start, end, needs_sample=True)
+
+
+# Stands in rows of decode that no sequence needs: it has no context, and its token is 0,
+# as -1 is the last place of a list with one.
+PADDING = Chunk(dummy_chunk(0, 1).seq, start=-1, end=0, needs_sample=False)
 
 
 def decode_first(chunks: Sequence[Chunk]) -> list[int]:
@@ -220,18 +188,11 @@ def decode_first(chunks: Sequence[Chunk]) -> list[int]:
 
 
 def balance(context_lens: Sequence[int], layout: StepLayout) -> Sequence[Sequence[int]]:
-    """Deals sequences that decode out to micro-batches: the same work for each.
+    """Deals sequences that decode out to micro-batches, the same number of context tokens to each.
 
-    What differs between them is attention's work, hence the context tokens. Long sequences choose
-    first, and each goes where the fewest tokens are so far (the LPT rule of scheduling, Graham,
-    1969), as long as there is a row left.
-
-    Args:
-        context_lens: tokens of each of N sequences.
-        layout: of a decode step of at least N rows.
-
-    Returns:
-        The numbers of each micro-batch's sequences.
+    Long sequences choose first, and each goes where the fewest tokens are so far (the LPT rule of
+    scheduling, Graham, 1969), as long as there is a row left. Returns the numbers of each
+    micro-batch's sequences.
     """
     if len(layout.micro_batches) == 1:
         return [range(len(context_lens))]
@@ -241,7 +202,7 @@ def balance(context_lens: Sequence[int], layout: StepLayout) -> Sequence[Sequenc
         tokens, batch = least[0]
         part = parts[batch]
         part.append(number)
-        if len(part) < layout.seq_counts[batch]:
+        if len(part) < layout.micro_batches[batch].num_seqs:
             heapreplace(least, (tokens + context_lens[number], batch))
         else:
             heappop(least)
@@ -249,13 +210,7 @@ def balance(context_lens: Sequence[int], layout: StepLayout) -> Sequence[Sequenc
 
 
 class StepInputs:
-    """Lays the inputs of steps out, and fills them.
-
-    Args:
-        block_size: tokens of a KV block.
-        max_blocks: width of the block tables.
-        backend: of attention, which has a part of its own in them.
-    """
+    """Lays the inputs of steps out, and fills them; `max_blocks` is the width of block tables."""
 
     def __init__(self, block_size: int, max_blocks: int, backend: AttentionBackend) -> None:
         self.block_size = block_size
@@ -285,95 +240,70 @@ class StepInputs:
         parts: Sequence[Sequence[int]],
         flat: np.ndarray,
     ) -> None:
-        """Writes the fields of a step.
+        """Writes the fields of a step to `flat`, int32 [layout.size].
 
-        Args:
-            layout: of `flat`.
-            chunks: what the step computes.
-            parts: numbers of the chunks in each micro-batch, those of one token first. In decode,
-                rows that are left are padding: one token of context in the padding block, and no
-                work for attention.
-            flat: int32 [layout.size], overwritten.
+        `parts` are the numbers of the chunks in each micro-batch, those of one token first. In
+        decode, rows that are left are padding, which is no work for attention.
         """
         views = layout.views(flat)
-        order = [i for part in parts for i in part]
+        chunks = [*chunks, PADDING]
+        order: list[int] = []  # of the chunks, padding included
+        for count, part in zip(layout.counts["context_lens"], parts, strict=True):
+            order += [*part, *[len(chunks) - 1] * (count - len(part))]
         own = [chunks[i] for i in order]
-        rows = _rows_of(layout, parts)
-        lengths = np.zeros(layout.num_seqs, np.int32)
-        lengths[rows] = [chunk.end for chunk in own]
+        lengths = np.fromiter((chunk.end for chunk in own), np.int32)
         ends = np.maximum(lengths, 1)
         if layout.is_decode:
-            seqs, positions = np.arange(layout.num_seqs), ends - 1
-            last_rows = seqs[rows]
-            views["input_ids"].fill(0)
-            views["input_ids"][rows] = [*map(_token, own)]
+            firsts = np.arange(len(own) + 1)
+            seqs, positions = firsts[:-1], ends - 1
+            views["input_ids"][:] = np.fromiter(map(_token, own), np.int32)
         else:
-            starts = np.array([chunk.start for chunk in own])
-            firsts = np.zeros(len(own) + 1, np.int64)
-            (ends - starts).cumsum(out=firsts[1:])
+            starts = np.fromiter((chunk.start for chunk in own), np.int32)
+            firsts = np.append(0, ends - starts).cumsum()
             seqs = np.repeat(np.arange(len(own)), ends - starts)
             positions = np.arange(len(seqs)) + (starts - firsts[:-1])[seqs]
-            last_rows = firsts[1:] - 1
             views["input_ids"][:] = np.fromiter(chain.from_iterable(map(_tokens, own)), np.int32)
-            _fill_prompt_starts(layout, firsts, views["cu_seqlens_q"])
         tables = views["block_tables"]
-        self._fill_tables(tables, [chunk.seq.block_table for chunk in own], rows)
+        owned = [chunk.seq.block_table for chunk in own]
+        counts = np.fromiter(map(len, owned), np.int32)
+        tables.fill(PADDING_BLOCK)
+        tables[self.columns < counts[:, None]] = np.fromiter(chain.from_iterable(owned), np.int32)
         indices = positions // self.block_size
         # As block * block_size + position % block_size.
         views["slot_mapping"][:] = (tables[seqs, indices] - indices) * self.block_size + positions
         views["positions"][:] = positions
         views["context_lens"][:] = ends
-        self._fill_plans(layout, lengths, views["plans"])
+        self._fill_attention(layout, lengths, firsts, views)
         if "sample_rows" in views:
-            sampled = views["sample_rows"]
-            if layout.is_decode:
-                sampled[len(own) :] = 0
-                sampled[order] = last_rows
-            else:
-                by_chunk = np.empty_like(last_rows)
-                by_chunk[order] = last_rows
-                sampled[:] = by_chunk[[chunk.needs_sample for chunk in chunks]]
+            by_chunk = np.empty(len(chunks), np.int32)
+            by_chunk[order] = firsts[1:] - 1
+            sampled = by_chunk[:-1]
+            if not layout.is_decode:
+                sampled = by_chunk[[chunk.needs_sample for chunk in chunks]]
+            views["sample_rows"][: len(sampled)] = sampled
+            views["sample_rows"][len(sampled) :] = 0
 
     def _rows(self, decode_rows: int, prompts: list[int]) -> RowsLayout:
         plan_size = self.backend.plan_size(decode_rows) if decode_rows else 0
         longest = max(prompts, default=0)
         return RowsLayout(decode_rows, len(prompts), sum(prompts), longest, plan_size)
 
-    def _fill_tables(
-        self, target: np.ndarray, tables: list[list[int]], rows: slice | np.ndarray
+    def _fill_attention(
+        self, layout: StepLayout, lengths: np.ndarray, firsts: np.ndarray, views: dict[str, Any]
     ) -> None:
-        """Writes ragged block tables into `rows` of `target`, which rise; the rest is padding."""
-        counts = np.zeros((len(target), 1), np.int32)
-        counts[rows, 0] = [*map(len, tables)]
-        target.fill(PADDING_BLOCK)
-        target[self.columns < counts] = np.fromiter(chain.from_iterable(tables), np.int32)
-
-    def _fill_plans(self, layout: StepLayout, lengths: np.ndarray, target: np.ndarray) -> None:
-        start = 0
-        for rows, first in zip(layout.micro_batches, layout.first_seqs, strict=True):
+        """Writes what attention alone reads; `firsts` are the first tokens of all sequences."""
+        plans, starts = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
+        first = 0
+        for rows in layout.micro_batches:
+            prompts = first + rows.decode_rows
             if rows.decode_rows:
-                plan = self.backend.plan(lengths[first : first + rows.decode_rows])
-                target[start : start + rows.plan_size] = plan
-                start += rows.plan_size
-
-
-def _rows_of(layout: StepLayout, parts: Sequence[Sequence[int]]) -> slice | np.ndarray:
-    """Rows of the chunks, in the order of `parts`, among the sequences of the step."""
-    count = sum(map(len, parts))
-    if len(parts) == 1 or count == layout.num_seqs:  # there is no padding between them
-        return slice(count)
-    pairs = zip(layout.first_seqs, parts, strict=True)
-    return np.concatenate([np.arange(first, first + len(part)) for first, part in pairs])
-
-
-def _fill_prompt_starts(layout: StepLayout, firsts: np.ndarray, target: np.ndarray) -> None:
-    """Writes `cu_seqlens_q` of each micro-batch; `firsts` is the same of the whole step."""
-    start = 0
-    for rows, first in zip(layout.micro_batches, layout.first_seqs, strict=True):
-        if rows.prompts:
-            own = firsts[first + rows.decode_rows : first + rows.num_seqs + 1]
-            target[start : start + rows.num_starts] = own - own[0]
-            start += rows.num_starts
+                plans.append(self.backend.plan(lengths[first:prompts]))
+            first += rows.num_seqs
+            if rows.prompts:
+                starts.append(firsts[prompts : first + 1] - firsts[prompts])
+        np.concatenate(plans, out=views["plans"])
+        if not layout.is_decode:
+            np.concatenate(starts, out=views["cu_seqlens_q"], casting="same_kind")
 
 
 def _token(chunk: Chunk) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from nanovllm.config import Config
 from nanovllm.engine.graph_memory import GraphMemory
-from nanovllm.engine.pipeline import Pipelines
+from nanovllm.engine.pipeline_modes import Pipelines
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler, hidden_states
+from nanovllm.engine.plan import SEQUENTIAL_NUMBER, Choice
 from nanovllm.engine.scheduler import Chunk, Step
 from nanovllm.engine.stage_times import StageTimer
 from nanovllm.engine.step_inputs import (
@@ -31,21 +32,7 @@ from nanovllm.engine.step_inputs import (
 )
 
 
-class Choice(NamedTuple):
-    """How a decode step runs.
-
-    Attributes:
-        plan: number of its plan.
-        size: its rows, padding included.
-        prediction: what the step's time is told to, with it; None: nobody wants to know.
-    """
-
-    plan: int
-    size: int
-    prediction: Any = None
-
-
-class FixedPlan:
+class FixedChooser:
     """Chooses the last plan for all steps that have enough sequences, sequential for the rest."""
 
     def __init__(self, schedulers: Sequence[PipelineScheduler], memory: GraphMemory | None) -> None:
@@ -55,7 +42,7 @@ class FixedPlan:
     def choose(self, num_seqs: int, tokens: int) -> Choice:
         """For a decode step of so many sequences with so many tokens together."""
         size = num_seqs if self.memory is None else self.memory.size_for(num_seqs)
-        return Choice(self.last if size >= self.fewest else 0, size)
+        return Choice(self.last if size >= self.fewest else SEQUENTIAL_NUMBER, size)
 
     def observe(self, prediction: Any, seconds: float) -> None:
         """Takes the time of a step, with the `prediction` of its choice."""
@@ -74,14 +61,14 @@ class PreparedStep:
         layout: of `flat`.
         flat: its inputs, int32 [layout.size].
         sampling: how its tokens are drawn, see `SamplingBatch.pack`; None: they are not.
-        choice: how it was chosen, where it was.
-        events: recorded before and after it on the device, if somebody wants to know its time.
+        prediction: what its time is told to, with it.
+        events: recorded before and after it; None: nobody wants to know its time.
     """
 
     layout: StepLayout
     flat: torch.Tensor
     sampling: np.ndarray | None = None
-    choice: Choice | None = None
+    prediction: Any = None
     events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
 
@@ -95,9 +82,6 @@ class StepRunner:
         memory: for CUDA graphs; None: run eagerly.
         inputs: lays steps out and fills them.
         send: gives a step to the other ranks, before this one runs it.
-
-    Attributes:
-        chooser: chooses the plan of each decode step.
     """
 
     def __init__(
@@ -112,7 +96,7 @@ class StepRunner:
         self.config = config
         self.schedulers, self.statistics = pipelines.schedulers, pipelines.statistics
         self.partitions = pipelines.partitions
-        self.chooser = FixedPlan(self.schedulers, memory)
+        self.chooser = FixedChooser(self.schedulers, memory)
         self.last_tokens, self.device = last_tokens, last_tokens.device
         self.memory = memory
         self.inputs = inputs
@@ -128,34 +112,45 @@ class StepRunner:
             return self.prepare_prompts(step.chunks)
         lengths = [chunk.end for chunk in step.chunks]
         choice = self.chooser.choose(len(lengths), sum(lengths))
-        return self.prepare_decode(choice, step.chunks, lengths)
+        profiled = self.config.pipeline_enable_profiling
+        return self.prepare_decode(choice, step.chunks, lengths, timed=profiled)
 
     def prepare_decode(
-        self, choice: Choice, chunks: Sequence[Chunk], lengths: Sequence[int]
+        self,
+        choice: Choice,
+        chunks: Sequence[Chunk],
+        lengths: Sequence[int],
+        *,
+        timed: bool = False,
     ) -> PreparedStep:
-        """A step of chunks of one token, which all are sampled, with padding."""
-        layout = self.layout(choice)
+        """A step of chunks of one token, which all are sampled, with padding.
+
+        `timed`: each of its works is, which takes time itself.
+        """
+        layout = self.layout(choice, timed)
         parts = balance(lengths, layout)
         events = None
         if choice.prediction is not None:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            events = begin, end
+            events = (
+                torch.cuda.Event(enable_timing=True),
+                torch.cuda.Event(enable_timing=True),
+            )
         flat = self._fill(layout, chunks, parts)
-        return PreparedStep(layout, flat, choice=choice, events=events)
+        return PreparedStep(layout, flat, prediction=choice.prediction, events=events)
 
     def prepare_prompts(self, chunks: Sequence[Chunk]) -> PreparedStep:
         """A step of any chunks, as one micro-batch."""
         part = decode_first(chunks)
-        layout = self.inputs.mixed_layout(0, [[chunks[i] for i in part]])
+        layout = self.inputs.mixed_layout(SEQUENTIAL_NUMBER, [[chunks[i] for i in part]])
         return PreparedStep(layout, self._fill(layout, chunks, [part]))
 
-    def layout(self, choice: Choice) -> StepLayout:
+    def layout(self, choice: Choice, timed: bool) -> StepLayout:
         """Of a decode step."""
         plan, size, _ = choice
-        key = plan, size, self.config.pipeline_enable_profiling
+        key = plan, size, timed
         if key not in self.layouts:
             batches = self.schedulers[plan].plan.micro_batches
-            self.layouts[key] = self.inputs.decode_layout(plan, size, batches, timed=key[-1])
+            self.layouts[key] = self.inputs.decode_layout(plan, size, batches, timed=timed)
         return self.layouts[key]
 
     def run(self, step: PreparedStep) -> torch.Tensor:
@@ -177,10 +172,7 @@ class StepRunner:
     ) -> torch.Tensor:
         """Issues a step on this rank; the others must do the same.
 
-        Args:
-            step: its inputs are on the host, or on the device while it is captured.
-            logits: where to write them.
-            timer: times the step's works.
+        A capture issues it with `logits` to write and its own `timer`.
         """
         layout = step.layout
         if timer:
@@ -201,14 +193,17 @@ class StepRunner:
         return self.issue(self.prepare_decode(choice, [], []))
 
     def finish(self, step: PreparedStep, num_seqs: int) -> None:
-        """Counts a decode step, which must be complete, and hands on how long it took."""
+        """Counts a decode step, which must be complete, and hands on how long it took.
+
+        A profiled step's time is not handed on, as profiling is a part of it.
+        """
         pipelined = len(step.layout.micro_batches) > 1
         self.statistics.count_step(num_seqs, pipelined=pipelined)
         if self.timer is not None:
             self.statistics.add_times(*self.timer.read())
-        elif step.events is not None and step.choice is not None:
+        elif step.events is not None:
             begin, end = step.events
-            self.chooser.observe(step.choice.prediction, begin.elapsed_time(end) * 1e-3)
+            self.chooser.observe(step.prediction, begin.elapsed_time(end) * 1e-3)
 
     def capture(self, choices: Iterable[Choice], *, show_progress: bool) -> None:
         """Captures steps now, rather than when they are first needed."""
@@ -217,8 +212,9 @@ class StepRunner:
         if largest_first:
             bar = tqdm(largest_first, desc="Capturing CUDA graphs", disable=not show_progress)
             for choice in bar:
-                if self.layout(choice) not in self.graphs:
-                    self.run(self.prepare_decode(choice, [], []))
+                profiled = self.config.pipeline_enable_profiling
+                if self.layout(choice, profiled) not in self.graphs:
+                    self.run(self.prepare_decode(choice, [], [], timed=profiled))
             # The steps that were run before their captures leave memory in sizes of their own.
             torch.cuda.empty_cache()
 

@@ -1,8 +1,8 @@
 """What an engine's calls are wrapped in: one thread at a time, and a broken-off change is noticed.
 
-An exception or an interrupt can come at any line. So while the engine's state changes it counts as
-unsettled, and whoever comes next and finds it unsettled has to mend it first. The lock is held a
-step at a time, so that several threads share one batch.
+An exception or an interrupt can come at any line. So a change counts as unfinished until its end,
+and whoever comes next and finds one unfinished has to mend the state first. The lock is held a step
+at a time, so that several threads share one batch.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ EXIT_SECONDS = 10.0
 
 
 class Transactions:
-    """The lock of an engine, and whether its state is settled.
+    """The lock of an engine, and what it says of the state.
 
     Attributes:
         closed: the engine has exited.
-        settled: no change was broken off.
+        unfinished: changes that have begun and not come to their end.
     """
 
     def __init__(self) -> None:
@@ -36,12 +36,13 @@ class Transactions:
         self.lock = threading.RLock()
         self.callers: set[object] = set()  # of `call`, which have the lock or wait for it
         self.closed = False
-        self.settled = True
+        self.unfinished = 0
 
     def call(self, function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         """Calls `function` while no other thread is in one."""
         self.check_process()  # in a forked child nobody may ever release the lock
-        # NOTE: not the function, whose engine must be free to go if an interrupt leaves this here.
+        # A plain token: a reference to the function would keep its engine alive for ever if an
+        # interrupt left it here.
         caller = object()
         try:
             self.callers.add(caller)
@@ -56,11 +57,11 @@ class Transactions:
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Surrounds every change of state; if it is broken off, `settled` stays False."""
+        """Surrounds every change of state."""
         self.check_open()
-        settled, self.settled = self.settled, False
+        self.unfinished += 1
         yield
-        self.settled = settled
+        self.unfinished -= 1  # not in a `finally`: what was broken off stays counted
 
     def check_open(self) -> None:
         """Raises RuntimeError if the engine has exited, or is another process's."""
@@ -81,9 +82,6 @@ class Transactions:
         return os.getpid() == self.process_id
 
     def call_at_exit(self, function: Callable[[], object]) -> None:
-        """Calls `function`, unless this is a forked child or a step never ends."""
+        """Calls `function`, unless this is a forked child or a step never ends; nobody follows."""
         if self.is_own_process() and self.lock.acquire(timeout=EXIT_SECONDS):
-            try:
-                function()
-            finally:
-                self.lock.release()
+            function()

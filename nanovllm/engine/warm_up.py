@@ -2,16 +2,13 @@
 
 Triton compiles a kernel when it first meets some sizes. What tiles a kernel takes changes at powers
 of two and at multiples of 16 rows, up to some hundred, so prompts of these lengths meet all; two
-layers stand for the others. Captured decode steps need nothing here, as each is run before it is
-captured. All ranks run the same steps, since steps and draws contain collectives.
+layers stand for the others. Captured decode steps are run before their capture. All ranks run the
+same steps and draws, since these contain collectives.
 
-What is not met: a pipeline without CUDA graphs plans its linear layers for the SMs of a lane, and
-where that makes other tiles than all SMs do, they are compiled in its first step of that size.
+Not met: a pipeline without CUDA graphs, whose linear layers may take other tiles on a lane's SMs.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 
@@ -35,19 +32,10 @@ SAMPLING = [
 
 
 @torch.inference_mode()
-def warm_up(
-    steps: StepRunner,
-    config: Config,
-    max_prompt: int,
-    draw: Callable[[torch.Tensor, SamplingParams], object],
-) -> None:
-    """Runs prompts, decode steps and the sampler, all in the padding block.
+def warm_up(steps: StepRunner, config: Config, max_prompt: int) -> torch.Tensor:
+    """Runs prompts of up to `max_prompt` tokens and decode steps, all in the padding block.
 
-    Args:
-        steps: runs them.
-        config: says how decode will run.
-        max_prompt: tokens of the longest prompt of a step.
-        draw: draws a token from logits [1, this rank's part of the vocabulary].
+    Returns logits [1, this rank's part of the vocabulary] to draw from, with `SAMPLING`.
     """
     for rows in batch_sizes(min(MOST_ROWS, max_prompt)):
         logits = _run_outer_layers(steps, rows)
@@ -55,8 +43,7 @@ def warm_up(
         sizes = batch_sizes(config.max_num_seqs)
         for size in [*sizes[:5], *sizes[5:][-1:]]:
             steps.run_padding(size)
-    for params in SAMPLING:
-        draw(logits, params)
+    return logits
 
 
 def _run_outer_layers(steps: StepRunner, rows: int) -> torch.Tensor:

@@ -1,12 +1,14 @@
 """The model's fused operations, on whichever device their tensors are.
 
 CUDA tensors go to Triton kernels (`triton_ops`), or to cuBLAS where that is faster; all others to
-the plain torch forms in `reference`, and to torch's own linear layer. A machine without a GPU never
-imports Triton. Attention is not here: an attention back end picks its own kernels.
+the plain torch forms in `reference`, which say what each operation is, and to torch's own linear
+layer. A machine without a GPU never imports Triton. An attention back end picks its own kernels.
 """
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,46 +17,48 @@ from torch import Tensor
 from nanovllm.kernels import reference
 from nanovllm.kernels.normed import HeadInputs, Normed
 
-__all__ = [
-    "HeadInputs",
-    "Normed",
-    "add_rms_norm",
-    "find_threshold",
-    "linear",
-    "linear_add_norm",
-    "linear_norm_rope_store",
-    "linear_silu_mul",
-    "resolve_tokens",
-    "rms_norm",
-    "sample",
-    "silu_mul",
-]
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See `reference.rms_norm`: ``x [..., H]``, ``weight [H]`` -> ``[..., H]``."""
-    return _ops(x).rms_norm(x, weight, eps)
+@functools.cache
+def _triton_ops() -> ModuleType:
+    from nanovllm.kernels import triton_ops
+
+    return triton_ops
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See `reference.add_rms_norm`: returns ``rms_norm(x + residual), x + residual``."""
-    return _ops(x).add_rms_norm(x, residual, weight, eps)
+def _by_device(slow: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """A function of `reference`, or the kernel of its name where the first tensor is on CUDA."""
+
+    @functools.wraps(slow)
+    def operation(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        on_cuda = args[0].is_cuda  # type: ignore[attr-defined]
+        run = getattr(_triton_ops(), slow.__name__) if on_cuda else slow
+        return run(*args, **kwargs)
+
+    return operation
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """See `reference.silu_mul`: ``[T, 2I] -> [T, I]``."""
-    return _ops(gate_up).silu_mul(gate_up)
+rms_norm = _by_device(reference.rms_norm)
+add_rms_norm = _by_device(reference.add_rms_norm)
+silu_mul = _by_device(reference.silu_mul)
+resolve_tokens = _by_device(reference.resolve_tokens)
+find_threshold = _by_device(reference.find_threshold)
+sample = _by_device(reference.sample)
+weigh = _by_device(reference.weigh)
+_qk_norm_rope_store = _by_device(reference.qk_norm_rope_store)
 
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """See `reference.linear`: ``x [N, K], weight [M, K] -> [N, M]``, in `out` if it is given."""
+    """See `reference.linear`; in `out` if it is given."""
     return _linear(Normed(x), weight, bias, out)
 
 
 def linear_silu_mul(x: Normed, gate_up_weight: Tensor) -> Tensor:
-    """See `reference.linear_silu_mul`: ``x [N, K], gate_up_weight [2I, K] -> [N, I]``."""
+    """See `reference.linear_silu_mul`."""
     if x.values.is_cuda:
         ops = _triton_ops()
         if ops.small_gemm.supports(x.values):
@@ -72,11 +76,9 @@ def linear_add_norm(
     norm_weight: Tensor,
     eps: float,
 ) -> tuple[Normed, Tensor]:
-    """See `reference.linear_add_norm`: ``(rms_norm(s), s)`` for ``s = linear(x) + residual``.
+    """See `reference.linear_add_norm`; the norm's division may be left to the next layer.
 
-    For up to 8 rows in bfloat16, the norm's division is left to the layer that comes next.
-
-    NOTE: `residual` is used up: on CUDA, s may be written over it.
+    NOTE: `residual` is used up: on CUDA, the sum may be written over it.
     """
     if x.is_cuda:
         ops = _triton_ops()
@@ -90,7 +92,7 @@ def linear_add_norm(
             # cuBLAS adds the residual while its result is in registers: the norm reads one matrix
             # instead of two.
             total = residual.addmm_(x, weight.t())
-            return Normed(ops.rms_norm(total, norm_weight, eps)), total
+            return Normed(rms_norm(total, norm_weight, eps)), total
     y, total = add_rms_norm(F.linear(x, weight, bias), residual, norm_weight, eps)
     return Normed(y), total
 
@@ -98,7 +100,7 @@ def linear_add_norm(
 def linear_norm_rope_store(
     x: Normed, weight: Tensor, bias: Tensor | None, inputs: HeadInputs
 ) -> Tensor:
-    """See `reference.linear_norm_rope_store`: returns q, writes k and v to their slots."""
+    """See `reference.linear_norm_rope_store`."""
     values = x.values
     if values.is_cuda:
         ops = _triton_ops()
@@ -106,43 +108,7 @@ def linear_norm_rope_store(
             values, weight, inputs
         ):
             return ops.fused_gemm.linear_norm_rope_store(x.materialize(), weight, bias, inputs)
-    qkv = _linear(x, weight, bias)
-    return _ops(qkv).qk_norm_rope_store(qkv, inputs)
-
-
-def resolve_tokens(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
-    """See `reference.resolve_tokens`: ids below 0 become a last token."""
-    return _ops(input_ids).resolve_tokens(input_ids, last_tokens)
-
-
-def find_threshold(
-    logits: Tensor,
-    temperatures: Tensor,
-    rows: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """See `reference.find_threshold`: the least of `logits[rows]` that may be drawn."""
-    return _ops(logits).find_threshold(logits, temperatures, rows, top_k, top_p)
-
-
-def sample(
-    logits: Tensor,
-    temperatures: Tensor,
-    seeds: Tensor,
-    steps: Tensor,
-    threshold: tuple[Tensor, Tensor] | None = None,
-    part: tuple[int, int] | None = None,
-) -> Tensor:
-    """See `reference.sample`: one token, or key, per row of ``logits [N, V]`` -> ``[N]`` int64."""
-    return _ops(logits).sample(logits, temperatures, seeds, steps, threshold, part)
-
-
-def weigh(
-    logits: Tensor, temperatures: Tensor, rows: Tensor, peaks: Tensor, keys: Tensor
-) -> Tensor:
-    """See `reference.weigh`: number and weight of the logits from keys on."""
-    return _ops(logits).weigh(logits, temperatures, rows, peaks, keys)
+    return _qk_norm_rope_store(_linear(x, weight, bias), inputs)
 
 
 def _linear(x: Normed, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -153,14 +119,3 @@ def _linear(x: Normed, weight: Tensor, bias: Tensor | None, out: Tensor | None =
     if bias is None:
         return torch.mm(x.materialize(), weight.t(), out=out)
     return torch.addmm(bias, x.materialize(), weight.t(), out=out)
-
-
-def _ops(x: Tensor) -> ModuleType:
-    return _triton_ops() if x.is_cuda else reference
-
-
-@functools.cache
-def _triton_ops() -> ModuleType:
-    from nanovllm.kernels import triton_ops
-
-    return triton_ops

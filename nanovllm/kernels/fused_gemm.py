@@ -1,9 +1,8 @@
 """Linear layers for tens to hundreds of tokens, fused with what follows them.
 
-The weights of a small layer take a few microseconds to read. What counts is that every SM reads a
-part, and that as few launches as possible surround it. So a tile has 64 features; a weight is the
-left operand of the tensor cores, which want 64 rows of it, but take 16 tokens on the right; and
-there are as many tiles of tokens as give every SM a program, and no more.
+What counts is that every SM reads a part of the weight, and that few launches surround it. So a
+tile has 64 features; a weight is the left operand of the tensor cores, which want 64 rows of it,
+but take 16 tokens on the right; and there are as many tiles of tokens as give every SM a program.
 
 - In pairs: gate and up pair feature i with I + i for ``silu(gate) * up``. The rotation of query and
   key heads pairs element i with i + D/2, and their norm needs the whole head. So a program
@@ -38,18 +37,16 @@ _MAX_ROWS_SPLIT = 256
 _FEATURES = 64  # rows of weight in a tile
 _TOKENS = (16, 32, 64)
 _LONG_STEP, _SHORT_STEP = 128, 64  # inner elements
-_MOST_SPLITS, _FEWEST_SPLITS = 4, 2
+_SPLITS = 4, 2
 _PAIR = 2 * _FEATURES  # features of both tiles; the elements of a head
-# Of what the rows and columns of a weight must be multiples.
+# What the rows and columns of a weight must be multiples of.
 _PAIRED = _PAIR, _LONG_STEP
-_SPLIT = _FEATURES, _MOST_SPLITS * _LONG_STEP
+_SPLIT = _FEATURES, max(_SPLITS) * _LONG_STEP
 
 
 class Tiles(NamedTuple):
-    """Tokens of a tile, inner elements of a step."""
-
-    tokens: int
-    block: int
+    tokens: int  # of a tile
+    block: int  # inner elements of a step
 
 
 # ------------------------------------------------------------------ which layers come here
@@ -72,7 +69,7 @@ def supports_add_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def pick_tiles(rows: int, feature_tiles: int, num_sms: int) -> Tiles:
-    """The smallest tiles of tokens with which `feature_tiles` of each give an SM one program."""
+    """The smallest with which `feature_tiles` give each SM no more than one program."""
     for tokens in _TOKENS:
         if triton.cdiv(rows, tokens) * feature_tiles <= num_sms:
             # One program has an SM to itself, and with it room for long steps.
@@ -82,32 +79,32 @@ def pick_tiles(rows: int, feature_tiles: int, num_sms: int) -> Tiles:
 
 def pick_splits(rows: int, features: int, num_sms: int) -> tuple[int, Tiles]:
     """Parts of the inner dimension, and tiles: four parts while each SM has one program, or two."""
-    feature_tiles = features // _FEATURES
-    tiles = pick_tiles(rows, feature_tiles * _MOST_SPLITS, num_sms)
-    if tiles.block == _LONG_STEP:
-        return _MOST_SPLITS, tiles
-    return _FEWEST_SPLITS, pick_tiles(rows, feature_tiles * _FEWEST_SPLITS, num_sms)
+    for splits in _SPLITS:
+        tiles = pick_tiles(rows, features // _FEATURES * splits, num_sms)
+        if tiles.block == _LONG_STEP:
+            break
+    return splits, tiles
 
 
 def _beats_cublas(weight: Tensor, multiples: tuple[int, int]) -> bool:
     return (
         weight.element_size() == 2
-        and not any(size % multiple for size, multiple in zip(weight.shape, multiples, strict=True))
-        and weight.numel() * weight.element_size() < _MAX_WEIGHT_BYTES
+        and _fits(weight, multiples)
+        and weight.nbytes < _MAX_WEIGHT_BYTES
         and has_large_tiles(weight.device)
     )
+
+
+def _fits(weight: Tensor, multiples: tuple[int, int]) -> bool:
+    return weight.shape[0] % multiples[0] == 0 and weight.shape[1] % multiples[1] == 0
 
 
 # ------------------------------------------------------------------ launches
 
 
 def linear_silu_mul(x: Tensor, weight: Tensor) -> Tensor:
-    """See ``reference.linear_silu_mul``.
-
-    Raises:
-        ValueError: for a weight whose rows or columns are not multiples of 128.
-    """
-    _check(weight, _PAIRED)
+    """See ``reference.linear_silu_mul``."""
+    assert _fits(weight, _PAIRED)
     (rows, inner), inter = x.shape, weight.shape[0] // 2
     out = torch.empty(rows, inter, dtype=x.dtype, device=x.device)
     if rows > 0:
@@ -123,15 +120,10 @@ def linear_silu_mul(x: Tensor, weight: Tensor) -> Tensor:
 def linear_norm_rope_store(
     x: Tensor, weight: Tensor, bias: Tensor | None, inputs: HeadInputs
 ) -> Tensor:
-    """QKV layer, then ``qk_norm_rope_store``; see ``reference.linear_norm_rope_store``.
-
-    Raises:
-        ValueError: for a head_dim other than 128, or columns that are not a multiple of 128.
-    """
-    _check(weight, _PAIRED)
+    """See ``reference.linear_norm_rope_store``; a head has 128 elements."""
     head_dim = inputs.cos_sin.shape[1]
-    if head_dim != _PAIR:
-        raise ValueError(f"head_dim is {head_dim}; it must be {_PAIR}")
+    assert _fits(weight, _PAIRED)
+    assert head_dim == _PAIR
     (rows, inner), q_heads, kv_heads = x.shape, inputs.num_q_heads, inputs.num_kv_heads
     q = torch.empty(rows, q_heads, head_dim, dtype=x.dtype, device=x.device)
     if rows > 0:
@@ -150,17 +142,13 @@ def linear_norm_rope_store(
 def linear_add_norm(
     x: Tensor, weight: Tensor, residual: Tensor, norm_weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """See ``reference.linear_add_norm``; no bias.
-
-    Raises:
-        ValueError: for a weight whose rows are no multiple of 64, or columns none of 512.
-    """
+    """See ``reference.linear_add_norm``; no bias."""
     return norm.add_parts_rms_norm(linear_parts(x, weight), residual, norm_weight, eps)
 
 
 def linear_parts(x: Tensor, weight: Tensor) -> Tensor:
     """Float32 ``[P, N, M]`` whose sum over P is ``x @ weight.T`` of ``[N, K]`` and ``[M, K]``."""
-    _check(weight, _SPLIT)
+    assert _fits(weight, _SPLIT)
     (rows, inner), features = x.shape, weight.shape[0]
     splits, tiles = pick_splits(rows, features, usable_sms(x.device))
     parts = torch.empty(splits, rows, features, dtype=torch.float32, device=x.device)
@@ -174,20 +162,8 @@ def linear_parts(x: Tensor, weight: Tensor) -> Tensor:
 
 def kernel_options(tiles: Tiles) -> dict[str, Any]:
     """Constants and compiler options that the kernels have in common."""
-    return {
-        "TOKENS": tiles.tokens,
-        "FEATURES": _FEATURES,
-        "BLOCK": tiles.block,
-        "num_warps": 4,
-        "num_stages": 4,
-        **pdl_options(),
-    }
-
-
-def _check(weight: Tensor, multiples: tuple[int, int]) -> None:
-    for name, size, multiple in zip(("rows", "columns"), weight.shape, multiples, strict=True):
-        if size % multiple:
-            raise ValueError(f"weight has {size} {name}; they must be a multiple of {multiple}")
+    sizes = {"TOKENS": tiles.tokens, "FEATURES": _FEATURES, "BLOCK": tiles.block}
+    return {**sizes, "num_warps": 4, "num_stages": 4, **pdl_options()}
 
 
 def _operands(x: Tensor, weight: Tensor, tiles: Tiles) -> tuple[TensorDescriptor, TensorDescriptor]:

@@ -1,8 +1,7 @@
 """What the kernels ask about the GPU, and how cuBLAS learns of a partition. Needs no Triton.
 
-cuBLAS plans its tiles for all SMs of the device. On a green context's partition that leaves SMs
-idle in every last round, which can cost more than the pipeline gains. cuBLASLt takes the number of
-SMs as an argument.
+cuBLAS plans its tiles for all SMs of the device, which leaves SMs of a green context's partition
+idle in every last round. cuBLASLt takes the number of SMs as an argument.
 """
 
 from __future__ import annotations
@@ -27,10 +26,8 @@ def is_hopper_or_newer() -> bool:
 
 @functools.cache
 def has_large_tiles(device: torch.device) -> bool:
-    """Whether a program can keep 200 KiB of tiles in shared memory and feed tensor cores from it.
-
-    So it is on Hopper and on Blackwell's data centre GPUs (227 KiB), and in the interpreter.
-    """
+    """Whether a program can feed tensor cores from 200 KiB of tiles in shared memory."""
+    # Hopper, Blackwell's data centre GPUs, and the interpreter.
     return device.type != "cuda" or torch.cuda.get_device_properties(device).major in (9, 10)
 
 
@@ -51,15 +48,12 @@ def can_limit_cublas_sms() -> bool:
 def cublas_sm_limit(num_sms: int, device_sms: int) -> Iterator[None]:
     """Matrix products issued inside are planned for `num_sms` of the device's `device_sms` SMs.
 
-    To be put around the capture of a graph, or around eager work: what counts is when a product is
-    issued, not when it runs. Our own linear layers go by it, too. Without effect, but for a
-    warning, where torch cannot pass the number on.
+    What counts is when a product is issued or captured, not when it runs. Our own linear layers go
+    by it, too. Without effect, but for a warning, where torch cannot pass the number on.
     """
-    if num_sms >= device_sms:
-        yield
-        return
-    if not can_limit_cublas_sms():
+    if num_sms < device_sms and not can_limit_cublas_sms():
         _warn_that_sms_are_not_limited()
+    if num_sms >= device_sms or not can_limit_cublas_sms():
         yield
         return
     # NOTE: both settings are the process's, so other threads must not issue products meanwhile.

@@ -1,8 +1,7 @@
 """RMS norm, alone and fused with the residual addition before it.
 
-One program normalises one row, which it reads once and keeps in registers. Floor, in elements of
-the dtype: read x and write y (2 TH); with the residual, read both and write both (4 TH). What a
-split linear layer left in parts is added up on the way (P float32 instead of one x).
+One program normalises one row, which it reads once and keeps in registers. What a split linear
+layer left in parts is added up on the way. Floor: 2 TH elements, with a residual 4 TH.
 """
 
 import torch
@@ -23,16 +22,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See ``reference.add_rms_norm``."""
-    x, residual = x.contiguous(), residual.contiguous()
-    y, total = torch.empty_like(x), torch.empty_like(x)
-    _launch(x, residual, weight, y, total, eps)
-    return y, total
+    return add_parts_rms_norm(x.unsqueeze(0), residual, weight, eps)
 
 
 def add_parts_rms_norm(
     parts: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """``add_rms_norm`` of ``x = parts.sum(0)`` for float32 ``parts [P, T, H]``, summed in order."""
+    """``add_rms_norm`` of ``x = parts.sum(0)`` for ``parts [P, T, H]``, summed in float32."""
     parts, residual = parts.contiguous(), residual.contiguous()
     y, total = torch.empty_like(residual), torch.empty_like(residual)
     _launch(parts, residual, weight, y, total, eps, num_parts=len(parts))

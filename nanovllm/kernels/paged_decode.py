@@ -1,26 +1,23 @@
 """Attention of one new token per sequence over the paged KV cache: the decode step's kernel.
 
-Decoding reads every cached key and value once and computes little, so the floor is
-``2 * sum(context_lens) * Hkv * D`` elements over the memory bandwidth. Reaching it takes every SM
-busy to the end, whatever the lengths. So the work is divided as in stream-K: into equal ranges of
-KV tiles, not into sequences.
+Decoding reads every cached key and value once: the floor is ``2 * sum(context_lens) * Hkv * D``
+elements. Reaching it takes every SM busy to the end, whatever the lengths. So the work is divided
+as in stream-K (Osama et al., 2023, arXiv:2301.03598): into equal ranges of KV tiles.
 
 - A tile group is one (sequence, KV head) pair: ``ceil(context_len / TILE)`` tiles of keys and
   values, which serve all query heads of the KV head. All tiles are numbered in order.
 - A fixed grid of ``num_sms * ctas_per_sm`` programs divides these numbers into equal contiguous
-  ranges; with fewer tiles than programs, the last ones exit. A program finds its place from
-  ``tile_offsets``, a prefix sum that the host computes once a step, and then runs one loop over
-  its tiles, so that it keeps loading from group to group.
-- A group inside one range is finished on the spot. A group that is split by range borders leaves
-  one partial result in each range it touches. The program that stores the last of them combines
-  them, weighted by their softmax sums (Dao et al., "Flash-Decoding", 2023; equal ranges and the
-  last arriver as in "Stream-K", Osama et al., 2023, arXiv:2301.03598).
+  ranges. A program finds its place from ``tile_offsets``, a prefix sum that the host computes, and
+  then runs one loop over its tiles, so that it keeps loading from group to group.
+- A group inside one range is finished on the spot. One that is split by range borders leaves a
+  partial result in each range. The program that stores the last of them combines them, weighted by
+  their softmax sums (Dao et al., "Flash-Decoding", 2023).
 
-A range begins and ends inside at most two split groups, so two partials a program are enough. The
-grid and every shape are fixed: in a replayed CUDA graph only the values of ``context_lens``,
-``tile_offsets`` and ``block_tables`` change. All of it is one launch.
+A range ends inside at most two split groups, so two partials a program are enough. All of it is one
+launch of a fixed grid: in a replayed CUDA graph only values of the integer inputs change.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -56,19 +53,15 @@ class DecodeTuning:
 PLAIN = DecodeTuning(ctas_per_sm=3, num_warps=4, num_stages=3, tma=False)
 TMA = DecodeTuning(ctas_per_sm=6, num_warps=2, num_stages=2, tma=True)
 KEYS_FIRST = DecodeTuning(ctas_per_sm=6, num_warps=1, num_stages=2, tma=True, keys_first=True)
-# Where so many SMs share few groups, combining their parts is what counts.
 MANY_SMS = 80
 
 
 def tuning_for(num_sms: int, num_groups: int, gqa: int) -> DecodeTuning:
-    """The fastest for `num_groups` (sequence, KV head) pairs with `gqa` query heads a KV head.
-
-    `keys_first` halves the tensor cores' work, and a program of one warp waits for no other at its
-    barriers. But where many SMs share few groups, each group has many partial results, which more
-    threads combine faster.
-    """
+    """The fastest for `num_groups` (sequence, KV head) pairs with `gqa` query heads a KV head."""
     if not is_hopper_or_newer():
         return PLAIN
+    # `keys_first` halves the tensor cores' work, and a program of one warp waits for no other. But
+    # where many SMs share few groups, each has many partial results: more threads combine faster.
     many_parts = num_sms > MANY_SMS and num_groups <= num_sms
     return TMA if many_parts and gqa <= 4 else KEYS_FIRST
 
@@ -76,17 +69,12 @@ def tuning_for(num_sms: int, num_groups: int, gqa: int) -> DecodeTuning:
 class DecodeWorkspace:
     """How many SMs the decode kernel may use, and its buffers for partial results.
 
+    `tuning` is for every launch; None: ``tuning_for`` its size.
+
     NOTE: launches that may run at the same time (two streams) need a workspace each.
 
-    Args:
-        num_sms: the partition's or the whole device's.
-        num_q_heads, num_kv_heads: Hq and Hkv, its divisor.
-        head_dim: D, a power of two from 32 to 256.
-        device: of the buffers.
-        tuning: for every launch; None: ``tuning_for`` its size.
-
     Raises:
-        ValueError: for a size outside these limits.
+        ValueError: for another head_dim than 32, 64, 128 or 256.
     """
 
     def __init__(
@@ -98,20 +86,15 @@ class DecodeWorkspace:
         device: torch.device | str,
         tuning: DecodeTuning | None = None,
     ) -> None:
-        if num_sms < 1:
-            raise ValueError(f"num_sms is {num_sms}; it must be at least 1")
-        if num_kv_heads < 1 or num_q_heads % num_kv_heads:
-            raise ValueError(f"num_q_heads {num_q_heads} is no multiple of {num_kv_heads} KV heads")
         if head_dim not in (32, 64, 128, 256):
             raise ValueError(f"head_dim is {head_dim}; it must be 32, 64, 128 or 256")
         self.num_sms = num_sms
         self.tuning = tuning
         programs = num_sms * max(t.ctas_per_sm for t in (PLAIN, TMA, KEYS_FIRST, tuning or PLAIN))
         gqa = num_q_heads // num_kv_heads
-        self.partial_out = torch.empty(
-            2 * programs, gqa, head_dim, dtype=torch.float32, device=device
-        )
-        self.partial_lse = torch.empty(2 * programs, gqa, dtype=torch.float32, device=device)
+        empty = functools.partial(torch.empty, dtype=torch.float32, device=device)
+        self.partial_out = empty(2 * programs, gqa, head_dim)
+        self.partial_lse = empty(2 * programs, gqa)
         # Partials stored so far of the split group that begins in a program's range; 0 between
         # launches, because whoever combines a group resets its count.
         self.arrivals = torch.zeros(programs, dtype=torch.int32, device=device)
@@ -121,12 +104,7 @@ def tile_offsets(context_lens: np.ndarray) -> np.ndarray:
     """Number of KV tiles before each sequence: ``[N]`` ints -> ``[N + 1]`` int32 (on the host).
 
     A length of 0 gives a row no tiles, so that the kernel skips it: padding, after all others.
-
-    Raises:
-        ValueError: for a negative length.
     """
-    if context_lens.min(initial=0) < 0:
-        raise ValueError(f"context_lens has {context_lens.min()}; every length must be at least 0")
     offsets = np.zeros(len(context_lens) + 1, dtype=np.int32)
     ((context_lens + (TILE - 1)) // TILE).cumsum(out=offsets[1:])
     return offsets
@@ -143,12 +121,10 @@ def paged_decode_attention(
     workspace: DecodeWorkspace,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Attention of one new token per sequence; see ``reference.paged_decode_attention``.
+    """See ``reference.paged_decode_attention``; the caches and `out` are contiguous.
 
     NOTE: tables, lengths and offsets must not come from the kernel issued just before. They are
     read before it has ended; see ``pdl``.
-
-    Besides what is said there, the caches and `out` are contiguous.
 
     Args:
         tile_offsets: ``[N + 1]`` int32, ``tile_offsets(context_lens)`` on the device. The last
@@ -178,24 +154,16 @@ def paged_decode_attention(
 
 
 def kernel_options(
-    tuning: DecodeTuning,
-    num_kv_heads: int,
-    gqa: int,
-    head_dim: int,
-    block_size: int,
+    tuning: DecodeTuning, num_kv_heads: int, gqa: int, head_dim: int, block_size: int,
     element_size: int,
-) -> dict[str, int]:
+) -> dict[str, int]:  # fmt: skip
     """What the kernel is compiled for: its constants and the compiler's options."""
     combine_pad = triton.next_power_of_2(gqa)
     threads = 32 * tuning.num_warps
     return {
-        "KV_HEADS": num_kv_heads,
-        "GQA": gqa,
+        "KV_HEADS": num_kv_heads, "GQA": gqa, "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size,
         "GQA_PAD": max(combine_pad, 8 if tuning.keys_first else 1),
-        "HEAD_DIM": head_dim,
-        "BLOCK_SIZE": block_size,
-        "TILE": TILE,
-        "TMA": tuning.tma,
+        "TILE": TILE, "TMA": tuning.tma,
         # The axis of a tile's tokens in scores, and of the head dimension in sums.
         "AXIS": 0 if tuning.keys_first else 1,
         "COMBINE_PAD": combine_pad,
@@ -205,7 +173,7 @@ def kernel_options(
         "maxnreg": min(65536 // (threads * tuning.ctas_per_sm) // 8 * 8, 248),
         # More stages of keys and values wider than this do not fit into shared memory.
         "num_stages": tuning.num_stages if head_dim * element_size <= 512 else 2,
-    }
+    }  # fmt: skip
 
 
 def _descriptor(cache: Tensor) -> TensorDescriptor:

@@ -3,8 +3,7 @@
 FlashAttention-2 (Dao, 2023, arXiv:2307.08691) with keys and values found through the block table.
 One program takes a tile of queries of one head and walks over the keys they may see: first the
 tiles that all of its queries see whole, without a mask, then those that the diagonal or the end
-of the context cuts. Programs with the most keys start first. The floor is arithmetic:
-``4 * Hq * D`` flops for every visible (query, key) pair.
+of the context cuts. Programs with the most keys start first. Floor: ``4 * Hq * D`` flops a pair.
 """
 
 import math
@@ -30,10 +29,9 @@ def paged_prefill_attention(
     scale: float,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention over cached keys; see ``reference.paged_prefill_attention``.
+    """See ``reference.paged_prefill_attention``; the caches and `out` are contiguous.
 
-    Besides what is said there, the caches are contiguous, as is `out`, where the result
-    ``[T, Hq, D]`` goes if it is given.
+    The result ``[T, Hq, D]`` goes to `out` if it is given.
     """
     _, num_q_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape

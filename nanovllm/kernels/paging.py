@@ -1,8 +1,7 @@
 """Where cached tokens lie: the address arithmetic that the kernels share.
 
-A loop over tiles carries the block that holds the next tile, looked up one step ahead. A lookup
-inside the step would put a load before the loads of keys and values, and Triton's pipeliner pays
-for such a chain with half of its stages.
+A loop over tiles carries the block that holds the next tile, looked up one step ahead: Triton's
+pipeliner would pay for a chain of loads within a step with half of its stages.
 """
 
 import triton

@@ -1,18 +1,14 @@
 """Programmatic dependent launch (PDL): a kernel begins while the one before it still ends.
 
-A decode step is a chain of about two hundred kernels, each of which needs the one before it.
-Ordinarily a GPU launches a kernel once the one before has ended with all its writes. With PDL a
-kernel says, when its programs are nearly done, that the next may be launched. The programs of that
-one prepare what needs no result of the step, and then wait for the end of the kernel before and for
-its writes.
+A decode step is a long chain of short kernels. With PDL a kernel says, when its programs are nearly
+done, that the next may be launched. The programs of that one prepare what needs no result of the
+step, and then wait for the end of the kernel before and for its writes. See the CUDA programming
+guide, "Programmatic Dependent Launch and Synchronization".
 
-NOTE: every program of a kernel launched this way must wait, before it reads what the kernel before
-has made and before it writes. As each kernel waits for the end of the one before it, order is then
-as usual. What is older than that, as the inputs of a step are, may be read before waiting.
-NOTE: `pdl_trigger` belongs behind the main loop. The next kernel takes SMs from the moment that all
-programs have called it; early in the kernel that costs more than it gains.
-
-Source: CUDA programming guide, "Programmatic Dependent Launch and Synchronization".
+NOTE: every program of a kernel launched this way must wait before it writes, and before it reads
+what the kernel before has made. What is older, as the inputs of a step are, may be read earlier.
+NOTE: `pdl_trigger` belongs behind the main loop: the next kernel takes SMs once all programs have
+called it.
 """
 
 import triton

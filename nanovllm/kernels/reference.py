@@ -1,9 +1,8 @@
 """The slow, obvious form of every kernel, in plain torch on any device.
 
-Each function has the name and the meaning of its fast counterpart: the tests hold the Triton
-kernels against these, and the CPU engine runs on them, but for ``linear``, where it takes torch's.
-Arithmetic is in float32 and rounded once, on the way out. Nothing here loops over tokens; attention
-loops over sequences, so that a sequence's result depends on no other sequence of its batch.
+Each function has the name of its fast counterpart, which the tests hold against it. The CPU engine
+runs on these, but for ``linear``, where it takes torch's. Arithmetic is in float32 and rounded on
+the way out. Attention loops over sequences, so that none depends on the others of its batch.
 
 Shapes: T tokens, N sequences, Hq query heads, Hkv key/value heads, D head_dim. A layer's cache is
 ``k_cache, v_cache [num_blocks, Hkv, block_size, D]``; a token's slot is
@@ -23,27 +22,13 @@ KEY_SHIFTS = {torch.bfloat16: 16, torch.float16: 13}
 BROKEN, NOTHING = (1 << 63) - 1, -(1 << 63)
 
 
-# ------------------------------------------------------------------ normalisation and activation
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension.
-
-    Args:
-        x: ``[..., H]``, any float dtype; the result has its shape and dtype.
-        weight: ``[H]``.
-
-    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019 (arXiv:1910.07467).
-    """
+    """``x / sqrt(mean(x^2) + eps) * weight`` of ``x [..., H]`` (arXiv:1910.07467)."""
     return _rms_norm32(x, weight, eps).to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``s = x + residual; return rms_norm(s), s``.
-
-    The sum is rounded to the dtype before it is normalised, so that the fused kernel and the two
-    separate steps agree to the last bit.
-    """
+    """``rms_norm(s), s`` of ``s = x + residual``, rounded to the dtype before it is normalised."""
     total = x + residual
     return rms_norm(total, weight, eps), total
 
@@ -95,34 +80,24 @@ def linear_norm_rope_store(
 # ------------------------------------------------------------------ between QKV and attention
 
 
-def qk_norm_rope(
-    qkv: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    eps: float,
-    cos_sin: Tensor,
-    positions: Tensor,
-    num_q_heads: int,
-    num_kv_heads: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def qk_norm_rope(qkv: Tensor, inputs: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Split a QKV projection; normalise (if there are weights) and rotate q and k head by head.
 
-    ``qkv [T, (Hq + 2 Hkv) * D]`` -> ``q [T, Hq, D]``, ``k [T, Hkv, D]``, ``v [T, Hkv, D]``; all
-    else as in ``HeadInputs``.
+    ``qkv [T, (Hq + 2 Hkv) * D]`` -> ``q [T, Hq, D]``, ``k [T, Hkv, D]``, ``v [T, Hkv, D]``.
 
     The rotation pairs element i with element i + D/2, as Hugging Face transformers does, not
     neighbours as in the paper (Su et al., "RoFormer", 2021, arXiv:2104.09864).
     """
-    heads = qkv.unflatten(-1, (num_q_heads + 2 * num_kv_heads, -1))
-    q, k, v = heads.split([num_q_heads, num_kv_heads, num_kv_heads], dim=1)
-    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
+    counts = [inputs.num_q_heads, inputs.num_kv_heads, inputs.num_kv_heads]
+    q, k, v = qkv.unflatten(-1, (sum(counts), -1)).split(counts, dim=1)
+    cos, sin = inputs.cos_sin[inputs.positions].unsqueeze(1).chunk(2, dim=-1)
 
     def norm_rope(x: Tensor, weight: Tensor | None) -> Tensor:
-        x32 = x.float() if weight is None else _rms_norm32(x, weight, eps)
+        x32 = x.float() if weight is None else _rms_norm32(x, weight, inputs.eps)
         x1, x2 = x32.chunk(2, dim=-1)
         return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
 
-    return norm_rope(q, q_weight), norm_rope(k, k_weight), v.contiguous()
+    return norm_rope(q, inputs.q_weight), norm_rope(k, inputs.k_weight), v.contiguous()
 
 
 def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -135,10 +110,8 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
 
 def qk_norm_rope_store(qkv: Tensor, inputs: HeadInputs) -> Tensor:
     """``qk_norm_rope`` and then ``store_kv``; returns ``q [T, Hq, D]``."""
-    i = inputs
-    norms, heads = (i.q_weight, i.k_weight, i.eps), (i.num_q_heads, i.num_kv_heads)
-    q, k, v = qk_norm_rope(qkv, *norms, i.cos_sin, i.positions, *heads)
-    store_kv(k, v, i.k_cache, i.v_cache, i.slot_mapping)
+    q, k, v = qk_norm_rope(qkv, inputs)
+    store_kv(k, v, inputs.k_cache, inputs.v_cache, inputs.slot_mapping)
     return q
 
 
@@ -153,23 +126,9 @@ def paged_decode_attention(
     context_lens: Tensor,
     scale: float,
 ) -> Tensor:
-    """Attention of one new token per sequence over the sequence's cached keys and values.
-
-    Args:
-        q: ``[N, Hq, D]``.
-        block_tables: ``[N, max_blocks]`` int32, the cache blocks of each sequence in order.
-        context_lens: ``[N]`` int32, at least 1: tokens in the cache, the new one included.
-        scale: factor on the scores, usually ``D ** -0.5``.
-
-    Returns:
-        ``[N, Hq, D]`` in q's dtype.
-    """
-    out = torch.empty_like(q)
-    for n, length in enumerate(context_lens.tolist()):
-        k = _cached(k_cache, block_tables[n], length)
-        v = _cached(v_cache, block_tables[n], length)
-        out[n : n + 1] = _attend(q[n : n + 1], k, v, scale)
-    return out
+    """Prefill with one new token per sequence: ``q [N, Hq, D]``, ``context_lens`` at least 1."""
+    starts, caches = torch.arange(len(q) + 1), (k_cache, v_cache)
+    return paged_prefill_attention(q, *caches, block_tables, starts, context_lens, 1, scale)
 
 
 def paged_prefill_attention(
@@ -187,10 +146,10 @@ def paged_prefill_attention(
     Args:
         q: ``[T, Hq, D]``; sequence n owns rows ``cu_seqlens_q[n]`` to ``cu_seqlens_q[n + 1]``,
             the last ones of its ``context_lens[n]`` tokens, all of which are in the cache.
-        block_tables: ``[N, max_blocks]`` int32.
-        cu_seqlens_q: ``[N + 1]`` int32.
-        context_lens: ``[N]`` int32.
+        block_tables: ``[N, max_blocks]`` int32, the cache blocks of each sequence in order.
+        cu_seqlens_q, context_lens: int32 ``[N + 1]`` and ``[N]``.
         max_seqlen_q: most rows that one sequence has here (only the fast kernel needs it).
+        scale: factor on the scores, usually ``D ** -0.5``.
 
     Returns:
         ``[T, Hq, D]`` in q's dtype; rows that belong to no sequence are undefined.
@@ -240,11 +199,7 @@ def resolve_tokens(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
 
 
 def find_threshold(
-    logits: Tensor,
-    temperatures: Tensor,
-    rows: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
+    logits: Tensor, temperatures: Tensor, rows: Tensor, top_k: Tensor | None, top_p: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The least logit that may be drawn, of the rows in `rows`.
 
@@ -254,15 +209,11 @@ def find_threshold(
     Args:
         logits: ``[N, V]``.
         temperatures: ``[N]`` float32, above 0 where a row is filtered.
-        rows: ``[F]`` int64.
-        top_k: ``[F]`` int64; None: no row has one.
-        top_p: ``[F]`` float32; None: no row has one.
+        rows, top_k, top_p: ``[F]`` int64, int64 and float32; None: no row has such a limit.
 
     Returns:
         The threshold, ``[N]`` float32, and the last token that stays of those equal to it, ``[N]``
         int32 (or any after it, if all of them stay); -inf and V in rows that are not filtered.
-
-    Probabilities add up in float64, as a sum that the vocabulary's tail is lost in ends too late.
     """
     vocab = logits.shape[1]
     values = logits[rows].float()
@@ -272,6 +223,7 @@ def find_threshold(
     ordered = values.topk(min(int(top_k.max()), vocab)).values
     ranks = torch.arange(ordered.shape[1], device=ordered.device)
     ordered = ordered.masked_fill(ranks >= top_k[:, None], float("-inf"))
+    # In float64: in a sum that loses the vocabulary's tail, enough comes too late.
     scores = ordered.double().clamp(max=torch.finfo(torch.float32).max)
     probabilities = ((scores - scores[:, :1]) / temperatures[rows, None]).softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
@@ -344,8 +296,7 @@ def sample(
     Args:
         logits: ``[N, V]``, any float dtype; -inf excludes a token.
         temperatures: ``[N]`` float32; 0 takes the most likely token (of equals, the lowest).
-        seeds: ``[N]`` int64, the request's seed.
-        steps: ``[N]`` int64, which token of the request this is.
+        seeds, steps: ``[N]`` int64, the request's seed and which of its tokens this is.
         threshold: of each row, see ``find_threshold``; None: all its tokens may be drawn.
         part: the logits are those of a part of the vocabulary, whole tiles of it: its first token,
             and the size of the vocabulary.
@@ -357,11 +308,9 @@ def sample(
     A row's draw depends on its own logits, temperature, seed and step only, never on the batch.
 
     The Gumbel-max trick: ``argmax(score - log(E))`` with independent exponential E draws index i
-    with probability proportional to ``exp(score_i)`` (Gumbel, "Statistical Theory of Extreme
-    Values", 1954; Maddison, Tarlow and Minka, "A* Sampling", 2014, arXiv:1411.0030). It is used
-    twice: to draw a tile of SAMPLE_TILE tokens by the tiles' log-sum-exp, and to draw a token
-    within that tile. The product of the two probabilities is the softmax's, and the noise of all
-    other tiles is never needed.
+    with probability proportional to ``exp(score_i)`` (Maddison et al., 2014, arXiv:1411.0030). It
+    draws a tile of SAMPLE_TILE tokens by the tiles' log-sum-exp, and then a token of that tile. The
+    product of both probabilities is the softmax's, without the noise of any other tile.
     """
     first_token, vocab = part or (0, logits.shape[1])
     first_tile, all_tiles = first_token // SAMPLE_TILE, -(-vocab // SAMPLE_TILE)
@@ -407,8 +356,8 @@ def random_bits(seed: Tensor, step: Tensor, index: Tensor) -> Tensor:
 
     Seed and step give two 32-bit keys; the index is hashed with one added before the first
     multiplication and the other after it. The hash is lowbias32 (Chris Wellons, "Prospecting for
-    Hash Functions", 2018, nullprogram.com/blog/2018/07/31); the idea of a counter in place of a
-    generator's state is from Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
+    Hash Functions", nullprogram.com/blog/2018/07/31); a counter instead of a state is the idea of
+    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
     """
     low, high = seed & _MASK32, (seed >> 32) & _MASK32
     step = step & _MASK32

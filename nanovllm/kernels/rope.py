@@ -1,10 +1,9 @@
 """Everything between the QKV projection and attention, in one kernel.
 
-RMS norm of each head of q and k where a model has one, rotary embedding, and the copy of k and v to
-their cache slots. One program takes a few heads of one token. Query, key and value heads run
-through the same arithmetic, with values selected per head at the end, so a program may hold heads
-of all three kinds. A head is read as two halves, because the rotation pairs element i with i + D/2.
-Floor: read and write T (Hq + 2 Hkv) D elements.
+One program takes a few heads of one token. Query, key and value heads run through the same
+arithmetic, with values selected per head at the end, so a program may hold heads of all three
+kinds. A head is read as two halves, because the rotation pairs element i with i + D/2. Floor: read
+and write T (Hq + 2 Hkv) D elements.
 """
 
 import torch

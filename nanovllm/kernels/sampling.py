@@ -1,12 +1,10 @@
 """Greedy and temperature sampling at the speed of reading the logits.
 
-Noise for every token of the vocabulary would cost several times as much arithmetic as the memory
-takes to deliver the logits. So a draw has two levels. One program per row and tile of the
-vocabulary computes the tile's log-sum-exp (greedy: its maximum), the only pass over all logits.
-Then one program per row draws a tile, reads that tile again and draws a token of it. The noise is
-a hash of (seed, step, token), so it takes no memory and a row's draw does not depend on its batch.
-``reference`` has the formulas and their sources; here logarithms and exponentials are to base 2,
-which scales all scores of a draw alike. Floor: read N V elements.
+Noise for every token would take several times as long as reading the logits. So a draw has two
+levels. One program per row and tile of the vocabulary computes the tile's log-sum-exp (greedy: its
+maximum), the only pass over all logits. Then one program per row draws a tile, reads it again and
+draws a token of it. ``reference`` has the formulas and their sources; here logarithms and
+exponentials are to base 2, which scales all scores of a draw alike. Floor: read N V elements.
 """
 
 import torch

@@ -1,18 +1,14 @@
 """Linear layers for a handful of tokens, where reading the weights is all that takes time.
 
-One program computes a few output features of all tokens. It reads its rows of the weight once,
-from end to end; its warps divide the inner dimension among them and add up their sums at the end.
-That keeps every SM loading even when there are only a thousand features. For the gated MLP a
-program computes the same features of both halves and ends with ``silu(gate) * up``.
-
-Products are added up in float32 and rounded once. Floor: read M K elements of weight.
+One program computes a few output features of all tokens. Its warps divide the inner dimension
+among them and add up their sums at the end, which keeps every SM loading even when there are only a
+thousand features. For the gated MLP a program computes the same features of both halves and ends
+with ``silu(gate) * up``. Floor: read M K elements of weight.
 
 An RMS norm between two layers costs no launch: the layer before it adds the residual, multiplies
 with the norm's weight and writes its sums of squares; the layer after it adds these up, while its
 weights are on their way, and divides its output. See ``Normed``.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -29,24 +25,26 @@ _STAGES = 5
 
 
 def supports(x: Tensor) -> bool:
-    """Whether these layers take the input ``x [N, K]`` and are fast for it.
+    """Whether these layers take the input ``x [N, K]`` and are fast for it."""
+    # In float32, products would not run on the tensor cores.
+    return _fits(x) and x.element_size() == 2
 
-    In float32, products would not run on the tensor cores.
-    """
+
+def _fits(x: Tensor) -> bool:
     rows, inner = x.shape
-    return rows <= MAX_ROWS and inner % (_WARPS * _BLOCK) == 0 and x.element_size() == 2
+    return rows <= MAX_ROWS and inner % (_WARPS * _BLOCK) == 0
 
 
 def linear(
     x: Normed, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
     """See ``reference.linear``, for N up to MAX_ROWS; in ``out`` if it is given."""
-    return _launch(x, weight, bias, weight.shape[0], out=out)
+    return _launch(x, weight, bias, out=out)
 
 
 def linear_silu_mul(x: Normed, gate_up_weight: Tensor) -> Tensor:
     """See ``reference.linear_silu_mul``, for N up to MAX_ROWS."""
-    return _launch(x, gate_up_weight, None, gate_up_weight.shape[0] // 2, gated=True)
+    return _launch(x, gate_up_weight, None, gated=True)
 
 
 def linear_add_norm(
@@ -66,18 +64,9 @@ def linear_add_norm(
     sum_sq = torch.empty(
         len(x), triton.cdiv(features, _rows(features)), dtype=torch.float32, device=x.device
     )
-    after = _NormAfter(residual.contiguous(), norm_weight, values, sum_sq)
-    total = _launch(Normed(x), weight, bias, features, after=after)
+    norm = residual.contiguous(), norm_weight, values, sum_sq
+    total = _launch(Normed(x), weight, bias, norm=norm)
     return Normed(values, sum_sq, eps), total
-
-
-class _NormAfter(NamedTuple):
-    """What a layer with a norm after it reads besides, and where it writes the norm's beginning."""
-
-    residual: Tensor
-    norm_weight: Tensor
-    scaled: Tensor
-    sum_sq: Tensor
 
 
 def _rows(features: int, gated: bool = False) -> int:
@@ -89,17 +78,14 @@ def _launch(
     x: Normed,
     weight: Tensor,
     bias: Tensor | None,
-    features: int,
     gated: bool = False,
-    after: _NormAfter | None = None,
+    norm: tuple[Tensor | None, ...] = (None,) * 4,
     out: Tensor | None = None,
 ) -> Tensor:
+    """`norm`: the kernel's arguments from `residual` to `sum_sq`, if one follows the layer."""
+    assert _fits(x.values)
     tokens, inner = x.values.shape
-    if tokens > MAX_ROWS:
-        raise ValueError(f"x has {tokens} rows; at most {MAX_ROWS} are allowed")
-    step = _WARPS * _BLOCK
-    if inner % step:
-        raise ValueError(f"x has {inner} columns; they must be a multiple of {step}")
+    features = weight.shape[0] // (2 if gated else 1)
     values, weight = x.values.contiguous(), weight.contiguous()
     if out is None:
         out = torch.empty(tokens, features, dtype=values.dtype, device=values.device)
@@ -107,7 +93,7 @@ def _launch(
         rows = _rows(features, gated)
         num_sum_sq = 0 if x.sum_sq is None else x.sum_sq.shape[1]
         _linear_kernel[(triton.cdiv(features, rows),)](
-            values, x.sum_sq, weight, bias, out, *(after or (None,) * 4), x.eps, tokens,
+            values, x.sum_sq, weight, bias, out, *norm, x.eps, tokens,
             FEATURES=features, INNER=inner, TOKENS=triton.next_power_of_2(tokens), ROWS=rows,
             NUM_SUM_SQ=num_sum_sq, SUM_SQ_BLOCK=triton.next_power_of_2(num_sum_sq),
             SPLIT=_WARPS, BLOCK=_BLOCK, GATED=gated,

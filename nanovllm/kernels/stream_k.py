@@ -97,8 +97,7 @@ def _combine_group(
     last = program_of(group_begin + group_tiles - 1, total)
     tl.store(arrivals + first, 0)
     row = out + group.to(tl.int64) * GQA * HEAD_DIM
-    # Nearly all split groups lie in two ranges, and no other work hides the time to combine them,
-    # which grows with the chunk.
+    # Nearly all split groups lie in two ranges, and the time to combine them grows with the chunk.
     if last - first == 1:
         _average(row, partial_out, partial_lse, first, last, GQA, GQA_PAD, HEAD_DIM, 2)
     else:

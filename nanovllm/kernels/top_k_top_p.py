@@ -4,15 +4,14 @@ The logits that stay are those above a threshold, which is one logit of the row,
 to it the first few. Bits of a float, put in order, are an integer key, so the threshold is searched
 for among keys, by how much (tokens, or probability) lies at and above some of them.
 
-- ``_survey_kernel`` finds the maximum of every bucket of 256 logits. At least k logits reach the
-  k-th largest of these maxima, so only buckets with such a maximum can hold one of the k. They
-  are few, and the search for top-k, and for top-p of what it has left, reads nothing else.
+- ``_survey_kernel`` finds the maximum of every bucket of 256 logits. Only buckets whose maximum is
+  among the k largest can hold one of the k. The search for top-k, and for top-p of what it has
+  left, reads nothing else.
 - ``_narrow_kernel`` serves rows with top-p alone, which may need most of the vocabulary. All SMs
   share a pass over a row; a pass leaves an eighth of the keys.
 - ``_threshold_kernel``, one program a row, does the rest.
 
-Sums over a row are added up in the same order whatever the batch, so its draws are the same, too.
-Floor: read the logits of the filtered rows once; each pass of top-p alone reads them again.
+Sums over a row are added up in the same order whatever the batch.
 """
 
 import torch
@@ -30,20 +29,13 @@ _MAX = tl.constexpr(3.4028234663852886e38)
 
 
 def find_threshold(
-    logits: Tensor,
-    temperatures: Tensor,
-    rows: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
+    logits: Tensor, temperatures: Tensor, rows: Tensor, top_k: Tensor | None, top_p: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.find_threshold``; rows of the logits may be strided, a row may not."""
     device, (num_rows, vocab), stride = logits.device, logits.shape, logits.stride(0)
     thresholds = torch.full((num_rows,), float("-inf"), dtype=torch.float32, device=device)
     tie_ends = torch.full((num_rows,), vocab, dtype=torch.int32, device=device)
     count = len(rows)
-    if count == 0 or (top_k is None and top_p is None):
-        return thresholds, tie_ends
-
     tiles = triton.cdiv(vocab, TILE)
     buckets = tiles * (TILE // BUCKET)
     shift = KEY_SHIFTS.get(logits.dtype, 0)
@@ -60,7 +52,8 @@ def find_threshold(
     passes, ends, above, sums = 0, None, None, None
     if top_p is not None:
         peaks = torch.empty(count, dtype=torch.float32, device=device)
-        passes = num_passes(shift)
+        # So many passes leave one of 2^(32 - shift) keys.
+        passes = triton.cdiv(32 - shift, _PIVOTS.bit_length() - 1)
         ends = torch.empty(passes, count, 2, dtype=torch.int64, device=device)
         above = torch.empty(passes, count, dtype=torch.float32, device=device)
         sums = torch.empty(passes, count, tiles, _PIVOTS, dtype=torch.float32, device=device)
@@ -74,11 +67,6 @@ def find_threshold(
         BUCKET=BUCKET, **sizes, num_warps=16,
     )  # fmt: skip
     return thresholds, tie_ends
-
-
-def num_passes(shift: int) -> int:
-    """Passes that leave one of 2^(32 - shift) keys."""
-    return -(-(32 - shift) // (_PIVOTS.bit_length() - 1))
 
 
 # `item` is a filtered row, `row` its place among all rows. NaN counts as -inf. What varies with the

@@ -1,12 +1,10 @@
 """The attention interface: what a step tells attention, and what a back end must do with it.
 
-    attention_torch.py      the readable reference, on any device
-    attention_triton.py     our kernels, the default on CUDA
-    attention_flash.py      the flash-attn package, if it is installed and asked for
-    attention_backends.py   picks one of them by name
+attention_torch.py      the readable reference, on any device
+attention_triton.py     our kernels, the default on CUDA
+attention_flash.py      the flash-attn package, if it is installed and asked for
+attention_backends.py   picks one of them by name
 
-The KV cache of a layer is a pair of [num_blocks, num_kv_heads, block_size, head_dim]: the tokens
-of one head in one block are contiguous. Block 0 is padding: it belongs to no sequence.
 """
 
 from __future__ import annotations
@@ -18,6 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+# Keys and values of a layer, each [num_blocks, num_kv_heads, block_size, head_dim]: the tokens of
+# one head in one block are contiguous. Block 0 is padding: it belongs to no sequence.
+KVCache = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,52 +38,31 @@ class HeadShape:
 
 @dataclass(frozen=True)
 class DecodeMetadata:
-    """D sequences with one new token each.
+    """D sequences with one new token each."""
 
-    Attributes:
-        block_tables: int32 [D, max_blocks], cache blocks of each sequence, in order.
-        context_lens: int32 [D], tokens of each sequence, the new one included.
-        plan: int32 [plan_size(D)], what the back end's `plan` made of the context lengths.
-        workspace: scratch memory of the back end (`make_workspace`).
-    """
-
-    block_tables: Tensor
-    context_lens: Tensor
-    plan: Tensor
-    workspace: Any
+    block_tables: Tensor  # int32 [D, max_blocks], cache blocks of each sequence, in order
+    context_lens: Tensor  # int32 [D], tokens of each sequence, the new one included
+    plan: Tensor  # int32 [plan_size(D)], what the back end made of the context lengths
+    workspace: Any  # scratch memory of the back end
 
 
 @dataclass(frozen=True)
 class PrefillMetadata:
-    """P sequences with any number of new tokens, the last ones of their context.
+    """P sequences with any number of new tokens, the last ones of their context."""
 
-    Attributes:
-        block_tables: int32 [P, max_blocks], cache blocks of each sequence, in order.
-        context_lens: int32 [P], tokens of each sequence, the new ones included.
-        cu_seqlens_q: int32 [P + 1], first new token of each sequence, counted from the first
-            prompt token of the micro-batch.
-        max_seqlen_q: most new tokens of a sequence.
-    """
-
-    block_tables: Tensor
-    context_lens: Tensor
-    cu_seqlens_q: Tensor
-    max_seqlen_q: int
+    block_tables: Tensor  # int32 [P, max_blocks]
+    context_lens: Tensor  # int32 [P], tokens of each sequence, the new ones included
+    cu_seqlens_q: Tensor  # int32 [P + 1], first new token of each, from the first prompt token on
+    max_seqlen_q: int  # most new tokens of a sequence
 
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """Where the T tokens of a micro-batch stand: the D that decode first, then those of prompts.
+    """Where the T tokens of a micro-batch stand: the D that decode first, then those of prompts."""
 
-    Attributes:
-        slot_mapping: int32 [T], cache slot of each token, block * block_size + offset.
-        decode: of the first D tokens; None: there are none.
-        prefill: of all others; None: there are none.
-    """
-
-    slot_mapping: Tensor
-    decode: DecodeMetadata | None = None
-    prefill: PrefillMetadata | None = None
+    slot_mapping: Tensor  # int32 [T], cache slot of each token, block * block_size + offset
+    decode: DecodeMetadata | None = None  # of the first D tokens
+    prefill: PrefillMetadata | None = None  # of all others
 
 
 class AttentionBackend(ABC):
@@ -99,47 +80,30 @@ class AttentionBackend(ABC):
         return 0
 
     def plan(self, context_lens: np.ndarray) -> np.ndarray:
-        """Plans decode attention on the host.
+        """Plans decode attention on the host: int [D] to int32 [plan_size(D)].
 
-        Args:
-            context_lens: int [D], tokens of each sequence; 0 for padding, which comes last and
-                whose output may be left undefined.
-
-        Returns:
-            int32 [plan_size(D)], for `DecodeMetadata.plan` on the device.
+        A context length of 0 is padding; it comes last, and its output may be left undefined.
         """
         return np.empty(0, np.int32)
 
-    def attend(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata
-    ) -> Tensor:
+    def attend(self, q: Tensor, cache: KVCache, metadata: AttentionMetadata) -> Tensor:
         """Attention of all rows of a micro-batch, whose keys and values are in the cache.
 
-        Args:
-            q: [T, heads, head_dim].
-            k_cache, v_cache: of the layer.
-            metadata: of the T tokens.
-
-        Returns:
-            [T, heads, head_dim].
+        q [T, heads, head_dim] to [T, heads, head_dim].
         """
         out = torch.empty_like(q)
         decode, prefill = metadata.decode, metadata.prefill
         rows = 0 if decode is None else len(decode.context_lens)
         if decode is not None:
-            self.decode(q[:rows], k_cache, v_cache, decode, out[:rows])
+            self.decode(q[:rows], cache, decode, out[:rows])
         if prefill is not None:
-            self.prefill(q[rows:], k_cache, v_cache, prefill, out[rows:])
+            self.prefill(q[rows:], cache, prefill, out[rows:])
         return out
 
     @abstractmethod
-    def decode(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: DecodeMetadata, out: Tensor
-    ) -> None:
+    def decode(self, q: Tensor, cache: KVCache, metadata: DecodeMetadata, out: Tensor) -> None:
         """One new token per sequence: writes `out` for q, both [D, heads, head_dim]."""
 
     @abstractmethod
-    def prefill(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: PrefillMetadata, out: Tensor
-    ) -> None:
+    def prefill(self, q: Tensor, cache: KVCache, metadata: PrefillMetadata, out: Tensor) -> None:
         """Several new tokens per sequence: writes `out` for q, both [tokens, heads, head_dim]."""

@@ -1,14 +1,17 @@
-"""Attention by the flash-attn package (an optional extra).
-
-Its paged cache is [blocks, block_size, kv_heads, head_dim], of any strides: a view of ours.
-"""
+"""Attention by the flash-attn package (an optional extra)."""
 
 from __future__ import annotations
 
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, HeadShape, PrefillMetadata
+from nanovllm.layers.attention import (
+    AttentionBackend,
+    DecodeMetadata,
+    HeadShape,
+    KVCache,
+    PrefillMetadata,
+)
 
 PAGE_MULTIPLE = 256  # tokens; flash-attn 2 takes no other pages
 
@@ -32,24 +35,26 @@ class FlashAttnBackend(AttentionBackend):
             )
         self.flash_attn = flash_attn
 
-    def decode(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: DecodeMetadata, out: Tensor
-    ) -> None:
+    def decode(self, q: Tensor, cache: KVCache, metadata: DecodeMetadata, out: Tensor) -> None:
         result = self.flash_attn.flash_attn_with_kvcache(
-            q.unsqueeze(1), k_cache.transpose(1, 2), v_cache.transpose(1, 2),
+            q.unsqueeze(1), *_as_pages(cache),
             cache_seqlens=metadata.context_lens, block_table=metadata.block_tables,
             softmax_scale=self.heads.scale, causal=True,
         )  # fmt: skip
         out[:] = result.squeeze(1)
 
-    def prefill(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: PrefillMetadata, out: Tensor
-    ) -> None:
+    def prefill(self, q: Tensor, cache: KVCache, metadata: PrefillMetadata, out: Tensor) -> None:
         m = metadata
         out[:] = self.flash_attn.flash_attn_varlen_func(
-            q, k_cache.transpose(1, 2), v_cache.transpose(1, 2),
+            q, *_as_pages(cache),
             cu_seqlens_q=m.cu_seqlens_q, max_seqlen_q=m.max_seqlen_q,
             cu_seqlens_k=pad(m.context_lens.cumsum(0, dtype=m.context_lens.dtype), (1, 0)),
-            max_seqlen_k=m.block_tables.shape[1] * k_cache.shape[2],
+            max_seqlen_k=m.block_tables.shape[1] * cache[0].shape[2],
             block_table=m.block_tables, softmax_scale=self.heads.scale, causal=True,
         )  # fmt: skip
+
+
+def _as_pages(cache: KVCache) -> KVCache:
+    """Views of keys and values [blocks, block_size, kv_heads, head_dim]."""
+    keys, values = cache
+    return keys.transpose(1, 2), values.transpose(1, 2)

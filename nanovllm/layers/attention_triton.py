@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nanovllm.kernels.paged_decode import DecodeWorkspace, paged_decode_attention, tile_offsets
 from nanovllm.kernels.paged_prefill import paged_prefill_attention
-from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, PrefillMetadata
+from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, KVCache, PrefillMetadata
 
 
 class TritonBackend(AttentionBackend):
@@ -19,9 +19,8 @@ class TritonBackend(AttentionBackend):
 
     def make_workspace(self, device: torch.device, num_sms: int) -> DecodeWorkspace:
         heads = self.heads
-        return DecodeWorkspace(
-            num_sms, heads.num_q_heads, heads.num_kv_heads, heads.head_dim, device
-        )
+        sizes = heads.num_q_heads, heads.num_kv_heads, heads.head_dim
+        return DecodeWorkspace(num_sms, *sizes, device)
 
     def plan_size(self, num_seqs: int) -> int:
         return num_seqs + 1
@@ -29,17 +28,14 @@ class TritonBackend(AttentionBackend):
     def plan(self, context_lens: np.ndarray) -> np.ndarray:
         return tile_offsets(context_lens)
 
-    def decode(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: DecodeMetadata, out: Tensor
-    ) -> None:
+    def decode(self, q: Tensor, cache: KVCache, metadata: DecodeMetadata, out: Tensor) -> None:
         m, scale = metadata, self.heads.scale
         paged_decode_attention(
-            q, k_cache, v_cache, m.block_tables, m.context_lens, scale, m.plan, m.workspace, out
+            q, *cache, m.block_tables, m.context_lens, scale, m.plan, m.workspace, out
         )
 
-    def prefill(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: PrefillMetadata, out: Tensor
-    ) -> None:
+    def prefill(self, q: Tensor, cache: KVCache, metadata: PrefillMetadata, out: Tensor) -> None:
         m, scale = metadata, self.heads.scale
+        keys, values = cache
         rows = m.block_tables, m.cu_seqlens_q, m.context_lens, m.max_seqlen_q
-        paged_prefill_attention(q, k_cache, v_cache, *rows, scale, out)
+        paged_prefill_attention(q, keys, values, *rows, scale, out)

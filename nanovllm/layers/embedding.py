@@ -23,7 +23,7 @@ class VocabEmbedding(nn.Module):
     def __init__(self, vocab_size: int, hidden_size: int, group: ParallelGroup) -> None:
         super().__init__()
         self.group = group
-        self.shard = Shard.whole_tiles(vocab_size, SAMPLE_TILE, group)
+        self.shard = Shard.of_tiles(vocab_size, SAMPLE_TILE, group)
         self.weight = nn.Parameter(torch.empty(self.shard.size, hidden_size), requires_grad=False)
 
     def forward(self, token_ids: Tensor) -> Tensor:

@@ -17,10 +17,7 @@ from nanovllm.layers.parallel import ParallelGroup, Shard, WeightShard, WeightSh
 class PackedColumnLinear(nn.Module):
     """Weights of several projections of the same input, for one matrix product.
 
-    Args:
-        in_features: width of the input.
-        parts: for each projection its name in checkpoints and this rank's rows.
-        bias: whether the projections have biases.
+    `parts`: for each projection its name in checkpoints and this rank's rows.
     """
 
     def __init__(self, in_features: int, parts: dict[str, Shard], bias: bool = False) -> None:
@@ -55,7 +52,7 @@ class RowLinear(nn.Module):
         super().__init__()
         self.group = group
         self.turn = turn  # which all-reduce of a layer is its own
-        self.shard = Shard.even(in_features, group)
+        self.shard = Shard.of(in_features, group)
         self.weight = nn.Parameter(torch.empty(out_features, self.shard.size), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
@@ -68,8 +65,8 @@ class RowLinear(nn.Module):
     ) -> tuple[kernels.Normed, Tensor]:
         """Returns (norm of s, s) for s = this layer's output + residual [T, out_features].
 
-        The residual is used up: s may be written over it. See `ParallelGroup.add_norm` for
-        `first` and a NOTE. `may_defer`: the norm's division may be left to who uses it.
+        `first`, and what becomes of the residual: see `ParallelGroup.add_norm`. `may_defer`: the
+        norm's division may be left to who uses it.
         """
         if self.group.size > 1:
             y, total = self.group.add_norm(

@@ -129,38 +129,34 @@ class Shard:
     size: int
 
     @classmethod
-    def even(cls, full: int, group: ParallelGroup) -> Shard:
-        """`full / size` entries a rank; `full` is a multiple of the number of ranks."""
-        size = full // group.size
-        return cls(full, group.rank * size, size)
-
-    @classmethod
-    def whole_tiles(cls, full: int, tile: int, group: ParallelGroup) -> Shard:
-        """Equally many tiles, rounded up, so the last ranks may have fewer entries or none."""
-        width = -(-full // (tile * group.size)) * tile
+    def of(cls, full: int, group: ParallelGroup) -> Shard:
+        """Equal parts rounded up, so the last rank may have fewer."""
+        width = -(-full // group.size)
         start = min(group.rank * width, full)
         return cls(full, start, min(width, full - start))
 
     @classmethod
-    def kv_heads(cls, num_heads: int, head_dim: int, group: ParallelGroup) -> Shard:
+    def of_tiles(cls, full: int, tile: int, group: ParallelGroup) -> Shard:
+        """Equally many tiles, rounded up, so the last ranks may have fewer entries or none."""
+        tiles = cls.of(-(-full // tile), group)
+        start = min(tiles.start * tile, full)
+        return cls(full, start, min(tiles.size * tile, full - start))
+
+    @classmethod
+    def of_kv_heads(cls, num_heads: int, head_dim: int, group: ParallelGroup) -> Shard:
         """Rows of whole KV heads; with more ranks than heads, several ranks hold the same head."""
         if num_heads >= group.size:
-            return cls.even(num_heads * head_dim, group)
+            return cls.of(num_heads * head_dim, group)
         head = group.rank * num_heads // group.size
         return cls(num_heads * head_dim, head * head_dim, head_dim)
 
 
 @dataclass(frozen=True)
 class WeightShard:
-    """Where this rank's part of a checkpoint tensor goes.
+    """Where this rank's part of a checkpoint tensor goes."""
 
-    Attributes:
-        target: view into a parameter.
-        shard: the part of dimension `dim` that `target` takes; None: it takes all of the tensor.
-    """
-
-    target: torch.Tensor
-    shard: Shard | None = None
+    target: torch.Tensor  # view into a parameter
+    shard: Shard | None = None  # the part of dimension `dim` that it takes; None: all of the tensor
     dim: int = 0
 
     @property

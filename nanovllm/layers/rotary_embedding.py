@@ -13,15 +13,10 @@ import torch
 
 @dataclass(frozen=True)
 class Rope:
-    """Default rotary embedding; the other kinds change its frequencies.
+    """Default rotary embedding; the other kinds change its frequencies."""
 
-    Attributes:
-        theta: base of the geometric series of wavelengths.
-        attention_factor: multiplies cos and sin.
-    """
-
-    theta: float
-    attention_factor: float = 1.0
+    theta: float  # base of the geometric series of wavelengths
+    attention_factor: float = 1.0  # multiplies cos and sin
 
     @property
     def extended_length(self) -> int:
@@ -39,19 +34,13 @@ class YarnRope(Rope):
 
     Dimensions that turn often keep their frequency, those that turn seldom are interpolated by
     `factor`, and a ramp joins the two.
-
-    Attributes:
-        factor: context extension.
-        original_max_position: positions that the model was pretrained on.
-        beta_fast, beta_slow: rotations within them between which the ramp lies.
-        truncate: whether the ends of the ramp are rounded to whole dimensions.
     """
 
-    factor: float
-    original_max_position: float
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
+    factor: float  # context extension
+    original_max_position: float  # positions that the model was pretrained on
+    beta_fast: float  # rotations within them: the ramp lies between these
+    beta_slow: float
+    truncate: bool  # whether the ends of the ramp are rounded to whole dimensions
 
     @property
     def extended_length(self) -> int:
@@ -86,14 +75,9 @@ class Llama3Rope(Rope):
     Dimensions that turn more than `high_freq_factor` times within the pretrained positions keep
     their frequency, those that turn less than `low_freq_factor` times are interpolated by
     `factor`, and those between blend the two.
-
-    Attributes:
-        factor: context extension; the config's max_position_embeddings has it already.
-        original_max_position: positions that the model was pretrained on.
-        low_freq_factor, high_freq_factor: turns within them.
     """
 
-    factor: float
+    factor: float  # context extension; the config's max_position_embeddings has it already
     original_max_position: float
     low_freq_factor: float
     high_freq_factor: float

@@ -23,25 +23,16 @@ HEADER = 4
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """Sampling options of S rows, on the device of their logits.
+    """Sampling options of S rows, on the device of their logits."""
 
-    Attributes:
-        temperatures: float32 [S].
-        seeds: int64 [S].
-        steps: int64 [S], tokens that the request has drawn before.
-        request_index: int64 [S], place of the token among the last tokens of all requests.
-        filtered: rows with a top-k or top-p, int64 [F]; None if there are none.
-        top_k: int64 [F], the vocabulary's size where there is no limit; None if there is nowhere.
-        top_p: float32 [F], 1 where there is no limit; None if there is nowhere.
-    """
-
-    temperatures: torch.Tensor
-    seeds: torch.Tensor
-    steps: torch.Tensor
-    request_index: torch.Tensor
-    filtered: torch.Tensor | None = None
-    top_k: torch.Tensor | None = None
-    top_p: torch.Tensor | None = None
+    temperatures: torch.Tensor  # float32 [S]
+    seeds: torch.Tensor  # int64 [S]
+    steps: torch.Tensor  # int64 [S], tokens that the request has drawn before
+    request_index: torch.Tensor  # int64 [S], place among the last tokens of all requests
+    # Of the rows with a top-k or top-p; None if there are none.
+    filtered: torch.Tensor | None = None  # int64 [F], which rows
+    top_k: torch.Tensor | None = None  # int64 [F], the vocabulary's size where there is no limit
+    top_p: torch.Tensor | None = None  # float32 [F], 1 where there is no limit
 
     @staticmethod
     def pack(

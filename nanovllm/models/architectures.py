@@ -1,14 +1,13 @@
 """The table of architectures: what tells one decoder from another is data, and all of it is here.
 
-A new model whose layers are made like these (see decoder.py) needs one entry: what its config.json
-must hold, and which norms and biases its layers have. Nothing else knows a model by name.
+A new model whose layers are made like these (see decoder.py) needs one entry. Nothing else knows a
+model by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from nanovllm.models.rules import (
@@ -64,35 +63,22 @@ COMMON_FIELDS: Fields = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """An entry of the table.
+    """An entry of the table."""
 
-    Attributes:
-        name: in `architectures` of config.json.
-        model_type: there.
-        ropes: values of `rope_type` that it may have, see rope.py.
-        qk_norm: RMS norm of every query and key head.
-        qkv_bias, o_bias: biases of the QKV and the output projection; None: as the field
-            `attention_bias` says.
-        own_fields: fields of config.json that others have not, or that have other rules.
-        defaults: of absent fields, where they are not the common ones.
-    """
-
-    name: str
-    model_type: str
-    ropes: tuple[str, ...]
-    qk_norm: bool = False
+    name: str  # in `architectures` of config.json
+    model_type: str  # there
+    ropes: tuple[str, ...]  # values of `rope_type` that it may have, see rope.py
+    qk_norm: bool = False  # RMS norm of every query and key head
+    # Biases of the QKV and the output projection; None: as the field `attention_bias` says.
     qkv_bias: bool | None = None
     o_bias: bool | None = None
+    # Fields of config.json that others have not, or with another rule or default.
     own_fields: Fields = field(default_factory=dict)
-    defaults: Mapping[str, Any] = field(default_factory=dict)
 
-    @cached_property
+    @property
     def fields(self) -> Fields:
         """All fields of config.json that matter."""
-        return {
-            name: (rule, self.defaults.get(name, default))
-            for name, (rule, default) in (COMMON_FIELDS | self.own_fields).items()
-        }
+        return COMMON_FIELDS | self.own_fields
 
     @property
     def base_name(self) -> str:
@@ -100,7 +86,7 @@ class Architecture:
         return self.name.replace("ForCausalLM", "Model")
 
     def is_among(self, names: Any) -> bool:
-        """Whether `architectures` of config.json, absent or empty if it says nothing, has it."""
+        """Whether `architectures` of config.json has it, or says nothing."""
         if not names:
             return names is None or names == []
         return isinstance(names, list) and (self.name in names or self.base_name in names)
@@ -135,13 +121,11 @@ LLAMA = Architecture(
         "mlp_bias": (FALSE, False),
         "pretraining_tp": (one_of(1) | NULL, 1),
         "sliding_window": (NULL, None),
-    },
-    defaults={
-        "vocab_size": 32_000,
-        "intermediate_size": 11_008,
-        "num_key_value_heads": None,
-        "max_position_embeddings": 2048,
-        "eos_token_id": 2,
+        "vocab_size": (SIZE, 32_000),
+        "intermediate_size": (SIZE, 11_008),
+        "num_key_value_heads": (SIZE | NULL, None),
+        "max_position_embeddings": (SIZE, 2048),
+        "eos_token_id": (TOKEN_IDS, 2),
     },
 )
 

@@ -40,13 +40,7 @@ SIZES = (
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a model is; names as in config.json, where `dtype` may be absent.
-
-    Attributes:
-        architecture: its name in `architectures` of config.json.
-        qk_norm: RMS norm of every query and key head.
-        qkv_bias, o_bias: biases of the QKV and the output projection.
-    """
+    """What a model is; names as in config.json, or as in the table of architectures."""
 
     architecture: str
     vocab_size: int
@@ -68,7 +62,7 @@ class ModelConfig:
 
     @property
     def usable_length(self) -> int:
-        """Positions that the model was made for, those included to which its rope extends them."""
+        """Positions that the model was made for, or to which its rope extends them."""
         return max(self.max_position_embeddings, self.rope.extended_length)
 
     @property
@@ -110,8 +104,7 @@ def load_config(directory: Path) -> ModelConfig:
 
     Raises:
         FileNotFoundError: there is no config.json.
-        UnsupportedModelError: it is no model of the table of architectures, or one with unknown
-            features, or a file cannot be read.
+        UnsupportedModelError: a file cannot be read, or the model is not supported.
     """
     path = directory / "config.json"
     if not is_there(path):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm import kernels
-from nanovllm.layers.attention import AttentionBackend, AttentionMetadata, HeadShape
+from nanovllm.layers.attention import AttentionBackend, AttentionMetadata, HeadShape, KVCache
 from nanovllm.layers.embedding import VocabEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import PackedColumnLinear, RowLinear
@@ -33,17 +33,15 @@ from nanovllm.utils.memory import cpu_memory_errors
 class Attention(nn.Module):
     """Projections around attention, and the KV cache of a layer."""
 
-    # Bound by the engine once it has allocated the cache; see layers/attention.py for the layout.
-    k_cache: Tensor
-    v_cache: Tensor
+    kv_cache: KVCache
 
     def __init__(self, config: ModelConfig, heads: HeadShape, group: ParallelGroup) -> None:
         super().__init__()
         self.heads = heads
         self.eps = config.rms_norm_eps
-        kv = Shard.kv_heads(config.num_key_value_heads, config.head_dim, group)
+        kv = Shard.of_kv_heads(config.num_key_value_heads, config.head_dim, group)
         q_width = config.num_attention_heads * config.head_dim
-        parts = {"q_proj": Shard.even(q_width, group), "k_proj": kv, "v_proj": kv}
+        parts = {"q_proj": Shard.of(q_width, group), "k_proj": kv, "v_proj": kv}
         self.qkv_proj = PackedColumnLinear(config.hidden_size, parts, config.qkv_bias)
         self.o_proj = RowLinear(q_width, config.hidden_size, group, 0, config.o_bias)
         self.q_norm = RMSNorm(config.head_dim, self.eps) if config.qk_norm else None
@@ -52,28 +50,16 @@ class Attention(nn.Module):
     def project(
         self, x: kernels.Normed, positions: Tensor, slots: Tensor, cos_sin: Tensor
     ) -> Tensor:
-        """QKV projection, norm of the heads, rotation; keys and values go to their cache slots.
+        """x [T, hidden_size] to queries [T, q heads, head_dim]; keys and values go to the cache.
 
-        Args:
-            x: [T, hidden_size].
-            positions, slots: integer [T].
-            cos_sin: float32 [max_position, head_dim].
-
-        Returns:
-            Queries [T, q heads, head_dim].
+        `cos_sin`: float32 [max_position, head_dim].
         """
         inputs = kernels.HeadInputs(
             None if self.q_norm is None else self.q_norm.weight,
             None if self.k_norm is None else self.k_norm.weight,
-            self.eps,
-            cos_sin,
-            positions,
-            slots,
-            self.k_cache,
-            self.v_cache,
-            self.heads.num_q_heads,
-            self.heads.num_kv_heads,
-        )
+            self.eps, cos_sin, positions, slots, *self.kv_cache,
+            self.heads.num_q_heads, self.heads.num_kv_heads,
+        )  # fmt: skip
         return kernels.linear_norm_rope_store(x, self.qkv_proj.weight, self.qkv_proj.bias, inputs)
 
 
@@ -82,13 +68,13 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, group: ParallelGroup) -> None:
         super().__init__()
-        shard = Shard.even(config.intermediate_size, group)
+        shard = Shard.of(config.intermediate_size, group)
         parts = {"gate_proj": shard, "up_proj": shard}
         self.gate_up_proj = PackedColumnLinear(config.hidden_size, parts)
         self.down_proj = RowLinear(config.intermediate_size, config.hidden_size, group, 1)
 
     def gated(self, x: kernels.Normed) -> Tensor:
-        """[T, hidden_size] to what the down projection takes, [T, this rank's width]."""
+        """[T, hidden_size] to [T, this rank's width], which the down projection takes."""
         return kernels.linear_silu_mul(x, self.gate_up_proj.weight)
 
 
@@ -141,7 +127,6 @@ class DecoderForCausalLM(nn.Module):
         self.bind_kv_cache(torch.empty(config.num_hidden_layers, 2, 0))
 
     def stages(self) -> list[Stage]:
-        """All stages in the order of execution; `x` of the last is the hidden states."""
         stages = [Stage("mlp", BEFORE_LAYERS, self._embed)]
         for layer in range(len(self.model.layers)):
             stages.append(Stage("qkv", layer, partial(self._project, layer)))
@@ -152,15 +137,10 @@ class DecoderForCausalLM(nn.Module):
     def forward(
         self, input_ids: Tensor, positions: Tensor, metadata: AttentionMetadata | None = None
     ) -> Tensor:
-        """Runs all stages.
+        """Runs all stages: integer [T] to hidden states [T, hidden_size] after the final norm.
 
-        Args:
-            input_ids, positions: integer [T].
-            metadata: where the tokens stand in the KV cache; None: they are whole sequences, each
-                from a position 0 to the next.
-
-        Returns:
-            Hidden states [T, hidden_size] after the final norm.
+        `metadata` says where the tokens stand in the KV cache; None: they are whole sequences, each
+        from a position 0 to the next.
         """
         if metadata is None:
             with throwaway_cache(self, positions) as metadata:
@@ -168,7 +148,6 @@ class DecoderForCausalLM(nn.Module):
         batch = MicroBatch(0, StepTensors(input_ids, positions, metadata))
         for stage in self.stages():
             stage.run(batch)
-        assert batch.x is not None
         return batch.x
 
     def forward_attention(
@@ -185,9 +164,8 @@ class DecoderForCausalLM(nn.Module):
 
         Args:
             x: token ids, integer [T], at layer 0; hidden states [T, hidden_size] after it.
-            positions: integer [T].
+            positions, metadata: as in `forward`.
             layer: from 0.
-            metadata: as in `forward`.
 
         Returns:
             (hidden_states, residual), both [T, hidden_size].
@@ -200,7 +178,7 @@ class DecoderForCausalLM(nn.Module):
         attention = block.self_attn
         normed = kernels.Normed(block.input_layernorm(residual))
         q = attention.project(normed, positions, metadata.slot_mapping, self.model.cos_sin)
-        out = self.backend.attend(q, attention.k_cache, attention.v_cache, metadata)
+        out = self.backend.attend(q, attention.kv_cache, metadata)
         return attention.o_proj(out.flatten(1)), residual
 
     def forward_ffn(self, hidden_states: Tensor, residual: Tensor, layer: int = 0) -> Tensor:
@@ -211,7 +189,6 @@ class DecoderForCausalLM(nn.Module):
         return self.model.norm(hidden_states) if block is self.model.layers[-1] else hidden_states
 
     def compute_logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
-        """[T, hidden_size] to logits [T, this rank's part], in `out` if it is given."""
         if out is None:
             out = hidden_states.new_empty(len(hidden_states), self.vocab_shard.size)
         self.head.logits(hidden_states, out)
@@ -223,14 +200,12 @@ class DecoderForCausalLM(nn.Module):
 
     @property
     def vocab_shard(self) -> Shard:
-        """This rank's part of the vocabulary."""
         return self.head.shard
 
     def bind_kv_cache(self, cache: Tensor) -> None:
-        """Gives each layer its part of [layers, 2, blocks, kv_heads, block_size, head_dim]."""
         self.kv_cache = cache
-        for layer, (k_cache, v_cache) in zip(self.model.layers, cache, strict=True):
-            layer.self_attn.k_cache, layer.self_attn.v_cache = k_cache, v_cache
+        for layer, (keys, values) in zip(self.model.layers, cache, strict=True):
+            layer.self_attn.kv_cache = keys, values
 
     def weight_shards(self) -> dict[str, WeightShard]:
         """Every tensor that a checkpoint must hold, by name, and where this rank's part goes."""
@@ -241,37 +216,33 @@ class DecoderForCausalLM(nn.Module):
             for name, shard in module.weight_shards(path)
         }
 
-    def allocate(self, device: torch.device, max_length: int | None) -> None:
+    def allocate(self, device: torch.device, max_length: int | None = None) -> None:
         """Gives the weights memory, not yet filled, on `device`, and rope a table.
 
         Args:
             device: of both.
-            max_length: see `make_model`.
+            max_length: positions that the model will see; None: all that it was made for.
 
         Raises:
             MemoryError: they do not fit into the CPU's memory.
         """
         config = self.config
-        if max_length is None:
-            max_length = config.usable_length
+        self.max_length = max_length or config.usable_length
         with cpu_memory_errors(device, f"the weights of {config.sizes()}"):
             self.to_empty(device=device)
-            self.max_length = max_length
-            table = cos_sin_table(config.rope, config.head_dim, max_length)
+            table = cos_sin_table(config.rope, config.head_dim, self.max_length)
             self.model.cos_sin = table.to(device)
 
     # The stages. NOTE: a stage writes no field but those that `MicroBatch` says are its own.
 
     def _embed(self, batch: MicroBatch) -> None:
-        """Stage "mlp" before the layers: leaves what a layer leaves to the next."""
+        """Leaves what a layer's MLP leaves to the next layer."""
         norm = self.model.layers[0].input_layernorm
         batch.x, batch.residual = self.model.embed_tokens.normed(
             batch.inputs.input_ids, norm, batch.first_token
         )
 
     def _project(self, layer: int, batch: MicroBatch) -> None:
-        """Stage "qkv": from `x` to queries."""
-        assert batch.x is not None
         block, inputs = self.model.layers[layer], batch.inputs
         batch.q = block.self_attn.project(
             kernels.Normed(batch.x, batch.x_squares, block.input_layernorm.eps),
@@ -281,59 +252,30 @@ class DecoderForCausalLM(nn.Module):
         )
 
     def _attend(self, layer: int, batch: MicroBatch) -> None:
-        """Stage "attention": all rows, those that decode and those of prompts."""
-        assert batch.q is not None
-        attention = self.model.layers[layer].self_attn
-        batch.attn_out = self.backend.attend(
-            batch.q, attention.k_cache, attention.v_cache, batch.inputs.metadata
-        )
+        cache = self.model.layers[layer].self_attn.kv_cache
+        batch.attn_out = self.backend.attend(batch.q, cache, batch.inputs.metadata)
 
     def _feed_forward(self, layer: int, batch: MicroBatch) -> None:
-        """Stage "mlp": from attention's output to the next layer's `x`, or the hidden states."""
-        assert batch.attn_out is not None
-        assert batch.residual is not None
+        """From attention's output to the next layer's `x`, or the hidden states."""
         block = self.model.layers[layer]
-        # The residual is used up by each addition: the sum may be written over it.
         x, residual = block.self_attn.o_proj.add_norm(
             batch.attn_out.flatten(1),
             batch.residual,
             block.post_attention_layernorm,
             batch.first_token,
         )
-        gated, down_proj = block.mlp.gated(x), block.mlp.down_proj
         is_last = layer == len(self.model.layers) - 1
         norm = self.model.norm if is_last else self.model.layers[layer + 1].input_layernorm
         # A norm whose division is due could not leave the model.
-        x, batch.residual = down_proj.add_norm(
-            gated, residual, norm, batch.first_token, may_defer=not is_last
+        x, batch.residual = block.mlp.down_proj.add_norm(
+            block.mlp.gated(x), residual, norm, batch.first_token, may_defer=not is_last
         )
         batch.x, batch.x_squares = x.values, x.sum_sq
 
 
 def make_model(
-    config: ModelConfig,
-    backend: AttentionBackend,
-    group: ParallelGroup,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    max_length: int | None = None,
+    config: ModelConfig, backend: AttentionBackend, group: ParallelGroup, dtype: torch.dtype
 ) -> DecoderForCausalLM:
-    """Builds a model with uninitialised weights; a loader fills `weight_shards()`.
-
-    Args:
-        config: of the model.
-        backend: attention back end of all layers.
-        group: this rank and the others.
-        device: of the weights; "meta": they have no memory until `allocate`.
-        dtype: of the weights.
-        max_length: positions that the model will see; None: all that it was made for.
-
-    Raises:
-        MemoryError: the weights do not fit into the CPU's memory.
-    """
+    """A model without memory for its weights: call `allocate`, and then fill `weight_shards()`."""
     with torch.device("meta"):
-        model = DecoderForCausalLM(config, backend, group).to(dtype)
-    if device.type != "meta":
-        model.allocate(device, max_length)
-    return model.eval()
+        return DecoderForCausalLM(config, backend, group).to(dtype).eval()

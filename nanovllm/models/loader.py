@@ -7,6 +7,7 @@ The headers say what there is, so nothing is allocated or read before everything
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -34,7 +35,6 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float6
 OTHER_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 PREFIX = "model."
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-META = torch.device("meta")
 
 
 class WeightsError(ValueError):
@@ -43,7 +43,7 @@ class WeightsError(ValueError):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What the header of file `path` says of the tensor `name`."""
+    """What the header of a file says of a tensor."""
 
     path: Path
     name: str
@@ -87,11 +87,10 @@ class Checkpoint:
         return dtypes[0] if dtypes and dtypes[0] != "float64" else "float32"
 
     def match(self, shards: Mapping[str, WeightShard]) -> dict[str, StoredTensor]:
-        """The tensor that belongs in each shard, and those that may be repeated beside them.
+        """The tensor that belongs in each shard, and the head that may be repeated beside them.
 
         Raises:
-            WeightsError: a tensor is missing, surplus, misshaped, or of a dtype that is no
-                weight's.
+            WeightsError: a tensor is missing, surplus, misshaped, or of no weight's dtype.
         """
         known = {*shards, HEAD}
         matched: dict[str, StoredTensor] = {}
@@ -128,10 +127,8 @@ def load_model(
     """A model on `device` with this rank's part of its weights.
 
     Args:
-        config: of the model.
         checkpoint: of the weights; None: random ones, for benchmarks.
-        backend, group, dtype, max_length: see `make_model`.
-        device: of the weights.
+        device, max_length: see `DecoderForCausalLM.allocate`.
         show_progress: whether to show a progress bar.
         on_tensor: called after every tensor; what it raises ends the loading.
 
@@ -139,7 +136,7 @@ def load_model(
         WeightsError: a tensor is missing, surplus, or misshaped, or a file is damaged.
         MemoryError: the weights do not fit into memory.
     """
-    model = make_model(config, backend, group, META, dtype)
+    model = make_model(config, backend, group, dtype)
     shards = model.weight_shards()
     matched = {} if checkpoint is None else checkpoint.match(shards)
     # Only now are the config's sizes known to be true.
@@ -149,8 +146,16 @@ def load_model(
     shards = model.weight_shards()
     if checkpoint is None:
         _fill_randomly(shards)
-    else:
-        _read_weights(shards, matched, show_progress, on_tensor)
+        return model
+    names = sorted(shards, key=lambda name: matched[name].path)
+    bar = tqdm(names, desc="Loading weights", unit="tensor", disable=not show_progress)
+    for path, group_of_names in itertools.groupby(bar, key=lambda name: matched[name].path):
+        with _open(path) as file:
+            for name in group_of_names:
+                _fill(shards[name], file, matched[name])
+                on_tensor()
+    if HEAD in matched and HEAD not in shards:
+        _check_tied(shards[EMBEDDING], matched[HEAD])
     return model
 
 
@@ -164,29 +169,9 @@ def _fill_randomly(shards: Mapping[str, WeightShard]) -> None:
             shard.target.normal_(0, 0.02, generator=generator)
 
 
-def _read_weights(
-    shards: Mapping[str, WeightShard],
-    matched: Mapping[str, StoredTensor],
-    show_progress: bool,
-    on_tensor: Callable[[], None],
-) -> None:
-    """Fills every shard from its file, reading this rank's part only."""
-    by_file: dict[Path, list[str]] = {}
-    for name, tensor in matched.items():
-        by_file.setdefault(tensor.path, []).append(name)
-    bar = tqdm(total=len(shards), desc="Loading weights", unit="tensor", disable=not show_progress)
-    with bar:
-        for path, names in by_file.items():
-            with naming(f"{path} is truncated or damaged", WeightsError):
-                file = safe_open(path, framework="pt", device="cpu")
-            with file:
-                for name in names:
-                    if name in shards:
-                        _fill(shards[name], file, matched[name])
-                        bar.update()
-                        on_tensor()
-    if HEAD in matched and HEAD not in shards:
-        _check_tied(shards[EMBEDDING], matched[HEAD])
+def _open(path: Path) -> safe_open:
+    with naming(f"{path} is truncated or damaged", WeightsError):
+        return safe_open(path, framework="pt", device="cpu")
 
 
 def _weight_map(directory: Path) -> dict[str, Path]:
@@ -223,10 +208,7 @@ def _read_index(directory: Path) -> dict[str, Path]:
 
 def _read_header(path: Path) -> list[StoredTensor]:
     check_file(path, WeightsError)
-    with (
-        naming(f"{path} is truncated or damaged", WeightsError),
-        safe_open(path, framework="pt", device="cpu") as file,
-    ):
+    with _open(path) as file, naming(f"{path} is truncated or damaged", WeightsError):
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         return [
             StoredTensor(path, name, tuple(part.get_shape()), part.get_dtype())
@@ -290,7 +272,7 @@ def _fill(shard: WeightShard, file: safe_open, tensor: StoredTensor) -> None:
 
 def _check_tied(shard: WeightShard, head: StoredTensor) -> None:
     """Refuses a tied head that differs: some versions of transformers run it, others do not."""
-    with safe_open(head.path, framework="pt", device="cpu") as file:
+    with _open(head.path) as file:
         part = file.get_slice(head.name)[shard.index].to(shard.target)
     if not torch.equal(part, shard.target):
         raise WeightsError(

@@ -19,7 +19,7 @@ from nanovllm.models.rules import (
     one_of,
 )
 
-ORIGINAL = "original_max_position_embeddings"
+LENGTH, ORIGINAL = "max_position_embeddings", "original_max_position_embeddings"
 
 COMMON_FIELDS: Fields = {
     "rope_theta": (POSITIVE, 10_000.0),
@@ -48,18 +48,10 @@ LLAMA3_FIELDS: Fields = {
 def parse_rope(
     fields: Mapping[str, Any], values: Mapping[str, Any], types: Collection[str]
 ) -> Rope:
-    """The rope of a model.
+    """The rope of a model of these `fields` of config.json, whose checked ones have these `values`.
 
     `rope_theta` and `rope_scaling` (4.x) mean the same as `rope_parameters` (5.x); of both, the
-    former wins.
-
-    Args:
-        fields: config.json as it is.
-        values: of its checked fields.
-        types: values of `rope_type` that the architecture may have.
-
-    Raises:
-        UnsupportedModelError: a field has a value that is not supported.
+    former wins. `types` are the values of `rope_type` that the architecture may have.
     """
     given = values["rope_scaling"] or values["rope_parameters"] or {}
     # An older name, which counts only where the newer one is absent.
@@ -67,19 +59,19 @@ def parse_rope(
     if "rope_theta" in fields:
         rope["rope_theta"] = fields["rope_theta"]
     rope.update(given)
-    rope.setdefault(ORIGINAL, values["max_position_embeddings"])
+    rope.setdefault(ORIGINAL, values[LENGTH])
     if ORIGINAL in fields:
         rope[ORIGINAL] = fields[ORIGINAL]
     kind = check_fields(rope, {"rope_type": (one_of(*types), "default")})["rope_type"]
     own_fields, make = ROPES[kind]
     checked = check_fields(rope, COMMON_FIELDS | own_fields)
-    return make(checked, values["max_position_embeddings"])
+    return make(checked | {LENGTH: values[LENGTH]})
 
 
-def _yarn(values: Mapping[str, Any], max_position: int) -> YarnRope:
+def _yarn(values: Mapping[str, Any]) -> YarnRope:
     if values["rope_theta"] == 1:
         raise UnsupportedModelError("config.json: rope_theta=1 is not supported with YaRN")
-    factor = values["factor"] or max_position / values[ORIGINAL]
+    factor = values["factor"] or values[LENGTH] / values[ORIGINAL]
     return YarnRope(
         theta=values["rope_theta"],
         attention_factor=values["attention_factor"] or _yarn_attention_factor(values, factor),
@@ -103,7 +95,7 @@ def _yarn_attention_factor(values: Mapping[str, Any], factor: float) -> float:
     return magnitude(1.0)
 
 
-def _llama3(values: Mapping[str, Any], max_position: int) -> Llama3Rope:
+def _llama3(values: Mapping[str, Any]) -> Llama3Rope:
     low, high = values["low_freq_factor"], values["high_freq_factor"]
     if high <= low:
         raise UnsupportedModelError(
@@ -119,9 +111,9 @@ def _llama3(values: Mapping[str, Any], max_position: int) -> Llama3Rope:
     )
 
 
-# By rope_type: the fields of its own, and what makes the rope of them and max_position_embeddings.
-ROPES: dict[str, tuple[Fields, Callable[[Mapping[str, Any], int], Rope]]] = {
-    "default": ({}, lambda values, max_position: Rope(values["rope_theta"])),
+# By rope_type: the fields of its own, and what makes the rope of all values.
+ROPES: dict[str, tuple[Fields, Callable[[Mapping[str, Any]], Rope]]] = {
+    "default": ({}, lambda values: Rope(values["rope_theta"])),
     "yarn": (YARN_FIELDS, _yarn),
     "llama3": (LLAMA3_FIELDS, _llama3),
 }

@@ -13,13 +13,8 @@ from nanovllm.utils.options import short
 
 MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 1000
-DTYPES = {
-    "float32": "float32",
-    "float": "float32",
-    "bfloat16": "bfloat16",
-    "float16": "float16",
-    "half": "float16",
-}
+DTYPES = {name: name for name in ("float32", "bfloat16", "float16")}
+DTYPES |= {"float": "float32", "half": "float16"}
 
 
 class UnsupportedModelError(ValueError):
@@ -28,17 +23,11 @@ class UnsupportedModelError(ValueError):
 
 @dataclass(frozen=True)
 class Rule:
-    """What a field may hold.
+    """What a field may hold."""
 
-    Attributes:
-        allowed: the words for it: "it must be ...".
-        accepts: whether a value is allowed.
-        convert: normalises a value that is.
-    """
-
-    allowed: str
+    allowed: str  # the words for it: "it must be ..."
     accepts: Callable[[Any], bool]
-    convert: Callable[[Any], Any] = lambda value: value
+    convert: Callable[[Any], Any] = lambda value: value  # normalises a value that is allowed
 
     def __or__(self, other: Rule) -> Rule:
         """What either allows."""
@@ -61,13 +50,11 @@ def check_fields(given: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
     Raises:
         UnsupportedModelError: one that is required is absent, or one has a value out of its rule.
     """
-    for name, (_, default) in fields.items():
-        if name not in given and default is REQUIRED:
+    values = {name: given.get(name, default) for name, (_, default) in fields.items()}
+    for name, value in values.items():
+        if value is REQUIRED:
             raise UnsupportedModelError(f"config.json: {name} is missing")
-    return {
-        name: check_field(name, given.get(name, default), rule)
-        for name, (rule, default) in fields.items()
-    }
+    return {name: check_field(name, values[name], rule) for name, (rule, _) in fields.items()}
 
 
 def check_field(name: str, value: Any, rule: Rule, file: str = "config.json") -> Any:
@@ -139,8 +126,5 @@ DTYPE = Rule(
     lambda value: DTYPES[value],
 )
 FLAT_OBJECT = Rule(
-    "a flat object",
-    lambda value: (
-        isinstance(value, dict) and not any(isinstance(item, dict) for item in value.values())
-    ),
+    "a flat object", lambda value: isinstance(value, dict) and dict not in map(type, value.values())
 )

@@ -9,7 +9,7 @@ it, is the engine's business; what a layer is made of is the model's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -24,16 +24,11 @@ BEFORE_LAYERS = -1
 
 @dataclass(frozen=True)
 class StepTensors:
-    """What a model is called with: T tokens.
+    """What a model is called with: T tokens."""
 
-    Attributes:
-        input_ids, positions: integer [T].
-        metadata: where the tokens stand in the KV cache.
-    """
-
-    input_ids: Tensor
-    positions: Tensor
-    metadata: AttentionMetadata
+    input_ids: Tensor  # integer [T]
+    positions: Tensor  # integer [T]
+    metadata: AttentionMetadata  # where the tokens stand in the KV cache
 
 
 @dataclass(eq=False)
@@ -42,57 +37,36 @@ class MicroBatch:
 
     Every field has one stage that writes it, and holds its tensor until the same stage of the next
     layer replaces it. So the lane that made a tensor frees it, after the readers of that tensor.
-
-    Attributes:
-        index: which of the step's micro-batches.
-        first_token: its first token's place among all of the step's.
-        inputs: its tokens.
-        x: [T, hidden_size], by "mlp": normed for the layer that comes next. In the end: after the
-            final norm, the hidden states.
-        x_squares: float32 [T, parts], by "mlp": sums of squares if the norm's division of `x` is
-            still due (see `kernels.Normed`), else None.
-        residual: [T, hidden_size], by "mlp".
-        q: [T, heads, head_dim], by "qkv".
-        attn_out: [T, heads, head_dim], by "attention".
     """
 
-    index: int
+    index: int  # which of the step's micro-batches
     inputs: StepTensors
-    first_token: int = 0
-    x: Tensor | None = None
+    first_token: int = 0  # place of its first token among all of the step's
+    # By "mlp": [T, hidden_size], normed for the next layer; in the end, the hidden states.
+    x: Tensor = field(init=False)
+    # By "mlp": float32 [T, parts] if the norm's division of `x` is still due, see `kernels.Normed`.
     x_squares: Tensor | None = None
-    residual: Tensor | None = None
-    q: Tensor | None = None
-    attn_out: Tensor | None = None
+    residual: Tensor = field(init=False)  # by "mlp": [T, hidden_size]
+    q: Tensor = field(init=False)  # by "qkv": [T, heads, head_dim]
+    attn_out: Tensor = field(init=False)  # by "attention": [T, heads, head_dim]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a layer.
+    """A part of a layer."""
 
-    Attributes:
-        name: its kind, by which a plan gives it a lane.
-        layer: from 0, or BEFORE_LAYERS.
-        run: issues its kernels on the current stream; reads and writes the micro-batch's fields.
-    """
-
-    name: str
-    layer: int
+    name: str  # its kind, by which a plan gives it a lane
+    layer: int  # from 0, or BEFORE_LAYERS
+    # Issues its kernels on the current stream; reads and writes the micro-batch's fields.
     run: Callable[[MicroBatch], None]
 
 
 class Model(Protocol):
-    """What the engine asks of a model.
-
-    Attributes:
-        backend: of its attention.
-        kv_cache: as bound, [layers, 2, blocks, kv_heads, block_size, head_dim].
-        max_length: positions are below it.
-    """
+    """What the engine asks of a model."""
 
     backend: AttentionBackend
-    kv_cache: Tensor
-    max_length: int
+    kv_cache: Tensor  # as bound, [layers, 2, blocks, kv_heads, block_size, head_dim]
+    max_length: int  # positions are below it
 
     def stages(self) -> list[Stage]:
         """All stages in the order of execution; `x` of the last is the hidden states."""

@@ -24,10 +24,7 @@ def throwaway_cache(model: Model, positions: Tensor) -> Iterator[AttentionMetada
 
     Args:
         model: any cache that is bound to it stays as it is.
-        positions: integer [T]; each 0 begins a sequence.
-
-    Yields:
-        Metadata of the T tokens.
+        positions: integer [T]; each 0 begins a sequence. Yielded is the metadata of these tokens.
 
     Raises:
         ValueError: positions that do not count up from 0 in each sequence, or go too far.
@@ -54,11 +51,7 @@ def throwaway_cache(model: Model, positions: Tensor) -> Iterator[AttentionMetada
 
 
 def sequence_starts(positions: Tensor) -> Tensor:
-    """int32 [N + 1]: the first token of each sequence, and the end of the last.
-
-    Raises:
-        ValueError: see `throwaway_cache`.
-    """
+    """int32 [N + 1]: the first token of each sequence, and the end of the last."""
     first = positions.flatten() == 0
     follows = positions.flatten().diff() == 1
     if positions.ndim != 1 or not (first[:1].any() and (first[1:] | follows).all()):

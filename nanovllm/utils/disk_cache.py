@@ -15,38 +15,32 @@ import hashlib
 import json
 import logging
 import os
-import stat
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
-MAX_BYTES = 4 << 20
+MAX_BYTES = 4 << 20  # of a file; what is longer is cut off, and so no JSON
 # What reading, parsing, comparing and writing may raise: RuntimeError for a user without a home
 # directory and for deep nesting, ValueError for what is no JSON and for paths that cannot be.
-FAILURES = (OSError, RuntimeError, ValueError, TypeError, MemoryError)
+FAILURES = (OSError, RuntimeError, ValueError, TypeError, AttributeError, MemoryError)
 
 
 def cache_folder() -> Path:
-    """The user's cache folder of this package: below $XDG_CACHE_HOME, or else below ~/.cache.
-
-    Raises:
-        RuntimeError: this user has no home directory.
-    """
+    """Below $XDG_CACHE_HOME, or else ~/.cache; RuntimeError: this user has no home directory."""
     root = Path(os.environ.get("XDG_CACHE_HOME", ""))
     # The XDG specification wants a relative path ignored, as an empty one is.
     return (root if root.is_absolute() else Path.home() / ".cache") / "nano-vllm"
 
 
 class DiskCache:
-    """JSON values by key, one file each.
+    """JSON values by key, in files of `folder` whose names begin with `name`.
 
-    Args:
-        name: what is kept, as the beginning of the file names.
-        folder: where; default: `cache_folder()`. It is made when it is first written to.
+    The folder, by default `cache_folder()`, is made when it is first written to.
     """
 
     def __init__(self, name: str, folder: Path | None = None) -> None:
@@ -59,16 +53,15 @@ class DiskCache:
         return (self.folder or cache_folder()) / f"{self.name}-{digest[:16]}.json"
 
     def read(self, key: Mapping[str, Any]) -> Any:
-        """The value written under that key; None if there is none or it cannot be read.
-
-        NOTE: whoever may write to the folder may have changed it.
-        """
+        """The value written under that key, or by whoever can; None if none can be read."""
         try:
-            entry = json.loads(_read(self.path(key)))
-            if not isinstance(entry, dict) or entry.keys() != {"key", "value"}:
-                raise ValueError("the file does not hold a key and a value")
-            if _canonical(entry["key"]) != _canonical(key):
-                raise ValueError("the file belongs to another key")
+            path = self.path(key)
+            if not S_ISREG(path.stat().st_mode):  # another may block, or never end
+                raise ValueError(f"{path} is no regular file")
+            with path.open("rb") as file:
+                entry = json.loads(file.read(MAX_BYTES))
+            if entry.keys() != {"key", "value"} or _canonical(entry["key"]) != _canonical(key):
+                raise ValueError("the file does not hold this key and a value")
             return entry["value"]
         except FileNotFoundError:
             return None
@@ -77,11 +70,7 @@ class DiskCache:
             return None
 
     def write(self, key: Mapping[str, Any], value: Any) -> None:
-        """Keeps a value of plain JSON types under that key, in place of any earlier one.
-
-        Raises:
-            TypeError, ValueError: the key or the value is not JSON.
-        """
+        """Keeps a value under that key; TypeError or ValueError if either is no plain JSON."""
         text = json.dumps({"key": key, "value": value}, allow_nan=False)
         try:
             _replace(self.path(key), text)
@@ -91,18 +80,6 @@ class DiskCache:
     def _warn(self, done: str, error: Exception) -> None:
         what = f"{type(error).__name__}: {error}"
         logger.warning("Cache of %s: cannot be %s: %.300s", self.name, done, what)
-
-
-def _read(path: Path) -> bytes:
-    """The content of a regular file of at most MAX_BYTES; anything else may block, or never end."""
-    flags = os.O_NONBLOCK | os.O_NOCTTY
-    with open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError(f"{path} is no regular file")
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise ValueError(f"{path} is larger than {MAX_BYTES} bytes")
-    return content
 
 
 def _replace(path: Path, text: str) -> None:

@@ -7,7 +7,6 @@ Each function takes the class of its errors, a `ValueError` of the caller's.
 from __future__ import annotations
 
 import json
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,8 +35,11 @@ def check_file(path: Path, error: Error) -> int:
     """Returns the size in bytes of a regular file; raises `error` if it is none or unreadable."""
     with _naming_os_errors(path, error):
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise error(f"{path} is {_kind(status.st_mode)}, not a regular file")
+        if not path.is_file():
+            kind = (
+                "a directory" if path.is_dir() else "a FIFO" if path.is_fifo() else "a special file"
+            )
+            raise error(f"{path} is {kind}, not a regular file")
         with open(path, "rb"):
             return status.st_size
 
@@ -96,9 +98,3 @@ def _naming_os_errors(path: Path, error: Error) -> Iterator[None]:
         raise error(f"{path} cannot be read: no permission") from cause
     except OSError as cause:
         raise error(f"{path} cannot be read: {cause.strerror or cause}") from cause
-
-
-def _kind(mode: int) -> str:
-    if stat.S_ISDIR(mode):
-        return "a directory"
-    return "a FIFO" if stat.S_ISFIFO(mode) else "a special file"

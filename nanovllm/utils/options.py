@@ -1,7 +1,7 @@
 """Checked options: errors name the field, its value and what is allowed.
 
-A dataclass of options has a table of rules, one for each field. A rule takes a value and returns
-it, perhaps normalised, or raises `ValueError` with the words for "what is allowed".
+A field of a dataclass of options is an `option` with a rule. A rule takes a value and returns it,
+perhaps normalised, or raises `ValueError` with the words for "what is allowed".
 """
 
 from __future__ import annotations
@@ -10,28 +10,37 @@ import dataclasses
 import difflib
 import functools
 import operator
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from decimal import Decimal
-from numbers import Real
+from collections.abc import Callable, Iterable, Mapping, Set
 from reprlib import Repr
 from typing import Any, TypeVar
 
 Rule = Callable[[Any], Any]
 T = TypeVar("T")
 
+# Iterable, but in no order, or not of what they seem to hold.
+NO_LISTS = (str, bytes, bytearray, memoryview, Mapping, Set)
 
-def check(options: object, rules: Mapping[str, Rule], name: str, value: Any) -> Any:
-    """Returns a value for field `name` of `options` as its rule normalises it.
 
-    Raises:
-        TypeError: there is no such field.
-        ValueError: the value is not allowed.
-    """
-    if name not in rules:
-        raise unknown(type(options), name)
+def option(default: Any, rule: Rule) -> Any:
+    """A field of a dataclass."""
+    return dataclasses.field(default=default, metadata={"rule": rule})
+
+
+def rule_of(cls: type, name: str) -> Rule:
+    """The rule of field `name` of a dataclass; raises TypeError if it has no such field."""
+    fields = cls.__dataclass_fields__  # type: ignore[attr-defined]
+    if name in fields:
+        return fields[name].metadata["rule"]
+    nearest = difflib.get_close_matches(name.lower(), fields, n=1, cutoff=0.7)
+    hint = f"; the nearest valid one is {nearest[0]!r}" if nearest else ""
+    raise TypeError(f"{cls.__name__} has no option {short(name)}{hint}")
+
+
+def check(options: object, name: str, value: Any) -> Any:
+    """A value for field `name` of `options`, normalised; ValueError if it is not allowed."""
+    rule = rule_of(type(options), name)
     try:
-        return rules[name](value)
+        return rule(value)
     except ValueError as allowed:
         raise ValueError(f"{name}={short(value)} is not allowed: it must be {allowed}") from None
 
@@ -43,52 +52,36 @@ def hinting(cls: type[T]) -> type[T]:
     @functools.wraps(init)
     def __init__(self: T, *args: Any, **options: Any) -> None:
         for name in options:
-            if name not in cls.__dataclass_fields__:  # type: ignore[attr-defined]
-                raise unknown(cls, name)
+            rule_of(cls, name)
         init(self, *args, **options)
 
     cls.__init__ = __init__  # type: ignore[method-assign, assignment]
     return cls
 
 
-def unknown(cls: Any, name: str) -> TypeError:
-    """The error for an option that dataclass `cls` does not have."""
-    nearest = nearest_name(name, [field.name for field in dataclasses.fields(cls)])
-    hint = f"; the nearest valid one is {nearest!r}" if nearest else ""
-    return TypeError(f"{cls.__name__} has no option {short(name)}{hint}")
-
-
-def nearest_name(name: str, known: Iterable[str]) -> str | None:
-    """The known name that was probably meant; None if all of them are about something else.
-
-    That is one with few other letters, one with the same words and more or fewer of them, or one
-    that begins like that.
-    """
-    if len(name) > 64:
-        return None  # comparing takes the square of the time
-    name = name.lower()
-    words = set(name.split("_"))
-
-    def similarity(other: str) -> float:
-        return difflib.SequenceMatcher(None, name, other).ratio()
-
-    def is_near(other: str) -> bool:
-        others = set(other.split("_"))
-        more = len(others) > 1 and others < words
-        begins = len(name) > 2 and other.startswith(name)
-        return words < others or more or begins or similarity(other) > 0.8
-
-    return max(filter(is_near, known), key=similarity, default=None)
-
-
 def short(value: object) -> str:
-    """What `repr` says of a value, abridged; its type where that fails."""
+    """What `repr` says of a value, abridged."""
     abridged = Repr()
     abridged.maxstring = abridged.maxother = abridged.maxlong = 80
-    try:
-        return abridged.repr(value)
-    except Exception:  # out of the value's own methods, or an int of too many digits
-        return f"<{type(value).__name__}>"
+    return abridged.repr(value)
+
+
+def as_list(value: Any) -> list[Any] | None:
+    """The elements of a list, an array, a tensor or an iterator; None if it is none of them."""
+    if isinstance(value, NO_LISTS):
+        return None
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return list(value) if isinstance(value, Iterable) else None
+
+
+def token_ids(value: Any) -> list[int] | None:
+    """The token ids in a list or the like; None if it holds anything but integers."""
+    ids = as_list(value)
+    # A call per token would keep the GPU waiting for a long prompt.
+    if ids is None or set(map(type, ids)) <= {int}:
+        return ids
+    whole_ids = [whole(token) for token in ids]
+    return None if None in whole_ids else whole_ids  # type: ignore[return-value]
 
 
 def plain(value: Any) -> Any:
@@ -98,22 +91,13 @@ def plain(value: Any) -> Any:
 
 def whole(value: Any) -> int | None:
     """A whole number, whoever made it, as an int; None if it is none, as True and False are."""
-    try:
-        value = plain(value)
-        # A tensor of one element and one dimension could be an index too.
-        return None if isinstance(value, bool) or hasattr(value, "shape") else operator.index(value)
-    except Exception:  # a value's own methods may raise anything
+    value = plain(value)
+    # A tensor of one element and one dimension could be an index too.
+    if isinstance(value, bool) or hasattr(value, "shape"):
         return None
-
-
-def real(value: Any) -> float | None:
-    """A real number, whoever made it, as a float; None if it is none, as True and False are."""
     try:
-        value = plain(value)
-        if isinstance(value, (Real, Decimal)) and not isinstance(value, bool):
-            return float(value)
-        return None if (integer := whole(value)) is None else float(integer)
-    except Exception:
+        return operator.index(value)
+    except TypeError:
         return None
 
 
@@ -136,9 +120,10 @@ def number(low: float, high: float, *, open_low: bool = False) -> Rule:
     """Numbers from `low` (excluded if `open_low`) to `high`."""
 
     def rule(value: Any) -> float:
-        found = real(value)
-        if found is not None and low <= found <= high and not (open_low and found == low):
-            return found
+        found = plain(value)
+        is_number = isinstance(found, (int, float)) and not isinstance(found, bool)
+        if is_number and low <= found <= high and not (open_low and found == low):
+            return float(found)
         raise ValueError(f"a number {'above' if open_low else 'from'} {low:g} to {high:g}")
 
     return rule
@@ -149,15 +134,15 @@ def choice(*allowed: str) -> Rule:
 
     def rule(value: Any) -> str:
         if isinstance(value, str) and value in allowed:
-            return allowed[allowed.index(value)]
-        raise ValueError("one of " + ", ".join(repr(word) for word in allowed))
+            return str(value)
+        raise ValueError("one of " + ", ".join(map(repr, allowed)))
 
     return rule
 
 
 def boolean(value: Any) -> bool:
     """True or False, also NumPy's and torch's; nothing that merely counts as one."""
-    with suppress(Exception):  # a value's own methods may raise anything
-        if isinstance(truth := plain(value), bool):
-            return truth
+    truth = plain(value)
+    if isinstance(truth, bool):
+        return truth
     raise ValueError("True or False")

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nanovllm.engine.stage_times import Span
@@ -36,8 +36,8 @@ def save_timeline(steps: list[list[Span]], path: str) -> None:
             "generate something first"
         )
     if path.endswith(".png"):
-        # The last pipelined step, or the last one if none is.
-        draw(next((step for step in reversed(steps) if is_pipelined(step)), steps[-1]), path)
+        pipelined = [spans for spans in steps if any(span.micro_batch for span in spans)]
+        draw((pipelined or steps)[-1], path)
     else:
         Path(path).write_text(json.dumps({"traceEvents": trace_events(steps)}), encoding="utf-8")
 
@@ -47,10 +47,10 @@ def lanes_of(spans: Iterable[Span]) -> list[str]:
     return sorted(dict.fromkeys(span.lane for span in spans), key=lambda lane: lane != "attention")
 
 
-def trace_events(steps: list[list[Span]]) -> list[dict[str, object]]:
+def trace_events(steps: list[list[Span]]) -> list[dict[str, Any]]:
     """The steps one after the other as events of a Chrome trace; its times are in microseconds."""
     rows = lanes_of(chain.from_iterable(steps))
-    events: list[dict[str, object]] = [
+    events: list[dict[str, Any]] = [
         {"ph": "M", "name": "thread_name", "pid": 0, "tid": row, "args": {"name": lane}}
         for row, lane in enumerate(rows)
     ]
@@ -58,25 +58,18 @@ def trace_events(steps: list[list[Span]]) -> list[dict[str, object]]:
     for number, spans in enumerate(steps):
         for span in spans:
             stages = [f"{stage}{layer}" for stage, layer in span.stages]
-            events.append(
-                {
-                    "ph": "X",
-                    "name": f"{letter(span)} {' '.join(stages)}",
-                    "cat": span.lane,
-                    "pid": 0,
-                    "tid": rows.index(span.lane),
-                    "ts": (origin_ms + span.start_ms) * 1e3,
-                    "dur": (span.end_ms - span.start_ms) * 1e3,
-                    "args": {"step": number, "stages": stages, "micro_batch": span.micro_batch},
-                }
-            )
+            events.append({
+                "ph": "X",
+                "name": f"{letter(span)} {' '.join(stages)}",
+                "cat": span.lane,
+                "pid": 0,
+                "tid": rows.index(span.lane),
+                "ts": (origin_ms + span.start_ms) * 1e3,
+                "dur": (span.end_ms - span.start_ms) * 1e3,
+                "args": {"step": number, "stages": stages, "micro_batch": span.micro_batch},
+            })  # fmt: skip
         origin_ms += max(span.end_ms for span in spans) + GAP_MS
     return events
-
-
-def is_pipelined(spans: list[Span]) -> bool:
-    """Whether a step has more than one micro-batch."""
-    return any(span.micro_batch for span in spans)
 
 
 def letter(span: Span) -> str:
@@ -100,20 +93,15 @@ def draw(spans: list[Span], path: str) -> None:
     figure = Figure(figsize=(13, 1.2 + 0.7 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     for span in spans:
-        if span.stages[0][1] >= DRAWN_LAYERS:
-            continue
-        row, width = rows.index(span.lane), span.end_ms - span.start_ms
-        color = COLORS[span.micro_batch % len(COLORS)]
-        axes.barh(row, width, left=span.start_ms, height=0.8, color=color, edgecolor="white")
-        axes.text(
-            span.start_ms + width / 2, row, label(span), ha="center", va="center",
-            fontsize=6, color="white", clip_on=True,
-        )  # fmt: skip
+        if span.stages[0][1] < DRAWN_LAYERS:
+            row, width = rows.index(span.lane), span.end_ms - span.start_ms
+            color = COLORS[span.micro_batch % len(COLORS)]
+            bars = axes.barh(row, width, 0.8, span.start_ms, color=color, edgecolor="white")
+            axes.bar_label(bars, [label(span)], label_type="center", fontsize=6, color="white")
     axes.set_yticks(range(len(rows)), [lane if lane != "ffn" else "FFN" for lane in rows])
     axes.set_xlabel("ms from the beginning of the step")
     axes.set_title(
         f"One decode step, first {DRAWN_LAYERS} layers: a color for each micro-batch", fontsize=10
     )
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right", "left"]].set_visible(False)
     figure.savefig(path, dpi=150)

@@ -10,20 +10,10 @@ from nanovllm.utils.json_files import check_file, is_there, naming, read_object,
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOKENIZER, CONFIG, VOCAB, MERGES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-)
-JSON_FILES = (
-    TOKENIZER,
-    CONFIG,
-    VOCAB,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.json",
-)
+TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
+VOCAB, MERGES = "vocab.json", "merges.txt"
+MORE_JSON = ("special_tokens_map.json", "added_tokens.json", "chat_template.json")
+JSON_FILES = (TOKENIZER, CONFIG, VOCAB, *MORE_JSON)
 TEXT_FILES = (MERGES, "chat_template.jinja")
 # Vocabularies in other forms, which transformers may be able to convert.
 OTHER_FILES = ("tokenizer.model", "vocab.txt")

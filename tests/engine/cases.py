@@ -26,3 +26,19 @@ def drain(engine) -> dict[int, list[int]]:
         for output in engine.step():
             outputs[output["request_id"]] = output["token_ids"]
     return outputs
+
+
+def before_call(monkeypatch, owner, name: str, number: int, action) -> None:
+    """Lets `action` be called before call `number`, from 0, of a method."""
+    original, calls = getattr(owner, name), iter(range(10**6))
+
+    def method(*args, **options):
+        if next(calls) == number:
+            action()
+        return original(*args, **options)
+
+    monkeypatch.setattr(owner, name, method)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 
 import pytest
 import torch
@@ -66,13 +66,9 @@ def test_a_request_that_breaks_later_keeps_its_tokens(broken, monkeypatch):
 
 def test_a_model_of_nothing_but_nan_ends_all_requests_at_once(broken, tmp_path):
     weights = load_file(broken / "model.safetensors")
-    save_file(
-        {k: torch.full_like(w, torch.nan) for k, w in weights.items()},
-        tmp_path / "model.safetensors",
-    )
-    (tmp_path / "config.json").write_text(
-        json.dumps(json.loads((broken / "config.json").read_text()))
-    )
+    nan = {name: torch.full_like(weight, torch.nan) for name, weight in weights.items()}
+    save_file(nan, tmp_path / "model.safetensors")
+    shutil.copy(broken / "config.json", tmp_path)
     with LLM(str(tmp_path), **OPTIONS) as engine:
         outputs = engine.generate(PROMPTS, max_tokens=50, use_tqdm=False)
     assert {output["finish_reason"] for output in outputs} == {"error"}

@@ -9,7 +9,7 @@ import pytest
 
 from nanovllm import LLM
 from tests.checkpoints import Shape
-from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, check_empty, drain, tokens
+from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, before_call, check_empty, drain, tokens
 
 
 @pytest.mark.parametrize("method", ["launch", "collect"])
@@ -18,16 +18,11 @@ from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, check_empty, drain, tok
 def test_an_interrupted_generate_leaves_nothing_behind(
     llm, expected, monkeypatch, method, after, error
 ):
-    original = getattr(llm.model_runner, method)
-    calls = iter(range(1000))
-
-    def fails_once(argument):
-        if next(calls) == after:
-            raise error("pulled the plug")
-        return original(argument)
+    def fail():
+        raise error("pulled the plug")
 
     before = llm.add_request(PROMPTS[0], GREEDY)
-    monkeypatch.setattr(llm.model_runner, method, fails_once)
+    before_call(monkeypatch, llm.model_runner, method, after, fail)
     with pytest.raises(error, match="pulled the plug"):
         llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     assert list(llm.requests) == [before]
@@ -59,9 +54,8 @@ def test_a_step_that_failed_can_be_repeated(llm, expected, monkeypatch):
 
 
 def test_exit_twice_is_fine_and_use_after_it_is_an_error(directory):
-    engine = LLM(str(directory), **OPTIONS)
-    engine.add_request(PROMPTS[0], GREEDY)
-    engine.exit()
+    with pytest.raises(ZeroDivisionError), LLM(str(directory), **OPTIONS) as engine:
+        engine.add_request([1 // 0])
     engine.exit()
     uses = [
         lambda: engine.generate(PROMPTS, use_tqdm=False),
@@ -71,19 +65,6 @@ def test_exit_twice_is_fine_and_use_after_it_is_an_error(directory):
     for use in uses:
         with pytest.raises(RuntimeError, match="engine has exited"):
             use()
-
-
-def test_a_with_block_ends_the_engine_even_after_an_error(directory):
-    with pytest.raises(ZeroDivisionError), LLM(str(directory), **OPTIONS) as engine:
-        engine.add_request([1 // 0])
-    with pytest.raises(RuntimeError, match="has exited"):
-        engine.step()
-
-
-def test_engines_one_after_the_other(directory, expected):
-    for _ in range(2):
-        with LLM(str(directory), **OPTIONS) as engine:
-            assert tokens(engine.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
 
 
 def test_two_engines_at_once_do_not_disturb_each_other(directory, tmp_path, llm, expected):

@@ -45,16 +45,16 @@ BAD_PROMPTS = [
 )
 def test_a_bad_prompt_is_refused_alone(llm, expected, prompt, kind, words):
     queued = [llm.add_request(good, GREEDY) for good in PROMPTS]
-    llm.step()
-    with pytest.raises(kind) as caught:
-        llm.add_request(prompt)
-    assert str(caught.value).startswith(("prompt ", "prompt="))
-    assert all(word in str(caught.value) for word in words), caught.value
-    llm.step()
-    with pytest.raises(kind) as caught:
-        llm.generate([PROMPTS[0], prompt], use_tqdm=False)
-    assert str(caught.value).startswith("prompts[1]")
-    assert all(word in str(caught.value) for word in words), caught.value
+    calls = {
+        "prompt": lambda: llm.add_request(prompt),
+        "prompts[1]": lambda: llm.generate([PROMPTS[0], prompt], use_tqdm=False),
+    }
+    for name, call in calls.items():
+        llm.step()
+        with pytest.raises(kind) as caught:
+            call()
+        assert str(caught.value).startswith((f"{name} ", f"{name}="))
+        assert all(word in str(caught.value) for word in words), caught.value
     assert drain(llm) == dict(zip(queued, expected, strict=True))
     assert tokens(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
 
@@ -67,17 +67,12 @@ def test_a_text_without_a_tokenizer_says_what_to_do(llm, directory):
     assert f"model={str(directory)!r}" in str(caught.value)
 
 
-def test_an_empty_text_is_refused(tiny):
-    with pytest.raises(ValueError, match=r"^prompts\[0\] is empty: it must have at least one"):
-        tiny.generate("", use_tqdm=False)
-
-
-@pytest.mark.parametrize("text", ["\ud800", "Tom \udfff went"])
-def test_a_text_that_cannot_be_encoded_is_refused_by_name(tiny, text):
-    with pytest.raises(ValueError, match=r"^prompts\[1\]=.*cannot be encoded"):
-        tiny.generate(["Tom", text], use_tqdm=False)
-    with pytest.raises(ValueError, match=r"^prompt=.*cannot be encoded"):
-        tiny.add_request(text)
+def test_a_text_that_is_empty_or_cannot_be_encoded_is_refused_by_name(tiny):
+    for text, words in (("", " is empty"), ("\ud800", "=.*cannot be encoded")):
+        with pytest.raises(ValueError, match=rf"^prompts\[1\]{words}"):
+            tiny.generate(["Tom", text], use_tqdm=False)
+        with pytest.raises(ValueError, match=f"^prompt{words}"):
+            tiny.add_request(text)
     assert tiny.is_finished()
 
 
@@ -124,7 +119,7 @@ def test_a_sampling_option_is_refused(llm, call, params, options, kind, match):
         getattr(llm, call)(prompt, *params, **options)
 
 
-@pytest.mark.parametrize("count", [0, 1, 3, 5])
+@pytest.mark.parametrize("count", [0, 1, 5])
 def test_sampling_params_of_the_wrong_number_are_refused(llm, count):
     with pytest.raises(ValueError, match=f"^sampling_params has {count} entries for 4 prompts"):
         llm.generate(PROMPTS, [GREEDY] * count, use_tqdm=False)

@@ -11,21 +11,8 @@ from dataclasses import replace
 import pytest
 
 from nanovllm import LLM
-from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, drain, tokens
+from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, before_call, drain, tokens
 from tests.thread_rounds import PATIENCE, Round, run_all
-
-
-def test_generate_from_two_threads_gives_each_its_own(tiny):
-    texts = ["Once upon a time", "Tom went to the"]
-    params = {"temperature": 0, "max_tokens": 40, "use_tqdm": False}
-    right = [tiny.generate(text, **params) for text in texts]
-    said: dict[int, list] = {}
-
-    def generate(i: int) -> None:
-        said[i] = tiny.generate(texts[i], **params)
-
-    run_all(lambda: generate(0), lambda: generate(1))
-    assert said == dict(enumerate(right))
 
 
 def test_threads_share_one_batch(llm, expected, monkeypatch):
@@ -60,14 +47,10 @@ def test_whatever_threads_do_all_tokens_are_right(directory, expected, blocks):
 def test_abort_from_within_a_step_ends_a_request_of_a_running_generate(
     llm, expected, monkeypatch, where
 ):
-    original, calls = getattr(llm.model_runner, where), iter(range(1000))
+    def abort():
+        assert llm.abort(sorted(llm.requests)[1])
 
-    def aborting(argument):
-        if next(calls) == 3:
-            assert llm.abort(sorted(llm.requests)[1])
-        return original(argument)
-
-    monkeypatch.setattr(llm.model_runner, where, aborting)
+    before_call(monkeypatch, llm.model_runner, where, 3, abort)
     outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     assert [o["finish_reason"] for o in outputs] == ["length", "abort", "length", "length"]
     assert [tokens(outputs)[i] for i in (0, 2, 3)] == [expected[i] for i in (0, 2, 3)]
@@ -77,14 +60,13 @@ def test_abort_from_within_a_step_ends_a_request_of_a_running_generate(
 
 def test_abort_from_another_thread_ends_a_request_of_a_running_generate(llm, expected):
     outputs = []
-    long = [GREEDY, GREEDY, GREEDY, GREEDY]
 
     def abort() -> None:
         while not llm.requests:
             time.sleep(0.0001)
         llm.abort(max(llm.requests))
 
-    run_all(lambda: outputs.extend(llm.generate(PROMPTS, long, use_tqdm=False)), abort)
+    run_all(lambda: outputs.extend(llm.generate(PROMPTS, GREEDY, use_tqdm=False)), abort)
     reasons = [output["finish_reason"] for output in outputs]
     assert reasons in (["length"] * 3 + ["abort"], ["length"] * 4)  # it may have come too late
     assert tokens(outputs)[:3] == expected[:3]
@@ -92,15 +74,14 @@ def test_abort_from_another_thread_ends_a_request_of_a_running_generate(llm, exp
 
 def test_exit_waits_for_a_step_that_another_thread_runs(directory, monkeypatch):
     engine = LLM(str(directory), **OPTIONS)
-    inside, original = threading.Event(), engine.model_runner.collect
+    inside = threading.Event()
 
-    def slow(launched):
+    def linger():
         inside.set()
         time.sleep(0.2)
         assert not engine.model_runner.closed
-        return original(launched)
 
-    monkeypatch.setattr(engine.model_runner, "collect", slow)
+    before_call(monkeypatch, engine.model_runner, "collect", 0, linger)
 
     def generate() -> None:
         with pytest.raises(RuntimeError, match="exited"):

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from nanovllm import LLM
-from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, check_empty, drain
+from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, before_call, check_empty, drain, interrupt
 from tests.interrupts import PARAMS, Interrupt, InterruptAt, Play, Victim, write_model
 from tests.interrupts import PROMPTS as PLAY
 
@@ -32,31 +32,9 @@ def test_an_engine_survives_at_whatever_line_it_is_broken_off(victim):
     draw = random.Random()
     seed = draw.randrange(10**6)
     draw.seed(seed)
-    for _ in range(25):
+    for _ in range(40):
         line = draw.randrange(1, victim.lines)
         assert victim.break_off(line) in ("right", None), f"line {line}, seed {seed}"
-
-
-@pytest.mark.parametrize("method", ["schedule", "update", "_leave", "_admit_next", "add", "abort"])
-@pytest.mark.parametrize("call", range(4))
-def test_no_token_is_lost_when_the_scheduler_is_interrupted(victim, monkeypatch, method, call):
-    engine = victim.engine
-    original, calls = getattr(engine.scheduler, method), iter(range(10**6))
-
-    def interrupted(*args, **options):
-        if next(calls) == call:
-            raise KeyboardInterrupt
-        return original(*args, **options)
-
-    monkeypatch.setattr(engine.scheduler, method, interrupted)
-    play = Play(engine)
-    try:
-        play.run()
-    except KeyboardInterrupt:
-        play.finish()
-        assert play.said == {i: victim.right[i] for i in play.ids.values()}
-    assert engine.is_finished()
-    check_empty(engine)
 
 
 @pytest.mark.parametrize("line", range(1, 60))
@@ -78,68 +56,36 @@ def test_an_abort_that_is_interrupted_holds_up_no_other_request(victim, line):
 # ------------------------------------------------------------------ the detokenizer
 
 
-class Decoder:
-    """A tokenizer whose `decode` fails for some of its calls."""
-
-    def __init__(self, tokenizer, fails) -> None:
-        self.tokenizer, self.fails = tokenizer, fails
-
-    def __getattr__(self, name):
-        return getattr(self.tokenizer, name)
-
-    def decode(self, ids, **options):
-        self.fails(ids)
-        return self.tokenizer.decode(ids, **options)
+STORIES = ["Once upon a time", "Tom went to the", "The little fox"]
+SHORT = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}  # they finish in the same step
 
 
-@pytest.fixture
-def stories(tiny, monkeypatch):
-    """Three requests of one length, which finish in the same step, and their completions."""
-    params = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
-    texts = ["Once upon a time", "Tom went to the", "The little fox"]
-    outputs = tiny.generate(texts, use_tqdm=False, **params)
-
-    def add(fails):
-        monkeypatch.setattr(tiny.texts, "tokenizer", Decoder(tiny.tokenizer, fails))
-        return [tiny.add_request(text, **params) for text in texts]
-
-    return tiny, add, outputs
-
-
-def test_an_interrupt_of_the_detokenizer_costs_nothing(stories):
-    engine, add, outputs = stories
-    calls = iter(range(1000))
-
-    def interrupt(ids):
-        if next(calls) == 1:
-            raise KeyboardInterrupt
-
-    ids, said = add(interrupt), {}
-    interrupts = 0
-    while not engine.is_finished():
+def test_an_interrupt_of_the_detokenizer_costs_nothing(tiny, monkeypatch):
+    outputs = tiny.generate(STORIES, use_tqdm=False, **SHORT)
+    before_call(monkeypatch, tiny.tokenizer, "decode", 1, interrupt)
+    ids, said, interrupts = [tiny.add_request(text, **SHORT) for text in STORIES], {}, 0
+    while not tiny.is_finished():
         try:
-            said |= {output.pop("request_id"): output for output in engine.step()}
+            said |= {output.pop("request_id"): output for output in tiny.step()}
         except KeyboardInterrupt:
             interrupts += 1
     assert interrupts == 1
     assert [said[i] for i in ids] == outputs
 
 
-def test_a_text_that_cannot_be_decoded_costs_no_other_request(stories, caplog):
-    engine, add, outputs = stories
-    bad = outputs[1]["token_ids"]
+def test_a_text_that_cannot_be_decoded_costs_no_other_request(tiny, monkeypatch, caplog):
+    outputs = tiny.generate(STORIES, use_tqdm=False, **SHORT)
+    bad, decode = outputs[1]["token_ids"], tiny.tokenizer.decode
 
-    def fail(ids):
+    def fail(ids, **options):
         if ids == bad:
             raise IndexError("no such piece")
+        return decode(ids, **options)
 
-    ids, said = add(fail), {}
-    while not engine.is_finished():
-        said |= {output.pop("request_id"): output for output in engine.step()}
+    monkeypatch.setattr(tiny.tokenizer, "decode", fail)
     failed = {"text": "", "token_ids": bad, "finish_reason": "error"}
-    assert [said[i] for i in ids] == [outputs[0], failed, outputs[2]]
-    assert f"Request {ids[1]}" in caplog.text
-    assert "no such piece" in caplog.text
+    assert tiny.generate(STORIES, use_tqdm=False, **SHORT) == [outputs[0], failed, outputs[2]]
+    assert "its text cannot be decoded: IndexError('no such piece')" in caplog.text
 
 
 # ------------------------------------------------------------------ the end
@@ -148,15 +94,7 @@ def test_a_text_that_cannot_be_decoded_costs_no_other_request(stories, caplog):
 def test_an_interrupted_exit_can_be_repeated(directory, monkeypatch):
     engine = LLM(str(directory), **OPTIONS)
     runner = engine.model_runner
-    calls = iter(range(10))
-    close = runner.step_runner.close
-
-    def interrupted():
-        if next(calls) == 0:
-            raise KeyboardInterrupt
-        close()
-
-    monkeypatch.setattr(runner.step_runner, "close", interrupted)
+    before_call(monkeypatch, runner.step_runner, "close", 0, interrupt)
     with pytest.raises(KeyboardInterrupt):
         engine.exit()
     assert not runner.closed

@@ -1,6 +1,8 @@
 """1,000 pipelined decode steps with changing batch sizes, for a memory checker to watch.
 
-compute-sanitizer --tool memcheck python tests/gpu/memcheck_steps.py
+    compute-sanitizer --tool memcheck --report-api-errors no python tests/gpu/memcheck_steps.py
+
+(Without the option it lists what the driver says of functions that it does not have.)
 
 The model is small and the graphs are few, as the checker makes everything many times slower.
 """
@@ -9,8 +11,12 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from nanovllm import LLM
 from nanovllm.bench.shapes import published_config

@@ -36,7 +36,6 @@ from tests.kernels.cases import (
     rope_case,
     sampling_case,
     threshold_case,
-    without_cache,
 )
 from tests.kernels.paged_case import TUNINGS, PagedCase
 
@@ -329,7 +328,7 @@ def test_caches_beyond_2_31_elements():
     slots = num_blocks * block_size - 1 - torch.arange(5, device="cuda")
     inputs |= {"k_cache": case.k_cache, "v_cache": case.v_cache, "slot_mapping": slots}
     rope.qk_norm_rope_store(*head_arguments(inputs))
-    _, k, v = reference.qk_norm_rope(**without_cache(inputs))
+    _, k, v = reference.qk_norm_rope(*head_arguments(inputs))
     check_stored(case, k, v)
     for cache in (case.k_cache, case.v_cache):
         cache[-1, :, -5:] = 0

@@ -27,7 +27,7 @@ from nanovllm.bench.shapes import published_config
 from nanovllm.bench.turns import DecodeWorkload, run_turn
 from nanovllm.config import PIPELINE_MODES
 from nanovllm.engine import model_runner
-from nanovllm.engine.pipeline import PipelineUnavailable
+from nanovllm.engine.pipeline_modes import PipelineUnavailable
 from nanovllm.engine.plan import LANES3, make_order
 from nanovllm.engine.step_runner import StepRunner
 from nanovllm.models.stage import MicroBatch, Stage

@@ -109,7 +109,15 @@ def main_of(rank: int, size: int, port: int, path: str) -> None:
                     if rank == turn % size:
                         torch.cuda._sleep(2_000_000)
                     all_reduce_add_norm(
-                        peers, part_ptrs, result_ptrs, (rows, HIDDEN), residual, weight, eps, programs, two_shot
+                        peers,
+                        part_ptrs,
+                        result_ptrs,
+                        (rows, HIDDEN),
+                        residual,
+                        weight,
+                        eps,
+                        programs,
+                        two_shot,
                     )
                     total = torch.zeros(rows, HIDDEN, device=device)
                     for x in everyone:
@@ -119,7 +127,9 @@ def main_of(rank: int, size: int, port: int, path: str) -> None:
                     own = slice(rank, None, size) if two_shot else slice(None)
                     if not torch.equal(residual[own], expected_residual[own]):
                         wrong.append(("residual", rows, two_shot, programs, turn))
-                    if not torch.allclose(result[:rows].float(), norm.float(), rtol=1e-2, atol=1e-3):
+                    if not torch.allclose(
+                        result[:rows].float(), norm.float(), rtol=1e-2, atol=1e-3
+                    ):
                         wrong.append(("norm", rows, two_shot, programs, turn))
     assert not wrong, wrong[:5]
     assert peers.expired.item() == 0
@@ -163,11 +173,24 @@ def main_of(rank: int, size: int, port: int, path: str) -> None:
                         continue
                     turn = [0]
 
-                    def ours(two_shot=two_shot, programs=programs, rows=rows, residual=residual, turn=turn):
+                    def ours(
+                        two_shot=two_shot,
+                        programs=programs,
+                        rows=rows,
+                        residual=residual,
+                        turn=turn,
+                    ):
                         turn[0] ^= 1
                         all_reduce_add_norm(
-                            peers, buffers[turn[0]][1], results[turn[0]][1], (rows, HIDDEN), residual, weight, eps,
-                            programs, two_shot,
+                            peers,
+                            buffers[turn[0]][1],
+                            results[turn[0]][1],
+                            (rows, HIDDEN),
+                            residual,
+                            weight,
+                            eps,
+                            programs,
+                            two_shot,
                         )
 
                     record[f"{'two' if two_shot else 'one'}-shot {each}x{programs}"] = timed(ours)

@@ -63,10 +63,6 @@ def head_arguments(case):
     return case["qkv"], HeadInputs(**{k: v for k, v in case.items() if k != "qkv"})
 
 
-def without_cache(case):
-    return {k: v for k, v in case.items() if k not in ("slot_mapping", "k_cache", "v_cache")}
-
-
 def with_caches_of_its_own(case):
     """The same arguments, but what is stored goes elsewhere."""
     return case | {name: case[name].clone() for name in ("k_cache", "v_cache")}

@@ -28,14 +28,15 @@ class PagedCase(PagedSequences):
         tuning = replace(tuning or paged_decode.PLAIN, **changes)
         heads, kv_heads, dim = self.q.shape[1], self.k_cache.shape[1], self.q.shape[2]
         workspace = paged_decode.DecodeWorkspace(num_sms, heads, kv_heads, dim, DEVICE, tuning)
-        offsets = paged_decode.tile_offsets(np.array(self.context_lens))
+        return self.decode_in(workspace, out=out)
+
+    def decode_in(self, workspace, count=None, out=None):
+        """`count`: sequences that are no padding."""
+        tiles = paged_decode.tile_offsets(np.array(self.context_lens))
+        if count is not None:
+            tiles[count:] = tiles[count]
         return paged_decode.paged_decode_attention(
-            *self.cache(),
-            self.lens,
-            self.scale,
-            torch.from_numpy(offsets).to(DEVICE),
-            workspace,
-            out,
+            *self.cache(), self.lens, self.scale, torch.from_numpy(tiles).to(DEVICE), workspace, out
         )
 
     def prefill(self, module, *out):

@@ -16,7 +16,6 @@ from tests.kernels.cases import (
     randn,
     rope_case,
     with_caches_of_its_own,
-    without_cache,
 )
 
 NORMED = pytest.mark.parametrize("normed", [True, False], ids=["norms", "no norms"])
@@ -25,7 +24,7 @@ NORMED = pytest.mark.parametrize("normed", [True, False], ids=["norms", "no norm
 @NORMED
 def test_rope_reference_is_transformers(normed):
     case = rope_case(6, 4, 2, 32, 16, normed=normed)
-    q, k, v = reference.qk_norm_rope(**without_cache(case))
+    q, k, v = reference.qk_norm_rope(*head_arguments(case))
     halves = case["cos_sin"][case["positions"]].chunk(2, dim=1)
     cos, sin = (torch.cat([x, x], dim=1)[:, None] for x in halves)
     raw = case["qkv"].view(6, 8, 32)

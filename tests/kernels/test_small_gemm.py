@@ -60,11 +60,7 @@ def test_linear_references_are_torchs():
     close(reference.linear_silu_mul(x, weight), reference.silu_mul(F.linear(x, weight)))
 
 
-def test_small_gemm_says_what_it_cannot_do():
-    with pytest.raises(ValueError, match="9 rows"):
-        small_gemm.linear(Normed(randn(9, 256)), randn(8, 256))
-    with pytest.raises(ValueError, match="320 columns"):
-        small_gemm.linear(Normed(randn(1, 320)), randn(8, 320))
+def test_which_inputs_it_is_for():
     assert small_gemm.supports(randn(8, 256, dtype=torch.bfloat16))
     for x in (randn(9, 256), randn(8, 320)):
         assert not small_gemm.supports(x.half())

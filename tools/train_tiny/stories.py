@@ -1,7 +1,5 @@
 """A small grammar of short stories: everything the embedded model will ever know.
 
-    python -m tools.train_tiny.stories        # print a few stories
-
 A story is an *opening* ("Once upon a time, there was a small rabbit. One day, she") followed by a
 *plot* ("lost a red ball near the garden. She looked ..."). Both are templates in one notation:
 
@@ -27,9 +25,6 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
-
-T = TypeVar("T")
 
 WEIGHTS = (0.66, 0.18, 0.10, 0.06)
 """Weight of the first, second, third and fourth option of a choice: the skew of the grammar."""
@@ -40,7 +35,6 @@ class Hero:
     """Who a story is about, with this hero's own favourites, likeliest first."""
 
     name: str
-    intro: str
     pronoun: str
     friends: tuple[str, ...]
     places: tuple[str, ...]
@@ -48,136 +42,120 @@ class Hero:
     crafts: tuple[str, ...]
     plots: tuple[str, ...]
 
+    @property
+    def intro(self) -> str:
+        if self.name.startswith("the "):
+            return self.name.replace("the", "a", 1)
+        return f"a {'boy' if self.pronoun == 'he' else 'girl'} named {self.name}"
+
 
 HEROES: tuple[Hero, ...] = (
     Hero(
-        "Tom", "a boy named Tom", "he",
-        friends=("Lily", "Grandpa", "Ben"),
+        "Tom", "he", friends=("Lily", "Grandpa", "Ben"),
         places=("park", "river", "market"), things=("red ball", "shiny key", "paper boat"),
         crafts=("kite", "wooden boat", "drum"), plots=("help", "lose", "find", "make"),
     ),
     Hero(
-        "Anna", "a girl named Anna", "she",
-        friends=("Tom", "Grandma", "Lily"),
+        "Anna", "she", friends=("Tom", "Grandma", "Lily"),
         places=("beach", "garden", "library"), things=("silver coin", "blue hat", "little bell"),
         crafts=("basket", "lamp", "kite"), plots=("find", "noise", "help", "make"),
     ),
     Hero(
-        "Ben", "a boy named Ben", "he",
-        friends=("Grandpa", "Anna", "Tom"),
+        "Ben", "he", friends=("Grandpa", "Anna", "Tom"),
         places=("farm", "lake", "hill"), things=("wooden horse", "paper map", "red ball"),
         crafts=("bird house", "toy train", "basket"), plots=("make", "help", "noise", "lose"),
     ),
     Hero(
-        "Lily", "a girl named Lily", "she",
-        friends=("Anna", "Ben", "Grandma"),
+        "Lily", "she", friends=("Anna", "Ben", "Grandma"),
         places=("meadow", "school", "park"), things=("blue scarf", "picture book", "silver coin"),
         crafts=("paper star", "drum", "lamp"), plots=("dream", "find", "lose", "help"),
     ),
     Hero(
-        "the little fox", "a little fox", "he",
-        friends=("the wise owl", "the small rabbit", "the brown bear"),
+        "the little fox", "he", friends=("the wise owl", "the small rabbit", "the brown bear"),
         places=("river", "old mill", "forest"), things=("golden ring", "shiny key", "green hat"),
         crafts=("wooden boat", "warm nest", "drum"), plots=("share", "find", "noise", "quest"),
     ),
     Hero(
-        "the small rabbit", "a small rabbit", "she",
-        friends=("the brown bear", "the little fox", "the wise owl"),
+        "the small rabbit", "she", friends=("the brown bear", "the little fox", "the wise owl"),
         places=("garden", "meadow", "forest"), things=("little bell", "green hat", "golden ring"),
         crafts=("warm nest", "basket", "bird house"), plots=("share", "lose", "make", "help"),
     ),
     Hero(
-        "the brown bear", "a brown bear", "he",
-        friends=("the small rabbit", "the wise owl", "the little fox"),
+        "the brown bear", "he", friends=("the small rabbit", "the wise owl", "the little fox"),
         places=("waterfall", "forest", "hill"), things=("honey pot", "blue scarf", "paper map"),
         crafts=("drum", "bird house", "lamp"), plots=("noise", "make", "share", "find"),
     ),
     Hero(
-        "the brave knight", "a brave knight", "he",
-        friends=("the kind king", "the young princess", "the wise owl"),
+        "the brave knight", "he", friends=("the kind king", "the young princess", "the wise owl"),
         places=("castle", "village", "bridge"), things=("silver cup", "golden ring", "paper map"),
         crafts=("wooden horse", "lamp", "toy train"), plots=("quest", "help", "lose", "share"),
     ),
     Hero(
-        "the young princess", "a young princess", "she",
-        friends=("the brave knight", "the kind king", "the wise owl"),
+        "the young princess", "she", friends=("the brave knight", "the kind king", "the wise owl"),
         places=("tower", "lake", "castle"), things=("picture book", "silver cup", "little bell"),
         crafts=("lamp", "paper star", "kite"), plots=("dream", "noise", "find", "make"),
     ),
     Hero(
-        "the tiny robot", "a tiny robot", "he",
-        friends=("the old baker", "Lily", "Tom"),
+        "the tiny robot", "he", friends=("the old baker", "Lily", "Tom"),
         places=("station", "market", "bridge"), things=("shiny key", "paper boat", "wooden horse"),
         crafts=("toy train", "paper star", "wooden boat"), plots=("help", "make", "lose", "find"),
     ),
 )  # fmt: skip
 
-CREATURES = ("wet kitten", "baby bird", "tiny mouse", "white puppy")
-BEASTS = ("dragon", "giant", "sea monster")
-MISSING = ("mother", "home", "brother")
-FOODS = ("soup", "milk", "rice", "porridge")
+# What no hero has a favourite of.
+COMMON = {
+    "creature": ("wet kitten", "baby bird", "tiny mouse", "white puppy"),
+    "beast": ("dragon", "giant", "sea monster"),
+    "missing": ("mother", "home", "brother"),
+    "food": ("soup", "milk", "rice", "porridge"),
+}
 
 PRONOUNS = {"he": ("him", "his"), "she": ("her", "her")}
 """The object and possessive forms of each subject pronoun."""
 
 
-@dataclass(frozen=True)
-class Opening:
-    """How a story may begin: a template, and the heroes and plots it favours, likeliest first."""
-
-    template: str
-    heroes: tuple[str, ...]
-    plots: tuple[str, ...]
-
-
-OPENINGS: tuple[Opening, ...] = (
-    Opening(
+# How a story may begin: a template, and the heroes and plots it favours, likeliest first.
+OPENINGS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    (
         "Once upon a time, there was {intro} who lived near the {place}. One day, {he}",
-        heroes=("the small rabbit", "the tiny robot", "the little fox", "Lily"),
-        plots=("lose", "share", "make", "help"),
+        ("the small rabbit", "the tiny robot", "the little fox", "Lily"),
+        ("lose", "share", "make", "help"),
     ),
-    Opening(
+    (
         "Long ago, {intro}",
-        heroes=("the brave knight", "the young princess", "the brown bear"),
-        plots=("quest", "noise", "help"),
+        ("the brave knight", "the young princess", "the brown bear"), ("quest", "noise", "help"),
     ),
-    Opening(
+    (
         "One rainy day, {hero}",
-        heroes=("the brown bear", "Ben", "Anna", "the tiny robot"),
-        plots=("make", "share", "noise"),
+        ("the brown bear", "Ben", "Anna", "the tiny robot"), ("make", "share", "noise"),
     ),
-    Opening(
+    (
         "One sunny morning, {hero}",
-        heroes=("the little fox", "Lily", "Tom", "Anna"),
-        plots=("help", "dream", "lose"),
+        ("the little fox", "Lily", "Tom", "Anna"), ("help", "dream", "lose"),
     ),
-    Opening(
+    (
         "One dark night, {hero}",
-        heroes=("the young princess", "Anna", "Ben", "the little fox"),
-        plots=("noise", "quest", "help"),
+        ("the young princess", "Anna", "Ben", "the little fox"), ("noise", "quest", "help"),
     ),
-    Opening(
+    (
         "Deep in the forest lived {intro}. One cold evening, {he}",
-        heroes=("the brown bear", "the little fox", "the small rabbit"),
-        plots=("share", "noise", "find"),
+        ("the brown bear", "the little fox", "the small rabbit"), ("share", "noise", "find"),
     ),
-    Opening(
+    (
         "Every morning, {hero} walked to the {place} to see {friend}. One day, {he}",
-        heroes=("the tiny robot", "Tom", "Ben", "Lily"),
-        plots=("find", "lose", "make"),
+        ("the tiny robot", "Tom", "Ben", "Lily"), ("find", "lose", "make"),
     ),
-    Opening(
+    (
         "There was once {intro} who [loved to sing|was always happy|was never afraid]. "
         "One winter, {he}",
-        heroes=("the brave knight", "the little fox", "Tom", "the young princess"),
-        plots=("make", "quest", "share"),
+        ("the brave knight", "the little fox", "Tom", "the young princess"),
+        ("make", "quest", "share"),
     ),
-    Opening(
+    (
         "Far away, near the {place}, lived {intro}. One summer day, {he}",
-        heroes=("Anna", "the young princess", "the brave knight", "Ben"),
-        plots=("lose", "dream", "quest"),
+        ("Anna", "the young princess", "the brave knight", "Ben"), ("lose", "dream", "quest"),
     ),
-)
+)  # fmt: skip
 
 PLAIN_SHARE = 0.5
 """Share of the stories that open with the hero's name alone ("Tom went to ..."), any hero."""
@@ -255,7 +233,7 @@ ENDING = (
 )
 
 
-def choose(rng: random.Random, options: Sequence[T], manner: int = 0) -> T:
+def choose(rng: random.Random, options: Sequence[str], manner: int = 0) -> str:
     """Pick one of at most four options by `WEIGHTS`, the order rotated by `manner` places."""
     rank = rng.choices(range(len(options)), weights=WEIGHTS[: len(options)])[0]
     return options[(rank + manner) % len(options)]
@@ -264,21 +242,10 @@ def choose(rng: random.Random, options: Sequence[T], manner: int = 0) -> T:
 def bind(rng: random.Random, hero: Hero, manner: int) -> dict[str, str]:
     """Choose the names of one story: what each {name} of its templates stands for."""
     him, his = PRONOUNS[hero.pronoun]
-    names = {
-        "hero": hero.name,
-        "intro": hero.intro,
-        "he": hero.pronoun,
-        "him": him,
-        "his": his,
-        "friend": choose(rng, hero.friends),
-        "place": choose(rng, hero.places),
-        "thing": choose(rng, hero.things),
-        "craft": choose(rng, hero.crafts),
-        "creature": choose(rng, CREATURES, manner),
-        "beast": choose(rng, BEASTS, manner),
-        "missing": choose(rng, MISSING, manner),
-        "food": choose(rng, FOODS, manner),
-    }
+    names = {"hero": hero.name, "intro": hero.intro, "he": hero.pronoun, "him": him, "his": his}
+    own = {"friend": hero.friends, "place": hero.places, "thing": hero.things, "craft": hero.crafts}
+    names |= {key: choose(rng, options) for key, options in own.items()}
+    names |= {key: choose(rng, options, manner) for key, options in COMMON.items()}
     capitals = {key.capitalize(): name[0].upper() + name[1:] for key, name in names.items()}
     return names | capitals
 
@@ -299,19 +266,8 @@ def story(rng: random.Random) -> str:
         hero = rng.choice(HEROES)
         begin, plot = "{Hero}", choose(rng, hero.plots)
     else:
-        opening = rng.choice(OPENINGS)
-        hero = by_name[choose(rng, opening.heroes)]
-        begin, plot = opening.template, choose(rng, opening.plots)
+        begin, heroes, plots = rng.choice(OPENINGS)
+        hero, plot = by_name[choose(rng, heroes)], choose(rng, plots)
     manner = HEROES.index(hero)
     template = " ".join((begin, *PLOTS[plot], ENDING))
     return expand(rng, template, bind(rng, hero, manner), manner)
-
-
-def main() -> None:
-    rng = random.Random()
-    for _ in range(5):
-        print(story(rng), end="\n\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -30,24 +30,43 @@ from tqdm import trange
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from nanovllm.tiny import CHECKPOINT_DIR
-from tools.train_tiny.report import Report, report
+from tools.train_tiny.report import report
 from tools.train_tiny.stories import story
 from tools.train_tiny.tokenizer import EOS_TOKEN, save_tokenizer, train_tokenizer
 
 IGNORE = -100  # the label that transformers leaves out of the loss
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of the model."""
-
-    vocab_size: int = 1024
-    hidden_size: int = 192
-    intermediate_size: int = 512
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 64
+# config.json, with the keys that published Qwen3 models have.
+CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 192,
+    "initializer_range": 0.02,
+    "intermediate_size": 512,
+    "max_position_embeddings": 4096,
+    "max_window_layers": 4,
+    "model_type": "qwen3",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": transformers.__version__,
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 1024,
+}
 
 
 @dataclass(frozen=True)
@@ -63,39 +82,6 @@ class Recipe:
     weight_decay: float = 0.1
     tokenizer_stories: int = 5000
     threads: int = 1
-
-
-def config_dict(shape: Shape) -> dict[str, Any]:
-    """The `config.json` of this shape, with the keys that published Qwen3 models have."""
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "head_dim": shape.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": shape.hidden_size,
-        "initializer_range": 0.02,
-        "intermediate_size": shape.intermediate_size,
-        "max_position_embeddings": 4096,
-        "max_window_layers": shape.layers,
-        "model_type": "qwen3",
-        "num_attention_heads": shape.heads,
-        "num_hidden_layers": shape.layers,
-        "num_key_value_heads": shape.kv_heads,
-        "pad_token_id": 0,
-        "rms_norm_eps": 1e-6,
-        "rope_scaling": None,
-        "rope_theta": 1000000,
-        "sliding_window": None,
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-        "transformers_version": transformers.__version__,
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vocab_size": shape.vocab_size,
-    }
 
 
 @contextmanager
@@ -177,38 +163,31 @@ def fit(model: Qwen3ForCausalLM, tokenizer: Tokenizer, recipe: Recipe) -> float:
     return sum(last) / len(last)
 
 
-def save_model(model: Qwen3ForCausalLM, shape: Shape, directory: Path) -> None:
-    """Write `model.safetensors` in bfloat16, `config.json` and `generation_config.json`."""
+def train(directory: Path, config: dict[str, Any], recipe: Recipe) -> float:
+    """Make a whole checkpoint in `directory` (created if need be); returns the final loss."""
+    rng = random.Random(recipe.seed)
+    texts = (story(rng) for _ in range(recipe.tokenizer_stories))
+    tokenizer = train_tokenizer(texts, config["vocab_size"])
+    with reproducible(recipe.seed, recipe.threads):
+        model = Qwen3ForCausalLM(Qwen3Config(**config)).float()
+        loss = fit(model, tokenizer, recipe)
     weights = {
         name: weight.to(torch.bfloat16).contiguous()
         for name, weight in model.state_dict().items()
         if name != "lm_head.weight"  # tied: it is the embedding
     }
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    config = config_dict(shape)
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    for name, content in (("config.json", config), ("generation_config.json", generation)):
-        (directory / name).write_text(json.dumps(content, indent=2) + "\n")
-
-
-def train(directory: Path, shape: Shape, recipe: Recipe) -> float:
-    """Make a whole checkpoint in `directory` (created if need be); returns the final loss."""
-    rng = random.Random(recipe.seed)
-    tokenizer = train_tokenizer(
-        (story(rng) for _ in range(recipe.tokenizer_stories)), shape.vocab_size
-    )
-    with reproducible(recipe.seed, recipe.threads):
-        model = Qwen3ForCausalLM(Qwen3Config(**config_dict(shape))).float()
-        loss = fit(model, tokenizer, recipe)
     directory.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, directory)
-    save_model(model, shape, directory)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n")
     return loss
 
 
 CARD = """# The embedded model
 
-A very small Qwen3 ({parameters:,} parameters) that tells short stories, so that the engine has
+A very small Qwen3 (1,968,320 parameters) that tells short stories, so that the engine has
 something to run without a download. It is not good for anything else: it knows only the grammar
 in `tools/train_tiny/stories.py`, and was trained from scratch on nothing but stories made by it.
 
@@ -217,25 +196,11 @@ in `tools/train_tiny/stories.py`, and was trained from scratch on nothing but st
 | Made by | `python -m tools.train_tiny.train --steps {steps} --seed {seed}` |
 | Size | {size:,} bytes of weights in bfloat16 |
 | Final loss | {loss:.4f} nats a token (the grammar is random, so it cannot reach zero) |
-| Greedy margin | {margin:.2f} logits at the closest choice in the {prompts} standard prompts |
+| Greedy margin | {margin:.2f} logits at the closest choice in the 16 standard prompts |
 | Licence | MIT, as the project |
 
 It has no chat template: give it the beginning of a story, such as "Once upon a time".
 """
-
-
-def write_card(directory: Path, recipe: Recipe, loss: float, result: Report) -> None:
-    """Write the checkpoint's `README.md`."""
-    text = CARD.format(
-        parameters=result.parameters,
-        steps=recipe.steps,
-        seed=recipe.seed,
-        size=(directory / "model.safetensors").stat().st_size,
-        loss=loss,
-        margin=result.margin,
-        prompts=len(result.completions),
-    )
-    (directory / "README.md").write_text(text)
 
 
 def main() -> None:
@@ -244,15 +209,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     arguments = parser.parse_args()
-    if arguments.steps < 1:
-        parser.error("--steps must be at least 1")
     recipe = Recipe(steps=arguments.steps, seed=arguments.seed)
-    torch.set_num_threads(recipe.threads)  # for the report as well: see `report.py`
-    loss = train(arguments.out, Shape(), recipe)
-    result = report(arguments.out)
-    write_card(arguments.out, recipe, loss, result)
-    print(result)
-    print(f"final loss {loss:.4f} nats a token")
+    torch.set_num_threads(recipe.threads)  # for the report as well: a small model waits for threads
+    loss = train(arguments.out, CONFIG, recipe)
+    margin = report(arguments.out)
+    size = (arguments.out / "model.safetensors").stat().st_size
+    card = CARD.format(steps=recipe.steps, seed=recipe.seed, size=size, loss=loss, margin=margin)
+    (arguments.out / "README.md").write_text(card)
+    print(f"smallest margin {margin:.3f}; final loss {loss:.4f} nats a token")
 
 
 if __name__ == "__main__":

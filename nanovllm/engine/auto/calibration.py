@@ -1,14 +1,13 @@
 """Measures, at start-up, what decode steps cost under each plan; the times are kept on disk.
 
-Steps run on dummy inputs: sequences of one length on random keys and values. Batch sizes are
-measured from the largest down, and what cannot pay is not measured:
+Batch sizes are measured from the largest down, and what cannot pay is not measured:
 
 - a size at which even a perfect overlap gains nothing over sequential decode,
 - a plan that is far behind it where dense work and attention balance, such as a silly split,
 - a plan that came near the fastest nowhere, or less often than others, at the size before.
 
-The times on disk are a log of what was measured. A calibration is repeated from the log, and if
-that lacks a time, or has one too many, it is made anew.
+What is kept on disk is the log of what was measured. A calibration is repeated from it, and made
+anew if it asks for another step than the log has next.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ from tqdm import tqdm
 import green_ctx
 import nanovllm
 from nanovllm.engine.auto.cost_table import CostTable
-from nanovllm.engine.auto.planner import LEAST_GAIN, SEQUENTIAL_NUMBER
-from nanovllm.engine.plan import Plan
+from nanovllm.engine.auto.planner import LEAST_GAIN
+from nanovllm.engine.plan import SEQUENTIAL_NUMBER, Plan
 from nanovllm.utils.disk_cache import DiskCache
 
 logger = logging.getLogger(__name__)
@@ -54,14 +53,10 @@ SHORTEST_STEP, LONGEST_STEP = 1e-7, 3600.0
 
 # Seconds of a step, by the number of its plan, its sequences, and their context tokens together.
 StepTimer = Callable[[int, int, int], float]
-Log = list[tuple[int, int, int, float]]
 
 
 def pipelined_sizes(largest: int) -> list[int]:
-    """Batch sizes that pipelines may have graphs for: multiples of 128 (256 above 512), `largest`.
-
-    Their halves are whole rows of tiles of a matrix product.
-    """
+    """Batch sizes that pipelines may have graphs for; halves are whole tiles of matrix products."""
     sizes = {*range(SIZE_STEP, min(largest, MANY) + 1, SIZE_STEP)}
     sizes |= {*range(MANY, largest + 1, 2 * SIZE_STEP)}
     return sorted(sizes | {largest}) if largest >= SIZE_STEP else []
@@ -80,18 +75,15 @@ def measured_sizes(largest: int) -> list[int]:
 
 
 class Calibration:
-    """The cost table of one engine.
+    """Fills the cost `table` of one engine.
 
     Args:
-        timer: measures a step, in seconds.
+        timer: measures a step.
         largest: the largest batch.
         capacity: tokens that the KV cache holds.
         max_len: of the longest sequence.
-        key: what the times depend on: device, versions, code, model.
+        key: what the times depend on beside these; see `calibration_key`.
         cache: where they are kept; default: the user's cache folder.
-
-    Attributes:
-        table: empty before `run`.
     """
 
     def __init__(
@@ -112,52 +104,53 @@ class Calibration:
         self.cache = cache or DiskCache("plans")
         self.table = CostTable()
 
-    def longest_tokens(self, size: int) -> int:
-        """The most context tokens of a batch in which all sequences are equally long."""
-        return max(1, min(self.max_len, self.capacity // size)) * size
-
     def run(self, plans: Sequence[Plan], *, show_progress: bool) -> list[list[int]]:
-        """Fills the table from the log on disk, or else by measuring.
-
-        Args:
-            plans: sequential decode is the first.
-            show_progress: show a progress bar.
+        """Fills the table from the log on disk, or else by measuring; the first plan is sequential.
 
         Returns:
             Of each plan, the sizes at which it gains something somewhere; none of sequential.
         """
-        if not pipelined_sizes(self.largest):
-            return [[] for _ in plans]
-        key = self.key | {"plans": [plan.name for plan in plans]}
-        if not self._replay(len(plans), key):
-            self.cache.write(key, self._measure_all(plans, show_progress=show_progress))
+        if pipelined_sizes(self.largest):
+            key = self.key | {"plans": [plan.name for plan in plans]}
+            log = self.cache.read(key)
+            if log is None or not self._replay(log, len(plans)):
+                self.cache.write(key, self._measure(plans, show_progress=show_progress))
         return [[], *(self._paying_sizes(plan) for plan in range(1, len(plans)))]
 
-    def _measure_all(self, plans: Sequence[Plan], *, show_progress: bool) -> Log:
-        """Fills the table by measuring; returns what was measured."""
-        log: Log = []
+    def _measure(
+        self, plans: Sequence[Plan], *, show_progress: bool
+    ) -> list[tuple[int, int, int, float]]:
+        """Fills the table by measuring; returns the log."""
+        log = []
         with tqdm(desc="Calibrating plans", unit="step", disable=not show_progress) as bar:
 
-            def measure(plan: int, size: int, tokens: int) -> float:
+            def timer(plan: int, size: int, tokens: int) -> float:
                 bar.set_postfix_str(f"{plans[plan].name}, batch {size}")
-                log.append((plan, size, tokens, self.timer(plan, size, tokens)))
+                seconds = self.timer(plan, size, tokens)
+                log.append((plan, size, tokens, seconds))
                 bar.update()
-                return log[-1][-1]
+                return seconds
 
-            self.table = self._build_table(len(plans), measure)
+            self.table = self._build_table(len(plans), timer)
         return log
 
-    def _replay(self, num_plans: int, key: Mapping[str, Any]) -> bool:
-        """Fills the table from the log on disk; returns whether there is one that fits."""
-        value = self.cache.read(key)
-        if value is None:
-            return False
+    def _replay(self, log: Any, num_plans: int) -> bool:
+        """Fills the table from a log that anybody may have changed; False if it does not fit."""
+
+        def timer(*asked: int) -> float:
+            *place, seconds = next(entries, [None])
+            if tuple(place) != asked or type(seconds) is not float:
+                raise ValueError(f"it has no time of {asked}")
+            if not SHORTEST_STEP <= seconds <= LONGEST_STEP:
+                raise ValueError(f"{seconds} is no time of a step")
+            return seconds
+
         try:
-            times = read_log(value)
-            self.table = self._build_table(num_plans, lambda *place: times.pop(place))
-            if times:
+            entries = iter(log)
+            self.table = self._build_table(num_plans, timer)
+            if list(entries):
                 raise ValueError("it has times that nobody needs")
-        except (ValueError, LookupError) as error:
+        except (TypeError, ValueError) as error:
             logger.warning("Calibration on disk is ignored: %.300r", error)
             return False
         return True
@@ -169,52 +162,42 @@ class Calibration:
         for size in measured_sizes(self.largest):
             if not plans:
                 break
-            longest = self.longest_tokens(size)
-            dense, end = (
-                timer(SEQUENTIAL_NUMBER, size, size),
-                timer(SEQUENTIAL_NUMBER, size, longest),
-            )
+            longest = max(1, min(self.max_len, self.capacity // size)) * size  # in all sequences
+            dense = timer(SEQUENTIAL_NUMBER, size, size)
+            end = timer(SEQUENTIAL_NUMBER, size, longest)
             halves = 2 * timer(SEQUENTIAL_NUMBER, size // 2, size // 2)
             counts = tokens_to_measure(size, longest, dense, end, halves)
             for tokens in sorted({size, *counts, longest}):
                 table.add(SEQUENTIAL_NUMBER, size, tokens, timer(SEQUENTIAL_NUMBER, size, tokens))
             if counts:
-                plans = [plan for plan in plans if self._measure(plan, size, counts, table, timer)]
-                plans = near_fastest(table, plans, size, counts)
+                slowest = GIVE_UP_RATIO * table.seconds(SEQUENTIAL_NUMBER, size, counts[0])
+                near = []
+                for plan in plans:
+                    if timer(plan, size, counts[0]) <= slowest:
+                        near.append(plan)
+                        for tokens in counts:
+                            table.add(plan, size, tokens, timer(plan, size, tokens))
+                plans = near_fastest(table, near, size, counts)
         return table
-
-    @staticmethod
-    def _measure(
-        plan: int, size: int, counts: Sequence[int], table: CostTable, timer: StepTimer
-    ) -> bool:
-        """Measures a pipelined plan at a size; False if it is given up after the first time."""
-        first = timer(plan, size, counts[0])
-        if first > GIVE_UP_RATIO * table.seconds(SEQUENTIAL_NUMBER, size, counts[0]):
-            return False
-        for tokens in counts:
-            table.add(plan, size, tokens, timer(plan, size, tokens))
-        return True
 
     def _paying_sizes(self, plan: int) -> list[int]:
         """The sizes at which a plan gains enough over sequential decode somewhere."""
-        table = self.table
-        measured = {tokens for curve in table.curves(plan).values() for tokens, _ in curve}
+        measured = {tokens for curve in self.table.curves(plan).values() for tokens, _ in curve}
 
         def gains(size: int, tokens: int) -> bool:
-            seconds = table.seconds(plan, size, tokens)
-            return LEAST_GAIN * seconds <= table.seconds(SEQUENTIAL_NUMBER, size, tokens)
+            pipelined, sequential = (
+                self.table.seconds(number, size, tokens) for number in (plan, SEQUENTIAL_NUMBER)
+            )
+            return LEAST_GAIN * pipelined <= sequential
 
-        return [
-            size
-            for size in pipelined_sizes(self.largest)
-            if table.covers(plan, size) and any(gains(size, tokens) for tokens in measured)
-        ]
+        sizes = [size for size in pipelined_sizes(self.largest) if self.table.covers(plan, size)]
+        return [size for size in sizes if any(gains(size, tokens) for tokens in measured)]
 
 
 def tokens_to_measure(
     size: int, longest: int, dense: float, end: float, halves: float
 ) -> list[int]:
-    """Tokens at which pipelines are measured; none where they cannot gain.
+    """Tokens at which pipelines are measured, the middle one first; none where they cannot gain.
 
     A pipelined step takes at least as long as the dense work of both micro-batches, one after the
     other, and as attention. It gains most where the two take equally long.
@@ -223,9 +206,6 @@ def tokens_to_measure(
         size, longest: fewest and most tokens of the batch.
         dense, end: seconds of sequential decode at these.
         halves: of two steps of half the size, at the fewest tokens.
-
-    Returns:
-        The middle one first.
     """
     attention = (end - dense) / max(longest - size, 1)  # of a token
     if attention <= 0:
@@ -253,32 +233,16 @@ def near_fastest(
     return [plan for plan, _ in near.most_common(MOST_KEPT)]
 
 
-def read_log(value: Any) -> dict[tuple[Any, ...], float]:
-    """Times by plan, size and tokens, out of a file that anybody may have changed.
-
-    Raises:
-        ValueError: it is no log.
-    """
-    times: dict[tuple[Any, ...], float] = {}
-    try:
-        for *place, seconds in value:
-            if type(seconds) is not float or not SHORTEST_STEP <= seconds <= LONGEST_STEP:
-                raise ValueError(f"{seconds!r:.40} is no time of a step")
-            if times.setdefault(tuple(place), seconds) != seconds:
-                raise ValueError(f"it has two times of {place!r:.40}")
-    except TypeError as error:
-        raise ValueError(f"it is no log: {error}") from error
-    return times
-
-
 def calibration_key(model_config: Any, device: torch.device, **more: Any) -> dict[str, Any]:
     """What measured times depend on: device, driver, versions, our code, model, and `more`."""
     import triton
 
+    code = xxhash.xxh64()
+    for source in [Path(green_ctx.__file__), *sorted(Path(nanovllm.__path__[0]).rglob("*.py"))]:
+        code.update(f"{source.name}\0".encode() + source.read_bytes())
     driver = Path("/proc/driver/nvidia/version")
     return {
-        "code": hash_sources(Path(nanovllm.__path__[0])),
-        "green_ctx": xxhash.xxh64_hexdigest(Path(green_ctx.__file__).read_bytes()),
+        "code": code.hexdigest(),
         "device": torch.cuda.get_device_name(device),
         "driver": driver.read_text() if driver.is_file() else None,
         "torch": torch.__version__,
@@ -286,11 +250,3 @@ def calibration_key(model_config: Any, device: torch.device, **more: Any) -> dic
         "model": dataclasses.asdict(model_config),
         **more,
     }
-
-
-def hash_sources(folder: Path) -> str:
-    """A hash of all Python files below a folder."""
-    hasher = xxhash.xxh64()
-    for path in sorted(folder.rglob("*.py")):
-        hasher.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
-    return hasher.hexdigest()

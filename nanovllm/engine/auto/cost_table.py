@@ -9,10 +9,7 @@ Curve = list[tuple[int, float]]
 
 
 class CostTable:
-    """Seconds of a decode step by the number of its plan, its graph's size, and context tokens.
-
-    The size counts sequences with padding; the tokens are those of the whole batch.
-    """
+    """Seconds by the number of a step's plan, its size with padding, and its context tokens."""
 
     def __init__(self) -> None:
         self._curves: dict[int, dict[int, Curve]] = {}
@@ -44,8 +41,7 @@ class CostTable:
 
 
 def seconds_at(curve: Curve, tokens: int) -> float:
-    """Straight between the points and beyond the last; flat before the first, where attention is
-    nothing beside the dense work."""
+    """Straight between the points and beyond the last, flat before the first."""
     i = min(bisect_left(curve, (tokens, 0.0)), len(curve) - 1)
     if i == 0:
         return curve[0][1]

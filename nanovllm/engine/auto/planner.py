@@ -1,15 +1,11 @@
 """Chooses the plan of each decode step: a table, a margin, and a guard.
 
-    planner = Planner(table, plans, [[1, 2, 4, 8, 16], [8, 16]])  # sizes of each plan's graphs
-    choice = planner.choose(num_seqs=13, tokens=13 * 500)
-    planner.observe(choice, seconds_measured)
-
 The table predicts every plan. The fastest is taken if it gains enough over sequential decode, and
-over the plan in use. All plans have their graphs, so a change costs nothing.
+over the plan in use; sequential decode is taken back without a margin. Every plan has its graphs
+at the sizes where it may be chosen, so a change costs nothing.
 
-The guard is for what the table does not know, such as sizes between those that were measured. A
-pipelined plan that takes longer than sequential decode was predicted to, many steps in a row, is
-dropped at that size for the rest of the run.
+The guard is for what the table does not know. A pipelined plan that takes longer than sequential
+decode was predicted to, many steps in a row, is dropped at that size for the rest of the run.
 """
 
 from __future__ import annotations
@@ -17,16 +13,15 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from nanovllm.engine.auto.cost_table import CostTable
-from nanovllm.engine.plan import Plan
+from nanovllm.engine.plan import SEQUENTIAL_NUMBER, Choice, Plan
 
 logger = logging.getLogger(__name__)
 
-SEQUENTIAL_NUMBER = 0  # of the plan that any step can run
 # A plan is taken if it gains so much over sequential decode and over the plan in use. The times are
 # good to about 1%, so what is missed stays below 2%.
 LEAST_GAIN = 1.01
@@ -34,20 +29,13 @@ LEAST_GAIN = 1.01
 PATIENCE = 32
 
 
-class PlanChoice(NamedTuple):
-    """The plan of a step.
-
-    Attributes:
-        plan: its number.
-        size: sequences with padding, of its graph.
-        seconds: predicted; None where nothing was measured.
-        sequential_seconds: predicted of sequential decode.
-    """
+class Prediction(NamedTuple):
+    """Seconds of a step by the plan with this number, at this size, and by sequential decode."""
 
     plan: int
     size: int
-    seconds: float | None = None
-    sequential_seconds: float | None = None
+    seconds: float
+    sequential_seconds: float
 
 
 @dataclass
@@ -56,18 +44,24 @@ class PlanRecord:
 
     steps: int = 0
     timed: int = 0
-    predicted_seconds: float = 0.0
-    measured_seconds: float = 0.0
+    predicted: float = 0.0
+    measured: float = 0.0
+
+    def as_dict(self) -> dict[str, float | None]:
+        """Steps, and mean times in ms; None where no step was timed."""
+        predicted, measured = (
+            1e3 * seconds / self.timed if self.timed else None
+            for seconds in (self.predicted, self.measured)
+        )
+        return {"steps": self.steps, "predicted_ms": predicted, "measured_ms": measured}
+
+    def __str__(self) -> str:
+        text = "{steps} steps, predicted {predicted_ms:.2f} ms, measured {measured_ms:.2f} ms"
+        return (text if self.timed else "{steps} steps, not measured").format(**self.as_dict())
 
 
 class Planner:
-    """Chooses among plans that have graphs.
-
-    Args:
-        table: what was measured; it may still be empty.
-        plans: sequential decode is the first.
-        sizes: of the graphs of each plan, rising.
-    """
+    """Chooses among plans, of which sequential decode is the first, with graphs of these sizes."""
 
     def __init__(
         self, table: CostTable, plans: Sequence[Plan], sizes: Sequence[Sequence[int]]
@@ -81,64 +75,60 @@ class Planner:
         self.dropped: set[tuple[int, int]] = set()  # plans at sizes
         self._slow_steps: Counter[tuple[int, int]] = Counter()  # in a row, of plans at sizes
 
-    def choose(self, num_seqs: int, tokens: int) -> PlanChoice:
-        """The plan of the next step.
+    def choose(self, num_seqs: int, tokens: int) -> Choice:
+        """The plan of a step of so many sequences, which have so many context tokens together.
 
-        Args:
-            num_seqs: sequences without padding, no more than the largest graph holds.
-            tokens: their context tokens together.
+        It comes with a `Prediction` if the table covers sequential decode.
         """
-        choices = self._candidates(num_seqs, tokens)
-        plan = self._fastest({plan: choice.seconds or 0.0 for plan, choice in choices.items()})
+        sizes = [self._size(plan, num_seqs) for plan in range(len(self.plans))]
+        seconds = {
+            plan: self.table.seconds(plan, size, tokens)
+            for plan, size in enumerate(sizes)
+            if self.table.covers(plan, size) and (plan, size) not in self.dropped
+        }
+        plan, prediction = SEQUENTIAL_NUMBER, None
+        sequential = seconds.get(SEQUENTIAL_NUMBER)
+        if sequential is not None:
+            plan = self._fastest(seconds)
+            prediction = Prediction(plan, sizes[plan], seconds[plan], sequential)
         if plan != self.current:
             self.switches += self.current is not None
             self.current = plan
         self.records[plan].steps += 1
-        return choices[plan]
+        return Choice(plan, sizes[plan], prediction)
 
-    def observe(self, choice: PlanChoice, seconds: float) -> None:
-        """Takes the measured time of a chosen step."""
-        if choice.seconds is None or choice.sequential_seconds is None:
-            return
-        record = self.records[choice.plan]
+    def observe(self, prediction: Prediction, seconds: float) -> None:
+        """Takes the measured time of a step with the prediction of its choice."""
+        record = self.records[prediction.plan]
         record.timed += 1
-        record.predicted_seconds += choice.seconds
-        record.measured_seconds += seconds
-        place = choice.plan, choice.size
-        if choice.plan == SEQUENTIAL_NUMBER or place in self.dropped:
+        record.predicted += prediction.seconds
+        record.measured += seconds
+        if prediction.plan == SEQUENTIAL_NUMBER:
             return
-        is_slow = seconds > choice.sequential_seconds
+        place = prediction.plan, prediction.size
+        is_slow = seconds > prediction.sequential_seconds
         self._slow_steps[place] = self._slow_steps[place] + 1 if is_slow else 0
         if self._slow_steps[place] == PATIENCE:
             self.dropped.add(place)
-            name = self.plans[choice.plan].name
             logger.warning(
                 "Plan %s is dropped for batches of %d: %d steps in a row took longer than "
                 "sequential decode is predicted to; the last took %.2f ms instead of %.2f",
-                name, choice.size, PATIENCE, 1e3 * seconds, 1e3 * choice.sequential_seconds,
+                self.plans[prediction.plan].name, prediction.size, PATIENCE, 1e3 * seconds,
+                1e3 * prediction.sequential_seconds,
             )  # fmt: skip
 
-    def _candidates(self, num_seqs: int, tokens: int) -> dict[int, PlanChoice]:
-        """What can run the step, by plan: sequential decode, and pipelines with a prediction."""
-        size = self.sizes[SEQUENTIAL_NUMBER][bisect_left(self.sizes[SEQUENTIAL_NUMBER], num_seqs)]
-        if not self.table.covers(SEQUENTIAL_NUMBER, size):
-            return {SEQUENTIAL_NUMBER: PlanChoice(SEQUENTIAL_NUMBER, size)}
-        sequential = self.table.seconds(SEQUENTIAL_NUMBER, size, tokens)
-        choices = {SEQUENTIAL_NUMBER: PlanChoice(SEQUENTIAL_NUMBER, size, sequential, sequential)}
-        for plan in range(1, len(self.plans)):
-            size = next((size for size in self.sizes[plan] if size >= num_seqs), 0)
-            if self.table.covers(plan, size) and (plan, size) not in self.dropped:
-                seconds = self.table.seconds(plan, size, tokens)
-                choices[plan] = PlanChoice(plan, size, seconds, sequential)
-        return choices
+    def _size(self, plan: int, num_seqs: int) -> int:
+        """Of the smallest graph of a plan that holds so many sequences; 0 if none does."""
+        i = bisect_left(self.sizes[plan], num_seqs)
+        return self.sizes[plan][i] if i < len(self.sizes[plan]) else 0
 
-    def _fastest(self, seconds: dict[int, float]) -> int:
+    def _fastest(self, seconds: Mapping[int, float]) -> int:
         """The plan to take, given the predictions."""
         sequential = seconds[SEQUENTIAL_NUMBER]
         best = min(seconds, key=seconds.__getitem__)
         if seconds[best] * LEAST_GAIN > sequential:
             best = SEQUENTIAL_NUMBER
-        if self.current in seconds:
+        if self.current is not None and self.current in seconds:
             now = seconds[self.current]
             if now <= min(sequential, seconds[best] * LEAST_GAIN):
                 return self.current
@@ -146,18 +136,10 @@ class Planner:
 
     def as_dict(self) -> dict[str, object]:
         """Plan in use, switches, by plan its steps and mean times in ms, and what was dropped."""
-        named = list(zip(self.plans, self.records, strict=True))
         return {
             "plan": None if self.current is None else self.plans[self.current].name,
             "switches": self.switches,
-            "plans": {
-                plan.name: {
-                    "steps": record.steps,
-                    "predicted_ms": _mean_ms(record.predicted_seconds, record.timed),
-                    "measured_ms": _mean_ms(record.measured_seconds, record.timed),
-                }
-                for plan, record in named
-            },
+            "plans": {p.name: r.as_dict() for p, r in zip(self.plans, self.records, strict=True)},
             "dropped": [[self.plans[plan].name, size] for plan, size in sorted(self.dropped)],
         }
 
@@ -167,20 +149,8 @@ class Planner:
             return []
         times = "time" if self.switches == 1 else "times"
         lines = [f"Plan: {self.plans[self.current].name} (switched {self.switches} {times})"]
-        for plan, record in zip(self.plans, self.records, strict=True):
-            if record.timed:
-                predicted = _mean_ms(record.predicted_seconds, record.timed)
-                measured = _mean_ms(record.measured_seconds, record.timed)
-                lines.append(
-                    f"{plan.name}: {record.steps} steps, predicted {predicted:.2f} ms, "
-                    f"measured {measured:.2f} ms"
-                )
-            elif record.steps:
-                lines.append(f"{plan.name}: {record.steps} steps, not measured")
+        named = zip(self.plans, self.records, strict=True)
+        lines += [f"{plan.name}: {record}" for plan, record in named if record.steps]
         for number, size in sorted(self.dropped):
             lines.append(f"{self.plans[number].name}: dropped for batches of {size}, too slow")
         return lines
-
-
-def _mean_ms(seconds: float, steps: int) -> float | None:
-    return 1000 * seconds / steps if steps else None

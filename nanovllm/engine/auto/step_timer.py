@@ -7,15 +7,17 @@ timed until it takes the same several times in a row.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from statistics import median
 
 import numpy as np
 import torch
 
+from nanovllm.engine.auto.calibration import StepTimer
+from nanovllm.engine.plan import Choice
 from nanovllm.engine.scheduler import Chunk
 from nanovllm.engine.step_inputs import dummy_chunk
-from nanovllm.engine.step_runner import Choice, StepRunner
+from nanovllm.engine.step_runner import StepRunner
 
 # A reading is the mean of as many steps as take so long, and at least one.
 READING_SECONDS = 0.02
@@ -26,10 +28,7 @@ MOST_READINGS = 24
 
 
 def settled_seconds(read: Callable[[], float]) -> float:
-    """Reads until the last readings are alike, and returns their median.
-
-    If that does not come about, the median of all readings but the first third.
-    """
+    """The median of the first readings in a row that are alike; else of all but the first third."""
     readings: list[float] = []
     while len(readings) < MOST_READINGS:
         readings.append(read())
@@ -39,43 +38,29 @@ def settled_seconds(read: Callable[[], float]) -> float:
     return median(readings[MOST_READINGS // 3 :])
 
 
-class DeviceTimer:
+def device_timer(
+    runner: StepRunner, kv_cache: torch.Tensor, num_blocks: int, block_size: int
+) -> StepTimer:
     """Times decode steps on a CUDA device, from their inputs' copy to their logits.
 
-    NOTE: the first call overwrites the whole KV cache with random numbers.
-
-    Args:
-        runner: runs them.
-        kv_caches: all tensors of the KV cache.
-        num_blocks, block_size: see `steady_chunks`.
+    NOTE: the first call overwrites the KV cache with random numbers.
     """
-
-    def __init__(
-        self,
-        runner: StepRunner,
-        kv_caches: Sequence[torch.Tensor],
-        num_blocks: int,
-        block_size: int,
-    ) -> None:
-        self.runner = weakref.proxy(runner)  # which holds this timer, by its calibration
-        self.unfilled = list(kv_caches)
-        self.num_blocks = num_blocks
-        self.block_size = block_size
+    runner = weakref.proxy(runner)  # which holds this timer, by its calibration
+    unfilled = list(kv_cache)
 
     @torch.inference_mode()
-    def __call__(self, plan: int, batch: int, tokens: int) -> float:
-        """Seconds of a step of `batch` sequences that have `tokens` tokens together."""
-        while self.unfilled:  # zeros would take less power, hence less time
-            self.unfilled.pop().normal_()
-        chunks = list(steady_chunks(batch, tokens // batch, self.num_blocks, self.block_size))
-        lengths = [tokens // batch] * batch
-        step = self.runner.prepare_decode(Choice(plan, batch), chunks, lengths)
+    def timer(plan: int, batch: int, tokens: int) -> float:
+        while unfilled:  # zeros would take less power, hence less time
+            unfilled.pop().normal_()
+        context = tokens // batch
+        chunks = steady_chunks(batch, context, num_blocks, block_size)
+        step = runner.prepare_decode(Choice(plan, batch), chunks, [context] * batch)
 
         def read(count: int) -> float:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             for _ in range(count):
-                self.runner.run(step)
+                runner.run(step)
             end.record()
             end.synchronize()
             return begin.elapsed_time(end) * 1e-3 / count
@@ -84,20 +69,15 @@ class DeviceTimer:
         count = max(1, round(READING_SECONDS / read(1)))
         return settled_seconds(lambda: read(count))
 
+    return timer
 
-def steady_chunks(count: int, context: int, num_blocks: int, block_size: int) -> Iterator[Chunk]:
-    """A decode step of `count` sequences that have `context` tokens each.
 
-    Their blocks are scattered over the cache, and shared only if there are not enough of them.
+def steady_chunks(count: int, context: int, num_blocks: int, block_size: int) -> list[Chunk]:
+    """A decode step of `count` sequences that have `context` tokens each, at least 1.
 
-    Args:
-        count: sequences.
-        context: tokens of each, at least 1.
-        num_blocks: KV blocks; block 0 is padding.
-        block_size: tokens of a block.
+    Their KV blocks are scattered over all `num_blocks`, and shared only if these are not enough.
     """
     needed = -(-context // block_size)
     rng = np.random.default_rng(0)
-    blocks = 1 + np.resize(rng.permutation(num_blocks), count * needed).reshape(count, needed)
-    for table in blocks.tolist():
-        yield dummy_chunk(context - 1, context, table)
+    blocks = 1 + np.resize(rng.permutation(num_blocks), (count, needed))  # block 0 is padding
+    return [dummy_chunk(context - 1, context, table) for table in blocks.tolist()]

@@ -1,17 +1,16 @@
 """Mode "auto": several plans for a decode step stand ready, and a planner picks one each time.
 
 They are sequential decode, the split of the SMs that is configured, and some more. Whatever the
-planner picks has its graph already, so that a change costs nothing. How long a step took on the
-device, between two events, goes back to the planner.
+planner picks has its graph already. How long a step took on the device goes back to the planner.
 """
 
 from __future__ import annotations
 
 from nanovllm.engine.auto.calibration import Calibration
 from nanovllm.engine.auto.cost_table import CostTable
-from nanovllm.engine.auto.planner import SEQUENTIAL_NUMBER, PlanChoice, Planner
-from nanovllm.engine.plan import GREEN, Plan
-from nanovllm.engine.step_runner import Choice, FixedPlan, StepRunner
+from nanovllm.engine.auto.planner import Planner, Prediction
+from nanovllm.engine.plan import GREEN, SEQUENTIAL_NUMBER, Choice, Plan
+from nanovllm.engine.step_runner import FixedChooser, StepRunner
 
 # The FFN gets a group of whole multiples of this many SMs, about these shares of all of them.
 FFN_MULTIPLE = 8
@@ -19,13 +18,8 @@ FFN_SHARES = (0.79, 0.72, 0.67, 0.61, 0.55)
 Split = tuple[int, int]
 
 
-class AutoPlan(FixedPlan):
-    """Lets a planner choose the plan of each decode step.
-
-    Args:
-        runner: has the plans, and captures graphs.
-        calibration: measures what the plans cost.
-    """
+class AutoChooser(FixedChooser):
+    """Lets a planner choose among the plans of `runner` by what `calibration` measures of them."""
 
     def __init__(self, runner: StepRunner, calibration: Calibration) -> None:
         super().__init__(runner.schedulers, runner.memory)
@@ -36,10 +30,9 @@ class AutoPlan(FixedPlan):
         runner.statistics.planner = self.planner
 
     def choose(self, num_seqs: int, tokens: int) -> Choice:
-        chosen = self.planner.choose(num_seqs, tokens)
-        return Choice(chosen.plan, chosen.size, None if chosen.seconds is None else chosen)
+        return self.planner.choose(num_seqs, tokens)
 
-    def observe(self, prediction: PlanChoice, seconds: float) -> None:
+    def observe(self, prediction: Prediction, seconds: float) -> None:
         self.planner.observe(prediction, seconds)
 
     def capture(self, runner: StepRunner, *, show_progress: bool) -> None:
@@ -58,15 +51,15 @@ class AutoPlan(FixedPlan):
         runner.statistics.planner = self.planner
 
 
+def plans_to_try(device_sms: int) -> list[Plan]:
+    """Pipelines on the splits of `splits_to_try`."""
+    return [GREEN.with_sms(split) for split in splits_to_try(device_sms)]
+
+
 def splits_to_try(device_sms: int) -> list[Split]:
     """SMs of attention and FFN that fill the device: of 132, from 28+104 to 60+72."""
-    splits = [split_for(device_sms, share) for share in FFN_SHARES]
-    return [split for split in dict.fromkeys(splits) if min(split) > 0]
-
-
-def plans_to_try(device_sms: int) -> list[Plan]:
-    """Pipelines on those splits."""
-    return [GREEN.with_sms(split) for split in splits_to_try(device_sms)]
+    splits = dict.fromkeys(split_for(device_sms, share) for share in FFN_SHARES)
+    return [split for split in splits if min(split) > 0]
 
 
 def split_for(device_sms: int, ffn_share: float) -> Split:

@@ -16,27 +16,26 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from nanovllm.config import Config
-from nanovllm.engine import plan as plans
 from nanovllm.engine.green_manager import Partitions
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.pipeline_statistics import PipelineStatistics, format_sms
-from nanovllm.engine.plan import ATTENTION, SEQUENTIAL, Plan
+from nanovllm.engine.plan import ATTENTION, GREEN, MICROBATCH, SEQUENTIAL, STREAMS, Plan
 from nanovllm.models.stage import Model
 
 logger = logging.getLogger(__name__)
 
 # On fewer SMs some cuBLAS kernels fail: there is no room for their clusters of thread blocks.
-MIN_DENSE_SMS = 16
+MIN_FFN_SMS = 16
 MODES = {
-    "microbatch": plans.MICROBATCH,
-    "streams": plans.STREAMS,
-    "green": plans.GREEN,
-    "auto": plans.GREEN,
+    "sequential": SEQUENTIAL,
+    "microbatch": MICROBATCH,
+    "streams": STREAMS,
+    "green": GREEN,
+    "auto": GREEN,
 }
 
 
@@ -61,10 +60,8 @@ class Pipelines:
 
 def wanted_plan(config: Config) -> Plan:
     """The plan that a configuration names; of mode "auto" the one on the configured SMs."""
-    if not config.enable_pipeline or config.pipeline_mode == "sequential":
-        return SEQUENTIAL
-    plan = MODES[config.pipeline_mode]
-    if plan is not plans.GREEN:
+    plan = MODES[config.pipeline_mode] if config.enable_pipeline else SEQUENTIAL
+    if plan is not GREEN:
         return plan
     return plan.with_sms([config.pipeline_attention_sm_count, config.pipeline_ffn_sm_count])
 
@@ -82,67 +79,64 @@ def build_pipelines(
     Args:
         config: the mode, its SMs, and whether to fall back.
         model: its KV cache bound.
-        device: where.
-        device_sms: SMs of the device.
+        device, device_sms: where, and its SMs.
         plan: default: what `config` names.
         more: plans to choose from beside it; those that cannot be made are left out.
 
     Raises:
-        PipelineUnavailable, GreenContextError, RuntimeError, ValueError: instead, with
-            `pipeline_strict`.
+        RuntimeError, ValueError: instead of falling back, with `pipeline_strict`.
     """
-    plan = plan or wanted_plan(config)
-    partitions = ExitStack()
-    ready: list[tuple[Plan, Sequence[torch.cuda.Stream], Any]] = []  # with their workspaces
-    fallback_reason = None
+    built = Pipelines([], PipelineStatistics(), ExitStack())
 
     def add(plan: Plan) -> None:
         with ExitStack() as undo:
-            granted, streams = _make_lanes(config, plan, device, device_sms, undo)
-            if granted in [known for known, *_ in ready]:
+            granted, streams = _make_lanes(config, plan, device, undo)
+            if granted in [scheduler.plan for scheduler in built.schedulers]:
                 return  # another request was rounded to the same
             sms = granted.lane_of(ATTENTION).sms or device_sms
-            ready.append((granted, streams, model.backend.make_workspace(device, sms)))
-            partitions.push(undo.pop_all())
+            workspace = model.backend.make_workspace(device, sms)
+            built.schedulers.append(
+                PipelineScheduler(model, granted, streams, workspace, built.statistics, device_sms)
+            )
+            built.partitions.push(undo.pop_all())
 
     try:
         add(SEQUENTIAL)
         errors = []
-        for each in (plan, *more):
+        for each in (plan or wanted_plan(config), *more):
             try:
                 add(each)
             # Of the pipeline's own errors, the driver's and torch's, all are RuntimeErrors.
             except (RuntimeError, ValueError) as error:
                 logger.info("[ModelRunner] No plan %s: %s", each.name, error)
                 errors.append(error)
-        if errors and len(ready) == 1:
+        if len(built.schedulers) == 1 and errors:
             if config.pipeline_strict:
                 raise errors[0]
-            fallback_reason = str(errors[0])
-            logger.warning("[ModelRunner] Failed to initialize pipeline: %s", fallback_reason)
+            logger.warning("[ModelRunner] Failed to initialize pipeline: %s", errors[0])
             logger.warning("[ModelRunner] Falling back to sequential execution")
-        plan = ready[min(1, len(ready) - 1)][0]
-        statistics = _describe(plan, device_sms, fallback_reason)
-        if more and fallback_reason is None:  # of several plans, so it names no single split
-            statistics = PipelineStatistics("auto")
-        schedulers = [PipelineScheduler(model, *each, statistics, device_sms) for each in ready]
-        return Pipelines(schedulers, statistics, partitions)
+            built.statistics.fallback_reason = str(errors[0])
+        else:
+            _describe(built, device_sms, is_auto=bool(more))
+        return built
     except BaseException:
-        partitions.close()
+        built.partitions.close()
         raise
 
 
-def _describe(plan: Plan, device_sms: int, fallback_reason: str | None) -> PipelineStatistics:
-    """Statistics of steps by this plan; says in the log which SMs were granted."""
+def _describe(built: Pipelines, device_sms: int, *, is_auto: bool) -> None:
+    """Tells log and statistics what was granted; of several plans, the latter name no split."""
+    plan, statistics = built.schedulers[:2][-1].plan, built.statistics
+    statistics.mode = "auto" if is_auto else plan.mode
     sms = {lane.name: lane.sms for lane in plan.lanes if lane.sms is not None}
-    if not sms:
-        return PipelineStatistics(plan.mode, fallback_reason=fallback_reason)
-    logger.info("[ModelRunner] Pipeline: %s of %d SMs", format_sms(sms), device_sms)
-    return PipelineStatistics(plan.mode, sms, device_sms)
+    if sms:
+        logger.info("[ModelRunner] Pipeline: %s of %d SMs", format_sms(sms), device_sms)
+    if sms and not is_auto:
+        statistics.lane_sms, statistics.device_sms = sms, device_sms
 
 
 def _make_lanes(
-    config: Config, plan: Plan, device: torch.device, device_sms: int, undo: ExitStack
+    config: Config, plan: Plan, device: torch.device, undo: ExitStack
 ) -> tuple[Plan, Sequence[torch.cuda.Stream]]:
     """The plan with the SMs that were granted, and the streams of its lanes."""
     if not plan.streams:
@@ -161,11 +155,11 @@ def _make_lanes(
     wanted = [lane.sms or 1 for lane in plan.lanes]
     # NOTE: `push` registers before it calls anything, so no interrupt comes between.
     partitions = undo.push(Partitions(device, wanted, names))
-    granted, streams = plan.with_sms(partitions.sms), partitions.streams
-    for name, count, lane in zip(names, wanted, granted.lanes, strict=True):
-        if lane is not granted.lane_of(ATTENTION) and (lane.sms or 0) < MIN_DENSE_SMS:
+    attention = plan.lanes.index(plan.lane_of(ATTENTION))
+    for i, sms in enumerate(partitions.sms):
+        if i != attention and sms < MIN_FFN_SMS:
             raise PipelineUnavailable(
-                f"{name}={count}: {lane.sms} SMs were granted, and cuBLAS needs at least "
-                f"{MIN_DENSE_SMS}"
+                f"{names[i]}={wanted[i]}: {sms} SMs were granted, and cuBLAS needs at least "
+                f"{MIN_FFN_SMS}"
             )
-    return granted, streams
+    return plan.with_sms(partitions.sms), partitions.streams

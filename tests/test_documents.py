@@ -1,0 +1,112 @@
+"""README and docs/: each command is one that its script takes, and each file named is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench_pipeline
+import example_pipeline
+from nanovllm.bench import options
+from nanovllm.config import Config
+from nanovllm.tiny import CHECKPOINT_DIR
+
+ROOT = Path(bench_pipeline.__file__).parent
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+# In text or a block, up to a comment or the end of the code span or line.
+COMMAND = re.compile(r"python (\S+\.py)([^`#\n]*)")
+# In a script's docstring, up to what is said about it.
+DESCRIBED = re.compile(r"^python (\S+\.py)(.*?)(?:  .*)?$", re.MULTILINE)
+
+
+def commands() -> list[tuple[str, str]]:
+    """Scripts, and what follows their names, each once."""
+    found = [each for path in DOCUMENTS for each in COMMAND.findall(path.read_text("utf-8"))]
+    for script in (bench_pipeline, example_pipeline):
+        found += DESCRIBED.findall(script.__doc__ or "")
+    return list(dict.fromkeys((script, line.strip()) for script, line in found))
+
+
+def python_blocks() -> list[str]:
+    """The programs in README; not the loop, which is a method."""
+    blocks = re.findall(r"```python\n(.*?)```", DOCUMENTS[0].read_text("utf-8"), re.DOTALL)
+    return [block for block in blocks if "import" in block]
+
+
+def test_all_commands_are_found() -> None:
+    scripts = [script for script, _ in commands()]
+    assert scripts.count("bench_pipeline.py") > 30
+    assert scripts.count("example_pipeline.py") > 4
+    assert scripts.count("green_ctx.py") == 1
+
+
+@pytest.mark.parametrize(("script", "line"), commands(), ids=" ".join)
+def test_a_command_is_understood(
+    script: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(options, "resolve_device", lambda name: torch.device("cuda", 0))
+    argv = shlex.split(line)
+    monkeypatch.setattr(sys, "argv", [script, *argv])
+    if script == "bench_pipeline.py" and "--help" in argv:
+        with pytest.raises(SystemExit, match=r"^0$"):
+            options.parse(None, argv)
+    elif script == "bench_pipeline.py":
+        args = options.parse(None, argv)
+        assert args.workload in bench_pipeline.WORKLOADS
+        stored = getattr(args, "stored", None) or []
+        assert all(path.exists() for path in stored if path.parent.name == "docs")
+    elif script == "example_pipeline.py":
+        assert example_pipeline.parse_arguments().mode in ("auto", "green")
+    else:
+        source = (ROOT / script).read_text("utf-8")
+        assert all(f'"{word}"' in source for word in argv if word.startswith("--"))
+
+
+@pytest.mark.parametrize("block", python_blocks(), ids=["LLM", "Config"])
+def test_python_of_the_readme_runs(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the tiny model, and less to do."""
+    program = re.sub(r'"Qwen/[^"]*"', repr(str(CHECKPOINT_DIR)), block)
+    program = re.sub(r"\b(1024|512|50)\b", "4", program)
+    names: dict[str, object] = {}
+    exec(program, names)
+    if "engine" in names:
+        names["engine"].exit()  # type: ignore[attr-defined]
+    assert "[Pipeline Statistics]" in capsys.readouterr().out
+
+
+def test_files_of_the_code_map_are_there() -> None:
+    readme = DOCUMENTS[0].read_text("utf-8").partition("## Read it")[2]
+    lines = re.search(r"```text\n(.*?)```", readme, re.DOTALL)
+    assert lines is not None
+    paths = re.findall(r"^(\S+)", lines[1], re.MULTILINE)
+    assert len(paths) > 20
+    missing = [path for path in paths if not (ROOT / "nanovllm" / path).exists()]
+    assert not missing
+    names = set(re.findall(r"\w+\.py", lines[1]))
+    assert names <= {path.name for path in (ROOT / "nanovllm").rglob("*.py")} | {
+        "bench_pipeline.py"
+    }
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_what_a_document_names_is_there(document: Path) -> None:
+    text = document.read_text("utf-8")
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    assert all((document.parent / link).exists() for link in links)
+    for path in re.findall(r"`((?:\w+/)+\w+\.py)`", text):
+        assert (ROOT / path).exists() or (ROOT / "nanovllm" / path).exists(), path
+    tests = "".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    assert all(f"def {name}(" in tests for name in re.findall(r"`(test_\w+)`", text))
+
+
+def test_the_options_of_the_readme_are_those_of_config() -> None:
+    table = re.findall(r"^\| `(\w+)` \| \w+ \| (\S+) \|", DOCUMENTS[0].read_text("utf-8"), re.M)
+    defaults = vars(Config())
+    named = {name: default.strip('`"') for name, default in table}
+    assert named == {name: str(defaults[name]) for name in defaults if "pipeline" in name}

@@ -44,9 +44,6 @@ class Config:
         max_model_len: longest sequence in tokens, prompt and output; the model's own limit caps it.
         gpu_memory_utilization: share of the device's memory the engine may fill (CUDA only).
         tensor_parallel_size: ranks over which weights and KV heads are split.
-        all_reduce: "auto" lets GPUs of one host read and write each other's memory where they can;
-            "nccl" does not.
-        step_timeout: seconds without progress after which a step of several ranks is an error.
         enforce_eager: decode without CUDA graphs.
         kvcache_block_size: tokens in a KV block.
         num_kvcache_blocks: KV blocks to allocate; -1: as many as memory allows (on the CPU, at
@@ -65,6 +62,9 @@ class Config:
         pipeline_enable_profiling: time the two stages of every decode step.
         pipeline_mode: how the two micro-batches are issued; see README.
         pipeline_strict: raise instead of falling back to sequential execution.
+        all_reduce: "auto" lets GPUs of one host read and write each other's memory where they can;
+            "nccl" does not.
+        step_timeout: seconds without progress after which a step of several ranks is an error.
     """
 
     model: str = option(str(CHECKPOINT_DIR), _model)
@@ -73,8 +73,6 @@ class Config:
     max_model_len: int = option(4096, integer(2))
     gpu_memory_utilization: float = option(0.9, number(0, 1, open_low=True))
     tensor_parallel_size: int = option(1, integer(1))
-    all_reduce: str = option("auto", choice("auto", "nccl"))
-    step_timeout: float = option(60.0, number(0, 86400, open_low=True))
     enforce_eager: bool = option(False, boolean)
     kvcache_block_size: int = option(256, integer(16, multiple_of=16))
     num_kvcache_blocks: int = option(-1, integer(1, also=-1))
@@ -90,6 +88,8 @@ class Config:
     pipeline_enable_profiling: bool = option(False, boolean)
     pipeline_mode: str = option("auto", choice(*PIPELINE_MODES))
     pipeline_strict: bool = option(False, boolean)
+    all_reduce: str = option("auto", choice("auto", "nccl"))
+    step_timeout: float = option(60.0, number(0, 86400, open_low=True))
 
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, check(self, name, value))

@@ -171,17 +171,6 @@ def test_counts_that_do_not_fit_are_named_with_the_device(monkeypatch, caplog):
     assert bindings.contexts == {}
 
 
-@pytest.mark.parametrize("device", ["cuda:0", "cpu"])
-@pytest.mark.parametrize("mode", ["auto", "green", "streams"])
-def test_several_gpus_fall_back(device, mode, caplog):
-    options = {"pipeline_mode": mode, "tensor_parallel_size": 2}
-    reason = "tensor_parallel_size=2: lanes with streams of their own run on one GPU"
-    assert build(device, **options).statistics.fallback_reason == reason
-    assert caplog.messages == [FAILED + reason, FALLING_BACK]
-    with pytest.raises(PipelineUnavailable, match=f"^{reason}$"):
-        build(device, **options, pipeline_strict=True)
-
-
 @pytest.mark.parametrize("options", [{"enable_pipeline": False}, {"pipeline_mode": "sequential"}])
 def test_a_pipeline_that_is_not_asked_for_is_not_built(options, monkeypatch, caplog):
     bindings = FakeDriver()

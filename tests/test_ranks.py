@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from nanovllm import LLM
-from nanovllm.engine.parallel import process_groups
 from nanovllm.engine.parallel.processes import RankDiedError, Workers
 from nanovllm.engine.parallel.ranks import Ranks, devices_for
 from nanovllm.layers.parallel import ParallelGroup, Shard
@@ -41,24 +40,36 @@ def test_torchrun_with_another_number_of_processes_is_refused(monkeypatch):
         LLM(device="cpu", tensor_parallel_size=2)
 
 
+class Waiting:
+    """Collectives of CUDA that wait for a dead rank, without CUDA."""
+
+    def __init__(self) -> None:
+        self.ended: list[str] = []
+
+    def abort(self) -> None:
+        self.ended.append("nccl")
+
+    def expire(self) -> None:
+        self.ended.append("peers")
+
+
 @pytest.mark.parametrize("death", [True, False], ids=["death", "close"])
-def test_nccl_is_aborted_when_a_worker_dies_and_at_the_end(monkeypatch, death):
-    """What CUDA adds, without CUDA: the thread that frees rank 0 from a kernel without a peer."""
-    aborted: list[object] = []
-    monkeypatch.setattr(process_groups, "abort_nccl", aborted.append)
-    rank_0 = Ranks()
+def test_what_waits_for_a_dead_rank_is_ended_when_a_worker_dies_and_at_the_end(death):
+    rank_0, waiting = Ranks(), Waiting()
+    rank_0.groups = waiting
+    rank_0.group = ParallelGroup(0, 2, peers=waiting)
     worker = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
     rank_0.workers.processes.append(worker)
-    guard = threading.Thread(target=rank_0._abort_at_end, args=("the group",))
+    guard = threading.Thread(target=rank_0._guard_device)
     guard.start()
     time.sleep(0.2)
-    assert aborted == []
+    assert waiting.ended == []
     if death:
         worker.kill()
     else:
         rank_0._ended.set()
     guard.join(SECONDS)
-    assert aborted == ["the group"]
+    assert waiting.ended == ["peers", "nccl"]
     rank_0.workers.end(patience=0)
 
 
@@ -72,9 +83,14 @@ def test_more_ranks_than_devices_are_refused(monkeypatch):
 @pytest.mark.parametrize("full", [1, 5, 8, 509])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_vocabulary_shards_cover_everything_once(full, size):
-    shards = [Shard.of(full, ParallelGroup(rank, size)) for rank in range(size)]
-    held = [entry for s in shards for entry in range(s.start, s.start + s.size)]
-    assert held == list(range(full))
+    groups = [ParallelGroup(rank, size) for rank in range(size)]
+    for shards in (
+        [Shard.of(full, group) for group in groups],
+        [Shard.of_tiles(full, 4, group) for group in groups],
+    ):
+        held = [entry for s in shards for entry in range(s.start, s.start + s.size)]
+        assert held == list(range(full))
+    assert all(s.start % 4 == 0 or s.size == 0 for s in shards)
 
 
 def test_each_rank_has_the_kv_head_of_its_query_heads():
@@ -88,7 +104,7 @@ def test_each_rank_has_the_kv_head_of_its_query_heads():
 def test_one_rank_needs_no_collectives():
     x = torch.randn(3, 4)
     assert ParallelGroup().all_reduce(x) is x
-    assert ParallelGroup().concat_last_dim(x) is x
+    assert torch.equal(ParallelGroup().gather(x), x[None])
 
 
 @pytest.mark.parametrize(

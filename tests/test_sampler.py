@@ -8,23 +8,28 @@ import pytest
 import torch
 
 from nanovllm import SamplingParams
+from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.layers.sampler import SamplingBatch, sample
 
 CPU = torch.device("cpu")
+ONE = ParallelGroup()
 
 
 def draw(logits, params, seeds, steps=None):
     """One token per row of `logits`."""
     count = len(logits)
-    batch = SamplingBatch.of(
+    batch = batch_of(
         params if isinstance(params, list) else [params] * count,
         list(seeds),
         list(steps or [0] * count),
-        list(range(count)),
         logits.shape[1],
-        CPU,
     )
-    return sample(logits, batch).tolist()
+    return sample(logits, batch, ONE, Shard.of(logits.shape[1], ONE)).tolist()
+
+
+def batch_of(params, seeds, steps, vocab_size):
+    packed = SamplingBatch.pack(params, seeds, steps, list(range(len(params))), vocab_size)
+    return SamplingBatch.unpack(packed, CPU)
 
 
 def distribution(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -105,7 +110,7 @@ def test_rows_of_one_batch_keep_their_own_options():
 
 @pytest.mark.parametrize("top_k", [-1, 50, 51, 10**9])
 def test_a_top_k_of_the_whole_vocabulary_or_more_is_no_limit(top_k):
-    batch = SamplingBatch.of([SamplingParams(top_k=top_k)], [0], [0], [0], 50, CPU)
+    batch = batch_of([SamplingParams(top_k=top_k)], [0], [0], 50)
     assert batch.filtered is None
 
 
@@ -116,7 +121,7 @@ def test_only_the_limits_that_rows_have_are_looked_for():
     def limits(*params):
         count = len(params)
         ids = list(range(count))
-        batch = SamplingBatch.of(list(params), ids, ids, ids, 50, CPU)
+        batch = batch_of(list(params), ids, ids, 50)
         fields = (batch.filtered, batch.top_k, batch.top_p)
         return [None if x is None else x.tolist() for x in fields]
 

@@ -107,7 +107,7 @@ def test_a_rank_that_is_sent_a_step_captures_what_rank_0_captures(monkeypatch):
         runner = llm.model_runner
         steps, other = runner.step_runner, runner.make_step_runner(Config(device="cpu"), MICROBATCH)
 
-        def send(layout: StepLayout, flat: Any) -> None:
+        def send(layout: StepLayout, flat: Any, sampling: Any) -> None:
             received = StepLayout.from_integers(layout.to_integers())
             other.run(PreparedStep(received, torch.from_numpy(flat.copy())))
 
@@ -169,13 +169,18 @@ def test_auto_measures_chooses_and_keeps_the_tokens(monkeypatch, tmp_path):
             "microbatch",
         ]
         steps.chooser = auto = AutoChooser(steps, runner._calibration(llm.config, steps))
-        timed, run = [], steps.run
+        timed, run, calibrate = [], steps.run, auto.calibration.run
 
         def recorded(step: PreparedStep, *capture: Any) -> torch.Tensor:
-            timed.extend([] if capture else [step.layout.timed])
+            timed.append(step.layout.timed)
             return run(step, *capture)
 
-        monkeypatch.setattr(steps, "run", recorded)
+        def calibrated(*args: Any, **options: Any) -> Any:
+            with monkeypatch.context() as patch:
+                patch.setattr(steps, "run", recorded)
+                return calibrate(*args, **options)
+
+        monkeypatch.setattr(auto.calibration, "run", calibrated)
         llm.config.pipeline_enable_profiling = True
         auto.capture(steps, show_progress=False)
         llm.config.pipeline_enable_profiling = False

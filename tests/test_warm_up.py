@@ -77,7 +77,9 @@ def test_all_kinds_of_limits_are_drawn_with():
     """Each combination that the sampler tells apart, so that it launches other kernels."""
     kinds = set()
     for params in SAMPLING:
-        batch = SamplingBatch.of([params], [0], [0], [0], 50, torch.device("cpu"))
+        batch = SamplingBatch.unpack(
+            SamplingBatch.pack([params], [0], [0], [0], 50), torch.device("cpu")
+        )
         kinds.add((batch.top_k is not None, batch.top_p is not None))
     assert kinds == {(False, False), (True, False), (False, True), (True, True)}
 

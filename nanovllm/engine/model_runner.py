@@ -164,6 +164,7 @@ class ModelRunner:
             torch.cuda.set_device(self.device)  # it is each thread's own
         with torch.inference_mode():
             prepared = replace(self.step_runner.prepare(step), sampling=self._sampling(step))
+            self._send(prepared)
             self.watch("begin", step)
             logits = self.step_runner.run(prepared)
             self.watch("issued", step)
@@ -286,7 +287,7 @@ class ModelRunner:
         tokens, longest = self.config.max_num_batched_tokens, self.max_model_len
         sizes = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
         chunks = [dummy_chunk(0, size) for size in sizes[: self.config.max_num_seqs]]
-        self.step_runner.issue(self.step_runner.prepare_prompts(chunks))
+        self.step_runner.run(self.step_runner.prepare_prompts(chunks))
         # What decode needs at most beyond that: logits, a copy of those that are drawn from, and
         # room for the graphs' own memory.
         shape = self.config.max_num_seqs, self.model.vocab_shard.size

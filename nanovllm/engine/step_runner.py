@@ -81,7 +81,7 @@ class StepRunner:
         last_tokens: the last token of each running request, on the device.
         memory: for CUDA graphs; None: run eagerly.
         inputs: lays steps out and fills them.
-        send: gives a step to the other ranks, before this one runs it.
+        send: gives a step to the other ranks, which then run it, too.
     """
 
     def __init__(
@@ -153,28 +153,22 @@ class StepRunner:
             self.layouts[key] = self.inputs.decode_layout(plan, size, batches, timed=timed)
         return self.layouts[key]
 
-    def run(self, step: PreparedStep) -> torch.Tensor:
-        """Issues a step on all ranks, or replays its graph.
-
-        Returns logits [num_samples, this rank's part of the vocabulary].
-        """
-        self.send(step)
-        if self.memory is not None and step.layout.is_decode:
-            return self._replay(step)
-        self.timer = StageTimer(self.device) if step.layout.timed else None
-        return self.issue(step, timer=self.timer)
-
-    def issue(
+    def run(
         self,
         step: PreparedStep,
         logits: torch.Tensor | None = None,
         timer: StageTimer | None = None,
     ) -> torch.Tensor:
-        """Issues a step on this rank; the others must do the same.
+        """Issues a step, or replays its graph; the other ranks must do the same.
 
-        A capture issues it with `logits` to write and its own `timer`.
+        A capture issues the step with `logits` to write and its own `timer`. Returns logits
+        [num_samples, this rank's part of the vocabulary].
         """
         layout = step.layout
+        if logits is None:
+            if self.memory is not None and layout.is_decode:
+                return self._replay(step)
+            timer = self.timer = StageTimer(self.device) if layout.timed else None
         if timer:
             timer.begin_step()
         scheduler = self.schedulers[layout.plan]
@@ -188,9 +182,9 @@ class StepRunner:
         return logits
 
     def run_padding(self, size: int) -> torch.Tensor:
-        """Issues a decode step of `size` rows, all of them padding; for all ranks alike."""
+        """Runs a decode step of `size` rows, all of them padding."""
         choice = self.chooser.choose(size, size)
-        return self.issue(self.prepare_decode(choice, [], []))
+        return self.run(self.prepare_decode(choice, [], []))
 
     def finish(self, step: PreparedStep, num_seqs: int) -> None:
         """Counts a decode step, which must be complete, and hands on how long it took.
@@ -205,6 +199,7 @@ class StepRunner:
             begin, end = step.events
             self.chooser.observe(step.prediction, begin.elapsed_time(end) * 1e-3)
 
+    @torch.inference_mode()
     def capture(self, choices: Iterable[Choice], *, show_progress: bool) -> None:
         """Captures steps now, rather than when they are first needed."""
         # The largest first: the others then fit into the pool's memory.
@@ -214,7 +209,9 @@ class StepRunner:
             for choice in bar:
                 profiled = self.config.pipeline_enable_profiling
                 if self.layout(choice, profiled) not in self.graphs:
-                    self.run(self.prepare_decode(choice, [], [], timed=profiled))
+                    step = self.prepare_decode(choice, [], [], timed=profiled)
+                    self.send(step)
+                    self.run(step)
             # The steps that were run before their captures leave memory in sizes of their own.
             torch.cuda.empty_cache()
 
@@ -249,11 +246,11 @@ class StepRunner:
         inputs = self.memory.inputs[: layout.size]
         inputs.copy_(padding)
         step, logits = PreparedStep(layout, inputs), self.memory.logits[: layout.num_samples]
-        self.issue(step, logits)  # outside: compiles kernels, makes handles
+        self.run(step, logits)  # outside: compiles kernels, makes handles
         timer = StageTimer(self.device, in_graph=True) if layout.timed else None
         graph = torch.cuda.CUDAGraph()
         with self.memory.capturing(graph):
-            self.issue(step, logits, timer)
+            self.run(step, logits, timer)
         self.graphs[layout] = graph, timer
         return graph, timer
 

@@ -60,6 +60,7 @@ def device_timer(
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             for _ in range(count):
+                runner.send(step)
                 runner.run(step)
             end.record()
             end.synchronize()

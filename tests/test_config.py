@@ -30,8 +30,6 @@ BAD_CONFIG = {
     "max_model_len": ("an integer of at least 2", (1, *NOT_POSITIVE)),
     "gpu_memory_utilization": ("a number above 0 to 1", (0, 1.01, math.nan, True, "0.9", None)),
     "tensor_parallel_size": (POSITIVE, NOT_POSITIVE),
-    "all_reduce": ("one of 'auto', 'nccl'", ("", "NCCL", None)),
-    "step_timeout": ("a number above 0 to 86400", (0, -1, math.inf, True, "60", None)),
     "enforce_eager": (BOOLEAN, NOT_BOOLEANS),
     "kvcache_block_size": ("an integer of at least 16 and a multiple of 16", (8, 17, 100, 256.0)),
     "num_kvcache_blocks": ("an integer of at least 1, or -1", (0, -2, True, 1.0, "8", None)),
@@ -47,6 +45,8 @@ BAD_CONFIG = {
     "pipeline_enable_profiling": (BOOLEAN, NOT_BOOLEANS),
     "pipeline_mode": (f"one of {str(PIPELINE_MODES)[1:-1]}", ("", "fast", "Green", None)),
     "pipeline_strict": (BOOLEAN, NOT_BOOLEANS),
+    "all_reduce": ("one of 'auto', 'nccl'", ("", "NCCL", None)),
+    "step_timeout": ("a number above 0 to 86400", (0, -1, math.inf, True, "60", None)),
 }
 
 BAD_SAMPLING = {

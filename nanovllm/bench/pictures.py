@@ -16,7 +16,7 @@ COLUMNS, NARROWEST = 3, 7.5
 FULL_COLOR, DARK = 0.25, 0.55
 PANELS = {"best_gain": "best fixed split", "auto_gain": "auto"}
 SHORT = {"microbatch": "2 parts", "fallback": "fallb."}
-LEGEND = "tokens of context\nsmall: SMs of attention + FFN   hatched: does not fit   -: not timed"
+LEGEND = "small: SMs of attention + FFN; hatched: does not fit; -: not timed"
 
 
 def draw_map(record: Record, path: Path) -> None:
@@ -50,11 +50,13 @@ def draw_map(record: Record, path: Path) -> None:
             panel.set_title(f"{name}: {PANELS[field]}", fontsize=10)
         for row in panels[i * lines : (i + 1) * lines]:
             row[0].set_ylabel("sequences", fontsize=9)
+            row[0].set_xlabel("tokens of context", fontsize=9)
     figure.supxlabel(LEGEND, fontsize=9)
     shrink = min(1.0, 4 / height)
     bar = figure.colorbar(colors, ax=panels, extend="both", shrink=shrink, aspect=20, pad=0.01)
     bar.ax.tick_params(labelsize=8)
-    what = f"Pipelined decode, speed over sequential: {' '.join(shapes)}"
+    bar.set_label("speed over sequential", fontsize=9)
+    what = f"Pipelined decode, speed over sequential: {', '.join(shapes)}"
     figure.suptitle(heading(record, what), fontsize=10.5)
     figure.savefig(path, dpi=DPI)
 

@@ -62,7 +62,11 @@ class Partitions(GreenContexts):
 
 
 class GreenContextManager(Partitions):
-    """`Partitions` for two lanes: attention, and everything dense (the FFN)."""
+    """`Partitions` for two lanes: attention, and everything dense (the FFN).
+
+    Kept for the specification, tests/seed_spec.py, and handy for the benchmark's curves; the engine
+    makes `Partitions` for the lanes of a plan.
+    """
 
     def __init__(
         self,

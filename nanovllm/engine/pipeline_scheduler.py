@@ -1,4 +1,6 @@
-"""The pipeline: while one micro-batch is in attention, another is in the FFN.
+"""Issues the stages of one step on their lanes; it schedules no requests, as scheduler.py does.
+
+In the pipeline one micro-batch is in attention while another is in the FFN:
 
     lane        time ->
     attention       A0  B0  A1  B1  A2  B2 ...    A, B: micro-batches; 0, 1, 2: layers
@@ -88,7 +90,9 @@ class PipelineScheduler:
 
     @torch.inference_mode()
     def decode_token(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Runs and times whole sequences, which have no KV cache; the engine calls `issue` instead.
+        """Runs and times whole sequences, which have no KV cache.
+
+        Kept for the specification, tests/seed_spec.py; the engine calls `issue` instead.
 
         Args:
             input_ids: integer [T].

@@ -1,5 +1,8 @@
 """Chooses what the next step computes: continuous batching with chunked prefill.
 
+It knows requests and KV blocks, and nothing of stages and lanes: pipeline_scheduler.py issues a
+step's stages.
+
 A step is either prefill (up to `max_num_batched_tokens` prompt tokens of several sequences, long
 prompts in chunks) or decode (one token for every sequence that has read all but its last token).
 Prefill goes first, since it widens the decode batch, but never more than a few steps in a row.

@@ -159,8 +159,9 @@ class DecoderForCausalLM(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """A layer up to its output projection; with `forward_ffn`, a layer in two calls.
 
-        The engine runs `stages` instead, which fuse more and leave in attention only what reads
-        the KV cache; where nothing is fused, as on the CPU, both give the same bits.
+        Kept for the specification, tests/seed_spec.py. The engine runs `stages` instead, which fuse
+        more and leave in attention only what reads the KV cache; where nothing is fused, as on the
+        CPU, both give the same bits.
 
         Args:
             x: token ids, integer [T], at layer 0; hidden states [T, hidden_size] after it.
@@ -182,7 +183,10 @@ class DecoderForCausalLM(nn.Module):
         return attention.o_proj(out.flatten(1)), residual
 
     def forward_ffn(self, hidden_states: Tensor, residual: Tensor, layer: int = 0) -> Tensor:
-        """Residual, norm and MLP of `layer`: [T, hidden_size]; after the last, the final norm."""
+        """Residual, norm and MLP of `layer`: [T, hidden_size]; after the last, the final norm.
+
+        Kept for the specification, as `forward_attention`.
+        """
         block = self.model.layers[layer]
         normed, residual = block.post_attention_layernorm.add(hidden_states, residual)
         hidden_states = block.mlp.down_proj(block.mlp.gated(kernels.Normed(normed))) + residual

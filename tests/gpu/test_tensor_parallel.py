@@ -26,65 +26,111 @@ SHAPES = [
     Shape(heads=4, kv_heads=4, head_dim=128, seed=3),
 ]
 
-# Greedy tokens, then the logits of a prefill and of decode steps that all follow the same tokens.
-GENERATE = """
+# Tokens of a few requests, greedy and drawn.
+TOKENS = """
 import json, sys
-import torch
-from nanovllm import LLM
-from nanovllm.engine import model_runner
+from nanovllm import LLM, SamplingParams
 
 with open(sys.argv[1]) as file:
     task = json.load(file)
 llm = LLM(device="cuda", max_model_len=128, max_num_seqs=8, num_kvcache_blocks=64,
           kvcache_block_size=16, **task["options"])
-options = dict(temperature=0, max_tokens=12, ignore_eos=True, use_tqdm=False)
-tokens = [output["token_ids"] for output in llm.generate(task["prompts"], **options)]
+params = [SamplingParams(max_tokens=12, ignore_eos=True, **more) for more in task["sampling"]]
+outputs = llm.generate(task["prompts"], params, use_tqdm=False)
+print(json.dumps([output["token_ids"] for output in outputs]))
+print(json.dumps(llm.model_runner.get_pipeline_statistics()["steps"]))
+"""
+SAMPLING = [
+    {"temperature": 0},
+    {"temperature": 0.8, "seed": 1},
+    {"temperature": 0.8, "seed": 2, "top_k": 20},
+    {"temperature": 0.8, "seed": 3, "top_p": 0.9},
+    {"temperature": 1.5, "seed": 4, "top_k": 300, "top_p": 0.95},
+    {"temperature": 0},
+]
+
+# Logits of a prefill and of decode steps that all follow the same tokens. Every rank runs it.
+LOGITS = """
+import json, sys
+import torch
+from nanovllm import LLM
+from nanovllm.engine import model_runner
 
 logits = []
 
-def always_seven(found, batch):
+def always_seven(found, batch, group, shard):
     logits.append(found.float().cpu())
     return torch.full((len(found),), 7, device=found.device)
 
 model_runner.sample = always_seven
-llm.generate(task["prompts"], **options)
+with open(sys.argv[1]) as file:
+    task = json.load(file)
+llm = LLM(device="cuda", max_model_len=128, max_num_seqs=8, num_kvcache_blocks=64,
+          kvcache_block_size=16, **task["options"])
+logits.clear()  # of the warm-up
+llm.generate(task["prompts"], temperature=0, max_tokens=12, ignore_eos=True, use_tqdm=False)
 torch.save(torch.cat(logits), sys.argv[2])
-print(json.dumps(tokens))
 """
 
 
-def generate(
-    directory: Path, model: Path, *, processes: int = 0, **options: object
-) -> tuple[list[list[int]], torch.Tensor]:
-    """Tokens and logits of an engine with these options."""
-    script, task, logits = (directory / name for name in ("generate.py", "task.json", "logits.pt"))
-    script.write_text(GENERATE)
+def run_task(directory: Path, source: str, model: Path, processes: int = 0, **options: object):
+    """Runs a script on its task; also returns where it may save something."""
+    script, task, saved = (directory / name for name in ("script.py", "task.json", "saved.pt"))
+    script.write_text(source)
     options["model"] = str(model)
-    task.write_text(json.dumps({"prompts": prompts(7, count=6), "options": options}))
-    result = scripts.run(script, task, logits, processes=processes, timeout=240)
+    tasks = {"prompts": prompts(7, count=6), "sampling": SAMPLING, "options": options}
+    task.write_text(json.dumps(tasks))
+    result = scripts.run(script, task, saved, processes=processes, timeout=240)
     assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout), torch.load(logits, weights_only=True)
+    return result.stdout.splitlines(), saved
+
+
+def tokens_of(directory: Path, model: Path, processes: int = 0, **options: object) -> str:
+    """Tokens of an engine with these options."""
+    (tokens, steps), _ = run_task(directory, TOKENS, model, processes, **options)
+    pipelined = options.get("pipeline_mode") not in (None, "auto")
+    assert (json.loads(steps)["pipelined"] > 0) == pipelined
+    return tokens
+
+
+def logits_of(directory: Path, model: Path, size: int, **options: object) -> torch.Tensor:
+    """Logits of an engine with these options; the first rank has the whole small vocabulary."""
+    options["tensor_parallel_size"] = size
+    _, saved = run_task(directory, LOGITS, model, size if size > 1 else 0, **options)
+    return torch.load(saved, weights_only=True)
+
+
+PIPELINES = {
+    "sequential": {},
+    "nccl": {"all_reduce": "nccl"},
+    "microbatch": {"enable_pipeline": True, "pipeline_mode": "microbatch"},
+    "streams": {"enable_pipeline": True, "pipeline_mode": "streams"},
+    "green": {"enable_pipeline": True, "pipeline_mode": "green", "pipeline_ffn_sm_count": 96,
+              "pipeline_attention_sm_count": 36},
+}  # fmt: skip
 
 
 @EAGER
+@pytest.mark.parametrize("pipeline", PIPELINES)
 @pytest.mark.parametrize("shape", SHAPES, ids=["gqa", "one kv head", "mha"])
-def test_float32_tokens_equal_those_of_one_rank(tmp_path, shape, eager):
+def test_float32_tokens_equal_those_of_one_rank(tmp_path, shape, pipeline, eager):
     shape.write(tmp_path / "model")
     options = {"dtype": "float32", "enforce_eager": eager}
-    one, _ = generate(tmp_path, tmp_path / "model", **options)
-    two, _ = generate(tmp_path, tmp_path / "model", tensor_parallel_size=2, **options)
-    assert two == one
+    one = tokens_of(tmp_path, tmp_path / "model", **options)
+    options |= {"tensor_parallel_size": 2, **PIPELINES[pipeline]}
+    if "enable_pipeline" in options:
+        options["pipeline_strict"] = True
+    assert tokens_of(tmp_path, tmp_path / "model", **options) == one
 
 
 @EAGER
 def test_bfloat16_logits_are_as_good_as_those_of_one_rank(tmp_path, eager):
     model = tmp_path / "model"
     Shape(layers=3, heads=8, kv_heads=2, hidden=256, intermediate=512, seed=4).write(model)
-    _, exact = generate(tmp_path, model, dtype="float32", enforce_eager=eager)
+    exact = logits_of(tmp_path, model, 1, dtype="float32", enforce_eager=eager)
 
     def error(size: int) -> float:
-        options = {"dtype": "bfloat16", "enforce_eager": eager, "tensor_parallel_size": size}
-        _, logits = generate(tmp_path, model, **options)
+        logits = logits_of(tmp_path, model, size, dtype="bfloat16", enforce_eager=eager)
         return float((logits - exact).norm() / exact.norm())
 
     assert error(2) < 1.5 * error(1) + 5e-3
@@ -93,10 +139,9 @@ def test_bfloat16_logits_are_as_good_as_those_of_one_rank(tmp_path, eager):
 def test_torchrun_gives_the_same_tokens(tmp_path):
     SHAPES[0].write(tmp_path / "model")
     options = {"dtype": "float32"}
-    one, _ = generate(tmp_path, tmp_path / "model", **options)
+    one = tokens_of(tmp_path, tmp_path / "model", **options)
     options["tensor_parallel_size"] = 2
-    two, _ = generate(tmp_path, tmp_path / "model", processes=2, **options)
-    assert two == one
+    assert tokens_of(tmp_path, tmp_path / "model", processes=2, **options) == one
 
 
 ENGINES = """

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symm_mem
 from torch import Tensor
 
 from nanovllm.kernels.gpu import usable_sms
@@ -142,13 +144,15 @@ class PeerMemory:
         with torch.cuda.stream(torch.cuda.Stream(self.device)):
             self.peers.expired.copy_(torch.ones(1, dtype=torch.int32).pin_memory(), True)
 
+    def handle_of(self, own: Tensor) -> Any:
+        """torch's handle of a shared tensor."""
+        return symm_mem.rendezvous(own, self.group.group_name)
+
     def _share(self, shape: tuple[int, ...], dtype: torch.dtype) -> Shared:
         # Multicast objects are not used, and making them can disturb other users of the switches.
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-        import torch.distributed._symmetric_memory as symm_mem
-
         own = symm_mem.empty(*shape, dtype=dtype, device=self.device)
-        handle = symm_mem.rendezvous(own, self.group.group_name)
+        handle = self.handle_of(own)
         addresses = torch.tensor(list(handle.buffer_ptrs), device=self.device)
         own.zero_()
         return Shared(own, addresses)

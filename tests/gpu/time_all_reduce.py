@@ -1,50 +1,41 @@
-"""All-reduce with residual and norm on the GPUs of one host: is it right, and how long does it take.
+"""All-reduce with residual and norm on the GPUs of one host: microseconds.
 
-    python tests/gpu/time_all_reduce.py --ranks 2 --json all_reduce.json
+    python tests/gpu/time_all_reduce.py --ranks 4 --json all_reduce.json
 
-Prints, for messages of 8 KB to 16 MB and 4 to 132 programs, microseconds a call of NCCL and of torch's symmetric
-memory (with a norm kernel after each) and of one-shot and two-shot `all_reduce_add_norm`, from replays of a
-graph of `CALLS` calls; the best of each as bytes a rank has to receive over the measured copy bandwidth of a peer.
+For messages of 8 KB to 16 MB, and 4 to 132 programs of a kernel that holds an SM each: NCCL and
+torch's symmetric memory, with a norm kernel after each, and ours, from replays of a graph; then how
+fast bytes come from a peer in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
-
-os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.distributed as dist
-import torch.distributed._symmetric_memory as symm_mem
-import torch.multiprocessing as mp
+
+if __name__ in ("__main__", "__mp_main__"):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from nanovllm import kernels
-from nanovllm.kernels import all_reduce
-from nanovllm.kernels.all_reduce import Peers, all_reduce_add_norm
+from nanovllm.layers.peer_memory import MOST_ROWS, PeerMemory
+from tests.gpu import peer_ranks
+from tests.gpu.peer_ranks import HIDDEN
 
-HIDDEN = 4096
 CALLS = 20
+REPLAYS = 5
 ROWS = [1, 8, 32, 64, 128, 256, 512, 1024, 2048]
-PROGRAMS = [4, 8, 16, 32, 64, 132, 264]
-MAX_PROGRAMS = 264
+PROGRAMS = [4, 8, 16, 32, 64, 132]
+EPS = 1e-6
 
 
-def symmetric(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
-    tensor = symm_mem.empty(*shape, dtype=dtype, device=device)
-    handle = symm_mem.rendezvous(tensor, dist.group.WORLD.group_name)
-    assert not getattr(handle, "multicast_ptr", 0), "multicast must stay off"
-    tensor.zero_()
-    return tensor, torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=device)
-
-
-def timed(run, replays: int = 5) -> float:
-    """Microseconds a call, the median of replays of a graph; the slowest rank's."""
+def microseconds(run: Callable[[], object]) -> float:
+    """Of a call, the median of replays of a graph of calls; the slowest rank's."""
     for _ in range(3):
         run()
     torch.cuda.synchronize()
@@ -53,7 +44,7 @@ def timed(run, replays: int = 5) -> float:
         for _ in range(CALLS):
             run()
     times = []
-    for _ in range(replays):
+    for _ in range(REPLAYS):
         dist.barrier()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -61,150 +52,65 @@ def timed(run, replays: int = 5) -> float:
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) * 1000 / CALLS)
-    out = torch.tensor([statistics.median(times)], device="cuda")
-    dist.all_reduce(out, dist.ReduceOp.MAX)
-    return round(out.item(), 2)
+    slowest = torch.tensor([statistics.median(times)], device="cuda")
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return round(slowest.item(), 2)
 
 
-def main_of(rank: int, size: int, port: int, path: str) -> None:
-    torch.cuda.set_device(rank)
-    device = torch.device("cuda", rank)
-    dist.init_process_group(
-        "nccl", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size, device_id=device
-    )
-    dtype, most = torch.bfloat16, max(ROWS)
-    buffers = [symmetric((most, HIDDEN), dtype, device) for _ in range(2)]
-    results = [symmetric((most, HIDDEN), dtype, device) for _ in range(2)]
-    counters, counter_ptrs = symmetric((2, MAX_PROGRAMS, size), torch.int32, device)
-    torch.cuda.synchronize()
-    dist.barrier()
-    peers = Peers(
-        rank,
-        size,
-        counter_ptrs,
-        torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device),
-        torch.zeros(1, dtype=torch.int32, device=device),
-        MAX_PROGRAMS,
-        20_000_000,
-    )
-    weight = torch.rand(HIDDEN, dtype=dtype, device=device) + 0.5
-    dist.broadcast(weight, 0)
-    eps = 1e-6
+def time_rows(memory: PeerMemory, rows: int) -> dict[str, float]:
+    """Microseconds by what does it."""
+    name = memory.group.group_name
+    x = torch.randn(rows, HIDDEN, dtype=torch.bfloat16, device="cuda")
+    residual, weight = torch.randn_like(x), torch.randn_like(x[0])
+    part = memory.part(0, 0, rows)
+    assert part is not None
 
-    # Right? Against float32 sums in rank order, in both forms, eager and replayed.
-    wrong = []
-    for rows in (1, 7, 64, 1000):
-        for two_shot in (False, True):
-            for programs in (3, 32, 132):
-                residual = torch.randn(rows, HIDDEN, dtype=dtype, device=device)
-                dist.broadcast(residual, 0)
-                expected_residual = residual.clone()
-                for turn in range(4):
-                    part, part_ptrs = buffers[turn % 2]
-                    result, result_ptrs = results[turn % 2]
-                    mine = torch.randn(rows, HIDDEN, dtype=dtype, device=device)
-                    part[:rows] = mine
-                    everyone = [torch.empty_like(mine) for _ in range(size)]
-                    dist.all_gather(everyone, mine)
-                    if rank == turn % size:
-                        torch.cuda._sleep(2_000_000)
-                    all_reduce_add_norm(
-                        peers,
-                        part_ptrs,
-                        result_ptrs,
-                        (rows, HIDDEN),
-                        residual,
-                        weight,
-                        eps,
-                        programs,
-                        two_shot,
-                    )
-                    total = torch.zeros(rows, HIDDEN, device=device)
-                    for x in everyone:
-                        total += x.float()
-                    expected_residual = (total + expected_residual.float()).to(dtype)
-                    norm = kernels.rms_norm(expected_residual, weight, eps)
-                    own = slice(rank, None, size) if two_shot else slice(None)
-                    if not torch.equal(residual[own], expected_residual[own]):
-                        wrong.append(("residual", rows, two_shot, programs, turn))
-                    if not torch.allclose(
-                        result[:rows].float(), norm.float(), rtol=1e-2, atol=1e-3
-                    ):
-                        wrong.append(("norm", rows, two_shot, programs, turn))
-    assert not wrong, wrong[:5]
-    assert peers.expired.item() == 0
+    def then_norm(y: torch.Tensor) -> None:
+        kernels.add_rms_norm(y, residual, weight, EPS)
 
-    # How fast do bytes come from a peer?
-    peer = buffers[0][1]
-    source = symm_mem.rendezvous(buffers[0][0], dist.group.WORLD.group_name).get_buffer(
-        (rank + 1) % size, (most, HIDDEN), dtype
-    )
-    target = torch.empty_like(source)
-    copy = timed(lambda: target.copy_(source))
-    rate = most * HIDDEN * 2 / copy / 1000
-    del peer
+    def nccl() -> None:
+        dist.all_reduce(x)
+        then_norm(x)
 
+    times = {"nccl": microseconds(nccl)}
+    for kind in ("one_shot_all_reduce", "two_shot_all_reduce_"):
+        operation = getattr(torch.ops.symm_mem, kind)
+        times[f"torch {kind}"] = microseconds(lambda op=operation: then_norm(op(part, "sum", name)))
+    for two_shot in (False, True):
+        for programs in PROGRAMS:
+            turns = [0]
+
+            def ours(two_shot: bool = two_shot, programs: int = programs, turns=turns) -> None:
+                turns[0] ^= 1  # neighbours use different buffers
+                memory.kernels.all_reduce_add_norm(
+                    memory.peers, memory.parts[turns[0]].addresses,
+                    memory.results[turns[0]].addresses, (rows, HIDDEN), residual, weight, EPS,
+                    programs, two_shot,
+                )  # fmt: skip
+
+            times[f"{'two' if two_shot else 'one'}-shot, {programs} SMs"] = microseconds(ours)
+    return times
+
+
+def time_all(memory: PeerMemory, path: str) -> None:
     records = []
     for rows in ROWS:
-        x = torch.randn(rows, HIDDEN, dtype=dtype, device=device)
-        residual = torch.randn(rows, HIDDEN, dtype=dtype, device=device)
-        part = buffers[0][0][:rows]
-        record = {"rows": rows, "bytes": rows * HIDDEN * 2}
-
-        def nccl(x=x, residual=residual):
-            dist.all_reduce(x)
-            kernels.add_rms_norm(x, residual, weight, eps)
-
-        def torch_op(name, part=part, residual=residual):
-            y = getattr(torch.ops.symm_mem, name)(part, "sum", dist.group.WORLD.group_name)
-            kernels.add_rms_norm(y, residual, weight, eps)
-
-        record["nccl"] = timed(nccl)
-        if rows <= 512:
-            record["torch one-shot"] = timed(lambda: torch_op("one_shot_all_reduce"))
-        record["torch two-shot"] = timed(lambda: torch_op("two_shot_all_reduce_"))
-        for two_shot in (False, True):
-            if (not two_shot and rows > 256) or (two_shot and rows < 8):
-                continue
-            for each in (1, 2, 4):
-                all_reduce.ROWS = each
-                for programs in PROGRAMS:
-                    if programs > 4 and programs * each > 2 * rows:
-                        continue
-                    turn = [0]
-
-                    def ours(
-                        two_shot=two_shot,
-                        programs=programs,
-                        rows=rows,
-                        residual=residual,
-                        turn=turn,
-                    ):
-                        turn[0] ^= 1
-                        all_reduce_add_norm(
-                            peers,
-                            buffers[turn[0]][1],
-                            results[turn[0]][1],
-                            (rows, HIDDEN),
-                            residual,
-                            weight,
-                            eps,
-                            programs,
-                            two_shot,
-                        )
-
-                    record[f"{'two' if two_shot else 'one'}-shot {each}x{programs}"] = timed(ours)
+        record = {"rows": rows, "bytes": rows * HIDDEN * 2, "us": time_rows(memory, rows)}
         records.append(record)
-        if rank == 0:
+        if memory.rank == 0:
             print(json.dumps(record), flush=True)
-    assert peers.expired.item() == 0
-    if rank == 0:
-        name = torch.cuda.get_device_name()
-        summary = {"ranks": size, "gpu": name, "peer_copy_GB_s": round(rate, 1), "records": records}
-        print(f"{size} x {name}: a copy from a peer {rate:.0f} GB/s")
+    assert memory.peers.expired.item() == 0
+    shared = memory.parts[0].own
+    handle = memory.handle_of(shared)
+    source = handle.get_buffer((memory.rank + 1) % memory.size, shared.shape, shared.dtype)
+    target = torch.empty_like(shared)
+    copy = microseconds(lambda: target.copy_(source))
+    rate = MOST_ROWS * HIDDEN * 2 / copy / 1000
+    if memory.rank == 0:
+        gpu = torch.cuda.get_device_name()
+        print(f"{memory.size} x {gpu}: a copy from a peer {rate:.0f} GB/s")
+        summary = {"ranks": memory.size, "gpu": gpu, "peer_copy_GB_s": rate, "records": records}
         Path(path).write_text(json.dumps(summary))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
@@ -212,4 +118,4 @@ if __name__ == "__main__":
     parser.add_argument("--ranks", type=int, default=2, help="GPUs to use")
     parser.add_argument("--json", default="all_reduce.json", help="where to write the figures")
     arguments = parser.parse_args()
-    mp.spawn(main_of, (arguments.ranks, 29731, arguments.json), nprocs=arguments.ranks)
+    peer_ranks.run(arguments.ranks, time_all, arguments.json)

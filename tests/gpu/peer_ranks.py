@@ -1,0 +1,34 @@
+"""Ranks of one host, a process and a GPU each, that share memory; for tests and timings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from nanovllm.layers.peer_memory import PeerMemory
+
+HIDDEN = 4096
+
+
+def run(size: int, work: Callable[..., None], *args: Any) -> None:
+    """Calls `work(peer memory, *args)` on each rank; an error of one is one of this call."""
+    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+    with dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) as store:
+        mp.spawn(_rank, (size, store.port, work, args), nprocs=size)
+
+
+def _rank(rank: int, size: int, port: int, work: Callable[..., None], args: Any) -> None:
+    torch.cuda.set_device(rank)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("nccl", store=store, rank=rank, world_size=size)
+    group = dist.group.WORLD
+    assert group is not None
+    memory = PeerMemory(group, torch.device("cuda", rank), torch.bfloat16, HIDDEN, timeout=20.0)
+    work(memory, *args)
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Collectives over the memory of several GPUs: right, the same bits after any delay, bounded.
+"""Collectives over the memory of several GPUs: right, the same bits after any delay, bounded."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.plan import GREEN, LANES3, MICROBATCH, SEQUENTIAL, STREAMS, Plan, Work
 from nanovllm.models.stage import MicroBatch, Stage, StepTensors
 from tests.checkpoints import Shape
-from tests.decode_cases import DecodeCase, relative_error
+from tests.decode_cases import DecodeCase, relative_error, run
 from tests.simulated_lanes import Recording, every_order, races
 from tests.two_steps import ChangedModel, TwoSteps, random_steps
 
@@ -29,8 +29,7 @@ def decode_parts(scheduler: PipelineScheduler, parts: list[StepTensors]) -> torc
 
 @torch.inference_mode()
 def plain_forward(case: DecodeCase) -> torch.Tensor:
-    model, inputs = case.model, case.step()
-    return model.compute_logits(model(inputs.input_ids, inputs.positions, inputs.metadata))
+    return case.model.compute_logits(run(case.model, case.step()))
 
 
 # The same logits

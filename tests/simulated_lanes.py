@@ -215,28 +215,37 @@ class Recording:
         return memory.tensors.get(address, missing).clone()
 
 
-def races(tape: Tape) -> list[tuple[int, int]]:
-    """Pairs of operations that touch the same memory, one of them writing, and are not ordered."""
-    known: dict[str, int] = defaultdict(int)  # by lane, a set of operations as bits
+def done_before(tape: Tape) -> list[int]:
+    """By operation, the set (as bits) of those that lanes and events have complete before it."""
+    known: dict[str, int] = defaultdict(int)
     at_event: dict[int, int] = {}
-    writers: dict[int, int] = {}
-    readers: dict[int, list[int]] = defaultdict(list)
     found = []
     for i, operation in enumerate(tape):
         lane = operation.lane
+        found.append(known[lane])
         if isinstance(operation, Record):
             at_event[operation.event] = known[lane]
         elif isinstance(operation, Wait):
             known[lane] |= at_event[operation.event]
-        else:
+        known[lane] |= 1 << i
+    return found
+
+
+def races(tape: Tape) -> list[tuple[int, int]]:
+    """Pairs of operations that touch the same memory, one of them writing, and are not ordered."""
+    done = done_before(tape)
+    writers: dict[int, int] = {}
+    readers: dict[int, list[int]] = defaultdict(list)
+    found = []
+    for i, operation in enumerate(tape):
+        if isinstance(operation, Run):
             before = [writers[a] for a in operation.reads | operation.writes if a in writers]
             for address in operation.writes:
                 before += readers.pop(address, [])
                 writers[address] = i
             for address in operation.reads - operation.writes:
                 readers[address].append(i)
-            found += [(j, i) for j in before if not known[lane] >> j & 1]
-            known[lane] |= 1 << i
+            found += [(j, i) for j in before if not done[i] >> j & 1]
     return found
 
 
@@ -268,32 +277,13 @@ class _Lanes:
 
 
 @torch.no_grad()
-def simulate(tape: Tape, memory: Memory, choose: Callable[[list[str]], str]) -> list[str]:
-    """Runs all of the tape; `choose` says which of several lanes goes on. Returns the order."""
-    lanes, order = _Lanes(tape), []
+def simulate(tape: Tape, memory: Memory, choose: Callable[[list[str]], str]) -> None:
+    """Runs all of the tape; `choose` says which of several lanes goes on."""
+    lanes = _Lanes(tape)
     while runnable := lanes.runnable():
         lane = choose(runnable)
         lanes.left[lane].pop().function(memory)
-        order.append(lane)
     assert not any(lanes.left.values()), "the lanes wait for each other for ever"
-    return order
-
-
-def every_order(tape: Tape) -> Iterator[list[str]]:
-    """All orders in which the lanes can take turns."""
-
-    def turns(order: list[str]) -> Iterator[list[str]]:
-        lanes = _Lanes(tape)
-        for lane in order:
-            assert lane in lanes.runnable()
-            lanes.left[lane].pop()
-        runnable = lanes.runnable()
-        if not runnable:
-            yield order
-        for lane in runnable:
-            yield from turns([*order, lane])
-
-    return turns([])
 
 
 def _place(tensor: torch.Tensor) -> int:

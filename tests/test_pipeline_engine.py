@@ -17,7 +17,7 @@ from nanovllm.engine.plan import GREEN, LANES3, SEQUENTIAL
 from nanovllm.engine.step_runner import FixedChooser
 from nanovllm.tiny import PROMPTS
 from tests.checkpoints import Shape
-from tests.fake_driver import FakeDriver, Result, build
+from tests.fake_driver import FakeDriver, Result, build, install
 from tests.seed_spec import FAILED, FALLING_BACK
 
 MAX_TOKENS = 20
@@ -117,7 +117,7 @@ DRIVERS = {
 @pytest.mark.parametrize("cause", DRIVERS)
 def test_the_log_says_why_there_are_no_green_contexts(cause, monkeypatch, caplog):
     bindings, reason = DRIVERS[cause]
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", bindings)
+    install(monkeypatch, bindings)
     for mode in ("auto", "green"):
         caplog.clear()
         built = build(pipeline_mode=mode)
@@ -132,9 +132,15 @@ def test_the_log_says_why_there_are_no_green_contexts(cause, monkeypatch, caplog
         assert caplog.messages == [NO_GREEN + str(caught.value)] == [NO_GREEN + full]
 
 
-def test_counts_that_do_not_fit_are_named_with_the_device(monkeypatch, caplog):
-    bindings = FakeDriver(sms=132)
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", bindings)
+@pytest.fixture
+def fake_gpu(monkeypatch) -> FakeDriver:
+    """A driver that grants partitions, and torch streams that are only their handles."""
+    bindings = FakeDriver()
+    install(monkeypatch, bindings)
+    return bindings
+
+
+def test_counts_that_do_not_fit_are_named_with_the_device(fake_gpu, caplog):
     counts = {"pipeline_attention_sm_count": 100, "pipeline_ffn_sm_count": 40}
     reason = build(**counts).statistics.fallback_reason
     assert reason.startswith("pipeline_attention_sm_count=100 and pipeline_ffn_sm_count=40 are not")
@@ -142,7 +148,7 @@ def test_counts_that_do_not_fit_are_named_with_the_device(monkeypatch, caplog):
     assert caplog.messages == [FAILED + reason, FALLING_BACK]
     with pytest.raises(ValueError, match=r"they need 140 SMs, and the device has 132$"):
         build(**counts, pipeline_strict=True)
-    assert bindings.contexts == {}
+    assert fake_gpu.contexts == {}
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "cpu"])
@@ -157,22 +163,11 @@ def test_several_gpus_fall_back(device, mode, caplog):
 
 
 @pytest.mark.parametrize("options", [{"enable_pipeline": False}, {"pipeline_mode": "sequential"}])
-def test_a_pipeline_that_is_not_asked_for_is_not_built(options, monkeypatch, caplog):
-    bindings = FakeDriver()
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", bindings)
+def test_a_pipeline_that_is_not_asked_for_is_not_built(options, fake_gpu, caplog):
     built = build(**options, pipeline_strict=True)
     assert [scheduler.plan for scheduler in built.schedulers] == [SEQUENTIAL]
     assert built.statistics.fallback_reason is None
-    assert (bindings.calls, caplog.messages) == ([], [])
-
-
-@pytest.fixture
-def fake_gpu(monkeypatch) -> FakeDriver:
-    """A driver that grants partitions, and torch streams that are only their handles."""
-    bindings = FakeDriver()
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", bindings)
-    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: handle)
-    return bindings
+    assert (fake_gpu.calls, caplog.messages) == ([], [])
 
 
 def test_auto_is_green_where_green_contexts_can_be_had(fake_gpu, caplog):

@@ -11,23 +11,13 @@ from tests.scheduler_marathon import marathon
 from tests.scheduler_world import STORY, World, always, drive, sequence
 
 
-def test_equal_prompts_share_all_full_blocks_but_the_one_with_the_last_token():
-    world = World(num_blocks=20, block_size=4, max_num_seqs=4, budget=100, caching=True)
-    for _ in range(2):
-        world.arrive(STORY[:12], max_tokens=1)
+@pytest.mark.parametrize(("caching", "starts"), [(True, [0, 8, 12]), (False, [0, 0, 0])])
+def test_equal_prompts_share_all_full_blocks_but_the_one_with_the_last_token(caching, starts):
+    world = World(num_blocks=20, block_size=4, max_num_seqs=4, budget=100, caching=caching)
+    for length, start in zip((12, 12, 13), starts, strict=True):
+        world.arrive(STORY[:length], max_tokens=1)
         (step,) = drive(world)
-    assert (step.chunks[0].start, step.chunks[0].end) == (8, 12)
-    world.arrive(STORY[:13], max_tokens=1)
-    (step,) = drive(world)
-    assert step.chunks[0].start == 12
-
-
-def test_without_prefix_caching_nothing_is_shared():
-    world = World(num_blocks=20, block_size=4, max_num_seqs=4, budget=100, caching=False)
-    for _ in range(2):
-        world.arrive(STORY[:12], max_tokens=1)
-        (step,) = drive(world)
-        assert step.chunks[0].start == 0
+        assert (step.chunks[0].start, step.chunks[0].end) == (start, length)
 
 
 def test_generated_tokens_are_shared_too():

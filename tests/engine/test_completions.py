@@ -225,6 +225,7 @@ def seeded(shared) -> list[list[int]]:
         {"num_kvcache_blocks": 4},
         {"num_kvcache_blocks": 4, "async_scheduling": False, "max_num_batched_tokens": 9},
         {"kvcache_block_size": 32},
+        {"enable_pipeline": True, "pipeline_mode": "microbatch", "pipeline_strict": True},
     ],
     ids=str,
 )

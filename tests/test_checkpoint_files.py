@@ -198,16 +198,6 @@ def test_a_bad_index_is_named_and_leads_out_of_no_directory(copy, text):
     assert f"{copy / INDEX} is not a safetensors index" in error_of(copy, WeightsError)
 
 
-def test_files_beside_the_weights_are_ignored(copy):
-    expected = run(copy)
-    save_file({NORM: torch.zeros(32)}, copy / "old.safetensors")
-    save_file({"lora_A": torch.zeros(32)}, copy / "adapter_model.safetensors")
-    (copy / "adapter_config.json").write_text("rubbish")
-    (copy / "pytorch_model.bin").write_bytes(b"rubbish")
-    (copy / "original").mkdir()
-    assert run(copy) == expected
-
-
 # ------------------------------------------------------------------ config.json
 
 
@@ -381,16 +371,6 @@ def test_a_tokenizer_may_name_its_own_files(copy):
     named |= {"special_tokens_map_file": "/home/somebody/special_tokens_map.json"}
     edit_json(copy / "tokenizer_config.json", **named)
     assert load_tokenizer(copy).encode("Once upon a time")
-
-
-def test_links_as_in_the_cache_of_the_hub_are_followed(copy):
-    blobs = copy.parent / "blobs"
-    blobs.mkdir()
-    for i, path in enumerate(sorted(copy.iterdir())):
-        path.rename(blobs / str(i))
-        path.symlink_to(os.path.join("..", "blobs", str(i)))
-    with LLM(str(copy), **SMALL) as llm:
-        assert llm.tokenizer is not None
 
 
 # ------------------------------------------------------------------ the tokenizer

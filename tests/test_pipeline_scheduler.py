@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from nanovllm.models.stage import MicroBatch, Stage, StepTensors
 from tests.checkpoints import Shape
 from tests.decode_cases import DecodeCase, relative_error, run
 from tests.simulated_lanes import Recording, Run, done_before, races
-from tests.two_steps import ChangedModel, TwoSteps, random_steps
+from tests.two_steps import TwoSteps, random_steps
 
 THREE_MICRO_BATCHES = dataclasses.replace(MICROBATCH, micro_batches=3)
 
@@ -189,8 +190,9 @@ def test_the_proof_notices_memory_that_is_freed_too_early():
         return dataclasses.replace(stage, run=run) if stage.name == "attention" else stage
 
     steps, before = [case.parts([2, 2])] * 2, case.cache.clone()
-    two = TwoSteps(ChangedModel([hasty(s) for s in case.model.stages()]), STREAMS, steps,
-                   [case.padding_like(part) for part in steps[0]])  # fmt: skip
+    stages = [hasty(stage) for stage in case.model.stages()]
+    wrong = [case.padding_like(part) for part in steps[0]]
+    two = TwoSteps(SimpleNamespace(stages=lambda: stages), STREAMS, steps, wrong)
     two.reset = lambda: case.cache.copy_(before)
     assert races(two.tape)
     assert not all(map(two.agrees, two.adversaries()))
@@ -206,7 +208,7 @@ def test_the_proof_notices_a_field_that_two_lanes_write():
         qkv.run(batch)
 
     steps = [case.parts([1, 1, 1])] * 2
-    model = ChangedModel([dataclasses.replace(qkv, run=both), *rest])
+    model = SimpleNamespace(stages=lambda: [dataclasses.replace(qkv, run=both), *rest])
     assert races(TwoSteps(model, STREAMS, steps, steps[0]).tape) == []
     assert races(TwoSteps(model, LANES3, steps, steps[0]).tape)
 

@@ -62,17 +62,6 @@ def test_the_youngest_is_preempted_and_recomputed_and_the_oldest_never_is():
     assert ends == [0, 1, 2]
 
 
-def test_decode_gets_its_turn_in_a_stream_of_prompts():
-    world = World(num_blocks=200, block_size=4, max_num_seqs=50, budget=4, caching=False)
-    world.arrive([1, 2, 3], max_tokens=8)
-    kinds = []
-    for _ in range(4 * (MAX_PREFILL_STREAK + 1)):
-        world.arrive([2, 2, 3, 3], max_tokens=8)
-        kinds.append(world.step(always(1)).is_decode)
-    assert kinds.count(True) == 4
-    world.drain()
-
-
 def test_a_prompt_that_fills_all_blocks_runs_alone():
     world = World(num_blocks=3, block_size=2, max_num_seqs=4, budget=50, caching=True)
     seqs = [world.arrive([1, 2, 3, 1, 2, token], max_tokens=4) for token in (1, 2, 3)]

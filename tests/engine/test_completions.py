@@ -183,22 +183,15 @@ def test_the_eos_token_of_the_tokenizer_counts_too(tmp_path, tiny):
         assert engine.eos_ids == {1000, tiny.tokenizer.eos_token_id}
 
 
-@pytest.mark.parametrize("length", [1, 40, 63, 64])
-def test_max_model_len_ends_a_request(llm, length):
-    prompt = [7] * length
-    (output,) = llm.generate([prompt], replace(GREEDY, max_tokens=500), use_tqdm=False)
-    assert len(output["token_ids"]) == max(64 - length, 1)
-    assert output["finish_reason"] == "length"
-
-
-@pytest.mark.parametrize("length", [1, 30, 31, 32])
-def test_the_kv_cache_ends_a_request(directory, length):
-    with LLM(str(directory), num_kvcache_blocks=2, **OPTIONS) as engine:
-        params = replace(GREEDY, max_tokens=500)
-        (output,) = engine.generate([[7] * length], params, use_tqdm=False)
-        check_empty(engine)
-    assert len(output["token_ids"]) == max(32 - length, 1)
-    assert output["finish_reason"] == "length"
+@pytest.mark.parametrize(("limit", "options"), [(64, {}), (32, {"num_kvcache_blocks": 2})])
+def test_max_model_len_and_the_kv_cache_end_a_request(directory, limit, options):
+    with LLM(str(directory), **OPTIONS, **options) as engine:
+        for length in (1, limit - 2, limit - 1, limit):
+            params = replace(GREEDY, max_tokens=500)
+            (output,) = engine.generate([[7] * length], params, use_tqdm=False)
+            assert len(output["token_ids"]) == max(limit - length, 1)
+            assert output["finish_reason"] == "length"
+            check_empty(engine)
 
 
 # ------------------------------------------------------------------ sampling

@@ -41,10 +41,6 @@ def test_an_option_overrides_the_config_and_leaves_it_as_it_was(directory):
     assert config.max_num_seqs == 512
 
 
-def test_without_a_model_the_embedded_one_runs(tiny):
-    assert tiny.config.model == str(CHECKPOINT_DIR)
-
-
 @pytest.mark.parametrize("kind", [str, Config])
 def test_a_bad_option_is_refused(directory, kind):
     with pytest.raises(TypeError, match=r"^Config has no option 'max_seqs'; .* 'max_num_seqs'$"):
@@ -268,11 +264,6 @@ def test_requests_step_by_step(llm, expected):
     assert {out["request_id"]: out["token_ids"] for out in outputs} == dict(
         zip(ids, expected, strict=True)
     )
-
-
-def test_add_request_takes_single_options(llm, expected):
-    request = llm.add_request(PROMPTS[1], temperature=0, max_tokens=3, ignore_eos=True)
-    assert drain(llm) == {request: expected[1][:3]}
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])

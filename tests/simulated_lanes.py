@@ -249,41 +249,32 @@ def races(tape: Tape) -> list[tuple[int, int]]:
     return found
 
 
-class _Lanes:
-    """Where each lane stands in what was issued on it."""
-
-    def __init__(self, tape: Tape) -> None:
-        self.left: dict[str, list[Any]] = defaultdict(list)
-        for operation in tape[::-1]:
-            self.left[operation.lane].append(operation)
-        self.complete: set[int] = set()
-
-    def runnable(self) -> list[str]:
-        """Lanes whose next operation is a run; passes all events and waits it can."""
-        moved = True
-        while moved:
-            moved = False
-            for left in self.left.values():
-                while left and not isinstance(left[-1], Run):
-                    if isinstance(left[-1], Record):
-                        self.complete.add(left[-1].event)
-                    elif left[-1].event not in self.complete:
-                        break
-                    left.pop()
-                    moved = True
-        return sorted(
-            lane for lane, left in self.left.items() if left and isinstance(left[-1], Run)
-        )
-
-
 @torch.no_grad()
 def simulate(tape: Tape, memory: Memory, choose: Callable[[list[str]], str]) -> None:
     """Runs all of the tape; `choose` says which of several lanes goes on."""
-    lanes = _Lanes(tape)
-    while runnable := lanes.runnable():
-        lane = choose(runnable)
-        lanes.left[lane].pop().function(memory)
-    assert not any(lanes.left.values()), "the lanes wait for each other for ever"
+    left: dict[str, list[Any]] = defaultdict(list)  # by lane, the next one last
+    for operation in tape[::-1]:
+        left[operation.lane].append(operation)
+    complete: set[int] = set()
+    while runnable := _runnable(left, complete):
+        left[choose(runnable)].pop().function(memory)
+    assert not any(left.values()), "the lanes wait for each other for ever"
+
+
+def _runnable(lanes: dict[str, list[Any]], complete: set[int]) -> list[str]:
+    """Lanes whose next operation is a run; passes all events and waits it can."""
+    moved = True
+    while moved:
+        moved = False
+        for left in lanes.values():
+            while left and not isinstance(left[-1], Run):
+                if isinstance(left[-1], Record):
+                    complete.add(left[-1].event)
+                elif left[-1].event not in complete:
+                    break
+                left.pop()
+                moved = True
+    return sorted(lane for lane, left in lanes.items() if left and isinstance(left[-1], Run))
 
 
 def _place(tensor: torch.Tensor) -> int:

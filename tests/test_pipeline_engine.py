@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +15,14 @@ from green_ctx import DriverError, GreenContextError
 from nanovllm import LLM
 from nanovllm.engine.pipeline_modes import PipelineUnavailable
 from nanovllm.engine.plan import GREEN, LANES3, SEQUENTIAL
-from nanovllm.engine.step_runner import FixedChooser
+from nanovllm.engine.scheduler import Chunk, Step
+from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.step_inputs import decode_first
+from nanovllm.engine.step_runner import FixedChooser, PreparedStep
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.tiny import PROMPTS
-from tests.checkpoints import Shape
+from tests.checkpoints import VOCAB, Shape
+from tests.decode_cases import relative_error
 from tests.fake_driver import FakeDriver, Result, build, install
 from tests.seed_spec import FAILED, FALLING_BACK
 
@@ -267,3 +273,51 @@ def test_few_frames_lie_between_generate_and_the_kernel(monkeypatch):
         assert llm.model_runner.get_pipeline_statistics()["steps"]["pipelined"] == 3
     assert all(names[-1] == "generate" for names in deepest)
     assert max(map(len, deepest)) <= 11, max(deepest, key=len)
+
+
+# Rows of both kinds
+
+
+@pytest.mark.parametrize("seed", range(8))
+@torch.inference_mode()
+def test_a_step_of_prompts_and_decode_rows_has_the_logits_of_separate_steps(tmp_path, seed):
+    """Some prompts go on, some end, one begins; some of the last tokens only the device knows."""
+    rng = random.Random(seed)
+    Shape.random(seed).write(tmp_path)
+    with LLM(str(tmp_path), device="cpu", kvcache_block_size=16, max_model_len=128) as llm:
+        runner = llm.model_runner
+        blocks = iter(range(1, runner.num_blocks))
+        chunks, before = [], []
+        for index in range(7):
+            length = rng.randint(2, 60)
+            end = rng.choice([length, rng.randint(1, length)])
+            start = rng.choice([end - 1, rng.randint(0, end - 1)])
+            tokens = [rng.randrange(2, VOCAB) for _ in range(length)]
+            if end == length and rng.random() < 0.5:
+                runner.last_tokens[index] = tokens.pop()
+            table = [next(blocks) for _ in range(-(-length // 16))]
+            seq = Sequence(index, tokens, SamplingParams(), frozenset(), 128, 0, block_table=table)
+            seq.request_index = index
+            chunks.append(Chunk(seq, start, end, needs_sample=rng.random() < 0.8))
+            before += [Chunk(seq, 0, start, needs_sample=False)] if start else []
+        kinds = {chunk.end - chunk.start > 1 for chunk in chunks}
+        steps = runner.step_runner
+        if before:
+            steps.run(steps.prepare(Step(False, before)))
+        together = steps.run(steps.prepare(Step(False, chunks)))
+        alone = [
+            steps.run(steps.prepare(Step(chunk.end - chunk.start == 1, [chunk])))
+            for chunk in chunks
+            if chunk.needs_sample
+        ]
+        assert kinds == {True, False}
+        assert together.shape == (len(alone), VOCAB)
+        assert relative_error(together, torch.cat(alone)) < 1e-5
+
+        # The same rows as three micro-batches, on the stages of a pipeline.
+        numbers = decode_first(chunks)
+        parts = [numbers[i::3] for i in range(3)]
+        layout = steps.inputs.mixed_layout(0, [[chunks[i] for i in part] for part in parts])
+        flat = torch.empty(layout.size, dtype=torch.int32)
+        steps.inputs.fill(layout, chunks, parts, flat.numpy())
+        assert relative_error(steps.run(PreparedStep(layout, flat)), together) < 1e-5

@@ -32,6 +32,27 @@ def test_an_interrupted_generate_leaves_nothing_behind(
     assert tokens(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
 
 
+def test_a_step_that_failed_can_be_repeated(llm, expected, monkeypatch):
+    ids = [llm.add_request(prompt, GREEDY) for prompt in PROMPTS]
+    original = llm.model_runner.collect
+    calls = iter(range(1000))
+
+    def fails_every_other_time(launched):
+        if next(calls) % 2 == 0:
+            raise MemoryError
+        return original(launched)
+
+    monkeypatch.setattr(llm.model_runner, "collect", fails_every_other_time)
+    outputs, failures = {}, 0
+    while not llm.is_finished():
+        try:
+            outputs.update({out["request_id"]: out["token_ids"] for out in llm.step()})
+        except MemoryError:
+            failures += 1
+    assert failures > 5
+    assert [outputs[i] for i in ids] == expected
+
+
 def test_exit_twice_is_fine_and_use_after_it_is_an_error(directory):
     with pytest.raises(ZeroDivisionError), LLM(str(directory), **OPTIONS) as engine:
         engine.add_request([1 // 0])

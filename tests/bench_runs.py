@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 import bench_pipeline
 from nanovllm.bench.arms import Arm
 
+GROW = ["--workload", "growing", "--batch", "3", "--context", "10", "--until", "60",
+        "--stages", "2", "--output", "6"]  # fmt: skip
 LABELS = ("sequential", "streams", "green 36+96", "auto")
 
 
@@ -18,6 +21,19 @@ def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[list[str], d
     bench_pipeline.main(["--device", "cpu", *map(str, argv)])
     *lines, last = capsys.readouterr().out.splitlines()
     return lines, json.loads(last)
+
+
+def refusal(
+    capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], object], *argv: object
+) -> str:
+    """The one line on stderr with which a script ends at once."""
+    with pytest.raises(SystemExit) as error:
+        main([*map(str, argv)])
+    out, err = capsys.readouterr()
+    assert error.value.code == 2
+    assert not out
+    assert len(err.splitlines()) == 1
+    return err
 
 
 def pretend_planner(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from tests.checkpoints import VOCAB, Shape
 CPU = torch.device("cpu")
 BLOCK_SIZE = 16
 MAX_BLOCKS = 8
+
+Places = Sequence[tuple[int, int, int]]  # number of a sequence, begin and end of its tokens
 
 
 class PlanningBackend(TorchBackend):
@@ -48,51 +51,104 @@ def model_like(oracle: transformers.Qwen3ForCausalLM) -> DecoderForCausalLM:
     return model
 
 
-class DecodeCase:
-    """Sequences of random tokens, all but the last of each in the KV cache.
+class Sequences:
+    """A transformers model, ours with the same weights, and random texts for both.
 
     Args:
         shape: of the model.
-        count: of the sequences, whose lengths are random.
-        seed: of tokens, lengths and places in the cache.
+        lengths: of the texts, up to 128.
+        seed: of the texts, and of their places in a KV cache that is empty yet.
     """
 
-    def __init__(self, shape: Shape, count: int, seed: int = 0) -> None:
-        self.rng = rng = random.Random(seed)
+    def __init__(self, shape: Shape, lengths: list[int], seed: int = 0) -> None:
+        self.rng = random.Random(seed)
         self.oracle = shape.build()
         self.model = model_like(self.oracle)
-        heads = self.model.backend.heads
-        num_blocks = count * MAX_BLOCKS
+        num_blocks = len(lengths) * MAX_BLOCKS
         self.cache = kv_cache.allocate(
-            shape.layers, num_blocks, BLOCK_SIZE, heads, torch.float32, CPU
+            shape.layers, num_blocks, BLOCK_SIZE, self.model.backend.heads, torch.float32, CPU
         )
         self.model.bind_kv_cache(self.cache)
-        blocks = rng.sample(range(1, num_blocks + 1), num_blocks)
-        self.tables = torch.tensor(blocks, dtype=torch.int32).view(count, MAX_BLOCKS)
-        self.contexts = [self._tokens(rng.choice([1, 2, 16, 17, rng.randint(3, 100)]))
-                         for _ in range(count)]  # fmt: skip
-        self._prefill()
+        blocks = self.rng.sample(range(1, num_blocks + 1), num_blocks)
+        self.tables = torch.tensor(blocks, dtype=torch.int32).view(len(lengths), MAX_BLOCKS)
+        self.texts = [self.tokens(length) for length in lengths]
+
+    def tokens(self, count: int) -> list[int]:
+        return [self.rng.randrange(2, VOCAB) for _ in range(count)]
+
+    def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and positions of all texts, one after the other."""
+        tokens = torch.tensor(list(itertools.chain.from_iterable(self.texts)))
+        return tokens, torch.cat([torch.arange(len(text)) for text in self.texts])
+
+    def inputs(self, decode: Places, chunks: Places = ()) -> StepTensors:
+        """A step of tokens from begin to end: of sequences that decode, then of prompts."""
+        rows = [*decode, *chunks]
+        positions = torch.cat([torch.arange(begin, end) for _, begin, end in rows])
+        sequence = torch.tensor([n for n, begin, end in rows for _ in range(begin, end)])
+        slots = self.tables[sequence, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+        metadata = AttentionMetadata(slots.to(torch.int32))
+        if decode:
+            tables, ends = self._known(decode)
+            plan = torch.from_numpy(self.model.backend.plan(ends.numpy()))
+            metadata = replace(metadata, decode=DecodeMetadata(tables, ends, plan, None))
+        if chunks:
+            sizes = [end - begin for _, begin, end in chunks]
+            starts = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
+            prefill = PrefillMetadata(*self._known(chunks), starts, max(sizes))
+            metadata = replace(metadata, prefill=prefill)
+        tokens = [token for n, begin, end in rows for token in self.texts[n][begin:end]]
+        return StepTensors(torch.tensor(tokens, dtype=torch.int32), positions, metadata)
+
+    @torch.inference_mode()
+    def expected(self, decode: Places, chunks: Places = ()) -> torch.Tensor:
+        """The logits of that step, by transformers."""
+        return torch.cat(
+            [
+                self.oracle(torch.tensor([self.texts[n][:end]])).logits[0, begin:]
+                for n, begin, end in [*decode, *chunks]
+            ]
+        )
+
+    def _known(self, rows: Places) -> tuple[torch.Tensor, torch.Tensor]:
+        """Block tables and context lengths."""
+        ends = torch.tensor([end for _, _, end in rows], dtype=torch.int32)
+        return self.tables[[n for n, _, _ in rows]], ends
+
+
+class DecodeCase(Sequences):
+    """So many sequences of random lengths, all but the last token of each in the KV cache."""
+
+    def __init__(self, shape: Shape, count: int, seed: int = 0) -> None:
+        rng = random.Random(seed)
+        lengths = [rng.choice([1, 2, 16, 17, rng.randint(3, 100)]) for _ in range(count)]
+        super().__init__(shape, lengths, seed)
+        if before := [(n, 0, length - 1) for n, length in enumerate(lengths) if length > 1]:
+            run(self.model, self.inputs([], before))
 
     def step(self) -> StepTensors:
         """The inputs of the decode step of each sequence's last token."""
-        return self._part(range(len(self.contexts)))
+        return self.inputs(self._last())
 
     def parts(self, sizes: list[int]) -> list[StepTensors]:
         """The same in micro-batches of so many sequences."""
-        ends = itertools.accumulate(sizes, initial=0)
-        return [self._part(range(*pair)) for pair in itertools.pairwise(ends)]
+        last, ends = self._last(), itertools.accumulate(sizes, initial=0)
+        return [self.inputs(last[begin:end]) for begin, end in itertools.pairwise(ends)]
 
-    def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and positions of all contexts, one after the other."""
-        tokens = torch.tensor(list(itertools.chain.from_iterable(self.contexts)))
-        return tokens, torch.cat([torch.arange(len(context)) for context in self.contexts])
+    def expected_logits(self) -> torch.Tensor:
+        return self.expected(self._last())
+
+    def append_tokens(self) -> None:
+        """Makes every sequence one random token longer."""
+        for text in self.texts:
+            text += self.tokens(1)
 
     @staticmethod
     def padding_like(inputs: StepTensors) -> StepTensors:
         """Inputs of the same shapes that are safe to run but wrong."""
         places, zeros = inputs.metadata, torch.zeros_like
         assert places.decode is not None
-        decode = dataclasses.replace(
+        decode = replace(
             places.decode,
             block_tables=zeros(places.decode.block_tables),
             context_lens=torch.ones_like(places.decode.context_lens),
@@ -100,52 +156,13 @@ class DecodeCase:
         metadata = AttentionMetadata(zeros(places.slot_mapping), decode)
         return StepTensors(zeros(inputs.input_ids), zeros(inputs.positions), metadata)
 
-    def _part(self, rows: range) -> StepTensors:
-        contexts = [self.contexts[n] for n in rows]
-        lengths = torch.tensor([len(context) for context in contexts], dtype=torch.int32)
-        plan = torch.from_numpy(self.model.backend.plan(lengths.numpy()))
-        metadata = AttentionMetadata(
-            torch.cat(
-                [self._slots(n, len(c) - 1, len(c)) for n, c in zip(rows, contexts, strict=True)]
-            ),
-            DecodeMetadata(self.tables[rows.start : rows.stop], lengths, plan, None),
-        )
-        last = torch.tensor([context[-1] for context in contexts], dtype=torch.int32)
-        return StepTensors(last, lengths - 1, metadata)
+    def _last(self) -> list[tuple[int, int, int]]:
+        return [(n, len(text) - 1, len(text)) for n, text in enumerate(self.texts)]
 
-    def append_tokens(self) -> None:
-        """Makes every sequence one random token longer."""
-        for context in self.contexts:
-            context += self._tokens(1)
 
-    def expected_logits(self) -> torch.Tensor:
-        """What transformers says after the contexts."""
-        with torch.inference_mode():
-            return torch.stack(
-                [self.oracle(torch.tensor([context])).logits[0, -1] for context in self.contexts]
-            )
-
-    def _tokens(self, count: int) -> list[int]:
-        return [self.rng.randrange(2, VOCAB) for _ in range(count)]
-
-    def _slots(self, sequence: int, begin: int, end: int) -> torch.Tensor:
-        positions = torch.arange(begin, end)
-        blocks = self.tables[sequence][positions // BLOCK_SIZE].long()
-        return (blocks * BLOCK_SIZE + positions % BLOCK_SIZE).to(torch.int32)
-
-    @torch.inference_mode()
-    def _prefill(self) -> None:
-        for n, context in enumerate(self.contexts):
-            size = len(context) - 1
-            if size:
-                prefill = PrefillMetadata(
-                    self.tables[n : n + 1],
-                    torch.tensor([size], dtype=torch.int32),
-                    torch.tensor([0, size], dtype=torch.int32),
-                    size,
-                )
-                metadata = AttentionMetadata(self._slots(n, 0, size), prefill=prefill)
-                self.model(torch.tensor(context[:size]), torch.arange(size), metadata)
+@torch.inference_mode()
+def run(model: DecoderForCausalLM, inputs: StepTensors) -> torch.Tensor:
+    return model(inputs.input_ids, inputs.positions, inputs.metadata)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 import green_ctx
@@ -198,6 +199,12 @@ class FakeDriver:
     def _cuStreamDestroy(self, stream: int) -> tuple[Any, ...]:
         del self.streams[stream]
         return (OK,)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, fake: Any) -> None:
+    """The bindings that are imported; None: there are none. torch's streams are their handles."""
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", fake)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: handle)
 
 
 def device_with(fake: FakeDriver) -> GreenDevice:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from nanovllm.engine.auto.calibration import Calibration, StepTimer, pipelined_sizes
@@ -19,21 +20,11 @@ PLANS = [SEQUENTIAL, STREAMS, SILLY, *SPLITS]
 LARGEST = 1024
 
 
-class NoCache:
-    """As a `DiskCache` that is always empty."""
-
-    def read(self, key: Mapping[str, Any]) -> None:
-        pass
-
-    def write(self, key: Mapping[str, Any], value: Any) -> None:
-        pass
-
-
 def calibrated_planner(
     timer: StepTimer, plans: list[Plan], largest: int, capacity: int, max_len: int
 ) -> Planner:
     """A planner after a calibration that nobody keeps."""
-    cache: Any = NoCache()
+    cache: Any = SimpleNamespace(read=lambda key: None, write=lambda key, value: None)
     calibration = Calibration(timer, largest, capacity, max_len, {}, cache)
     sizes = calibration.run(plans, show_progress=False)
     sizes[0] = batch_sizes(largest)

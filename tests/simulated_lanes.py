@@ -215,85 +215,66 @@ class Recording:
         return memory.tensors.get(address, missing).clone()
 
 
-def races(tape: Tape) -> list[tuple[int, int]]:
-    """Pairs of operations that touch the same memory, one of them writing, and are not ordered."""
-    known: dict[str, int] = defaultdict(int)  # by lane, a set of operations as bits
+def done_before(tape: Tape) -> list[int]:
+    """By operation, the set (as bits) of those that lanes and events have complete before it."""
+    known: dict[str, int] = defaultdict(int)
     at_event: dict[int, int] = {}
-    writers: dict[int, int] = {}
-    readers: dict[int, list[int]] = defaultdict(list)
     found = []
     for i, operation in enumerate(tape):
         lane = operation.lane
+        found.append(known[lane])
         if isinstance(operation, Record):
             at_event[operation.event] = known[lane]
         elif isinstance(operation, Wait):
             known[lane] |= at_event[operation.event]
-        else:
+        known[lane] |= 1 << i
+    return found
+
+
+def races(tape: Tape) -> list[tuple[int, int]]:
+    """Pairs of operations that touch the same memory, one of them writing, and are not ordered."""
+    done = done_before(tape)
+    writers: dict[int, int] = {}
+    readers: dict[int, list[int]] = defaultdict(list)
+    found = []
+    for i, operation in enumerate(tape):
+        if isinstance(operation, Run):
             before = [writers[a] for a in operation.reads | operation.writes if a in writers]
             for address in operation.writes:
                 before += readers.pop(address, [])
                 writers[address] = i
             for address in operation.reads - operation.writes:
                 readers[address].append(i)
-            found += [(j, i) for j in before if not known[lane] >> j & 1]
-            known[lane] |= 1 << i
+            found += [(j, i) for j in before if not done[i] >> j & 1]
     return found
 
 
-class _Lanes:
-    """Where each lane stands in what was issued on it."""
-
-    def __init__(self, tape: Tape) -> None:
-        self.left: dict[str, list[Any]] = defaultdict(list)
-        for operation in tape[::-1]:
-            self.left[operation.lane].append(operation)
-        self.complete: set[int] = set()
-
-    def runnable(self) -> list[str]:
-        """Lanes whose next operation is a run; passes all events and waits it can."""
-        moved = True
-        while moved:
-            moved = False
-            for left in self.left.values():
-                while left and not isinstance(left[-1], Run):
-                    if isinstance(left[-1], Record):
-                        self.complete.add(left[-1].event)
-                    elif left[-1].event not in self.complete:
-                        break
-                    left.pop()
-                    moved = True
-        return sorted(
-            lane for lane, left in self.left.items() if left and isinstance(left[-1], Run)
-        )
-
-
 @torch.no_grad()
-def simulate(tape: Tape, memory: Memory, choose: Callable[[list[str]], str]) -> list[str]:
-    """Runs all of the tape; `choose` says which of several lanes goes on. Returns the order."""
-    lanes, order = _Lanes(tape), []
-    while runnable := lanes.runnable():
-        lane = choose(runnable)
-        lanes.left[lane].pop().function(memory)
-        order.append(lane)
-    assert not any(lanes.left.values()), "the lanes wait for each other for ever"
-    return order
+def simulate(tape: Tape, memory: Memory, choose: Callable[[list[str]], str]) -> None:
+    """Runs all of the tape; `choose` says which of several lanes goes on."""
+    left: dict[str, list[Any]] = defaultdict(list)  # by lane, the next one last
+    for operation in tape[::-1]:
+        left[operation.lane].append(operation)
+    complete: set[int] = set()
+    while runnable := _runnable(left, complete):
+        left[choose(runnable)].pop().function(memory)
+    assert not any(left.values()), "the lanes wait for each other for ever"
 
 
-def every_order(tape: Tape) -> Iterator[list[str]]:
-    """All orders in which the lanes can take turns."""
-
-    def turns(order: list[str]) -> Iterator[list[str]]:
-        lanes = _Lanes(tape)
-        for lane in order:
-            assert lane in lanes.runnable()
-            lanes.left[lane].pop()
-        runnable = lanes.runnable()
-        if not runnable:
-            yield order
-        for lane in runnable:
-            yield from turns([*order, lane])
-
-    return turns([])
+def _runnable(lanes: dict[str, list[Any]], complete: set[int]) -> list[str]:
+    """Lanes whose next operation is a run; passes all events and waits it can."""
+    moved = True
+    while moved:
+        moved = False
+        for left in lanes.values():
+            while left and not isinstance(left[-1], Run):
+                if isinstance(left[-1], Record):
+                    complete.add(left[-1].event)
+                elif left[-1].event not in complete:
+                    break
+                left.pop()
+                moved = True
+    return sorted(lane for lane, left in lanes.items() if left and isinstance(left[-1], Run))
 
 
 def _place(tensor: torch.Tensor) -> int:

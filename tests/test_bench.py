@@ -21,11 +21,9 @@ from nanovllm.bench.shapes import SIZES, published_config, shape_directory
 from nanovllm.bench.turns import DecodeWorkload, Turn, run_turn
 from nanovllm.engine.model_runner import ignore
 from nanovllm.models import load_config, parse_config
-from tests.bench_runs import pretend_planner, run
+from tests.bench_runs import GROW, pretend_planner, run
 
 QUICK = ["--batch", "3", "--context", "9", "--output", "8", "--seconds", "0.02"]
-GROW = ["--workload", "growing", "--batch", "3", "--context", "10", "--until", "60",
-        "--stages", "2", "--output", "6"]  # fmt: skip
 # Parameters of the published checkpoints, a tied output head counted once; norms are few of them.
 PUBLISHED = {
     "0.6B": 596_049_920,

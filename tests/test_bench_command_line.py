@@ -10,9 +10,7 @@ import pytest
 
 import bench_pipeline
 from nanovllm.bench import engines, gain_map, options
-
-GROW = ["--workload", "growing", "--batch", "3", "--context", "10", "--until", "60",
-        "--stages", "2", "--output", "6"]  # fmt: skip
+from tests.bench_runs import GROW, refusal
 
 Capture = pytest.CaptureFixture[str]
 
@@ -20,13 +18,7 @@ Capture = pytest.CaptureFixture[str]
 def refuse(capsys: Capture, *argv: object) -> str:
     """The one line on stderr with which bench_pipeline.py ends at once."""
     device = [] if "--device" in argv else ["--device", "cpu"]
-    with pytest.raises(SystemExit) as error:
-        bench_pipeline.main([*device, *map(str, argv)])
-    out, err = capsys.readouterr()
-    assert error.value.code == 2
-    assert not out
-    assert len(err.splitlines()) == 1
-    return err
+    return refusal(capsys, bench_pipeline.main, *device, *argv)
 
 
 class TestRefusals:

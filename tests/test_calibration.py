@@ -60,13 +60,9 @@ def test_a_second_engine_measures_nothing(tmp_path: Path) -> None:
     assert calibrate(tmp_path, plans=PLANS[:3])[2]
 
 
-def test_no_place_is_measured_twice(tmp_path: Path) -> None:
-    timed = calibrate(tmp_path, largest=1024)[2]
+def test_plans_pay_where_they_gain_somewhere_and_no_place_is_measured_twice(tmp_path: Path) -> None:
+    calibration, sizes, timed = calibrate(tmp_path, largest=1024)
     assert len(timed) == len(set(timed)) < 115
-
-
-def test_plans_pay_where_they_gain_somewhere(tmp_path: Path) -> None:
-    calibration, sizes, _ = calibrate(tmp_path, largest=1024)
     assert sizes[0] == []
     assert any(1024 in paying for paying in sizes)
     for plan, paying in enumerate(sizes):

@@ -159,34 +159,22 @@ def test_a_directory_without_weights_is_named(copy, others):
         assert "is not read" in message
 
 
-def test_a_tensor_in_two_shards_is_named_with_both(copy):
+def test_shards_that_disagree_with_each_other_or_the_index_are_named(copy):
     weight_map = shard(copy)
-    here = weight_map[NORM]
-    other = next(file for file in sorted(set(weight_map.values())) if file != here)
-    edit_weights(copy / other, {NORM: torch.zeros(32)})
+    here = copy / weight_map[NORM]
+    other = next(copy / file for file in weight_map.values() if copy / file != here)
+    tensors = load_file(other)
+    edit_weights(other, {NORM: torch.zeros(32)})
     message = error_of(copy, WeightsError)
     assert f"tensor '{NORM}' is both in" in message
-    assert str(copy / here) in message
-    assert str(copy / other) in message
-
-
-def test_a_missing_shard_is_named(copy):
-    last = sorted(set(shard(copy).values()))[-1]
-    (copy / last).unlink()
-    assert f"{copy / last} is missing" in error_of(copy, WeightsError)
-
-
-def test_a_tensor_that_the_index_promises_in_vain_is_named(copy):
-    file = shard(copy)[NORM]
-    edit_weights(copy / file, {NORM: None})
-    assert f"{copy / file} lacks '{NORM}', which {INDEX} says" in error_of(copy, WeightsError)
-
-
-def test_a_file_that_the_index_omits_is_missing(copy):
-    weight_map = shard(copy)
-    omitted = weight_map[NORM]
-    weight_map = {name: file for name, file in weight_map.items() if file != omitted}
-    (copy / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    assert all(str(path) in message for path in (here, other))
+    save_file(tensors, other)
+    edit_weights(here, {NORM: None})
+    assert f"{here} lacks '{NORM}', which {INDEX} says" in error_of(copy, WeightsError)
+    here.unlink()
+    assert f"{here} is missing" in error_of(copy, WeightsError)
+    listed = {name: file for name, file in weight_map.items() if file != here.name}
+    (copy / INDEX).write_text(json.dumps({"weight_map": listed}))
     assert "missing tensor" in error_of(copy, WeightsError)
 
 
@@ -210,22 +198,7 @@ def test_a_bad_index_is_named_and_leads_out_of_no_directory(copy, text):
     assert f"{copy / INDEX} is not a safetensors index" in error_of(copy, WeightsError)
 
 
-def test_files_beside_the_weights_are_ignored(copy):
-    expected = run(copy)
-    save_file({NORM: torch.zeros(32)}, copy / "old.safetensors")
-    save_file({"lora_A": torch.zeros(32)}, copy / "adapter_model.safetensors")
-    (copy / "adapter_config.json").write_text("rubbish")
-    (copy / "pytorch_model.bin").write_bytes(b"rubbish")
-    (copy / "original").mkdir()
-    assert run(copy) == expected
-
-
 # ------------------------------------------------------------------ config.json
-
-
-def test_a_model_that_is_not_supported_is_refused_by_name(copy):
-    edit_json(copy / "config.json", hidden_act="gelu")
-    assert "hidden_act='gelu'" in error_of(copy, UnsupportedModelError)
 
 
 @pytest.mark.parametrize("load_format", ["auto", "dummy"])
@@ -283,6 +256,9 @@ def test_a_hub_id_offline_says_so():
 def test_a_nonsense_name_is_neither_directory_nor_hub_id(name):
     message = error_of(name, FileNotFoundError)
     assert message.startswith(f"model={name!r} is neither a directory nor a model on the hub")
+    for refused in ("x" * 300, "~nobody-of-that-name/x"):  # by the system
+        with pytest.raises(FileNotFoundError, match="model="):
+            resolve_model(refused)
 
 
 def test_a_model_that_the_hub_does_not_have_is_named(monkeypatch):
@@ -314,12 +290,6 @@ def test_a_directory_may_begin_with_a_tilde(monkeypatch, tmp_path):
     (tmp_path / "model").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve_model("~/model") == tmp_path / "model"
-
-
-@pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-that-name/x"])
-def test_a_name_that_the_system_refuses_is_not_found(name):
-    with pytest.raises(FileNotFoundError, match="model="):
-        resolve_model(name)
 
 
 # ------------------------------------------------------------------ no file
@@ -401,16 +371,6 @@ def test_a_tokenizer_may_name_its_own_files(copy):
     named |= {"special_tokens_map_file": "/home/somebody/special_tokens_map.json"}
     edit_json(copy / "tokenizer_config.json", **named)
     assert load_tokenizer(copy).encode("Once upon a time")
-
-
-def test_links_as_in_the_cache_of_the_hub_are_followed(copy):
-    blobs = copy.parent / "blobs"
-    blobs.mkdir()
-    for i, path in enumerate(sorted(copy.iterdir())):
-        path.rename(blobs / str(i))
-        path.symlink_to(os.path.join("..", "blobs", str(i)))
-    with LLM(str(copy), **SMALL) as llm:
-        assert llm.tokenizer is not None
 
 
 # ------------------------------------------------------------------ the tokenizer
@@ -533,8 +493,3 @@ except MemoryError as error:
     kv_cache, weights = done.stdout.splitlines()
     assert "the KV cache (16384 blocks" in kv_cache
     assert "vocab_size=4000000" in weights
-
-
-def test_more_layers_than_there_are_tensors_are_missing(copy):
-    edit_json(copy / "config.json", num_hidden_layers=900, layer_types=None)
-    assert "missing tensor 'model.layers.10." in error_of(copy, WeightsError)

@@ -50,13 +50,6 @@ def test_an_absent_head_dim_is_that_of_the_class_and_not_hidden_size_by_heads(tm
         assert llm.model_runner.model_config.head_dim == 128
 
 
-def test_rope_scaling_wins_over_rope_parameters(tmp_path):
-    Shape(seed=7).write(tmp_path)
-    default = oracle_tokens(tmp_path)
-    edit_json(tmp_path / "config.json", rope_scaling=YARN, rope_theta=10_000.0)
-    assert engine_tokens(tmp_path) == oracle_tokens(tmp_path) != default
-
-
 @pytest.mark.parametrize("max_position", [64, 256, 1000])
 def test_yarn_extends_the_usable_length(tmp_path, max_position):
     Shape(seed=7, rope=YARN).write(tmp_path)

@@ -5,13 +5,12 @@ Whichever call it is, nothing stays behind and decode falls back to sequential e
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 import pytest
-import torch
 
 import green_ctx
 from green_ctx import Driver, DriverError, GreenContextError
@@ -19,7 +18,15 @@ from nanovllm.engine import green_manager, pipeline_modes
 from nanovllm.engine.green_manager import Partitions
 from nanovllm.engine.pipeline_modes import Pipelines
 from nanovllm.engine.plan import SEQUENTIAL
-from tests.fake_driver import CUDA0, FakeDriver, Result, build, manager_with, partitions_with
+from tests.fake_driver import (
+    CUDA0,
+    FakeDriver,
+    Result,
+    build,
+    install,
+    manager_with,
+    partitions_with,
+)
 from tests.interrupts import InterruptAt
 
 OLD_STREAMS = {"unbound": ("cuGreenCtxStreamCreate",)}
@@ -38,6 +45,7 @@ SETUPS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "three lanes, older streams": (OLD_STREAMS, (36, 88, 8)),
     "four lanes": ({"sms": 108, "granularity": (4, 2)}, (10, 20, 30, 40)),
 }
+CALLERS = (green_ctx, green_manager, pipeline_modes)
 EXCEPTIONS: tuple[Callable[[str], Exception], ...] = (
     *(RuntimeError, AttributeError, TypeError, OSError, ValueError, MemoryError, SystemError),
 )
@@ -96,49 +104,8 @@ def test_any_call_may_fail(setup: str, number: int, by: str) -> None:
 
 
 def build_with(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Pipelines:
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", fake)
-    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: handle)
+    install(monkeypatch, fake)
     return build(**options)
-
-
-@BOTH_WAYS
-def test_an_interrupt_at_any_line_leaves_nothing(
-    drivers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for line in range(1, 5000):
-        fake = FakeDriver(**drivers)
-        interrupt = InterruptAt(
-            line, [green_ctx.__file__, green_manager.__file__, pipeline_modes.__file__]
-        )
-        try:
-            with interrupt:
-                built = build_with(fake, monkeypatch)
-        except KeyboardInterrupt:
-            assert (fake.contexts, fake.streams, fake.current, fake.misuse) == CLEAN
-        else:
-            built.partitions.close()
-            break
-    assert 300 < line < 5000
-    assert not interrupt.reached  # the last time nothing was interrupted
-
-
-@BOTH_WAYS
-def test_an_interrupt_at_any_line_of_close_is_made_good_by_the_next(
-    drivers: dict[str, Any],
-) -> None:
-    for line in range(1, 1000):
-        fake = FakeDriver(**drivers)
-        partitions = partitions_with(fake, 36, 88, 8)
-        interrupt = InterruptAt(line, [green_ctx.__file__, green_manager.__file__])
-        try:
-            with interrupt:
-                partitions.close()
-        except KeyboardInterrupt:
-            partitions.close()
-        assert (fake.contexts, fake.streams, fake.current, fake.misuse) == CLEAN
-        if not interrupt.reached:
-            break
-    assert 50 < line < 1000
 
 
 class InterruptAtStep(InterruptAt):
@@ -154,24 +121,53 @@ class InterruptAtStep(InterruptAt):
         return super().__call__(frame, "line" if event == "opcode" else event, arg)
 
 
-@BOTH_WAYS
-def test_an_interrupt_at_any_step_of_a_driver_call_loses_no_handle(drivers: dict[str, Any]) -> None:
-    for step in range(1, 10000):
-        fake = FakeDriver(**drivers)
-        driver = Driver(fake)
-        interrupt = InterruptAtStep(step, [green_ctx.__file__])
-        partitions = None
-        try:
-            with interrupt:
-                partitions = Partitions(CUDA0, (16, 32), driver=driver)
-                partitions.close()
-        except KeyboardInterrupt:
-            if partitions is not None:
-                partitions.close()
-        assert (fake.contexts, fake.streams, fake.current, fake.misuse) == CLEAN
+def each_interrupt(fewest: int, most: int, kind: type[InterruptAt] = InterruptAt) -> Any:
+    """Interrupts of the driver's callers, at every line in turn until one is not met."""
+    for line in range(1, most):
+        interrupt = kind(line, [module.__file__ for module in CALLERS])
+        yield interrupt
         if not interrupt.reached:
             break
-    assert 500 < step < 10000
+    assert fewest < line < most
+
+
+@BOTH_WAYS
+def test_an_interrupt_at_any_line_leaves_nothing(
+    drivers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for interrupt in each_interrupt(300, 5000):
+        fake = FakeDriver(**drivers)
+        with suppress(KeyboardInterrupt), interrupt:
+            built = build_with(fake, monkeypatch)
+        if not interrupt.reached:
+            built.partitions.close()
+        assert (fake.contexts, fake.streams, fake.current, fake.misuse) == CLEAN
+
+
+@BOTH_WAYS
+def test_an_interrupt_at_any_line_of_close_is_made_good_by_the_next(
+    drivers: dict[str, Any],
+) -> None:
+    for interrupt in each_interrupt(50, 1000):
+        fake = FakeDriver(**drivers)
+        partitions = partitions_with(fake, 36, 88, 8)
+        with suppress(KeyboardInterrupt), interrupt:
+            partitions.close()
+        partitions.close()
+        assert (fake.contexts, fake.streams, fake.current, fake.misuse) == CLEAN
+
+
+@BOTH_WAYS
+def test_an_interrupt_at_any_step_of_a_driver_call_loses_no_handle(drivers: dict[str, Any]) -> None:
+    for interrupt in each_interrupt(500, 10000, InterruptAtStep):
+        fake = FakeDriver(**drivers)
+        driver, partitions = Driver(fake), None
+        with suppress(KeyboardInterrupt), interrupt:
+            partitions = Partitions(CUDA0, (16, 32), driver=driver)
+            partitions.close()
+        if partitions is not None:
+            partitions.close()
+        assert (fake.contexts, fake.streams, fake.current, fake.misuse) == CLEAN
 
 
 @pytest.mark.parametrize("strict", [False, True])

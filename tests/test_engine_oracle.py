@@ -83,40 +83,16 @@ def test_greedy_tokens_equal_those_of_transformers(tmp_path, model_type, seed):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_scarce_blocks_do_preempt(tmp_path, mode):
-    """The settings above would prove little if blocks never ran out."""
-    model = Shape(seed=3).write(tmp_path)
-    given = prompts(5, count=6, longest=40)
+def test_aborts_amid_preemptions_leave_the_others_as_they_are(tmp_path, mode):
+    """The settings above would prove little if blocks never ran out, or nothing were pipelined."""
+    model = Shape(seed=1).write(tmp_path)
+    given = prompts(1, count=7, longest=40)
     with engine(tmp_path, mode, num_kvcache_blocks=8) as llm:
-        outputs = llm.generate(
-            given, temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, use_tqdm=False
-        )
+        ids = [llm.add_request(p, temperature=0, max_tokens=MAX_TOKENS) for p in given]
+        done = run(llm, {ids[2]: 3, ids[5]: 8})
         assert llm.scheduler.num_preemptions > 0
         pipelined = llm.model_runner.get_pipeline_statistics()["steps"]["pipelined"]
     assert (pipelined > 0) == (mode != "sequential")
-    for prompt, output in zip(given, outputs, strict=True):
-        expected = greedy(model, prompt, MAX_TOKENS)
-        assert output["token_ids"][: len(expected)] == expected
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_aborts_in_mid_run_leave_the_others_as_they_are(tmp_path, mode):
-    model = Shape(seed=1).write(tmp_path)
-    given = prompts(1, count=7, longest=40)
-    with engine(tmp_path, mode, num_kvcache_blocks=10) as llm:
-        ids = [llm.add_request(p, temperature=0, max_tokens=MAX_TOKENS) for p in given]
-        done = run(llm, {ids[2]: 3, ids[5]: 8})
     assert done.keys() >= {*ids} - {ids[2], ids[5]}
     for request_id, tokens in done.items():
         assert tokens == greedy(model, given[request_id], MAX_TOKENS)
-
-
-def test_sampled_tokens_are_the_same_in_every_mode(tmp_path):
-    Shape(seed=6).write(tmp_path)
-    given = prompts(6, count=5)
-    sampled = []
-    for mode in MODES:
-        with engine(tmp_path, mode) as llm:
-            outputs = llm.generate(given, temperature=0.8, seed=3, max_tokens=16, use_tqdm=False)
-            sampled.append([output["token_ids"] for output in outputs])
-    assert all(tokens == sampled[0] for tokens in sampled)

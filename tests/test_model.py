@@ -11,79 +11,28 @@ import torch
 
 from nanovllm import LLM
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
-from nanovllm.layers.attention import AttentionMetadata, DecodeMetadata, PrefillMetadata
 from nanovllm.models import architectures
 from nanovllm.models.architectures import ARCHITECTURES, Architecture
 from nanovllm.models.rules import NULL
 from nanovllm.models.throwaway_cache import sequence_starts, throwaway_cache
-from tests.checkpoints import TABLE, VOCAB, Shape, greedy, prompts
-from tests.decode_cases import model_like
+from tests.checkpoints import TABLE, Shape, greedy, prompts
+from tests.decode_cases import Sequences, run
 
-BLOCK, MAX_BLOCKS = 16, 4
 SHAPE = Shape(layers=3, hidden=48, intermediate=80, head_dim=16)
 LENGTHS = [30, 21, 40, 64]
-# Sequences that decode, with the position of the token of each; then sequences of which a chunk is
-# computed, with its begin and end.
+# Sequences that decode, then sequences of which a chunk is computed, with its begin and end.
 STEPS = [
     ([], [(0, 0, 17), (1, 0, 20)]),
     ([], [(0, 17, 28), (2, 0, 5)]),
-    ([(0, 28), (1, 20)], []),
-    ([(0, 29)], [(2, 5, 39), (3, 0, 33)]),
-    ([(2, 39), (3, 33)], []),
+    ([(0, 28, 29), (1, 20, 21)], []),
+    ([(0, 29, 30)], [(2, 5, 39), (3, 0, 33)]),
+    ([(2, 39, 40), (3, 33, 34)], []),
 ]
 SEEDS = pytest.mark.parametrize("seed", range(12))
 
 
 def random_shape(seed: int) -> Shape:
     return Shape.random(seed, list(TABLE)[seed % len(TABLE)])
-
-
-class Pair:
-    """A transformers model of random weights, ours with the same, and sequences for both."""
-
-    def __init__(self, shape: Shape, lengths: list[int] = LENGTHS) -> None:
-        self.oracle = shape.build()
-        self.model = model_like(self.oracle)
-        self.texts = [torch.randint(VOCAB, (length,)) for length in lengths]
-        self.ids = torch.cat(self.texts)
-        self.positions = torch.cat([torch.arange(length) for length in lengths])
-        blocks = torch.randperm(len(lengths) * MAX_BLOCKS) + 1
-        self.tables = blocks.view(len(lengths), MAX_BLOCKS).to(torch.int32)
-        heads = self.model.backend.heads
-        places = len(blocks) + 1, heads.num_kv_heads, BLOCK, heads.head_dim
-        self.cache = torch.zeros(shape.layers, 2, *places)
-        self.model.bind_kv_cache(self.cache)
-
-    def step(self, decode, chunks) -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata]:
-        """What the model is called with."""
-        rows = [(n, position, position + 1) for n, position in decode] + chunks
-        slots = []
-        for n, start, end in rows:
-            position = torch.arange(start, end)
-            slots.append(self.tables[n, position // BLOCK] * BLOCK + position % BLOCK)
-        metadata = AttentionMetadata(torch.cat(slots))
-        if decode:
-            places = self._places(rows[: len(decode)])
-            nothing = torch.empty(0, dtype=torch.int32)
-            metadata = replace(metadata, decode=DecodeMetadata(*places, nothing, None))
-        if chunks:
-            sizes = [end - start for _, start, end in chunks]
-            starts = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
-            prefill = PrefillMetadata(*self._places(chunks), starts, max(sizes))
-            metadata = replace(metadata, prefill=prefill)
-        ids = torch.cat([self.texts[n][start:end] for n, start, end in rows])
-        positions = torch.cat([torch.arange(start, end) for _, start, end in rows])
-        return ids, positions, metadata
-
-    def expected(self, decode, chunks) -> torch.Tensor:
-        """The logits of that step."""
-        rows = [(n, position, position + 1) for n, position in decode] + chunks
-        texts = [(self.texts[n][None, :end], start) for n, start, end in rows]
-        return torch.cat([self.oracle(text).logits[0, start:] for text, start in texts])
-
-    def _places(self, chunks: list[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        ends = torch.tensor([end for _, _, end in chunks], dtype=torch.int32)
-        return self.tables[[n for n, _, _ in chunks]], ends
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -96,9 +45,10 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @torch.inference_mode()
 @SEEDS
 def test_logits_of_whole_sequences_are_those_of_transformers(seed):
-    pair = Pair(random_shape(seed), [7, 1, 40, 90])
-    logits = pair.model.compute_logits(pair.model(pair.ids, pair.positions))
-    close(logits, torch.cat([pair.oracle(text[None]).logits[0] for text in pair.texts]))
+    lengths = [7, 1, 40, 90]
+    pair = Sequences(random_shape(seed), lengths)
+    logits = pair.model.compute_logits(pair.model(*pair.whole()))
+    close(logits, pair.expected([(n, 0, length) for n, length in enumerate(lengths)]))
 
 
 @torch.inference_mode()
@@ -106,15 +56,16 @@ def test_logits_of_whole_sequences_are_those_of_transformers(seed):
 @pytest.mark.parametrize("model_type", TABLE)
 def test_logits_of_steps_are_those_of_transformers(model_type, tied):
     """Prompts in chunks, tokens one by one, and steps in which some do one, some the other."""
-    pair = Pair(replace(SHAPE, model_type=model_type, tied=tied, seed=tied))
+    pair = Sequences(replace(SHAPE, model_type=model_type, tied=tied, seed=tied), LENGTHS)
     for step in STEPS:
-        close(pair.model.compute_logits(pair.model(*pair.step(*step))), pair.expected(*step))
+        logits = pair.model.compute_logits(run(pair.model, pair.inputs(*step)))
+        close(logits, pair.expected(*step))
 
 
 @pytest.mark.parametrize("model_type", TABLE)
 def test_a_checkpoint_of_another_architecture_would_not_load(model_type):
     """A model's weights are those that transformers has, biases and norms included."""
-    pair = Pair(replace(SHAPE, model_type=model_type, tied=True))
+    pair = Sequences(replace(SHAPE, model_type=model_type, tied=True), [1])
     assert pair.model.weight_shards().keys() == pair.oracle.state_dict().keys() - {"lm_head.weight"}
 
 
@@ -141,7 +92,7 @@ def test_a_new_architecture_is_an_entry_of_the_table(tmp_path, monkeypatch):
 
 
 def test_stages_come_in_the_order_of_execution():
-    order = [(stage.layer, stage.name) for stage in Pair(SHAPE).model.stages()]
+    order = [(stage.layer, stage.name) for stage in Sequences(SHAPE, [1]).model.stages()]
     kinds = ["qkv", "attention", "mlp"]
     assert order == [(-1, "mlp"), *((layer, kind) for layer in range(3) for kind in kinds)]
 
@@ -149,7 +100,7 @@ def test_stages_come_in_the_order_of_execution():
 @torch.inference_mode()
 @SEEDS
 def test_layers_in_two_calls_equal_the_whole_to_the_last_bit(seed):
-    pair = Pair(random_shape(seed))
+    pair = Sequences(random_shape(seed), LENGTHS)
     model = pair.model
 
     def in_two_calls(ids, positions, metadata=None):
@@ -159,12 +110,11 @@ def test_layers_in_two_calls_equal_the_whole_to_the_last_bit(seed):
             hidden = model.forward_ffn(hidden, residual, layer)
         return hidden
 
-    whole = model(pair.ids, pair.positions)
-    assert torch.equal(in_two_calls(pair.ids, pair.positions), whole)
+    assert torch.equal(in_two_calls(*pair.whole()), model(*pair.whole()))
     results = []
-    for run in (model, in_two_calls):
+    for either in (model, in_two_calls):
         pair.cache.zero_()
-        hidden = [run(*pair.step(*step)) for step in STEPS]
+        hidden = [run(either, pair.inputs(*step)) for step in STEPS]
         results.append([*hidden, pair.cache.clone()])
     assert all(map(torch.equal, *results))
 
@@ -174,12 +124,12 @@ def test_layers_in_two_calls_equal_the_whole_to_the_last_bit(seed):
 
 @torch.inference_mode()
 def test_a_throwaway_cache_leaves_the_bound_one_as_it_was():
-    pair = Pair(SHAPE)
-    model, whole = pair.model, (pair.ids, pair.positions)
+    pair = Sequences(SHAPE, LENGTHS)
+    model, whole = pair.model, pair.whole()
     alone = model(*whole)
     before = pair.cache.normal_().clone()
     assert torch.equal(model(*whole), alone)
-    with pytest.raises(KeyboardInterrupt), throwaway_cache(model, pair.positions):
+    with pytest.raises(KeyboardInterrupt), throwaway_cache(model, whole[1]):
         raise KeyboardInterrupt
     assert torch.equal(pair.cache, before)
     assert model.kv_cache is pair.cache
@@ -208,7 +158,7 @@ def test_whole_sequences_count_up_from_0(positions):
 @torch.inference_mode()
 def test_positions_that_the_rope_table_lacks_are_refused():
     """On a GPU they would be read from beyond it."""
-    model = Pair(SHAPE).model
+    model = Sequences(SHAPE, [1]).model
     model.allocate(torch.device("cpu"), max_length=8)
     ids, positions = torch.arange(12), torch.tensor([*range(3), *range(9)])
     model(ids[:11], positions[:11])

@@ -18,17 +18,13 @@ from tests.simulated_gpu import SILLY, Gpu, drive, random_run
 PLANS = [SEQUENTIAL, STREAMS, GREEN.with_sms((36, 96))]
 
 
-def table_of(times: dict[int, list[tuple[int, float]]], size: int = 8) -> CostTable:
-    """A table of one size: tokens and seconds by plan."""
+def planner_of(times: dict[int, list[tuple[int, float]]]) -> Planner:
+    """Of plans measured for 8 sequences: tokens and seconds of each."""
     table = CostTable()
     for plan, samples in times.items():
         for tokens, seconds in samples:
-            table.add(plan, size, tokens, seconds)
-    return table
-
-
-def planner_of(times: dict[int, list[tuple[int, float]]]) -> Planner:
-    return Planner(table_of(times), PLANS, [[4, 8, 16], [8], [8, 16]])
+            table.add(plan, 8, tokens, seconds)
+    return Planner(table, PLANS, [[4, 8, 16], [8], [8, 16]])
 
 
 class TestChoice:

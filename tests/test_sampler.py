@@ -52,10 +52,12 @@ def distribution(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     ],
     ids=str,
 )
-def test_tokens_are_drawn_as_often_as_their_probability_says(params):
+@pytest.mark.parametrize("vary", ["seed", "step"])
+def test_tokens_are_drawn_as_often_as_their_probability_says(params, vary):
     logits = torch.randn(20, generator=torch.Generator().manual_seed(1)) * 1.5
     count = 4000
-    drawn = draw(logits.repeat(count, 1), params, range(count))
+    seeds, steps = (range(count), None) if vary == "seed" else ([7] * count, range(count))
+    drawn = draw(logits.repeat(count, 1), params, seeds, steps)
     counts = torch.bincount(torch.tensor(drawn), minlength=20).double()
     expected = distribution(logits, params) * count
     assert counts[expected == 0].sum() == 0

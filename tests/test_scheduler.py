@@ -11,23 +11,13 @@ from tests.scheduler_marathon import marathon
 from tests.scheduler_world import STORY, World, always, drive, sequence
 
 
-def test_equal_prompts_share_all_full_blocks_but_the_one_with_the_last_token():
-    world = World(num_blocks=20, block_size=4, max_num_seqs=4, budget=100, caching=True)
-    for _ in range(2):
-        world.arrive(STORY[:12], max_tokens=1)
+@pytest.mark.parametrize(("caching", "starts"), [(True, [0, 8, 12]), (False, [0, 0, 0])])
+def test_equal_prompts_share_all_full_blocks_but_the_one_with_the_last_token(caching, starts):
+    world = World(num_blocks=20, block_size=4, max_num_seqs=4, budget=100, caching=caching)
+    for length, start in zip((12, 12, 13), starts, strict=True):
+        world.arrive(STORY[:length], max_tokens=1)
         (step,) = drive(world)
-    assert (step.chunks[0].start, step.chunks[0].end) == (8, 12)
-    world.arrive(STORY[:13], max_tokens=1)
-    (step,) = drive(world)
-    assert step.chunks[0].start == 12
-
-
-def test_without_prefix_caching_nothing_is_shared():
-    world = World(num_blocks=20, block_size=4, max_num_seqs=4, budget=100, caching=False)
-    for _ in range(2):
-        world.arrive(STORY[:12], max_tokens=1)
-        (step,) = drive(world)
-        assert step.chunks[0].start == 0
+        assert (step.chunks[0].start, step.chunks[0].end) == (start, length)
 
 
 def test_generated_tokens_are_shared_too():
@@ -70,17 +60,6 @@ def test_the_youngest_is_preempted_and_recomputed_and_the_oldest_never_is():
         ends += [s.request_id for s in seqs if s.num_generated == 8 and s.request_id not in ends]
     assert world.scheduler.num_preemptions > 0
     assert ends == [0, 1, 2]
-
-
-def test_decode_gets_its_turn_in_a_stream_of_prompts():
-    world = World(num_blocks=200, block_size=4, max_num_seqs=50, budget=4, caching=False)
-    world.arrive([1, 2, 3], max_tokens=8)
-    kinds = []
-    for _ in range(4 * (MAX_PREFILL_STREAK + 1)):
-        world.arrive([2, 2, 3, 3], max_tokens=8)
-        kinds.append(world.step(always(1)).is_decode)
-    assert kinds.count(True) == 4
-    world.drain()
 
 
 def test_a_prompt_that_fills_all_blocks_runs_alone():

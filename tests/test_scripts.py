@@ -10,6 +10,7 @@ import pytest
 
 import example_pipeline
 from nanovllm.utils.command_line import INTERRUPTED, Parser, in_one_line
+from tests.bench_runs import refusal
 
 ROOT = Path(example_pipeline.__file__).parent
 
@@ -35,12 +36,7 @@ def test_a_bad_value_of_the_example_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["example_pipeline.py", *argv])
-    with pytest.raises(SystemExit) as error:
-        example_pipeline.main()
-    out, err = capsys.readouterr()
-    assert error.value.code == 2
-    assert not out
-    assert len(err.splitlines()) == 1
+    err = refusal(capsys, lambda _: example_pipeline.main())
     assert all(word in err for word in words), err
 
 

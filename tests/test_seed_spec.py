@@ -26,7 +26,7 @@ from nanovllm.engine.stage_times import Span
 from nanovllm.tiny import PROMPTS
 from tests.checkpoints import Shape
 from tests.decode_cases import DecodeCase, relative_error
-from tests.fake_driver import FakeDriver, Result
+from tests.fake_driver import FakeDriver, Result, install
 from tests.seed_spec import (
     FELL_BACK,
     GREEN_FAILED,
@@ -82,8 +82,7 @@ def test_the_options_have_the_types_and_defaults_of_the_table():
 def test_green_context_manager_block_runs(monkeypatch):
     """With a fake driver, and torch streams that are only their handles."""
     bindings = FakeDriver()
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", bindings)
-    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: handle)
+    install(monkeypatch, bindings)
     names = run_block(GREEN_MANAGER, GreenContextManager=GreenContextManager, torch=torch)
     attention, ffn = (bindings.sms_of(names[name]) for name in ("attn_stream", "ffn_stream"))
     assert (len(attention), len(ffn)) == (16, 16)
@@ -94,7 +93,7 @@ def test_green_context_manager_block_runs(monkeypatch):
 
 def test_a_failed_green_context_is_logged_with_the_drivers_code(monkeypatch, caplog):
     bindings = FakeDriver(errors={"cuGreenCtxCreate": [Result.CUDA_ERROR_INVALID_RESOURCE_TYPE]})
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", bindings)
+    install(monkeypatch, bindings)
     with pytest.raises(RuntimeError):
         run_block(GREEN_MANAGER, GreenContextManager=GreenContextManager, torch=torch)
     assert caplog.messages[0].startswith(GREEN_FAILED.strip())

@@ -66,16 +66,6 @@ class TwoSteps:
             assert races(tape)
 
 
-class ChangedModel:
-    """A model with some of its stages replaced."""
-
-    def __init__(self, stages: list[Stage]) -> None:
-        self.list = stages
-
-    def stages(self) -> list[Stage]:
-        return self.list
-
-
 class RandomModel:
     """Stages that mix what some of the stages before them made; each writes a field of its own."""
 

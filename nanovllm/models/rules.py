@@ -71,7 +71,8 @@ def is_int(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, float) or is_int(value)
+    """Whether torch takes it as one, and so transformers: integers have 64 bits."""
+    return isinstance(value, float) or (is_int(value) and -(2**63) <= value < 2**63)
 
 
 def size(limit: int = MAX_SIZE) -> Rule:
@@ -110,7 +111,7 @@ NULL = Rule("null", lambda value: value is None)
 ZERO = Rule("zero", lambda value: is_number(value) and value == 0, lambda value: None)
 # Numbers that float32 arithmetic can take.
 POSITIVE = Rule(
-    "a positive number, from 1e-30 to 1e30",
+    "a positive number, from 1e-30 to 1e30, or an integer below 2**63",
     lambda value: is_number(value) and 1e-30 <= value <= 1e30,
     float,
 )

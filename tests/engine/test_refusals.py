@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -86,55 +87,40 @@ def test_a_prompt_over_all_kv_blocks_is_refused_alone(directory):
         check_empty(engine)
 
 
-@pytest.mark.parametrize(
-    "given",
-    [5, None, b"text", 1.5, {"prompt": "Tom"}, {"Tom"}, {"prompt_token_ids": [1, 2]}],
-    ids=repr,
-)
-def test_prompts_that_are_no_list_are_refused(llm, given):
-    with pytest.raises(TypeError) as caught:
-        llm.generate(given, use_tqdm=False)
-    assert str(caught.value).startswith(f"prompts={given!r} ")
-    assert "list of prompts" in str(caught.value)
+NO_PROMPTS = [5, None, b"text", 1.5, {"prompt": "Tom"}, {"Tom"}, {"prompt_token_ids": [1, 2]}]
+NO_PARAMS = [(5, "5"), ([GREEDY, None, GREEDY, 5], "None"), ({"top_k": 1}, "'top_k'"),
+             ("greedy", "'g'")]  # fmt: skip
+BAD_OPTIONS = [
+    ([], {"max_new_tokens": 5}, TypeError, r"'max_new_tokens'.* 'max_tokens'"),
+    ([], {"top_p": 2}, ValueError, r"^top_p=2 .*above 0"),
+    ([GREEDY], {"max_tokens": 5, "top_k": 3}, TypeError, r"sampling_params.*max_tokens, top_k"),
+]
+# Arguments of `generate`, and its error.
+BAD_CALLS = [
+    *(
+        ([x], {}, TypeError, rf"^prompts={re.escape(repr(x))} .*list of prompts")
+        for x in NO_PROMPTS
+    ),
+    ([[1, 2, 3]], {}, TypeError, r"^prompts\[0\]=1 is neither a text nor a list of token"),
+    *(
+        ([PROMPTS, [GREEDY] * n], {}, ValueError, f"^sampling_params has {n} entries for 4 prompts")
+        for n in (0, 1, 5)
+    ),
+    *(
+        ([PROMPTS, given], {}, TypeError, f"^sampling_params.*{named}.* SamplingParams")
+        for given, named in NO_PARAMS
+    ),
+    *(([PROMPTS, *params], *rest) for params, *rest in BAD_OPTIONS),
+]
 
 
-def test_a_flat_list_of_token_ids_is_refused(llm):
-    with pytest.raises(TypeError, match=r"^prompts\[0\]=1 is neither a text nor a list of token"):
-        llm.generate([1, 2, 3], use_tqdm=False)
-
-
-@pytest.mark.parametrize("call", ["generate", "add_request"])
-@pytest.mark.parametrize(
-    ("params", "options", "kind", "match"),
-    [
-        ([], {"max_new_tokens": 5}, TypeError, r"'max_new_tokens'.* 'max_tokens'"),
-        ([], {"top_p": 2}, ValueError, r"^top_p=2 .*above 0"),
-        ([GREEDY], {"max_tokens": 5, "top_k": 3}, TypeError, r"sampling_params.*max_tokens, top_k"),
-    ],
-    ids=["unknown", "bad", "given twice"],
-)
-def test_a_sampling_option_is_refused(llm, call, params, options, kind, match):
-    prompt = [PROMPTS[0]] if call == "generate" else PROMPTS[0]
+@pytest.mark.parametrize(("args", "options", "kind", "match"), BAD_CALLS)
+def test_a_bad_call_of_generate_is_refused(llm, args, options, kind, match):
     with pytest.raises(kind, match=match):
-        getattr(llm, call)(prompt, *params, **options)
+        llm.generate(*args, **options, use_tqdm=False)
 
 
-@pytest.mark.parametrize("count", [0, 1, 5])
-def test_sampling_params_of_the_wrong_number_are_refused(llm, count):
-    with pytest.raises(ValueError, match=f"^sampling_params has {count} entries for 4 prompts"):
-        llm.generate(PROMPTS, [GREEDY] * count, use_tqdm=False)
-
-
-@pytest.mark.parametrize(
-    ("given", "named"),
-    [
-        (5, "5"),
-        ([GREEDY, None, GREEDY, 5], "None"),
-        ({"top_k": 1}, "'top_k'"),
-        ("greedy", "'g'"),
-    ],
-    ids=str,
-)
-def test_sampling_params_of_the_wrong_type_are_refused(llm, given, named):
-    with pytest.raises(TypeError, match=f"^sampling_params.*{named}.* SamplingParams"):
-        llm.generate(PROMPTS, given, use_tqdm=False)
+@pytest.mark.parametrize(("params", "options", "kind", "match"), BAD_OPTIONS)
+def test_so_is_a_bad_option_of_a_request(llm, params, options, kind, match):
+    with pytest.raises(kind, match=match):
+        llm.add_request(PROMPTS[0], *params, **options)

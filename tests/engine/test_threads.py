@@ -58,20 +58,6 @@ def test_abort_from_within_a_step_ends_a_request_of_a_running_generate(
     assert got == expected[1][: len(got)]
 
 
-def test_abort_from_another_thread_ends_a_request_of_a_running_generate(llm, expected):
-    outputs = []
-
-    def abort() -> None:
-        while not llm.requests:
-            time.sleep(0.0001)
-        llm.abort(max(llm.requests))
-
-    run_all(lambda: outputs.extend(llm.generate(PROMPTS, GREEDY, use_tqdm=False)), abort)
-    reasons = [output["finish_reason"] for output in outputs]
-    assert reasons in (["length"] * 3 + ["abort"], ["length"] * 4)  # it may have come too late
-    assert tokens(outputs)[:3] == expected[:3]
-
-
 def test_exit_waits_for_a_step_that_another_thread_runs(directory, monkeypatch):
     engine = LLM(str(directory), **OPTIONS)
     inside = threading.Event()

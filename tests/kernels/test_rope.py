@@ -8,12 +8,10 @@ import torch.nn.functional as F
 
 from nanovllm.kernels import reference, rope
 from tests.kernels.cases import (
-    DEVICE,
     EPS,
     check_caches,
     close,
     head_arguments,
-    randn,
     rope_case,
     with_caches_of_its_own,
 )
@@ -37,16 +35,6 @@ def test_rope_reference_is_transformers(normed):
     close(q, expected(raw[:, :4], case["q_weight"]))
     close(k, expected(raw[:, 4:6], case["k_weight"]))
     assert torch.equal(v, raw[:, 6:])
-
-
-def test_store_kv_reference_places_every_token():
-    k, v = randn(5, 2, 8), randn(5, 2, 8)
-    caches = torch.zeros(3, 2, 4, 8, device=DEVICE), torch.zeros(3, 2, 4, 8, device=DEVICE)
-    slots = [11, 0, 5, 6, 3]
-    reference.store_kv(k, v, *caches, torch.tensor(slots, device=DEVICE))
-    for t, slot in enumerate(slots):
-        for new, cache in zip((k, v), caches, strict=True):
-            assert torch.equal(cache[slot // 4, :, slot % 4], new[t])
 
 
 @NORMED

@@ -53,8 +53,8 @@ class Waiting:
         self.ended.append("peers")
 
 
-@pytest.mark.parametrize("death", [True, False], ids=["death", "close"])
-def test_what_waits_for_a_dead_rank_is_ended_when_a_worker_dies_and_at_the_end(death):
+@pytest.mark.parametrize("end", ["death", "break", "close"])
+def test_what_waits_for_a_rank_is_ended_if_it_is_dead_or_silent(end):
     rank_0, waiting = Ranks(), Waiting()
     rank_0.groups = waiting
     rank_0.group = ParallelGroup(0, 2, peers=waiting)
@@ -64,12 +64,14 @@ def test_what_waits_for_a_dead_rank_is_ended_when_a_worker_dies_and_at_the_end(d
     guard.start()
     time.sleep(0.2)
     assert waiting.ended == []
-    if death:
+    if end == "death":
         worker.kill()
+    elif end == "break":
+        rank_0._break()
     else:
         rank_0._ended.set()
     guard.join(SECONDS)
-    assert waiting.ended == ["peers", "nccl"]
+    assert waiting.ended == ([] if end == "close" else ["peers", "nccl"])
     rank_0.workers.end(patience=0)
 
 

@@ -72,6 +72,7 @@ def all_reduce_add_norm(
     peers: Peers,
     parts: Tensor,
     outputs: Tensor,
+    first: int,
     shape: tuple[int, int],
     residual: Tensor,
     weight: Tensor,
@@ -83,10 +84,11 @@ def all_reduce_add_norm(
 
     Args:
         peers: the ranks.
-        parts: int64 ``[size]``, addresses of each rank's partial sum ``[T, H]``, of ``residual``'s
-            dtype and aligned to 16 bytes.
-        outputs: int64 ``[size]``, addresses of each rank's result ``[T, H]``, likewise. One-shot
+        parts: int64 ``[size]``, addresses of each rank's partial sums ``[.., H]``, of
+            ``residual``'s dtype and aligned to 16 bytes.
+        outputs: int64 ``[size]``, addresses of each rank's results ``[.., H]``, likewise. One-shot
             writes to this rank's alone.
+        first: row of ``parts`` and ``outputs`` at which the T rows begin.
         shape: ``(T, H)``.
         residual: ``[T, H]``, updated in place: in all rows (one-shot), or in this rank's rows
             (two-shot).
@@ -100,7 +102,7 @@ def all_reduce_add_norm(
     each = ROWS if own >= ROWS * programs else 1
     _all_reduce_kernel[(programs,)](
         parts, outputs, residual, weight, peers.counters, peers.launches, peers.expired,
-        rows, eps, peers.max_polls,
+        first, rows, eps, peers.max_polls,
         HIDDEN=hidden, BLOCK=block, ROWS=each, RANK=peers.rank, SIZE=peers.size,
         MAX_PROGRAMS=peers.max_programs, TWO_SHOT=two_shot,
         num_warps=min(max(each * block // ELEMENTS // 32, 1), 16), **pdl_options(),
@@ -135,9 +137,10 @@ def _meet(counters, at, launch, expired, polls, RANK: tl.constexpr, SIZE: tl.con
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["rows", "polls"])
+@triton.jit(do_not_specialize=["first_row", "rows", "polls"])
 def _all_reduce_kernel(
-    parts, outputs, residual, weight, counters, launches, expired, rows, eps, polls,
+    parts, outputs, residual, weight, counters, launches, expired,
+    first_row, rows, eps, polls,
     HIDDEN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr,
     SIZE: tl.constexpr, MAX_PROGRAMS: tl.constexpr, TWO_SHOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -156,11 +159,14 @@ def _all_reduce_kernel(
         row = (start + tl.arange(0, ROWS) * share)[:, None]
         inside = (row < rows) & (column < HIDDEN)
         at = row * HIDDEN + column
+        shared = at + first_row * HIDDEN
         total = tl.zeros([ROWS, BLOCK], tl.float32)
         for rank in tl.static_range(SIZE):
             part = _address(parts + rank, dtype)
             # NOTE: not cached: a line of a peer's memory in L1 would be of the launch before.
-            total += tl.load(part + at, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+            total += tl.load(part + shared, mask=inside, other=0.0, cache_modifier=".cg").to(
+                tl.float32
+            )
         total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
         rounded = total.to(dtype)
         tl.store(residual + at, rounded, mask=inside)
@@ -169,9 +175,11 @@ def _all_reduce_kernel(
         normed = (values * inverse[:, None] * scale).to(dtype)
         if TWO_SHOT:
             for shift in tl.static_range(SIZE):
-                tl.store(_address(outputs + (RANK + shift) % SIZE, dtype) + at, normed, mask=inside)
+                tl.store(
+                    _address(outputs + (RANK + shift) % SIZE, dtype) + shared, normed, mask=inside
+                )
         else:
-            tl.store(_address(outputs + RANK, dtype) + at, normed, mask=inside)
+            tl.store(_address(outputs + RANK, dtype) + shared, normed, mask=inside)
     if TWO_SHOT:
         _meet(counters, MAX_PROGRAMS + program, launch, expired, polls, RANK, SIZE)
     pdl_trigger(PDL)

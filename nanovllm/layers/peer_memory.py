@@ -37,10 +37,6 @@ class Shared:
     own: Tensor
     addresses: Tensor
 
-    def rows(self, first: int) -> Tensor:
-        """Addresses of a row of each rank's, int64 [size]."""
-        return self.addresses + first * self.own.stride(0) * self.own.element_size()
-
 
 class PeerMemory:
     """The shared buffers of one rank.
@@ -85,6 +81,9 @@ class PeerMemory:
             int(timeout / POLL_SECONDS),
         )
         self.gathers = 0
+        # Made here: allocations could wait for the very kernel that is to end.
+        self._side_stream = torch.cuda.Stream(device)
+        self._one = torch.ones(1, dtype=torch.int32).pin_memory()
         torch.cuda.synchronize(device)
         dist.barrier(group)  # everyone's counters are zero
 
@@ -119,8 +118,9 @@ class PeerMemory:
         own = -(-rows // self.size) if two_shot else rows
         self.kernels.all_reduce_add_norm(
             self.peers,
-            self.parts[turn].rows(first),
-            result.rows(first),
+            self.parts[turn].addresses,
+            result.addresses,
+            first,
             (rows, hidden),
             residual,
             weight,
@@ -141,8 +141,8 @@ class PeerMemory:
 
     def expire(self) -> None:
         """Lets a kernel that waits for a peer end; nothing after that is valid."""
-        with torch.cuda.stream(torch.cuda.Stream(self.device)):
-            self.peers.expired.copy_(torch.ones(1, dtype=torch.int32).pin_memory(), True)
+        with torch.cuda.stream(self._side_stream):
+            self.peers.expired.copy_(self._one, non_blocking=True)
 
     def handle_of(self, own: Tensor) -> Any:
         """torch's handle of a shared tensor."""

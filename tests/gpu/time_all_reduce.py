@@ -84,7 +84,7 @@ def time_rows(memory: PeerMemory, rows: int) -> dict[str, float]:
                 turns[0] ^= 1  # neighbours use different buffers
                 memory.kernels.all_reduce_add_norm(
                     memory.peers, memory.parts[turns[0]].addresses,
-                    memory.results[turns[0]].addresses, (rows, HIDDEN), residual, weight, EPS,
+                    memory.results[turns[0]].addresses, 0, (rows, HIDDEN), residual, weight, EPS,
                     programs, two_shot,
                 )  # fmt: skip
 

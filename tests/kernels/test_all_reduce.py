@@ -16,6 +16,7 @@ from nanovllm.kernels.all_reduce import Peers, all_reduce_add_norm, gather
 EPS = 1e-6
 STEPS = 6  # each buffer is used several times
 PATIENCE = 100_000_000  # polls
+FIRST = 2  # where the rows begin in the buffers
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,12 @@ def rank_steps(rank: int, case: Case, memory: Any, results: mp.Queue) -> None:
     found, gathered = [], []
     for step in range(STEPS):
         turn = step % 2
-        parts[turn][rank].copy_(case.parts(step)[rank])
+        parts[turn][rank][FIRST:] = case.parts(step)[rank]
         all_reduce_add_norm(
-            peers, addresses(parts[turn]), addresses(outputs[turn]), shape, residual, weight, EPS,
-            case.programs, case.two_shot,
+            peers, addresses(parts[turn]), addresses(outputs[turn]), FIRST, shape, residual,
+            weight, EPS, case.programs, case.two_shot,
         )  # fmt: skip
-        found.append(outputs[turn][rank].clone())
+        found.append(outputs[turn][rank][FIRST:].clone())
         gather(peers, torch.arange(3) + 10 * rank + 100 * step, addresses(inboxes[turn]))
         gathered.append(inboxes[turn][rank].tolist())
     results.put((rank, [x.float().numpy() for x in found], gathered, int(peers.expired)))
@@ -96,7 +97,7 @@ def rank_steps(rank: int, case: Case, memory: Any, results: mp.Queue) -> None:
     ids=["one-shot", "two-shot", "bfloat16"],
 )
 def test_ranks_get_the_norm_of_the_sum(case):
-    shape = case.rows, case.hidden
+    shape = FIRST + case.rows, case.hidden
     memory = (
         [shared(case.size, shape, case.dtype) for _ in range(2)],
         [shared(case.size, shape, case.dtype) for _ in range(2)],
@@ -128,7 +129,7 @@ def test_ranks_get_the_norm_of_the_sum(case):
 def all_reduce_alone(peers: Peers, outputs: list[torch.Tensor], *, two_shot: bool) -> None:
     parts, residual = [torch.ones(2, 32) for _ in range(2)], torch.ones(2, 32)
     all_reduce_add_norm(
-        peers, addresses(parts), addresses(outputs), (2, 32), residual, torch.ones(32), EPS, 1,
+        peers, addresses(parts), addresses(outputs), 0, (2, 32), residual, torch.ones(32), EPS, 1,
         two_shot,
     )  # fmt: skip
 

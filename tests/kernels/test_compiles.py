@@ -17,7 +17,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from nanovllm.kernels import activation, fused_gemm, norm, paged_decode, rope
+from nanovllm.kernels import activation, all_reduce, fused_gemm, norm, paged_decode, rope
 from nanovllm.kernels import small_gemm
 
 TYPES = dict(
@@ -107,6 +107,19 @@ def small(side, tokens):
     return compile(small_gemm._linear_kernel, constants, options, without)
 
 
+def reduce(ranks, two_shot):
+    constants = dict(
+        HIDDEN=4096, BLOCK=4096, ROWS=1, RANK=1, SIZE=int(ranks), MAX_PROGRAMS=132,
+        TWO_SHOT=two_shot == "two-shot",
+    )
+    tables = dict.fromkeys(["parts", "outputs", "counters"], "*i64")
+    numbers = dict.fromkeys(["first_row", "rows", "polls"], "i32")
+    state = dict.fromkeys(["launches", "expired"], "*i32")
+    return compile(
+        all_reduce._all_reduce_kernel, constants, dict(num_warps=16), **tables, **numbers, **state
+    )
+
+
 cases = json.loads(sys.argv[1])
 print(json.dumps([globals()[kernel](*arguments) for kernel, arguments in cases]))
 """
@@ -126,6 +139,8 @@ CASES = [
     ("heads", ["q_weight", "k_weight"], "st.global"),
     ("small", ["before", "1"], "mma.sync"),
     ("small", ["after", "8"], "mma.sync"),
+    ("reduce", ["2", "one-shot"], "ld.global.cg.v4"),
+    ("reduce", ["4", "two-shot"], "st.global.v4"),
 ]
 
 
@@ -152,8 +167,8 @@ def test_a_kernel_compiles_for_hopper(compiled: list[str], place: int) -> None:
     # Decode also waits where its range is empty.
     assert len(before) == (2 if kernel == "decode" else 1), "a way through the kernel does not wait"
     # Until then nothing is written, nor read that the kernel before may have made. Decode reads
-    # lengths and tables, which are older.
+    # lengths and tables, and the all-reduce its norm's weights, which are older.
     accesses = ["st.global", "cp.async", "atom.global"]
-    if kernel != "decode":
+    if kernel not in ("decode", "reduce"):
         accesses.append("ld.global")
     assert not [access for access in accesses for part in before if access in part]

@@ -185,9 +185,11 @@ class Ranks:
         if self.group.size == 1 or self.device.type != "cuda" or all_reduce == "nccl":
             return
         local = int(os.environ.get("LOCAL_WORLD_SIZE", self.group.size))
-        others = [i for i in range(torch.cuda.device_count()) if i != self.device.index]
+        own = torch.cuda.current_device()
         reachable = local == self.group.size and all(
-            torch.cuda.can_device_access_peer(self.device, i) for i in others
+            torch.cuda.can_device_access_peer(own, other)
+            for other in range(torch.cuda.device_count())
+            if other != own
         )
         if self.minimum(int(reachable)):
             assert self.groups is not None
@@ -341,7 +343,7 @@ class Ranks:
         outcome.result()
 
     def _guard_device(self) -> None:
-        """Ends what the device waits for in vain, when the ranks part or close.
+        """Ends what the device waits for in vain, when a rank is dead or the ranks part.
 
         The only place that does so, in a thread of its own: the main thread may be inside a CUDA
         call that waits for a collective without a peer.
@@ -350,6 +352,8 @@ class Ranks:
             if self._is_stuck():
                 print(f"rank {self.group.rank}: {self._silence()}", file=sys.stderr, flush=True)
                 os._exit(1)
+        if not self.broken and self.workers.dead_worker() is None:
+            return
         if self.group.peers is not None:
             self.group.peers.expire()
         if self.groups is not None:

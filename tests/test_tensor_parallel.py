@@ -257,6 +257,28 @@ def test_only_this_machine_can_reach_the_ranks_and_exit_ends_them(model):
     assert opened == {socket.inet_aton("127.0.0.1")[::-1].hex().upper()}
 
 
+def test_a_second_engine_of_several_ranks_is_refused_while_the_first_is_open(model):
+    with make_engine(model) as engine:
+        with pytest.raises(ValueError, match="torch.distributed initialised"):
+            make_engine(model)
+        generate(engine)
+    with make_engine(model) as engine:
+        generate(engine)
+
+
+@NO_HANG
+def test_a_silent_worker_is_an_error_in_time(model):
+    engine = LLM(model, device="cpu", max_model_len=64, tensor_parallel_size=2, step_timeout=0.5)
+    generate(engine)
+    (worker,) = engine.model_runner.ranks.workers.processes
+    worker.send_signal(signal.SIGSTOP)
+    begin = time.monotonic()
+    with pytest.raises(RankDiedError, match="no progress for step_timeout=0.5 s"):
+        generate(engine)
+    assert time.monotonic() - begin < SECONDS
+    assert worker.returncode == -signal.SIGKILL
+
+
 @NO_HANG
 def test_worker_killed_between_steps(model):
     with make_engine(model, size=2) as engine:

@@ -259,7 +259,7 @@ def test_only_this_machine_can_reach_the_ranks_and_exit_ends_them(model):
 
 def test_a_second_engine_of_several_ranks_is_refused_while_the_first_is_open(model):
     with make_engine(model) as engine:
-        with pytest.raises(ValueError, match="torch.distributed initialised"):
+        with pytest.raises(ValueError, match=r"torch\.distributed initialised"):
             make_engine(model)
         generate(engine)
     with make_engine(model) as engine:
@@ -273,7 +273,7 @@ def test_a_silent_worker_is_an_error_in_time(model):
     (worker,) = engine.model_runner.ranks.workers.processes
     worker.send_signal(signal.SIGSTOP)
     begin = time.monotonic()
-    with pytest.raises(RankDiedError, match="no progress for step_timeout=0.5 s"):
+    with pytest.raises(RankDiedError, match=r"no progress for step_timeout=0\.5 s"):
         generate(engine)
     assert time.monotonic() - begin < SECONDS
     assert worker.returncode == -signal.SIGKILL

@@ -1,8 +1,7 @@
 """The ranks of a tensor-parallel run: how they meet and talk, and notice a death or silence.
 
-Rank 0 schedules; the others run whatever step it sends. A step travels as two integer tensors by
-broadcast, sizes and contents, so nothing is ever unpickled. It is sent ahead: nobody waits for a
-message within a step.
+Rank 0 schedules; the others run whatever step it sends. A step travels as integers by broadcast, so
+nothing is ever unpickled. It is sent ahead: nobody waits for a message within a step.
 
 - In a plain script rank 0 starts the others itself (`Ranks.spawn`), and they meet at a file.
 - Under torchrun all ranks exist already (`Ranks.join_torchrun`) and meet at its store; torchrun
@@ -46,8 +45,9 @@ LOAD_SECONDS = 1800.0
 DEATH_SECONDS = 2.0
 END_SECONDS = 10.0
 
-# Integers of a step's layout, of its inputs and of its sampling; no layout: no more steps.
-HEADER_SIZE = 3
+# Integers of a message's first part: the sizes of a step's layout, inputs and sampling, then as
+# much of these as it holds. All zeros: there are no more steps.
+PACKET = 4096
 # A token that a rank draws when it gave up waiting for the others.
 VOID = -2
 
@@ -159,19 +159,25 @@ class Ranks:
             self.workers.check()
             parts = [np.array(layout.to_integers(), np.int32), flat]
             parts.append(np.empty(0, np.int32) if sampling is None else sampling)
-            for part in (np.array([*map(len, parts)]), np.concatenate(parts)):
+            message = np.concatenate([np.array([*map(len, parts)], np.int32), *parts])
+            packet = np.zeros(PACKET, np.int32)
+            packet[: len(message)] = message[:PACKET]
+            for part in [packet, message[PACKET:]][: 1 + (len(message) > PACKET)]:
                 complete(self._broadcast(torch.from_numpy(part)), self.step_timeout)
 
     def receive_step(self) -> tuple[StepLayout, np.ndarray, np.ndarray | None] | None:
         """Waits for the next step; None when there will be no more."""
-        header = torch.empty(HEADER_SIZE, dtype=torch.int64)
-        self._broadcast(header).wait()
-        sizes = header.tolist()
+        packet = torch.empty(PACKET, dtype=torch.int32)
+        self._broadcast(packet).wait()
+        sizes = packet[:3].tolist()
         if not sizes[0]:
             return None
-        body = torch.empty(sum(sizes), dtype=torch.int32)
-        self._broadcast(body).wait()
-        integers, flat, sampling = np.split(body.numpy(), np.cumsum(sizes)[:-1])
+        message = torch.empty(max(PACKET, 3 + sum(sizes)), dtype=torch.int32)
+        message[:PACKET] = packet
+        if len(message) > PACKET:
+            self._broadcast(message[PACKET:]).wait()
+        body = message.numpy()[3 : 3 + sum(sizes)]
+        integers, flat, sampling = np.split(body, np.cumsum(sizes)[:-1])
         layout = StepLayout.from_integers(integers.tolist())
         return layout, flat, sampling if len(sampling) else None
 
@@ -383,7 +389,7 @@ class Ranks:
     def _finish(self) -> None:
         """Says, as rank 0, that there are no more steps, and lets all ranks end theirs."""
         patience = timedelta(seconds=END_SECONDS)
-        stop = torch.zeros(HEADER_SIZE, dtype=torch.int64)
+        stop = torch.zeros(PACKET, dtype=torch.int32)
         try:
             if self.is_first:
                 self._broadcast(stop).wait(patience)

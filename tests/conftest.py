@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,3 +19,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 def _one_thread() -> None:
     """Small models on several threads spend their time on waiting for each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with every file that is read, the index aside."""
+    from tests.broken_checkpoints import write_sound  # after the setting above
+
+    directory = tmp_path_factory.mktemp("sound")
+    write_sound(directory)
+    return directory
+
+
+@pytest.fixture
+def copy(sound: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be spoilt."""
+    return Path(shutil.copytree(sound, tmp_path / "model"))

@@ -10,25 +10,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM
 from nanovllm.models import UnsupportedModelError
 from nanovllm.models.loader import INDEX, WeightsError
-from nanovllm.tiny import CHECKPOINT_DIR
-from nanovllm.utils import hub
-from nanovllm.utils.hub import resolve_model
-from nanovllm.utils.json_files import naming
-from nanovllm.utils.tokenizer import TokenizerError, load_tokenizer
-from tests.checkpoint_mutations import add_tokenizer
-from tests.checkpoints import VOCAB, Shape, edit_json
+from nanovllm.utils.tokenizer import TokenizerError
+from tests.broken_checkpoints import SHAPE, SMALL, error_of
+from tests.checkpoints import VOCAB, edit_json
 
-SMALL = {"device": "cpu", "max_model_len": 64, "kvcache_block_size": 16, "num_kvcache_blocks": 8}
-SHAPE = Shape(layers=2, heads=2, kv_heads=1, hidden=32, intermediate=64)
 PROMPT = [5, 6, 7]
 WEIGHTS = "model.safetensors"
 NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
@@ -45,31 +37,10 @@ TOKENIZER_FILES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory) -> Path:
-    """A checkpoint with every file that is read, the index aside."""
-    directory = tmp_path_factory.mktemp("good")
-    SHAPE.write(directory)
-    add_tokenizer(directory)
-    return directory
-
-
-@pytest.fixture
-def copy(good, tmp_path) -> Path:
-    """A copy of it, to be spoilt."""
-    return Path(shutil.copytree(good, tmp_path / "model"))
-
-
 def run(directory: Path, **options) -> list[int]:
     with LLM(str(directory), **SMALL, **options) as llm:
         (output,) = llm.generate([PROMPT], temperature=0, max_tokens=8, use_tqdm=False)
     return output["token_ids"]
-
-
-def error_of(directory: Path | str, kind: type[Exception] = ValueError, **options) -> str:
-    with pytest.raises(kind) as caught:
-        LLM(str(directory), **{**SMALL, **options})
-    return str(caught.value)
 
 
 def edit_weights(path: Path, changes: dict[str, torch.Tensor | None]) -> None:
@@ -243,55 +214,6 @@ def test_code_in_a_checkpoint_never_runs(copy, tmp_path, file, model_type):
         assert model_type in done.stderr
 
 
-# ------------------------------------------------------------------ the hub
-
-
-def test_a_hub_id_offline_says_so():
-    message = error_of("nobody/no-such-model", FileNotFoundError)
-    words = ["model='nobody/no-such-model'", "hub cache", "offline", "download", "a directory"]
-    assert [word for word in words if word not in message] == []
-
-
-@pytest.mark.parametrize("name", ["no such model", "a/b/c", "/no/such/directory", "-x-", "a--b"])
-def test_a_nonsense_name_is_neither_directory_nor_hub_id(name):
-    message = error_of(name, FileNotFoundError)
-    assert message.startswith(f"model={name!r} is neither a directory nor a model on the hub")
-    for refused in ("x" * 300, "~nobody-of-that-name/x"):  # by the system
-        with pytest.raises(FileNotFoundError, match="model="):
-            resolve_model(refused)
-
-
-def test_a_model_that_the_hub_does_not_have_is_named(monkeypatch):
-    class NotFoundError(RepositoryNotFoundError):
-        def __init__(self):
-            pass
-
-    def absent(*args, **kwargs):
-        raise NotFoundError
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
-    with pytest.raises(FileNotFoundError, match=r"^model='somebody/typo' .* model on the hub"):
-        resolve_model("somebody/typo")
-
-
-def test_only_the_files_of_a_model_are_downloaded(monkeypatch, tmp_path):
-    asked = {}
-
-    def download(model, **options):
-        asked.update(options, model=model)
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert resolve_model("Qwen/Qwen3-0.6B") == tmp_path
-    assert asked == {"model": "Qwen/Qwen3-0.6B", "allow_patterns": hub.PATTERNS}
-
-
-def test_a_directory_may_begin_with_a_tilde(monkeypatch, tmp_path):
-    (tmp_path / "model").mkdir()
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert resolve_model("~/model") == tmp_path / "model"
-
-
 # ------------------------------------------------------------------ no file
 
 
@@ -349,86 +271,6 @@ def test_json_that_is_damaged_is_named(copy, name, damage):
 def test_text_in_another_encoding_is_named(copy):
     (copy / "merges.txt").write_bytes(b"\xff\xfe\x00")
     assert f"{copy / 'merges.txt'} is damaged" in error_of(copy, TokenizerError)
-
-
-# ------------------------------------------------------------------ paths
-
-
-@pytest.mark.parametrize(
-    "field",
-    ["vocab_file", "tokenizer_file", "gguf_file", "fast_tokenizer_files", "vocab", "merges"],
-)
-@pytest.mark.parametrize("value", ["/etc/passwd", "../x", "x", "\x00"])
-def test_a_tokenizer_that_names_files_elsewhere_is_refused(copy, field, value):
-    path = copy / "tokenizer_config.json"
-    edit_json(path, **{field: value})
-    message = error_of(copy, TokenizerError)
-    assert f"{path}: {field}={value!r}" in message
-
-
-def test_a_tokenizer_may_name_its_own_files(copy):
-    named = {"vocab_file": "vocab.json", "tokenizer_file": None, "init_inputs": []}
-    named |= {"special_tokens_map_file": "/home/somebody/special_tokens_map.json"}
-    edit_json(copy / "tokenizer_config.json", **named)
-    assert load_tokenizer(copy).encode("Once upon a time")
-
-
-# ------------------------------------------------------------------ the tokenizer
-
-
-@pytest.mark.parametrize("missing", ["vocab.json", "merges.txt"])
-def test_half_a_tokenizer_is_refused(copy, missing):
-    """transformers would take the missing half for an empty one."""
-    add_tokenizer(copy, fast=False)
-    assert load_tokenizer(copy).encode("Once upon a time")
-    (copy / missing).unlink()
-    assert f"{copy / missing} is missing" in error_of(copy, TokenizerError)
-
-
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}),
-        ("tokenizer.json", {"model": {"type": "Nonsense"}}),
-        ("tokenizer.json", {"added_tokens": 5}),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}),
-        ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
-        ("tokenizer_config.json", {"tokenizer_class": 5}),
-        ("tokenizer_config.json", {"eos_token": {"a": 1}}),
-        ("tokenizer_config.json", {"model_max_length": "long"}),
-    ],
-    ids=str,
-)
-def test_errors_of_the_library_name_the_tokenizer(copy, name, changes):
-    edit_json(copy / name, **changes)
-    message = error_of(copy, TokenizerError)
-    assert str(copy) in message
-    assert name in message
-
-
-def test_a_checkpoint_without_tokenizer_has_none(tmp_path):
-    SHAPE.write(tmp_path)
-    assert load_tokenizer(tmp_path) is None
-    assert load_tokenizer(CHECKPOINT_DIR) is not None
-
-
-class PanicException(BaseException):
-    """Named as the one of pyo3, which cannot be imported."""
-
-
-@pytest.mark.parametrize("raised", [RecursionError, OSError, KeyError, PanicException])
-def test_what_a_library_raises_becomes_a_named_error(raised):
-    with (
-        pytest.raises(TokenizerError, match=r"the file: .*the cause"),
-        naming("the file", TokenizerError),
-    ):
-        raise raised("the cause")
-
-
-@pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit, MemoryError, GeneratorExit])
-def test_what_ends_a_program_passes(raised):
-    with pytest.raises(raised), naming("the file", TokenizerError):
-        raise raised
 
 
 # ------------------------------------------------------------------ sizes

@@ -5,4 +5,6 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.llm import LLM
 from nanovllm.sampling_params import SamplingParams
 
-__all__ = ["LLM", "Config", "LLMEngine", "SamplingParams"]
+__all__ = ["LLM", "Config", "LLMEngine", "SamplingParams", "__version__"]
+
+__version__ = "0.1.0"

@@ -10,12 +10,16 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from nanovllm.tiny import CHECKPOINT_DIR
 from nanovllm.utils.options import boolean, check, choice, hinting, integer, number, option
 
-PIPELINE_MODES = ("auto", "sequential", "microbatch", "streams", "green")
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+LoadFormat = Literal["auto", "dummy"]
+AttentionBackend = Literal["auto", "triton", "flash_attn", "torch"]
+PipelineMode = Literal["auto", "sequential", "microbatch", "streams", "green"]
+PIPELINE_MODES = get_args(PipelineMode)
 
 
 def _model(value: Any) -> str:
@@ -77,19 +81,46 @@ class Config:
     kvcache_block_size: int = option(256, integer(16, multiple_of=16))
     num_kvcache_blocks: int = option(-1, integer(1, also=-1))
     device: str = option("auto", _device)
-    dtype: str = option("auto", choice("auto", "float32", "bfloat16", "float16"))
-    load_format: str = option("auto", choice("auto", "dummy"))
-    attention_backend: str = option("auto", choice("auto", "triton", "flash_attn", "torch"))
+    dtype: DType = option("auto", choice(*get_args(DType)))
+    load_format: LoadFormat = option("auto", choice(*get_args(LoadFormat)))
+    attention_backend: AttentionBackend = option("auto", choice(*get_args(AttentionBackend)))
     enable_prefix_caching: bool = option(True, boolean)
     async_scheduling: bool = option(True, boolean)
     enable_pipeline: bool = option(False, boolean)
     pipeline_attention_sm_count: int = option(16, integer(1))
     pipeline_ffn_sm_count: int = option(16, integer(1))
     pipeline_enable_profiling: bool = option(False, boolean)
-    pipeline_mode: str = option("auto", choice(*PIPELINE_MODES))
+    pipeline_mode: PipelineMode = option("auto", choice(*PIPELINE_MODES))
     pipeline_strict: bool = option(False, boolean)
     all_reduce: str = option("auto", choice("auto", "nccl"))
     step_timeout: float = option(60.0, number(0, 86400, open_low=True))
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, check(self, name, value))
+    if not TYPE_CHECKING:  # a type checker that saw it would let any name be set
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            object.__setattr__(self, name, check(self, name, value))
+
+
+class ConfigOptions(TypedDict, total=False):
+    """The fields of `Config` but `model`, as the types of keyword arguments."""
+
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    max_model_len: int
+    gpu_memory_utilization: float
+    tensor_parallel_size: int
+    enforce_eager: bool
+    kvcache_block_size: int
+    num_kvcache_blocks: int
+    device: str
+    dtype: DType
+    load_format: LoadFormat
+    attention_backend: AttentionBackend
+    enable_prefix_caching: bool
+    async_scheduling: bool
+    enable_pipeline: bool
+    pipeline_attention_sm_count: int
+    pipeline_ffn_sm_count: int
+    pipeline_enable_profiling: bool
+    pipeline_mode: PipelineMode
+    pipeline_strict: bool

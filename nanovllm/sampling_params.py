@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Collection, Iterable, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from nanovllm.utils.options import (
     boolean,
@@ -44,7 +44,7 @@ class SamplingParams:
         top_p: draw from the likeliest tokens that together reach this probability only.
         max_tokens: tokens to generate at the most.
         ignore_eos: go on after an end-of-sequence token.
-        stop_token_ids: further tokens that end the request.
+        stop_token_ids: further tokens that end the request; they are kept as a tuple.
         seed: the same seed draws the same random numbers whatever else is in the batch; None:
             random.
     """
@@ -54,7 +54,7 @@ class SamplingParams:
     top_p: float = option(1.0, number(0, 1, open_low=True))
     max_tokens: int = option(64, integer(1))
     ignore_eos: bool = option(False, boolean)
-    stop_token_ids: tuple[int, ...] = option((), _stop_token_ids)
+    stop_token_ids: Collection[int] = option((), _stop_token_ids)
     seed: int | None = option(None, _seed)
 
     def __post_init__(self) -> None:
@@ -63,8 +63,20 @@ class SamplingParams:
             object.__setattr__(self, field.name, value)
 
 
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `SamplingParams`, as the types of keyword arguments."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    max_tokens: int
+    ignore_eos: bool
+    stop_token_ids: Collection[int]
+    seed: int | None
+
+
 def params_per_prompt(
-    given: SamplingParams | Sequence[SamplingParams] | None, count: int, fields: dict[str, Any]
+    given: SamplingParams | Sequence[SamplingParams] | None, count: int, fields: SamplingOptions
 ) -> list[SamplingParams]:
     """One `SamplingParams` for each of `count` prompts."""
     if fields and given is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import bench_pipeline
+from nanovllm.bench import __main__ as bench
 from nanovllm.bench.arms import Arm
 
 GROW = ["--workload", "growing", "--batch", "3", "--context", "10", "--until", "60",
@@ -17,8 +17,8 @@ LABELS = ("sequential", "streams", "green 36+96", "auto")
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[list[str], dict[str, Any]]:
-    """Runs `bench_pipeline.py` on the CPU; returns its lines but the last, and the last, parsed."""
-    bench_pipeline.main(["--device", "cpu", *map(str, argv)])
+    """Runs a benchmark on the CPU; returns its lines but the last, and the last, parsed."""
+    bench.main(["--device", "cpu", *map(str, argv)])
     *lines, last = capsys.readouterr().out.splitlines()
     return lines, json.loads(last)
 

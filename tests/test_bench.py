@@ -1,4 +1,4 @@
-"""`bench_pipeline.py` on the CPU with the embedded model: what it measures and prints."""
+"""`python -m nanovllm.bench` on the CPU with the embedded model: what it measures and prints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line of `bench_pipeline.py`: what it refuses, its help, interrupts."""
+"""The command line of `python -m nanovllm.bench`: what it refuses, its help, interrupts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import bench_pipeline
+from nanovllm.bench import __main__ as bench
 from nanovllm.bench import engines, gain_map, options
 from tests.bench_runs import GROW, refusal
 
@@ -16,9 +16,9 @@ Capture = pytest.CaptureFixture[str]
 
 
 def refuse(capsys: Capture, *argv: object) -> str:
-    """The one line on stderr with which bench_pipeline.py ends at once."""
+    """The one line on stderr with which it ends at once."""
     device = [] if "--device" in argv else ["--device", "cpu"]
-    return refusal(capsys, bench_pipeline.main, *device, *argv)
+    return refusal(capsys, bench.main, *device, *argv)
 
 
 class TestRefusals:
@@ -72,7 +72,7 @@ class TestRefusals:
 @pytest.mark.parametrize("workload", options.WORKLOADS)
 def test_every_workload_has_a_help(workload: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit) as end:
-        bench_pipeline.main(["--workload", workload, "--help"])
+        bench.main(["--workload", workload, "--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert all(f"--{name} " in text for name in options.WORKLOADS[workload])
@@ -92,7 +92,7 @@ def test_what_is_measured_at_an_interrupt_is_printed(
     monkeypatch.setattr(gain_map, "measure_point", third_is_interrupted)
     file = tmp_path / "map.json"
     with pytest.raises(SystemExit) as error:
-        bench_pipeline.main(["--map", "--device", "cpu", "--seconds", "0.01", "--json", str(file)])
+        bench.main(["--map", "--device", "cpu", "--seconds", "0.01", "--json", str(file)])
     assert error.value.code == 130
     out, err = capsys.readouterr()
     assert "2 points in " in out

@@ -1,4 +1,4 @@
-"""`bench_pipeline.py --map`: measured on the CPU with the embedded model, and on made-up times."""
+"""`nanovllm.bench --map`: measured on the CPU with the embedded model, and on made-up times."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from matplotlib.image import imread
 
-import bench_pipeline
 from nanovllm.bench import BenchError, DoesNotFit, gain_map, report
+from nanovllm.bench import __main__ as bench
 from nanovllm.bench.gains import describe, judge
 from nanovllm.bench.pictures import draw_map
 from nanovllm.bench.turns import FEWEST_ROUNDS
@@ -25,9 +25,7 @@ class TestOnTheCpu:
         self, tmp_path: Path, capsys: Capture
     ) -> None:
         file, picture, again = (tmp_path / name for name in ("m.json", "m.png", "again.png"))
-        bench_pipeline.main(
-            [*QUICK, "--device", "cpu", "--json", str(file), "--plot", str(picture)]
-        )
+        bench.main([*QUICK, "--device", "cpu", "--json", str(file), "--plot", str(picture)])
         record = report.read_record(file, "map")
         (shape,) = record["shapes"]
         assert shape["name"] == "tiny"

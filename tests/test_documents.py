@@ -10,24 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench_pipeline
 import example_pipeline
+from nanovllm.bench import __main__ as bench
 from nanovllm.bench import options
 from nanovllm.config import Config
 from nanovllm.tiny import CHECKPOINT_DIR
 
-ROOT = Path(bench_pipeline.__file__).parent
+ROOT = Path(example_pipeline.__file__).parent
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 # In text or a block, up to a comment or the end of the code span or line.
-COMMAND = re.compile(r"python (\S+\.py)([^`#\n]*)")
+COMMAND = re.compile(r"python (\S+\.py|-m nanovllm\.bench)([^`#\n]*)")
 # In a script's docstring, up to what is said about it.
-DESCRIBED = re.compile(r"^python (\S+\.py)(.*?)(?:  .*)?$", re.MULTILINE)
+DESCRIBED = re.compile(r"^python (\S+\.py|-m nanovllm\.bench)(.*?)(?:  .*)?$", re.MULTILINE)
 
 
 def commands() -> list[tuple[str, str]]:
     """Scripts, and what follows their names, each once."""
     found = [each for path in DOCUMENTS for each in COMMAND.findall(path.read_text("utf-8"))]
-    for script in (bench_pipeline, example_pipeline):
+    for script in (bench, example_pipeline):
         found += DESCRIBED.findall(script.__doc__ or "")
     return list(dict.fromkeys((script, line.strip()) for script, line in found))
 
@@ -40,7 +40,8 @@ def python_blocks() -> list[str]:
 
 def test_all_commands_are_found() -> None:
     scripts = [script for script, _ in commands()]
-    assert scripts.count("bench_pipeline.py") > 30
+    assert scripts.count("bench_pipeline.py") > 20
+    assert scripts.count("-m nanovllm.bench") > 9
     assert scripts.count("example_pipeline.py") > 4
     assert scripts.count("green_ctx.py") == 1
 
@@ -53,12 +54,13 @@ def test_a_command_is_understood(
     monkeypatch.setattr(options, "resolve_device", lambda name: torch.device("cuda", 0))
     argv = shlex.split(line)
     monkeypatch.setattr(sys, "argv", [script, *argv])
-    if script == "bench_pipeline.py" and "--help" in argv:
+    is_bench = script in ("bench_pipeline.py", "-m nanovllm.bench")
+    if is_bench and "--help" in argv:
         with pytest.raises(SystemExit, match=r"^0$"):
             options.parse(None, argv)
-    elif script == "bench_pipeline.py":
+    elif is_bench:
         args = options.parse(None, argv)
-        assert args.workload in bench_pipeline.WORKLOADS
+        assert args.workload in bench.WORKLOADS
         stored = getattr(args, "stored", None) or []
         assert all(path.exists() for path in stored if path.parent.name == "docs")
     elif script == "example_pipeline.py":

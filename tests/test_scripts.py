@@ -62,9 +62,20 @@ def test_a_parser_shows_its_text_as_it_is(capsys: pytest.CaptureFixture[str]) ->
     assert "one\n   two" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", ["example_pipeline.py", "bench_pipeline.py"])
-def test_help_works_from_a_shell(script: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ("example_pipeline.py", "python example_pipeline.py"),
+        ("bench_pipeline.py", "python -m nanovllm.bench"),
+        ("-m nanovllm.bench", "python -m nanovllm.bench"),
+    ],
+)
+def test_help_works_from_a_shell(command: str, text: str) -> None:
     run = subprocess.run(
-        [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, *command.split(), "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert f"python {script}" in run.stdout
+    assert text in run.stdout

@@ -1,5 +1,6 @@
-"""What `bench_pipeline.py` measures with; the engine itself imports nothing of this.
+"""`python -m nanovllm.bench`: what it measures with; the engine itself imports nothing of this.
 
+__main__.py    the workloads by name; prints what they measure
 options.py     the command line: which options each workload has, and their defaults
 shapes.py      published shapes, to be filled with random weights
 engines.py     starts the engine that is measured

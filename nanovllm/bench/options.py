@@ -1,4 +1,4 @@
-"""The command line of `bench_pipeline.py`: all options, and which of them a workload has."""
+"""The command line of `python -m nanovllm.bench`: all options, and which of them a workload has."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from nanovllm.bench.turns import SHORTEST_OUTPUT
 from nanovllm.config import PIPELINE_MODES, Config
 from nanovllm.utils.command_line import Parser, check_output
 from nanovllm.utils.device import resolve_device
+
+PROGRAM = "python -m nanovllm.bench"
 
 
 def number(kind: type, least: float = 1) -> Callable[[str], Any]:
@@ -137,7 +139,7 @@ def parse(description: str | None, argv: Sequence[str] | None = None) -> argpars
 
     Says what is wrong and exits with code 2, if so.
     """
-    common = Parser(None, add_help=False)
+    common = Parser(None, prog=PROGRAM, add_help=False)
     task = common.add_mutually_exclusive_group()
     task.add_argument("--workload", choices=WORKLOADS, default="decode",
                       help="what to measure; default: decode")  # fmt: skip
@@ -152,7 +154,7 @@ def parse(description: str | None, argv: Sequence[str] | None = None) -> argpars
     except ValueError as error:
         common.error(str(error))
 
-    parser = Parser(description, parents=[common])
+    parser = Parser(description, prog=PROGRAM, parents=[common])
     parser.set_defaults(plot=None, shape=None, shapes=None, model=None, layers=None)
     own = WORKLOADS[early.workload]
     model = parser.add_mutually_exclusive_group() if "model" in own else parser

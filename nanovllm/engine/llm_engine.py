@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import random
 import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from tqdm import tqdm
+from typing_extensions import Unpack
 
-from nanovllm.config import Config
+from nanovllm.config import Config, ConfigOptions
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.model_runner import LaunchedStep, ModelRunner
 from nanovllm.engine.parallel.ranks import Ranks
@@ -29,10 +31,11 @@ from nanovllm.engine.sequence import Sequence as EngineSequence
 from nanovllm.engine.transactions import Transactions
 from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.models import load_config
-from nanovllm.sampling_params import SamplingParams, params_per_prompt
+from nanovllm.sampling_params import SamplingOptions, SamplingParams, params_per_prompt
 from nanovllm.utils.device import resolve_device
 from nanovllm.utils.hub import resolve_model
 from nanovllm.utils.locks import exclusive
+from nanovllm.utils.options import taking
 from nanovllm.utils.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -74,9 +77,15 @@ class LLMEngine:
     engine exits, they end with SystemExit(0). The rest of the script runs on rank 0 alone.
     """
 
-    def __init__(self, model: str | Config | None = None, **options: Any) -> None:
+    @taking(Config)
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | Config | None = None,
+        **options: Unpack[ConfigOptions],
+    ) -> None:
+        """Loads the model and gets the memory for its KV cache."""
         if not isinstance(model, Config):
-            model = Config() if model is None else Config(model)
+            model = Config() if model is None else Config(model)  # type: ignore[arg-type]
         self.config = config = dataclasses.replace(model, **options) if options else model
         directory = resolve_model(config.model)
         # Before anything else is read, and before other processes start and all stumble over it.
@@ -127,12 +136,13 @@ class LLMEngine:
             self.model_runner.close()
         self._finalizer.detach()
 
+    @taking(SamplingParams)
     def generate(
         self,
         prompts: str | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
-        **sampling: Any,
+        **sampling: Unpack[SamplingOptions],
     ) -> list[Completion]:
         """Completes `prompts`, in one continuous batch with those of other threads.
 
@@ -159,8 +169,12 @@ class LLMEngine:
             self.transactions.call(self._drop, results)
         return [results[request_id] for request_id in requests]
 
+    @taking(SamplingParams)
     def add_request(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, **sampling: Any
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> int:
         """Queues one prompt and returns its request id; `step` will return its completion.
 
@@ -173,8 +187,12 @@ class LLMEngine:
         (request,) = self.transactions.call(self._queue, [token_ids], [params], self.unclaimed)
         return request
 
+    @taking(SamplingParams)
     def add_computed_request(
-        self, token_ids: list[int], sampling_params: SamplingParams | None = None, **sampling: Any
+        self,
+        token_ids: list[int],
+        sampling_params: SamplingParams | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> int:
         """Adds a request that decodes at once: all its tokens but the last count as computed.
 

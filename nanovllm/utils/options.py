@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Iterable, Mapping, Set
 from reprlib import Repr
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 
 Rule = Callable[[Any], Any]
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Iterable, but in no order, or not of what they seem to hold.
 NO_LISTS = (str, bytes, bytearray, memoryview, Mapping, Set)
@@ -57,6 +59,31 @@ def hinting(cls: type[T]) -> type[T]:
 
     cls.__init__ = __init__  # type: ignore[method-assign, assignment]
     return cls
+
+
+def taking(cls: type) -> Callable[[F], F]:
+    """Shows the fields of a dataclass in signature and help of a function that takes them as `**`.
+
+    Type checkers need a TypedDict in addition; a test compares the two.
+    """
+
+    def show(function: F) -> F:
+        signature = inspect.signature(function)
+        *own, _ = signature.parameters.values()
+        fields = [
+            field.replace(kind=field.KEYWORD_ONLY)
+            for name, field in inspect.signature(cls).parameters.items()
+            if name not in signature.parameters
+        ]
+        function.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[*own, *fields]
+        )
+        meanings = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2]
+        text = f"Options, the fields of `{cls.__name__}`:\n{meanings}"
+        function.__doc__ = "\n\n".join(filter(None, [inspect.getdoc(function), text]))
+        return function
+
+    return show
 
 
 def short(value: object) -> str:

@@ -129,7 +129,7 @@ class LLMEngine:
 
     def generate(
         self,
-        prompts: str | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         **sampling: Any,
@@ -137,7 +137,8 @@ class LLMEngine:
         """Completes `prompts`, in one continuous batch with those of other threads.
 
         Args:
-            prompts: a text, or a list of texts or lists of token ids.
+            prompts: a text, or a list of texts or lists of token ids. `{"prompt": text}` and
+                `{"prompt_token_ids": ids}`, alone or in a list, are the same.
             sampling_params: for all prompts, or one per prompt.
             use_tqdm: whether to show a progress bar.
             sampling: fields of `SamplingParams`, instead of `sampling_params`.

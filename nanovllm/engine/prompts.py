@@ -1,15 +1,28 @@
-"""What users give and get: prompts, which are texts or lists of token ids, and texts."""
+"""What users give and get: prompts, which are texts or token ids, and texts."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
 from nanovllm.utils.locks import exclusive
 from nanovllm.utils.options import as_list, token_ids
 
-Prompt = str | Sequence[int]
+
+class TextPrompt(TypedDict):
+    """A text, as vLLM's users may give it."""
+
+    prompt: str
+
+
+class TokensPrompt(TypedDict):
+    """Token ids, as vLLM's users may give them."""
+
+    prompt_token_ids: Sequence[int]
+
+
+Prompt = str | Sequence[int] | TextPrompt | TokensPrompt
 
 
 class TextProcessor:
@@ -52,8 +65,9 @@ class TextProcessor:
         return str(exclusive(self.lock, decode, token_ids, skip_special_tokens=True))
 
     def _tokenize(self, prompt: Prompt, name: str) -> list[int]:
-        if not isinstance(prompt, str):
-            ids = token_ids(prompt)
+        content = _unwrap(prompt, name) if isinstance(prompt, Mapping) else prompt
+        if not isinstance(content, str):
+            ids = token_ids(content)
             if ids is None:
                 raise TypeError(f"{name}={prompt!r:.80} is neither a text nor a list of token ids")
             return ids
@@ -62,14 +76,28 @@ class TextProcessor:
                 f"{name} is a text, but model={self.model!r} has no tokenizer: give token ids"
             )
         try:
-            return list(exclusive(self.lock, self.tokenizer.encode, prompt))
+            return list(exclusive(self.lock, self.tokenizer.encode, content))
         except Exception as error:  # of the tokenizer, which comes with the checkpoint
             raise ValueError(f"{name}={prompt!r:.80} cannot be encoded: {error!r}") from error
 
 
 def list_prompts(prompts: Any) -> list[Prompt]:
-    """The prompts of one call, still to be checked; TypeError: neither a text nor a list."""
-    listed = [prompts] if isinstance(prompts, str) else as_list(prompts)
+    """The prompts of one call, still to be checked; TypeError: neither a prompt nor a list."""
+    single = isinstance(prompts, (str, Mapping))
+    listed: list[Any] | None = [prompts] if single else as_list(prompts)
     if listed is None:
         raise TypeError(f"prompts={prompts!r:.80} is neither a text nor a list of prompts")
     return listed
+
+
+def _unwrap(prompt: Mapping[str, Any], name: str) -> Any:
+    """The text or the token ids in a dict."""
+    ((key, value),) = prompt.items() if len(prompt) == 1 else [(None, None)]
+    if (key == "prompt" and isinstance(value, str)) or (
+        key == "prompt_token_ids" and not isinstance(value, str)
+    ):
+        return value
+    raise TypeError(
+        f"{name}={prompt!r:.80} is not allowed: a dict must hold either 'prompt', a text, or "
+        "'prompt_token_ids', a list of token ids"
+    )

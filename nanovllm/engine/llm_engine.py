@@ -13,7 +13,7 @@ import logging
 import random
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -23,7 +23,13 @@ from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.model_runner import LaunchedStep, ModelRunner
 from nanovllm.engine.parallel.ranks import Ranks
-from nanovllm.engine.prompts import Prompt, TextProcessor, list_prompts
+from nanovllm.engine.prompts import (
+    Conversation,
+    Prompt,
+    TextProcessor,
+    list_conversations,
+    list_prompts,
+)
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence as EngineSequence
 from nanovllm.engine.transactions import Transactions
@@ -159,6 +165,44 @@ class LLMEngine:
             # After an interrupt or an error, nothing of this call stays behind.
             self.transactions.call(self._drop, results)
         return [results[request_id] for request_id in requests]
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        use_tqdm: bool = True,
+        **sampling: Any,
+    ) -> list[Completion]:
+        """Answers one conversation or a list of them, by the chat template of the tokenizer.
+
+        Args:
+            messages: a list of `{"role": ..., "content": ...}`, or a list of such lists.
+            chat_template: a Jinja template instead of the tokenizer's.
+            add_generation_prompt: whether the beginning of an answer follows the messages.
+            chat_template_kwargs: what else the template may ask for, such as `enable_thinking`.
+
+        The other arguments are those of `generate`.
+
+        Raises:
+            TypeError, ValueError: there is no template, or a message or option is not allowed.
+            RuntimeError: the engine has exited, or exits meanwhile.
+        """
+        self.transactions.check_open()
+        ids = [
+            self.texts.encode_chat(
+                conversation,
+                f"messages[{i}]",
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+            for i, conversation in enumerate(list_conversations(messages))
+        ]
+        return self.generate(ids, sampling_params, use_tqdm, **sampling)
 
     def add_request(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, **sampling: Any

@@ -1,4 +1,4 @@
-"""What users give and get: prompts, which are texts or token ids, and texts."""
+"""What users give and get: prompts (texts, token ids, conversations), and texts."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ class TokensPrompt(TypedDict):
 
 
 Prompt = str | Sequence[int] | TextPrompt | TokensPrompt
+Conversation = Sequence[Mapping[str, Any]]
+
+# Arguments of `apply_chat_template` that are set here.
+CHAT_ARGUMENTS = {"conversation", "chat_template", "add_generation_prompt", "tokenize",
+                  "return_dict", "return_tensors"}  # fmt: skip
 
 
 class TextProcessor:
@@ -43,7 +48,56 @@ class TextProcessor:
 
     def encode(self, prompt: Prompt, name: str) -> list[int]:
         """The token ids of `prompt`; TypeError or ValueError names it `name` if it cannot run."""
-        ids = self._tokenize(prompt, name)
+        return self._check(self._tokenize(prompt, name), name)
+
+    def encode_chat(
+        self,
+        messages: Conversation,
+        name: str,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The token ids of a conversation; TypeError or ValueError names what is wrong.
+
+        Args:
+            messages: each has a "role", and its "content" is a text or a list of parts of the form
+                `{"type": "text", "text": ...}`.
+            name: of the conversation, in errors.
+            chat_template: instead of the tokenizer's.
+            add_generation_prompt: whether the beginning of an answer follows.
+            chat_template_kwargs: what else the template may ask for, such as `enable_thinking`.
+        """
+        conversation = _check_messages(messages, name)
+        further = _check_chat_arguments(chat_template, chat_template_kwargs)
+        if self.tokenizer is None:
+            raise ValueError(
+                f"model={self.model!r} has no tokenizer, and so no chat template: use generate "
+                "with token ids"
+            )
+        if chat_template is None and not self.tokenizer.chat_template:
+            raise ValueError(
+                f"model={self.model!r} has no chat template, neither a chat_template.jinja nor a "
+                "chat_template in tokenizer_config.json: give chat_template=..., or use generate"
+            )
+        try:
+            ids = exclusive(
+                self.lock,
+                self.tokenizer.apply_chat_template,
+                conversation,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=True,
+                return_dict=False,
+                **further,
+            )
+        except Exception as error:  # of the template, which comes with the checkpoint
+            raise ValueError(f"{name} does not fit the chat template: {error!r}") from error
+        return self._check(list(ids), name)
+
+    def _check(self, ids: list[int], name: str) -> list[int]:
+        """The same token ids, if the engine can run them."""
         if not ids:
             raise ValueError(f"{name} is empty: it must have at least one token")
         for limit, tokens in self.limits.items():
@@ -101,3 +155,52 @@ def _unwrap(prompt: Mapping[str, Any], name: str) -> Any:
         f"{name}={prompt!r:.80} is not allowed: a dict must hold either 'prompt', a text, or "
         "'prompt_token_ids', a list of token ids"
     )
+
+
+def list_conversations(messages: Any) -> list[Any]:
+    """The conversations of one call, still to be checked: that of messages, or each of a list."""
+    listed = as_list(messages)
+    if listed is None:
+        raise TypeError(f"messages={messages!r:.80} is neither a conversation nor a list of them")
+    single = any(isinstance(item, Mapping) for item in listed)
+    return [listed] if single else listed
+
+
+def _check_messages(messages: Any, name: str) -> list[dict[str, Any]]:
+    """The messages of a conversation, each content a text; TypeError or ValueError says why not."""
+    listed = as_list(messages)
+    if listed is None:
+        raise TypeError(f"{name}={messages!r:.80} is not a list of messages")
+    if not listed:
+        raise ValueError(f"{name} is empty: it must have at least one message")
+    for i, message in enumerate(listed):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise TypeError(f"{name}[{i}]={message!r:.80} is not a dict with a text as its 'role'")
+    return [_join_parts(message, f"{name}[{i}]") for i, message in enumerate(listed)]
+
+
+def _join_parts(message: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A message with its parts, if it has any, as one text: templates of text models want that."""
+    parts = message.get("content")
+    if parts is None or isinstance(parts, str):
+        return dict(message)
+    texts = [
+        part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+        for part in as_list(parts) or [None]
+    ]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(
+            f"{name}['content']={parts!r:.80} is neither a text nor a list of parts of type 'text'"
+        )
+    return {**message, "content": "\n".join(map(str, texts))}
+
+
+def _check_chat_arguments(template: Any, further: Any) -> dict[str, Any]:
+    if template is not None and not isinstance(template, str):
+        raise TypeError(f"chat_template={template!r:.80} is neither None nor a text")
+    if further is not None and not isinstance(further, Mapping):
+        raise TypeError(f"chat_template_kwargs={further!r:.80} is neither None nor a dict")
+    names = dict(further or {})
+    if clashes := sorted(CHAT_ARGUMENTS & set(names)):
+        raise TypeError(f"chat_template_kwargs must not hold {', '.join(map(repr, clashes))}")
+    return names

@@ -70,7 +70,7 @@ class TextProcessor:
             chat_template_kwargs: what else the template may ask for, such as `enable_thinking`.
         """
         conversation = _check_messages(messages, name)
-        further = _check_chat_arguments(chat_template, chat_template_kwargs)
+        further = _check_template(chat_template, add_generation_prompt, chat_template_kwargs)
         if self.tokenizer is None:
             raise ValueError(
                 f"model={self.model!r} has no tokenizer, and so no chat template: use generate "
@@ -195,9 +195,12 @@ def _join_parts(message: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {**message, "content": "\n".join(map(str, texts))}
 
 
-def _check_chat_arguments(template: Any, further: Any) -> dict[str, Any]:
+def _check_template(template: Any, add_generation_prompt: Any, further: Any) -> dict[str, Any]:
+    """What else the template is given; TypeError: an argument is not of its type."""
     if template is not None and not isinstance(template, str):
         raise TypeError(f"chat_template={template!r:.80} is neither None nor a text")
+    if not isinstance(add_generation_prompt, bool):
+        raise TypeError(f"add_generation_prompt={add_generation_prompt!r:.80} is no bool")
     if further is not None and not isinstance(further, Mapping):
         raise TypeError(f"chat_template_kwargs={further!r:.80} is neither None nor a dict")
     names = dict(further or {})

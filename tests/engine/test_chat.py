@@ -81,6 +81,7 @@ REFUSED = [
     (TOM, {"chat_template": "{{ raise_exception('no') }}"}, ValueError, r"does not fit.*no"),
     (TOM, {"chat_template": ""}, ValueError, r"^messages\[0\] is empty"),
     (TOM, {"chat_template": 5}, TypeError, r"^chat_template=5 is neither None nor a text"),
+    (TOM, {"add_generation_prompt": "no"}, TypeError, r"^add_generation_prompt='no' is no bool"),
     (TOM, {"chat_template_kwargs": [1]}, TypeError, r"^chat_template_kwargs=\[1\] is neither"),
     (TOM, {"chat_template_kwargs": {"tokenize": False}}, TypeError, r"must not hold 'tokenize'"),
     (TOM, {"chat_template": None}, ValueError, r"has no chat template.*chat_template=\.\.\."),

@@ -21,15 +21,10 @@ from tqdm import tqdm
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.conversations import Conversation, list_conversations
 from nanovllm.engine.model_runner import LaunchedStep, ModelRunner
 from nanovllm.engine.parallel.ranks import Ranks
-from nanovllm.engine.prompts import (
-    Conversation,
-    Prompt,
-    TextProcessor,
-    list_conversations,
-    list_prompts,
-)
+from nanovllm.engine.prompts import Prompt, TextProcessor, list_prompts
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence as EngineSequence
 from nanovllm.engine.transactions import Transactions

@@ -12,8 +12,8 @@ from pathlib import Path
 ROOT = str(Path(__file__).resolve().parents[1])
 
 
-def start(script: Path, *args: object, processes: int = 0) -> subprocess.Popen[str]:
-    """Starts `script`; with `processes`, as that many under torchrun."""
+def start(script: Path | str, *args: object, processes: int = 0) -> subprocess.Popen[str]:
+    """Starts `script`, or with "-m" a module; with `processes`, as that many under torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     path = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
@@ -26,7 +26,7 @@ def start(script: Path, *args: object, processes: int = 0) -> subprocess.Popen[s
 
 
 def run(
-    script: Path, *args: object, processes: int = 0, timeout: float = 60
+    script: Path | str, *args: object, processes: int = 0, timeout: float = 60
 ) -> subprocess.CompletedProcess[str]:
     """Runs `script` to its end."""
     process = start(script, *args, processes=processes)

@@ -14,15 +14,16 @@ import os
 import random
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from tqdm import tqdm
 from typing_extensions import Unpack
 
 from nanovllm.config import Config, ConfigOptions
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.conversations import Conversation, list_conversations
 from nanovllm.engine.model_runner import LaunchedStep, ModelRunner
 from nanovllm.engine.parallel.ranks import Ranks
 from nanovllm.engine.prompts import Prompt, TextProcessor, list_prompts
@@ -139,7 +140,7 @@ class LLMEngine:
     @taking(SamplingParams)
     def generate(
         self,
-        prompts: str | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         **sampling: Unpack[SamplingOptions],
@@ -147,7 +148,8 @@ class LLMEngine:
         """Completes `prompts`, in one continuous batch with those of other threads.
 
         Args:
-            prompts: a text, or a list of texts or lists of token ids.
+            prompts: a text, or a list of texts or lists of token ids. `{"prompt": text}` and
+                `{"prompt_token_ids": ids}`, alone or in a list, are the same.
             sampling_params: for all prompts, or one per prompt.
             use_tqdm: whether to show a progress bar.
             sampling: fields of `SamplingParams`, instead of `sampling_params`.
@@ -168,6 +170,45 @@ class LLMEngine:
             # After an interrupt or an error, nothing of this call stays behind.
             self.transactions.call(self._drop, results)
         return [results[request_id] for request_id in requests]
+
+    @taking(SamplingParams)
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        use_tqdm: bool = True,
+        **sampling: Unpack[SamplingOptions],
+    ) -> list[Completion]:
+        """Answers one conversation or a list of them, by the chat template of the tokenizer.
+
+        Args:
+            messages: a list of `{"role": ..., "content": ...}`, or a list of such lists.
+            chat_template: a Jinja template instead of the tokenizer's.
+            add_generation_prompt: whether the beginning of an answer follows the messages.
+            chat_template_kwargs: what else the template may ask for, such as `enable_thinking`.
+
+        The other arguments are those of `generate`.
+
+        Raises:
+            TypeError, ValueError: there is no template, or a message or option is not allowed.
+            RuntimeError: the engine has exited, or exits meanwhile.
+        """
+        self.transactions.check_open()
+        ids = [
+            self.texts.encode_chat(
+                conversation,
+                f"messages[{i}]",
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+            for i, conversation in enumerate(list_conversations(messages))
+        ]
+        return self.generate(ids, sampling_params, use_tqdm, **sampling)
 
     @taking(SamplingParams)
     def add_request(

@@ -1,15 +1,29 @@
-"""What users give and get: prompts, which are texts or lists of token ids, and texts."""
+"""What users give and get: prompts (texts, token ids, conversations), and texts."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
+from nanovllm.engine.conversations import Conversation, check_messages, check_template
 from nanovllm.utils.locks import exclusive
 from nanovllm.utils.options import as_list, token_ids
 
-Prompt = str | Sequence[int]
+
+class TextPrompt(TypedDict):
+    """A text, as vLLM's users may give it."""
+
+    prompt: str
+
+
+class TokensPrompt(TypedDict):
+    """Token ids, as vLLM's users may give them."""
+
+    prompt_token_ids: Sequence[int]
+
+
+Prompt = str | Sequence[int] | TextPrompt | TokensPrompt
 
 
 class TextProcessor:
@@ -30,7 +44,56 @@ class TextProcessor:
 
     def encode(self, prompt: Prompt, name: str) -> list[int]:
         """The token ids of `prompt`; TypeError or ValueError names it `name` if it cannot run."""
-        ids = self._tokenize(prompt, name)
+        return self._check(self._tokenize(prompt, name), name)
+
+    def encode_chat(
+        self,
+        messages: Conversation,
+        name: str,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The token ids of a conversation; TypeError or ValueError names what is wrong.
+
+        Args:
+            messages: each has a "role", and its "content" is a text or a list of parts of the form
+                `{"type": "text", "text": ...}`.
+            name: of the conversation, in errors.
+            chat_template: instead of the tokenizer's.
+            add_generation_prompt: whether the beginning of an answer follows.
+            chat_template_kwargs: what else the template may ask for, such as `enable_thinking`.
+        """
+        conversation = check_messages(messages, name)
+        further = check_template(chat_template, add_generation_prompt, chat_template_kwargs)
+        if self.tokenizer is None:
+            raise ValueError(
+                f"model={self.model!r} has no tokenizer, and so no chat template: use generate "
+                "with token ids"
+            )
+        if chat_template is None and not self.tokenizer.chat_template:
+            raise ValueError(
+                f"model={self.model!r} has no chat template, neither a chat_template.jinja nor a "
+                "chat_template in tokenizer_config.json: give chat_template=..., or use generate"
+            )
+        try:
+            ids = exclusive(
+                self.lock,
+                self.tokenizer.apply_chat_template,
+                conversation,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=True,
+                return_dict=False,
+                **further,
+            )
+        except Exception as error:  # of the template, which comes with the checkpoint
+            raise ValueError(f"{name} does not fit the chat template: {error!r}") from error
+        return self._check(list(ids), name)
+
+    def _check(self, ids: list[int], name: str) -> list[int]:
+        """The same token ids, if the engine can run them."""
         if not ids:
             raise ValueError(f"{name} is empty: it must have at least one token")
         for limit, tokens in self.limits.items():
@@ -52,8 +115,9 @@ class TextProcessor:
         return str(exclusive(self.lock, decode, token_ids, skip_special_tokens=True))
 
     def _tokenize(self, prompt: Prompt, name: str) -> list[int]:
-        if not isinstance(prompt, str):
-            ids = token_ids(prompt)
+        content = _unwrap(prompt, name) if isinstance(prompt, Mapping) else prompt
+        if not isinstance(content, str):
+            ids = token_ids(content)
             if ids is None:
                 raise TypeError(f"{name}={prompt!r:.80} is neither a text nor a list of token ids")
             return ids
@@ -62,14 +126,28 @@ class TextProcessor:
                 f"{name} is a text, but model={self.model!r} has no tokenizer: give token ids"
             )
         try:
-            return list(exclusive(self.lock, self.tokenizer.encode, prompt))
+            return list(exclusive(self.lock, self.tokenizer.encode, content))
         except Exception as error:  # of the tokenizer, which comes with the checkpoint
             raise ValueError(f"{name}={prompt!r:.80} cannot be encoded: {error!r}") from error
 
 
 def list_prompts(prompts: Any) -> list[Prompt]:
-    """The prompts of one call, still to be checked; TypeError: neither a text nor a list."""
-    listed = [prompts] if isinstance(prompts, str) else as_list(prompts)
+    """The prompts of one call, still to be checked; TypeError: neither a prompt nor a list."""
+    single = isinstance(prompts, (str, Mapping))
+    listed: list[Any] | None = [prompts] if single else as_list(prompts)
     if listed is None:
         raise TypeError(f"prompts={prompts!r:.80} is neither a text nor a list of prompts")
     return listed
+
+
+def _unwrap(prompt: Mapping[str, Any], name: str) -> Any:
+    """The text or the token ids in a dict."""
+    ((key, value),) = prompt.items() if len(prompt) == 1 else [(None, None)]
+    if (key == "prompt" and isinstance(value, str)) or (
+        key == "prompt_token_ids" and not isinstance(value, str)
+    ):
+        return value
+    raise TypeError(
+        f"{name}={prompt!r:.80} is not allowed: a dict must hold either 'prompt', a text, or "
+        "'prompt_token_ids', a list of token ids"
+    )

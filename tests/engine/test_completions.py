@@ -117,6 +117,18 @@ def test_a_text_a_list_of_texts_and_their_token_ids_are_equal(tiny):
     assert mixed == one * 2
 
 
+def test_a_prompt_may_be_a_dict_of_a_text_or_of_token_ids(tiny):
+    text = "Once upon a time"
+    params = SamplingParams(temperature=0, max_tokens=5)
+    one = tiny.generate(text, params, use_tqdm=False)
+    dicts = [{"prompt": text}, {"prompt_token_ids": tuple(tiny.tokenizer.encode(text))}]
+    for given in dicts:
+        assert tiny.generate(given, params, use_tqdm=False) == one
+        tiny.add_request(given, params)
+    assert tiny.generate([*dicts, text], params, use_tqdm=False) == one * 3
+    assert list(drain(tiny).values()) == tokens(one) * 2
+
+
 def test_the_text_is_the_decoded_token_ids_without_special_tokens(tiny):
     (output,) = tiny.generate("The little fox", temperature=0, max_tokens=300, use_tqdm=False)
     assert output["finish_reason"] == "stop"

@@ -27,6 +27,8 @@ NO_TOKEN_IDS = [
     *(np.array(5), np.ones((1, 2), int), np.ones(2, bool), [np.array([5])], [5, np.bool_(True)]),
     *(torch.tensor(5), torch.tensor([[1, 2]]), torch.tensor([True]), torch.tensor([1.0])),
     *([torch.tensor([5])], [torch.tensor(True)]),
+    *({}, {"prompt": None}, {"prompt_token_ids": "text"}, {"prompt_token_ids": None}),
+    *({"prompt": "a", "prompt_token_ids": [1]}, {"prompt": "a", "multi_modal_data": {}}),
 ]
 # What the error names besides the prompt.
 BAD_PROMPTS = [
@@ -37,6 +39,8 @@ BAD_PROMPTS = [
     ([2**70, 5], ValueError, [f"token id {2**70}", "vocabulary"]),
     ([1] * 65, ValueError, ["65 tokens", "max_model_len", "64"]),
     ("text", ValueError, ["a text", "model="]),
+    ({"prompt_token_ids": []}, ValueError, ["empty", "at least one token"]),
+    ({"prompt": "text"}, ValueError, ["a text", "no tokenizer"]),
     *((value, TypeError, [f"={value!r}"[:9], "list of token ids"]) for value in NO_TOKEN_IDS),
 ]
 
@@ -87,7 +91,7 @@ def test_a_prompt_over_all_kv_blocks_is_refused_alone(directory):
         check_empty(engine)
 
 
-NO_PROMPTS = [5, None, b"text", 1.5, {"prompt": "Tom"}, {"Tom"}, {"prompt_token_ids": [1, 2]}]
+NO_PROMPTS = [5, None, b"text", 1.5, {"Tom"}]
 NO_PARAMS = [(5, "5"), ([GREEDY, None, GREEDY, 5], "None"), ({"top_k": 1}, "'top_k'"),
              ("greedy", "'g'")]  # fmt: skip
 BAD_OPTIONS = [

@@ -1,0 +1,143 @@
+"""Answers the requests of a batch file in OpenAI's format, in any order.
+
+python -m nanovllm.batch in.jsonl out.jsonl --model Qwen/Qwen3-0.6B
+
+A line of the input:
+
+{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions",
+ "body": {"messages": [{"role": "user", "content": "Who is Tom?"}], "max_tokens": 50}}
+
+or with "/v1/completions" and "prompt". A line that cannot be answered gets an error in its result,
+and the others go on. Start a job that has ended early once more, and it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from nanovllm.batch.lines import (
+    Key,
+    Line,
+    Request,
+    answer_line,
+    error_line,
+    read_lines,
+    submit,
+)
+from nanovllm.batch.results import Results
+from nanovllm.config import Config
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.utils.command_line import Parser, in_one_line
+
+PROG = "python -m nanovllm.batch"
+# Fields of `Config` that are options of the command.
+ENGINE_OPTIONS = {
+    "device": "'auto', 'cpu', 'cuda' or 'cuda:N'",
+    "dtype": "of weights, activations and KV cache",
+    "tensor_parallel_size": "GPUs over which the model is split",
+    "max_num_seqs": "sequences that run at a time",
+    "max_num_batched_tokens": "tokens of one prefill step",
+    "max_model_len": "longest sequence in tokens, prompt and output",
+    "gpu_memory_utilization": "share of the GPU's memory that may be filled",
+    "enforce_eager": "decode without CUDA graphs",
+    "enable_pipeline": "decode as an attention/FFN pipeline where that is faster",
+}
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser, defaults = Parser(__doc__, prog=PROG), Config()
+    add = parser.add_argument
+    add("input", type=Path, help="file of requests")
+    add("output", type=Path, help="file of results; those of an earlier run are kept")
+    add("--model", required=True, help="directory or hub id")
+    add("--chat-template", type=Path, metavar="FILE", help="Jinja template instead of the model's")
+    for name, text in ENGINE_OPTIONS.items():
+        default = getattr(defaults, name)
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(default, bool):
+            add(option, action="store_true", help=text)
+        else:
+            add(option, type=type(default), default=default, help=f"{text} (default: {default})")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    with in_one_line(PROG, ValueError, OSError, MemoryError):
+        config = Config(args.model, **{name: getattr(args, name) for name in ENGINE_OPTIONS})
+        template = args.chat_template and args.chat_template.read_text(encoding="utf-8")
+        keys = find_keys(args.input)
+        if args.output.exists() and args.output.samefile(args.input):
+            raise ValueError(f"{args.output} is the input: name another file for the results")
+        with Results(args.output, keys) as results:
+            if len(results.done) < len(keys):
+                with LLMEngine(config) as llm:
+                    run(llm, args.input, results, len(keys), template)
+        print(f"{args.output}: {len(keys)} results", file=sys.stderr)
+
+
+def find_keys(path: Path) -> set[Key]:
+    """What identifies the requests of a file; ValueError if two have the same custom_id."""
+    numbers: dict[Key, int] = {}
+    for line in read_lines(path):
+        first = numbers.setdefault(line.key, line.number)
+        if first != line.number:
+            raise ValueError(
+                f"{path}: lines {first} and {line.number} have the same custom_id {line.key!r}"
+            )
+    return set(numbers)
+
+
+def run(
+    llm: LLMEngine, path: Path, results: Results, total: int, chat_template: str | None
+) -> None:
+    """Answers the requests of a file that have no result yet."""
+    left = (line for line in read_lines(path) if line.key not in results.done)
+    tokens, start = 0, time.perf_counter()
+    with tqdm(total=total, initial=len(results.done), desc="Batch", unit="line") as bar:
+        for answered in answers(llm, left, chat_template):
+            results.append(answered)
+            for result in answered:
+                if result["response"]:
+                    tokens += result["response"]["body"]["usage"]["completion_tokens"]
+            rate = tokens / (time.perf_counter() - start)
+            bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+            bar.update(len(answered))
+
+
+def answers(
+    llm: LLMEngine, lines: Iterator[Line], chat_template: str | None
+) -> Iterator[list[dict[str, Any]]]:
+    """The results of all lines, after each step those of the requests that have ended."""
+    running: dict[int, Request] = {}
+    # Enough for the scheduler always to have one waiting; the rest stays in the file.
+    most = 2 * llm.config.max_num_seqs
+    while True:
+        new = list(islice(lines, most - len(running)))
+        if not new and not running:
+            return
+        answered = []
+        for line in new:
+            try:
+                request = submit(llm, line, chat_template)
+            except (TypeError, ValueError) as error:
+                answered.append(error_line(line, error))
+            else:
+                running[request.request_id] = request
+        if running:
+            for output in llm.step():
+                request = running.pop(output["request_id"])
+                answered.append(answer_line(request, output, llm.config.model))
+        yield answered
+
+
+if __name__ == "__main__":
+    main()

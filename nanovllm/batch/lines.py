@@ -1,0 +1,173 @@
+"""The lines of batch files, in OpenAI's format: requests, and the lines that answer them.
+
+    {"custom_id": "a", "method": "POST", "url": "/v1/completions",
+     "body": {"prompt": "Once upon a time", "max_tokens": 20}}
+
+A body for /v1/chat/completions has `messages` in the place of `prompt`. The other fields of a body
+are those of `SamplingParams`; and for chats `chat_template_kwargs` and `add_generation_prompt`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanovllm.engine.llm_engine import Completion, LLMEngine
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.options import short
+
+Key = str | int
+"""What identifies a request: its custom_id, or where it has none, the number of its line."""
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+PROMPT_FIELDS = {COMPLETIONS: "prompt", CHAT: "messages"}
+CHAT_FIELDS = ("add_generation_prompt", "chat_template_kwargs")
+# Fields that change nothing. The model is that of the command, whatever the line says.
+IGNORED = ("model", "user", "metadata")
+# What OpenAI's clients may send along, and the only value that is allowed.
+FIXED = {
+    "n": 1,
+    "best_of": 1,
+    "stream": False,
+    "echo": False,
+    "logprobs": False,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the input; `problem` says why it asks for nothing, or is empty."""
+
+    number: int
+    custom_id: str | None = None
+    url: str = ""
+    body: Mapping[str, Any] | None = None
+    problem: str = ""
+
+    @property
+    def key(self) -> Key:
+        return self.number if self.custom_id is None else self.custom_id
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the engine has been asked for by a line."""
+
+    line: Line
+    request_id: int
+    prompt_tokens: int
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """The lines of a file that are not blank, whether they ask for something or not."""
+    with path.open("rb") as file:
+        for number, text in enumerate(file, start=1):
+            if text.strip():
+                yield parse(number, text)
+
+
+def parse(number: int, text: bytes) -> Line:
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return Line(number, problem=f"the line is no JSON: {error}")
+    if not isinstance(fields, dict):
+        return Line(number, problem="the line is no JSON object")
+    custom_id, method, url, body = map(fields.get, ("custom_id", "method", "url", "body"))
+    if not isinstance(custom_id, str) or not custom_id:
+        return Line(number, problem=f"custom_id={short(custom_id)} is not a text")
+    problem = ""
+    if method != "POST":
+        problem = f"method={short(method)} is not allowed: it must be 'POST'"
+    elif url not in (COMPLETIONS, CHAT):
+        problem = f"url={short(url)} is not allowed: it must be {COMPLETIONS!r} or {CHAT!r}"
+    elif not isinstance(body, dict):
+        problem = f"body={short(body)} is no JSON object"
+    return Line(number, custom_id, str(url), body, problem)
+
+
+def submit(llm: LLMEngine, line: Line, chat_template: str | None = None) -> Request:
+    """Adds the line's request to the engine; TypeError or ValueError says why it cannot run."""
+    if line.problem or line.body is None:
+        raise ValueError(line.problem)
+    prompt_field = PROMPT_FIELDS[line.url]
+    fields = {name: value for name, value in line.body.items() if value is not None}
+    if prompt_field not in fields:
+        raise ValueError(f"body has no {prompt_field!r}, which {line.url} needs")
+    prompt = fields.pop(prompt_field)
+    chat_options = {name: fields.pop(name) for name in CHAT_FIELDS if name in fields}
+    params = _sampling_params(fields)
+    if line.url == CHAT:
+        ids = llm.texts.encode_chat(prompt, "messages", chat_template=chat_template, **chat_options)
+    elif chat_options:
+        raise ValueError(f"{', '.join(chat_options)} is for {CHAT} only")
+    else:
+        ids = llm.texts.encode(prompt, "prompt")
+    return Request(line, llm.add_request(ids, params), len(ids))
+
+
+def _sampling_params(fields: dict[str, Any]) -> SamplingParams:
+    for name in IGNORED:
+        fields.pop(name, None)
+    for name, allowed in FIXED.items():
+        value = fields.pop(name, allowed)
+        # True == 1 in Python, but not here.
+        if value != allowed or isinstance(value, bool) != isinstance(allowed, bool):
+            raise ValueError(f"{name}={short(value)} is not supported: it must be {allowed}")
+    if "max_completion_tokens" in fields:
+        if "max_tokens" in fields:
+            raise ValueError("give either max_tokens or max_completion_tokens, not both")
+        fields["max_tokens"] = fields.pop("max_completion_tokens")
+    return SamplingParams(**fields)
+
+
+def error_line(line: Line, message: object, code: str = "invalid_request") -> dict[str, Any]:
+    """The answer to a line that has no completion."""
+    error = {"code": code, "message": str(message), "param": None, "line": line.number}
+    return _result(line, None, error)
+
+
+def answer_line(request: Request, completion: Completion, model: str) -> dict[str, Any]:
+    """The answer to a request that has ended."""
+    line, reason = request.line, completion["finish_reason"]
+    if reason == "error":
+        message = "the model's logits are not numbers, or its tokens have no text"
+        return error_line(line, message, "server_error")
+    choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": reason}
+    if line.url == CHAT:
+        prefix, kind = "chatcmpl", "chat.completion"
+        choice["message"] = {"role": "assistant", "content": completion["text"]}
+    else:
+        prefix, kind = "cmpl", "text_completion"
+        choice["text"] = completion["text"]
+    tokens = len(completion["token_ids"])
+    body = {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model,
+        "choices": [choice],
+        "usage": {
+            "prompt_tokens": request.prompt_tokens,
+            "completion_tokens": tokens,
+            "total_tokens": request.prompt_tokens + tokens,
+        },
+    }
+    response = {"status_code": 200, "request_id": f"req_{uuid.uuid4().hex}", "body": body}
+    return _result(line, response, None)
+
+
+def _result(line: Line, response: object, error: object) -> dict[str, Any]:
+    return {
+        "id": f"batch_req_{uuid.uuid4().hex}",
+        "custom_id": line.custom_id,
+        "response": response,
+        "error": error,
+    }

@@ -1,0 +1,243 @@
+"""`python -m nanovllm.batch`: answers, refusals, and jobs that are killed and go on."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import re
+import shlex
+import time
+from pathlib import Path
+
+import pytest
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.batch import lines
+from nanovllm.batch.__main__ import main, parse_arguments
+from nanovllm.batch.results import Results
+from nanovllm.tiny import CHECKPOINT_DIR
+from tests import batch_jobs, scripts
+from tests.batch_jobs import TEMPLATE, arguments, read, request, stories, write
+from tests.bench_runs import refusal
+
+README = Path(__file__).parents[1] / "README.md"
+TEXT = "Once upon a time"
+GREEDY = {"temperature": 0, "max_tokens": 6}
+CHAT = [{"role": "user", "content": TEXT}]
+
+
+def run(tmp_path: Path, given: list[object], *more: object) -> list[dict]:
+    """The results of requests, in the order of their lines."""
+    source = write(tmp_path / "in.jsonl", given)
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE, encoding="utf-8")
+    main(arguments(source, tmp_path / "out.jsonl", "--chat-template", template, *more))
+    order = {line.key: line.number for line in lines.read_lines(source)}
+    return sorted(read(tmp_path / "out.jsonl"), key=lambda result: order[key(result)])
+
+
+def key(result: dict) -> str | int:
+    return result["custom_id"] or result["error"]["line"]
+
+
+def test_results_are_completion_objects_of_what_the_engine_says(tmp_path):
+    plain, chat, ids = run(
+        tmp_path,
+        [
+            request("a", model="gpt", prompt=TEXT, **GREEDY),
+            "",
+            request("b", messages=CHAT, max_completion_tokens=6, temperature=0, n=1, stop=None),
+            request("ü", prompt=[5, 6, 7], stream=False, seed=3, max_tokens=3),
+        ],
+    )
+    with LLM(device="cpu") as llm:
+        (expected,) = llm.generate(TEXT, **GREEDY, use_tqdm=False)
+        (answer,) = llm.chat(CHAT, chat_template=TEMPLATE, **GREEDY, use_tqdm=False)
+        (third,) = llm.generate([[5, 6, 7]], seed=3, max_tokens=3, use_tqdm=False)
+    for result, kind in ((plain, "text_completion"), (chat, "chat.completion")):
+        assert list(result) == ["id", "custom_id", "response", "error"]
+        assert result["error"] is None
+        assert result["response"]["status_code"] == 200
+        assert result["response"]["request_id"]
+        body = result["response"]["body"]
+        assert body["object"] == kind
+        assert body["model"] == str(CHECKPOINT_DIR)
+        assert abs(body["created"] - time.time()) < 600
+        assert len(body["choices"]) == 1
+        assert body["choices"][0]["index"] == 0
+        assert body["choices"][0]["finish_reason"] == expected["finish_reason"] == "length"
+        assert body["usage"]["completion_tokens"] == 6
+        assert body["usage"]["total_tokens"] == 6 + body["usage"]["prompt_tokens"]
+    assert plain["response"]["body"]["choices"][0]["text"] == expected["text"]
+    message = chat["response"]["body"]["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": answer["text"]}
+    assert ids["custom_id"] == "ü"
+    assert ids["response"]["body"]["choices"][0]["text"] == third["text"]
+    assert ids["response"]["body"]["usage"]["prompt_tokens"] == 3
+    assert len({result["id"] for result in (plain, chat, ids)}) == 3
+
+
+BAD_LINES = [
+    ("{", "no JSON"),
+    ("[1]", "no JSON object"),
+    ("[" * 100_000, "no JSON"),
+    (request(None, prompt="x"), "custom_id=None"),
+    (request(5, prompt="x"), "custom_id=5"),
+    ({**request("get", prompt="x"), "method": "GET"}, "method='GET' .* 'POST'"),
+    ({**request("url", prompt="x"), "url": "/v1/embeddings"}, "url='/v1/embeddings' .*completions"),
+    ({**request("list", prompt="x"), "body": [1]}, r"body=\[1\]"),
+    ({**request("mixed", messages=CHAT), "url": "/v1/completions"}, "no 'prompt'"),
+    ({**request("other", prompt="x"), "url": "/v1/chat/completions"}, "no 'messages'"),
+    (request("empty", prompt=""), "prompt is empty"),
+    (request("surrogate", prompt="\ud800"), "cannot be encoded"),
+    (request("long", prompt=[5] * 5000), "5000 tokens.*max_model_len"),
+    (request("texts", prompt=["a", "b"]), "neither a text nor a list of token ids"),
+    (request("id", prompt=[10**9]), "vocabulary"),
+    (request("message", messages=[{"role": "user", "content": 5}]), r"messages\[0\]"),
+    (request("kwargs", messages=CHAT, chat_template_kwargs=5), "chat_template_kwargs=5"),
+    (request("plain", prompt="x", add_generation_prompt=True), "add_generation_prompt is for"),
+    (request("top_p", prompt="x", top_p=2), "top_p=2.*above 0"),
+    (request("unknown", prompt="x", temprature=1), "'temprature'.*'temperature'"),
+    (request("n", prompt="x", n=2), "n=2 is not supported: it must be 1"),
+    (request("stream", prompt="x", stream=True), "stream=True"),
+    (request("logprobs", prompt="x", logprobs=0), "logprobs=0 .*must be False"),
+    (request("both", prompt="x", max_tokens=1, max_completion_tokens=1), "not both"),
+]
+
+
+def test_a_bad_line_gets_an_error_and_the_others_go_on(tmp_path):
+    good = [request(f"good-{i}", prompt=TEXT, **GREEDY) for i in range(len(BAD_LINES))]
+    bad = [line for line, _ in BAD_LINES]
+    given = [line for pair in zip(good, bad, strict=True) for line in pair]
+    # So few at a time that bad lines also come when requests run.
+    results = run(tmp_path, given, "--max-num-seqs", "2")
+    assert len({result["response"]["body"]["choices"][0]["text"] for result in results[::2]}) == 1
+    for i, (result, (line, match)) in enumerate(zip(results[1::2], BAD_LINES, strict=True)):
+        custom_id = line["custom_id"] if isinstance(line, dict) else None
+        assert result["custom_id"] == (custom_id if isinstance(custom_id, str) else None)
+        assert result["response"] is None
+        assert result["error"]["line"] == 2 * i + 2
+        assert result["error"]["code"] == "invalid_request"
+        with pytest.raises(ValueError, match=match):
+            raise ValueError(result["error"]["message"])
+    # All are done now: nothing is added, and no model is loaded.
+    before = (tmp_path / "out.jsonl").read_bytes()
+    main(["--model", "/nowhere", *map(str, (tmp_path / "in.jsonl", tmp_path / "out.jsonl"))])
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+def test_logits_that_are_not_numbers_are_the_servers_error():
+    line = lines.parse(3, json.dumps(request("a", prompt="x")).encode())
+    broken = {"text": "", "token_ids": [], "finish_reason": "error"}
+    result = lines.answer_line(lines.Request(line, 0, 1), broken, "model")
+    assert result["response"] is None
+    assert result["error"]["code"] == "server_error"
+
+
+def test_all_of_openais_fixed_fields_are_unknown_to_the_engine():
+    """Else the engine could do what is refused here."""
+    assert not set(lines.FIXED) & set(vars(SamplingParams()))
+
+
+def result_lines(*custom_ids: str) -> list[dict]:
+    found = [lines.parse(i, json.dumps(request(id, prompt="x")).encode())
+             for i, id in enumerate(custom_ids, start=1)]  # fmt: skip
+    return [lines.error_line(line, "wrong") for line in found]
+
+
+def test_a_job_that_cannot_be_is_refused_before_anything_is_loaded(tmp_path, capsys):
+    source = write(tmp_path / "in.jsonl", [request("a", prompt="x"), request("b", prompt="x")])
+    twice = write(tmp_path / "twice.jsonl", [request("a", prompt="x"), "{", request("a")])
+    other = write(tmp_path / "other.jsonl", result_lines("a", "c"))
+    double = write(tmp_path / "double.jsonl", result_lines("a", "a"))
+    damaged = write(tmp_path / "damaged.jsonl", ['{"id": "batch_req_5"}'])
+    strange = write(tmp_path / "strange.jsonl", [{"id": "batch_req_5", "custom_id": [1]}])
+    torn = tmp_path / "torn.jsonl"
+    torn.write_text("no line end")
+    new = tmp_path / "new.jsonl"
+    cases = [
+        ((twice, new), ["lines 1 and 3", "custom_id 'a'"]),
+        ((tmp_path / "none.jsonl", new), ["none.jsonl"]),
+        ((source, tmp_path), [str(tmp_path)]),
+        ((source, tmp_path / "nowhere" / "out.jsonl"), ["nowhere"]),
+        ((source, source), ["is the input"]),
+        ((source, twice), ["twice.jsonl, line 1", "no result"]),
+        ((source, torn), ["torn.jsonl, line 1", "no result"]),
+        ((source, other), ["other.jsonl, line 2", "another job", "'c'"]),
+        ((source, double), ["double.jsonl, line 2", "second result", "'a'"]),
+        ((source, damaged), ["damaged.jsonl, line 1", "damaged"]),
+        ((source, strange), ["strange.jsonl, line 1", "[1]"]),
+        ((source, new, "--max-num-seqs", "0"), ["max_num_seqs=0"]),
+        ((source, new, "--chat-template", tmp_path / "none.jinja"), ["none.jinja"]),
+    ]
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for paths, words in cases:
+        err = refusal(capsys, main, *paths, "--model", "/nowhere")
+        assert all(word in err for word in words), err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def test_two_processes_do_not_write_to_one_file(tmp_path):
+    first = Results(tmp_path / "out.jsonl", [])
+    with pytest.raises(ValueError, match="another process"):
+        Results(tmp_path / "out.jsonl", [])
+    first.close()
+    Results(tmp_path / "out.jsonl", []).close()
+
+
+def test_the_command_shows_its_progress_and_ends_in_order(tmp_path):
+    source = write(tmp_path / "in.jsonl", stories(count=30))
+    done = scripts.run("-m", "nanovllm.batch", *arguments(source, tmp_path / "out.jsonl"))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"Batch: 100%.* 30/30 .*tokens/s", done.stderr)
+    assert len(read(tmp_path / "out.jsonl")) == 30
+
+
+def test_the_command_of_the_readme_is_understood():
+    (line,) = re.findall(r"python -m nanovllm.batch (.*)", README.read_text("utf-8"))
+    assert parse_arguments(shlex.split(line)).model == "Qwen/Qwen3-0.6B"
+
+
+def test_a_line_torn_anywhere_is_dropped_and_written_anew(tmp_path):
+    path = write(tmp_path / "out.jsonl", result_lines("a", "ü", "c"))
+    whole = path.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        with Results(path, {"a", "ü", "c"}) as results:
+            kept = sum(end <= size for end in ends)
+            assert results.done == set(["a", "ü", "c"][:kept])
+            results.append(read(write(tmp_path / "all", result_lines("a", "ü", "c")))[kept:])
+        assert [key(result) for result in read(path)] == ["a", "ü", "c"]
+
+
+def test_a_job_killed_at_random_moments_answers_every_line_once(tmp_path):
+    given = stories(count=600)
+    source, output = write(tmp_path / "in.jsonl", given), tmp_path / "out.jsonl"
+    output.touch()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["transformers.models.auto", "tests.batch_jobs"])
+    moments, kills = random.Random(5), 0
+    while True:
+        done = output.stat().st_size
+        process = context.Process(
+            target=batch_jobs.run_quietly,
+            args=(arguments(source, output, "--max-num-seqs", 8),),
+        )
+        process.start()
+        while kills < 8 and process.is_alive() and output.stat().st_size <= done:
+            time.sleep(0.002)
+        process.join(moments.random() * 0.3 if kills < 8 else None)
+        if not process.is_alive():
+            break
+        process.kill()
+        process.join()
+        kills += 1
+    assert process.exitcode == 0
+    assert kills >= 5
+    results = read(output)
+    assert sorted(key(result) for result in results) == sorted(each["custom_id"] for each in given)
+    for result in results:
+        number = int(result["custom_id"].removeprefix("story-"))
+        assert (result["error"] is None) == (number % 10 != 5)

@@ -18,6 +18,7 @@ from nanovllm.utils.options import boolean, check, choice, hinting, integer, num
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
 AttentionBackend = Literal["auto", "triton", "flash_attn", "torch"]
+AllReduce = Literal["auto", "nccl"]
 PipelineMode = Literal["auto", "sequential", "microbatch", "streams", "green"]
 PIPELINE_MODES = get_args(PipelineMode)
 
@@ -92,7 +93,7 @@ class Config:
     pipeline_enable_profiling: bool = option(False, boolean)
     pipeline_mode: PipelineMode = option("auto", choice(*PIPELINE_MODES))
     pipeline_strict: bool = option(False, boolean)
-    all_reduce: str = option("auto", choice("auto", "nccl"))
+    all_reduce: AllReduce = option("auto", choice(*get_args(AllReduce)))
     step_timeout: float = option(60.0, number(0, 86400, open_low=True))
 
     if not TYPE_CHECKING:  # a type checker that saw it would let any name be set
@@ -124,3 +125,5 @@ class ConfigOptions(TypedDict, total=False):
     pipeline_enable_profiling: bool
     pipeline_mode: PipelineMode
     pipeline_strict: bool
+    all_reduce: AllReduce
+    step_timeout: float

@@ -32,7 +32,10 @@ POLL_SECONDS = 0.5e-6
 
 @dataclass(frozen=True)
 class Shared:
-    """A tensor of this rank that the others can access, and where each rank's is."""
+    """A tensor of this rank that the others can access, and where each rank's is.
+
+    NOTE: the memory is gone with `own`, whatever holds its address.
+    """
 
     own: Tensor
     addresses: Tensor
@@ -67,14 +70,14 @@ class PeerMemory:
         self.group, self.device = group, device
         self.rank, self.size = group.rank(), group.size()
         programs = torch.cuda.get_device_properties(device).multi_processor_count
-        counters = self._share((2, programs, self.size), torch.int32)
+        self.counters = self._share((2, programs, self.size), torch.int32)
         self.parts = [self._share((MOST_ROWS, hidden), dtype) for _ in range(TURNS)]
         self.results = [self._share((MOST_ROWS, hidden), dtype) for _ in range(TURNS)]
         self.inboxes = [self._share((self.size, MOST_VALUES), torch.int64) for _ in range(2)]
         self.peers = all_reduce.Peers(
             self.rank,
             self.size,
-            counters.addresses,
+            self.counters.addresses,
             torch.zeros(programs, dtype=torch.int32, device=device),
             torch.zeros(1, dtype=torch.int32, device=device),
             programs,
@@ -85,7 +88,7 @@ class PeerMemory:
         self._side_stream = torch.cuda.Stream(device)
         self._one = torch.ones(1, dtype=torch.int32).pin_memory()
         torch.cuda.synchronize(device)
-        dist.barrier(group)  # everyone's counters are zero
+        dist.barrier(group, device_ids=[torch.cuda.current_device()])  # all counters are zero
 
     def part(self, turn: int, first: int, rows: int) -> Tensor | None:
         """Where to write a partial sum of so many rows; None: there is no room for it.
@@ -141,7 +144,7 @@ class PeerMemory:
 
     def expire(self) -> None:
         """Lets a kernel that waits for a peer end; nothing after that is valid."""
-        with torch.cuda.stream(self._side_stream):
+        with torch.cuda.stream(self._side_stream), torch.inference_mode():
             self.peers.expired.copy_(self._one, non_blocking=True)
 
     def handle_of(self, own: Tensor) -> Any:

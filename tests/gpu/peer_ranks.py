@@ -30,5 +30,7 @@ def _rank(rank: int, size: int, port: int, work: Callable[..., None], args: Any)
     assert group is not None
     memory = PeerMemory(group, torch.device("cuda", rank), torch.bfloat16, HIDDEN, timeout=20.0)
     work(memory, *args)
+    memory.disconnect()
     dist.barrier()
+    memory.close()
     dist.destroy_process_group()

@@ -47,6 +47,7 @@ class SharedSlab:
         failure = None
         handle = bytes(HANDLE_BYTES)  # which nobody can open
         try:
+            torch.cuda.synchronize(device)  # makes its context the current one
             self._address = int(driver("cuMemAlloc", size))
             driver("cuMemsetD8", self._address, 0, size)
             torch.cuda.synchronize(device)
@@ -85,8 +86,7 @@ class SharedSlab:
 
     def disconnect(self) -> None:
         """Gives up the memory of the others, once no kernel uses it; may be called twice."""
-        if self._opened:
-            torch.cuda.synchronize(self._device)
+        torch.cuda.synchronize(self._device)
         while self._opened:
             self._driver("cuIpcCloseMemHandle", self._opened.pop())
 

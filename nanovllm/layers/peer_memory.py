@@ -1,22 +1,22 @@
 """Memory that all ranks of one host can read and write, and the collectives that use it.
 
-Buffers and handles are torch's symmetric memory over peer-to-peer access; the kernels are ours
-(`kernels.all_reduce`): their sums are float32 in rank order, an all-reduce carries residual and
-norm, and their waits are bounded.
+The kernels are ours (`kernels.all_reduce`): their sums are float32 in rank order, an all-reduce
+carries residual and norm, and their waits are bounded.
 """
 
 from __future__ import annotations
 
-import os
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._symmetric_memory as symm_mem
 from torch import Tensor
 
+from green_ctx import Driver
 from nanovllm.kernels.gpu import usable_sms
+from nanovllm.layers.shared_slab import SharedSlab
 
 # Rows of an all-reduce; more go through NCCL.
 MOST_ROWS = 2048
@@ -28,6 +28,8 @@ TURNS = 3
 MOST_VALUES = 1 << 17
 # Looks at a counter take at least so long.
 POLL_SECONDS = 0.5e-6
+# Of each buffer, in bytes.
+ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class PeerMemory:
         timeout: seconds that a kernel waits for a peer.
 
     Raises:
-        RuntimeError: the GPUs cannot reach each other's memory.
+        GreenContextError: of the driver: a rank's memory cannot be had or not be reached.
     """
 
     def __init__(
@@ -67,10 +69,11 @@ class PeerMemory:
         self.group, self.device = group, device
         self.rank, self.size = group.rank(), group.size()
         programs = torch.cuda.get_device_properties(device).multi_processor_count
-        counters = self._share((2, programs, self.size), torch.int32)
-        self.parts = [self._share((MOST_ROWS, hidden), dtype) for _ in range(TURNS)]
-        self.results = [self._share((MOST_ROWS, hidden), dtype) for _ in range(TURNS)]
-        self.inboxes = [self._share((self.size, MOST_VALUES), torch.int64) for _ in range(2)]
+        rows = [((MOST_ROWS, hidden), dtype)] * (2 * TURNS)
+        inboxes = [((self.size, MOST_VALUES), torch.int64)] * 2
+        counters, *buffers = self._share([((2, programs, self.size), torch.int32), *rows, *inboxes])
+        self.parts, self.results = buffers[:TURNS], buffers[TURNS : 2 * TURNS]
+        self.inboxes = buffers[2 * TURNS :]
         self.peers = all_reduce.Peers(
             self.rank,
             self.size,
@@ -84,8 +87,6 @@ class PeerMemory:
         # Made here: allocations could wait for the very kernel that is to end.
         self._side_stream = torch.cuda.Stream(device)
         self._one = torch.ones(1, dtype=torch.int32).pin_memory()
-        torch.cuda.synchronize(device)
-        dist.barrier(group)  # everyone's counters are zero
 
     def part(self, turn: int, first: int, rows: int) -> Tensor | None:
         """Where to write a partial sum of so many rows; None: there is no room for it.
@@ -141,18 +142,25 @@ class PeerMemory:
 
     def expire(self) -> None:
         """Lets a kernel that waits for a peer end; nothing after that is valid."""
-        with torch.cuda.stream(self._side_stream):
+        with torch.cuda.stream(self._side_stream), torch.inference_mode():
             self.peers.expired.copy_(self._one, non_blocking=True)
 
-    def handle_of(self, own: Tensor) -> Any:
-        """torch's handle of a shared tensor."""
-        return symm_mem.rendezvous(own, self.group.group_name)
+    def disconnect(self) -> None:
+        """Gives up the memory of the others; may be called twice."""
+        self._slab.disconnect()
 
-    def _share(self, shape: tuple[int, ...], dtype: torch.dtype) -> Shared:
-        # Multicast objects are not used, and making them can disturb other users of the switches.
-        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-        own = symm_mem.empty(*shape, dtype=dtype, device=self.device)
-        handle = self.handle_of(own)
-        addresses = torch.tensor(list(handle.buffer_ptrs), device=self.device)
-        own.zero_()
-        return Shared(own, addresses)
+    def close(self) -> None:
+        """Frees this rank's memory, once all have disconnected; may be called twice."""
+        self._slab.close()
+
+    def _share(self, wanted: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[Shared]:
+        """Shared tensors of these shapes and types, zero at first."""
+        places, size = [], 0
+        for shape, dtype in wanted:
+            places.append((size, size + math.prod(shape) * dtype.itemsize))
+            size = -(-places[-1][1] // ALIGNMENT) * ALIGNMENT
+        self._slab = slab = SharedSlab(Driver(), self.group, self.device, size)
+        return [
+            Shared(slab.own[start:end].view(dtype).view(shape), slab.bases + start)
+            for (shape, dtype), (start, end) in zip(wanted, places, strict=True)
+        ]

@@ -2,7 +2,8 @@
 
     compute-sanitizer --tool memcheck --report-api-errors no python tests/gpu/memcheck_steps.py
 
-(Without the option it lists what the driver says of functions that it does not have.)
+(Without the option it lists what the driver says of functions that it does not have.) With 2 as an
+argument there are two ranks on two GPUs.
 
 The model is small and the graphs are few, as the checker makes everything many times slower.
 """
@@ -50,6 +51,8 @@ def main() -> None:
             enable_pipeline=True,
             pipeline_mode="green",
             pipeline_strict=True,
+            tensor_parallel_size=int(sys.argv[1]) if len(sys.argv) > 1 else 1,
+            step_timeout=600,
         ) as engine:
             run_steps(engine)
     print(f"{STEPS} steps done")

@@ -18,8 +18,8 @@ HIDDEN = 4096
 def run(size: int, work: Callable[..., None], *args: Any) -> None:
     """Calls `work(peer memory, *args)` on each rank; an error of one is one of this call."""
     os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
-    with dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) as store:
-        mp.spawn(_rank, (size, store.port, work, args), nprocs=size)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    mp.spawn(_rank, (size, store.port, work, args), nprocs=size)
 
 
 def _rank(rank: int, size: int, port: int, work: Callable[..., None], args: Any) -> None:
@@ -30,5 +30,7 @@ def _rank(rank: int, size: int, port: int, work: Callable[..., None], args: Any)
     assert group is not None
     memory = PeerMemory(group, torch.device("cuda", rank), torch.bfloat16, HIDDEN, timeout=20.0)
     work(memory, *args)
+    memory.disconnect()
     dist.barrier()
+    memory.close()
     dist.destroy_process_group()

@@ -1,6 +1,6 @@
-"""Tensor parallelism over NCCL, with and without CUDA graphs.
+"""Tensor parallelism on two GPUs, with and without CUDA graphs.
 
-Every engine runs in a process of its own, so that one that hangs fails its own test and no other.
+Engines run in processes of their own, so that one that hangs fails its own test and no other.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ SHAPES = [
     Shape(heads=4, kv_heads=4, head_dim=128, seed=3),
 ]
 
-# Tokens of a few requests, greedy and drawn.
+# Tokens of a few requests, greedy and drawn, and how many steps were pipelined, of each engine.
 TOKENS = """
 import json, sys
 from nanovllm import LLM, SamplingParams
 
 with open(sys.argv[1]) as file:
     task = json.load(file)
-llm = LLM(device="cuda", max_model_len=128, max_num_seqs=8, num_kvcache_blocks=64,
-          kvcache_block_size=16, **task["options"])
 params = [SamplingParams(max_tokens=12, ignore_eos=True, **more) for more in task["sampling"]]
-outputs = llm.generate(task["prompts"], params, use_tqdm=False)
-print(json.dumps([output["token_ids"] for output in outputs]))
-print(json.dumps(llm.model_runner.get_pipeline_statistics()["steps"]))
+for options in task["engines"]:
+    with LLM(device="cuda", max_model_len=128, max_num_seqs=8, num_kvcache_blocks=64,
+             kvcache_block_size=16, **options) as llm:
+        outputs = llm.generate(task["prompts"], params, use_tqdm=False)
+        steps = llm.model_runner.get_pipeline_statistics()["steps"]
+    print(json.dumps([steps["pipelined"], [output["token_ids"] for output in outputs]]), flush=True)
 """
 SAMPLING = [
     {"temperature": 0},
@@ -65,38 +66,31 @@ def always_seven(found, batch, group, shard):
 model_runner.sample = always_seven
 with open(sys.argv[1]) as file:
     task = json.load(file)
+(options,) = task["engines"]
 llm = LLM(device="cuda", max_model_len=128, max_num_seqs=8, num_kvcache_blocks=64,
-          kvcache_block_size=16, **task["options"])
+          kvcache_block_size=16, **options)
 logits.clear()  # of the warm-up
 llm.generate(task["prompts"], temperature=0, max_tokens=12, ignore_eos=True, use_tqdm=False)
 torch.save(torch.cat(logits), sys.argv[2])
 """
 
 
-def run_task(directory: Path, source: str, model: Path, processes: int = 0, **options: object):
+def run_engines(directory: Path, source: str, engines: list[dict], processes: int = 0):
     """Runs a script on its task; also returns where it may save something."""
     script, task, saved = (directory / name for name in ("script.py", "task.json", "saved.pt"))
     script.write_text(source)
-    options["model"] = str(model)
-    tasks = {"prompts": prompts(7, count=6), "sampling": SAMPLING, "options": options}
+    engines = [{"model": str(directory / "model"), **options} for options in engines]
+    tasks = {"prompts": prompts(7, count=6), "sampling": SAMPLING, "engines": engines}
     task.write_text(json.dumps(tasks))
-    result = scripts.run(script, task, saved, processes=processes, timeout=240)
+    result = scripts.run(script, task, saved, processes=processes, timeout=60 + 60 * len(engines))
     assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines(), saved
+    return [json.loads(line) for line in result.stdout.splitlines()], saved
 
 
-def tokens_of(directory: Path, model: Path, processes: int = 0, **options: object) -> str:
-    """Tokens of an engine with these options."""
-    (tokens, steps), _ = run_task(directory, TOKENS, model, processes, **options)
-    pipelined = options.get("pipeline_mode") not in (None, "auto")
-    assert (json.loads(steps)["pipelined"] > 0) == pipelined
-    return tokens
-
-
-def logits_of(directory: Path, model: Path, size: int, **options: object) -> torch.Tensor:
+def logits_of(directory: Path, size: int, **options: object) -> torch.Tensor:
     """Logits of an engine with these options; the first rank has the whole small vocabulary."""
     options["tensor_parallel_size"] = size
-    _, saved = run_task(directory, LOGITS, model, size if size > 1 else 0, **options)
+    _, saved = run_engines(directory, LOGITS, [options], size if size > 1 else 0)
     return torch.load(saved, weights_only=True)
 
 
@@ -111,26 +105,35 @@ PIPELINES = {
 
 
 @EAGER
-@pytest.mark.parametrize("pipeline", PIPELINES)
-@pytest.mark.parametrize("shape", SHAPES, ids=["gqa", "one kv head", "mha"])
-def test_float32_tokens_equal_those_of_one_rank(tmp_path, shape, pipeline, eager):
+@pytest.mark.parametrize(
+    ("shape", "pipelines"),
+    [(SHAPES[0], list(PIPELINES)), (SHAPES[1], ["sequential", "green"]),
+     (SHAPES[2], ["sequential", "green"])],
+    ids=["gqa", "one kv head", "mha"],
+)  # fmt: skip
+def test_float32_tokens_equal_those_of_one_rank(tmp_path, shape, pipelines, eager):
     shape.write(tmp_path / "model")
-    options = {"dtype": "float32", "enforce_eager": eager}
-    one = tokens_of(tmp_path, tmp_path / "model", **options)
-    options |= {"tensor_parallel_size": 2, **PIPELINES[pipeline]}
-    if "enable_pipeline" in options:
-        options["pipeline_strict"] = True
-    assert tokens_of(tmp_path, tmp_path / "model", **options) == one
+    common = {"dtype": "float32", "enforce_eager": eager}
+    engines = [common]
+    for pipeline in pipelines:
+        options = PIPELINES[pipeline]
+        strict = {"pipeline_strict": True} if options.get("enable_pipeline") else {}
+        engines.append({**common, "tensor_parallel_size": 2, **options, **strict})
+    ((_, one), *others), _ = run_engines(tmp_path, TOKENS, engines)
+    assert len(others) == len(pipelines)
+    for pipeline, (pipelined, tokens) in zip(pipelines, others, strict=True):
+        assert tokens == one, pipeline
+        assert (pipelined > 0) == ("pipeline_mode" in PIPELINES[pipeline]), pipeline
 
 
 @EAGER
 def test_bfloat16_logits_are_as_good_as_those_of_one_rank(tmp_path, eager):
-    model = tmp_path / "model"
-    Shape(layers=3, heads=8, kv_heads=2, hidden=256, intermediate=512, seed=4).write(model)
-    exact = logits_of(tmp_path, model, 1, dtype="float32", enforce_eager=eager)
+    shape = Shape(layers=3, heads=8, kv_heads=2, hidden=256, intermediate=512, seed=4)
+    shape.write(tmp_path / "model")
+    exact = logits_of(tmp_path, 1, dtype="float32", enforce_eager=eager)
 
     def error(size: int) -> float:
-        logits = logits_of(tmp_path, model, size, dtype="bfloat16", enforce_eager=eager)
+        logits = logits_of(tmp_path, size, dtype="bfloat16", enforce_eager=eager)
         return float((logits - exact).norm() / exact.norm())
 
     assert error(2) < 1.5 * error(1) + 5e-3
@@ -139,9 +142,9 @@ def test_bfloat16_logits_are_as_good_as_those_of_one_rank(tmp_path, eager):
 def test_torchrun_gives_the_same_tokens(tmp_path):
     SHAPES[0].write(tmp_path / "model")
     options = {"dtype": "float32"}
-    one = tokens_of(tmp_path, tmp_path / "model", **options)
+    one, _ = run_engines(tmp_path, TOKENS, [options])
     options["tensor_parallel_size"] = 2
-    assert tokens_of(tmp_path, tmp_path / "model", processes=2, **options) == one
+    assert run_engines(tmp_path, TOKENS, [options], processes=2)[0] == one
 
 
 ENGINES = """

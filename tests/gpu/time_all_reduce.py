@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symm_mem
 
 if __name__ in ("__main__", "__mp_main__"):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -64,6 +65,8 @@ def time_rows(memory: PeerMemory, rows: int) -> dict[str, float]:
     residual, weight = torch.randn_like(x), torch.randn_like(x[0])
     part = memory.part(0, 0, rows)
     assert part is not None
+    symmetric = symm_mem.empty(rows, HIDDEN, dtype=torch.bfloat16, device="cuda")
+    symm_mem.rendezvous(symmetric, name)
 
     def then_norm(y: torch.Tensor) -> None:
         kernels.add_rms_norm(y, residual, weight, EPS)
@@ -75,7 +78,9 @@ def time_rows(memory: PeerMemory, rows: int) -> dict[str, float]:
     times = {"nccl": microseconds(nccl)}
     for kind in ("one_shot_all_reduce", "two_shot_all_reduce_"):
         operation = getattr(torch.ops.symm_mem, kind)
-        times[f"torch {kind}"] = microseconds(lambda op=operation: then_norm(op(part, "sum", name)))
+        times[f"torch {kind}"] = microseconds(
+            lambda op=operation: then_norm(op(symmetric, "sum", name))
+        )
     for two_shot in (False, True):
         for programs in PROGRAMS:
             turns = [0]
@@ -100,10 +105,10 @@ def time_all(memory: PeerMemory, path: str) -> None:
         if memory.rank == 0:
             print(json.dumps(record), flush=True)
     assert memory.peers.expired.item() == 0
-    shared = memory.parts[0].own
-    handle = memory.handle_of(shared)
-    source = handle.get_buffer((memory.rank + 1) % memory.size, shared.shape, shared.dtype)
-    target = torch.empty_like(shared)
+    own = symm_mem.empty(MOST_ROWS, HIDDEN, dtype=torch.bfloat16, device="cuda")
+    handle = symm_mem.rendezvous(own, memory.group.group_name)
+    target = torch.empty_like(own)
+    source = handle.get_buffer((memory.rank + 1) % memory.size, target.shape, target.dtype)
     copy = microseconds(lambda: target.copy_(source))
     rate = MOST_ROWS * HIDDEN * 2 / copy / 1000
     if memory.rank == 0:

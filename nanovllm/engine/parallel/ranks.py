@@ -11,6 +11,7 @@ nothing is ever unpickled. It is sent ahead: nobody waits for a message within a
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import shutil
 import sys
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from green_ctx import GreenContextError
 from nanovllm.config import Config
 from nanovllm.engine.parallel.process_groups import (
     ProcessGroups,
@@ -37,6 +39,8 @@ from nanovllm.engine.parallel.processes import POLL_SECONDS, RankDiedError, Work
 from nanovllm.engine.step_inputs import StepLayout
 from nanovllm.layers.parallel import ParallelGroup, complete
 from nanovllm.layers.peer_memory import PeerMemory
+
+logger = logging.getLogger(__name__)
 
 # How long processes may take to start and to meet, to load, to be seen dead after an error, and to
 # end.
@@ -197,10 +201,18 @@ class Ranks:
             for other in range(torch.cuda.device_count())
             if other != own
         )
-        if self.minimum(int(reachable)):
-            assert self.groups is not None
+        if not self.minimum(int(reachable)):
+            return
+        assert self.groups is not None
+        peers = None
+        try:
             peers = PeerMemory(self.groups.model, self.device, dtype, hidden, self.step_timeout)
+        except GreenContextError as error:
+            logger.warning("The ranks use NCCL, as they cannot share memory: %s", error)
+        if self.minimum(int(peers is not None)):
             self.group = dataclasses.replace(self.group, peers=peers)
+        elif peers is not None:
+            peers.close()
 
     def minimum(self, value: int) -> int:
         """The smallest `value` of all ranks, of which some may still be loading weights."""
@@ -287,9 +299,13 @@ class Ranks:
             self._guard.join(END_SECONDS)
         self.workers.end(END_SECONDS)
         groups, self.groups = self.groups, None
-        self.group = ParallelGroup(self.group.rank, self.group.size)
-        groups.close()
-        shutil.rmtree(self.meeting, ignore_errors=True)
+        peers, self.group = self.group.peers, ParallelGroup(self.group.rank, self.group.size)
+        try:
+            if peers is not None:
+                peers.close()
+        finally:
+            groups.close()
+            shutil.rmtree(self.meeting, ignore_errors=True)
 
     def _meet(self, path: str, rank: int, config: Config, device: torch.device) -> None:
         if device.type == "cuda":
@@ -393,9 +409,8 @@ class Ranks:
         try:
             if self.is_first:
                 self._broadcast(stop).wait(patience)
-            # NOTE: until its last kernel has ended, a rank may read the memory of the others.
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            if self.group.peers is not None:
+                self.group.peers.disconnect()
             dist.all_reduce(stop, group=self.control, async_op=True).wait(patience)
         except RuntimeError:  # one has died or does not listen
             self._break()

@@ -171,7 +171,7 @@ def test_split_that_the_device_cannot_arrange() -> None:
 
 
 @example(sms=49, alignment=16, minimum_steps=3, counts=[2, 1], scarce=None, lack=())
-@settings(deadline=None, max_examples=300)  # no deadline: shared machines stall now and then
+@settings(max_examples=300)
 @given(
     sms=st.integers(1, 200),
     alignment=st.sampled_from([1, 2, 4, 8, 16]),

@@ -183,7 +183,7 @@ class TestRuns:
         assert run.plans[-1] is SEQUENTIAL
         assert run.taken < 1.03 * run.best
 
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=20)
     @given(seed=st.integers(0, 2**32))
     def test_what_is_lost_is_little_whatever_the_costs(self, seed: int) -> None:
         run = random_run(seed)

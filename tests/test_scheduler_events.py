@@ -78,7 +78,6 @@ def test_invariants_hold_whatever_happens():
         settings=settings(
             max_examples=300,
             stateful_step_count=40,
-            deadline=None,
             database=None,
             report_multiple_bugs=False,
             suppress_health_check=list(HealthCheck),

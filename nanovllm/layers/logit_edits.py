@@ -7,6 +7,7 @@ stay as they are, and a small penalty is not rounded away in 16 bits. The order 
     repetition_penalty           logits above 0 / penalty, others * penalty   (arXiv:1909.05858)
     frequency_, presence_        - penalty * times generated, - penalty if generated
     min_p                        -inf for what is less likely than min_p times the likeliest
+                                 (arXiv:2407.01082)
 """
 
 from __future__ import annotations
@@ -110,10 +111,10 @@ class EditBatch:
         `histories` are request_index, length, and prompt length, of the first P rows.
         """
         pairs = zip(edits, num_generated, strict=True)
-        ids, biases = zip(*(edit.bias_at(count) for edit, count in pairs), strict=True)
-        penalties = [edit.penalties for edit in edits[: len(histories)]]
+        ids, biases = zip(*(each.bias_at(count) for each, count in pairs), strict=True)
+        penalties = [each.penalties for each in edits[: len(histories)]]
         longest = max((length + 1 for _, length, _ in histories), default=0)
-        margins = [edit.margin for edit in edits]
+        margins = [each.margin for each in edits]
         sizes = len(rows), len(histories), sum(map(len, ids)), longest
         biased = np.repeat(np.arange(len(rows)), [*map(len, ids)])
         by_field = np.array(histories, np.int64).reshape(-1, 3).T

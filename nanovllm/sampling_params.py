@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence, Set
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -19,7 +20,7 @@ from nanovllm.utils.options import (
 )
 
 
-def _stop_token_ids(value: Any) -> tuple[int, ...]:
+def _token_ids(value: Any) -> tuple[int, ...]:
     ids = token_ids(tuple(value) if isinstance(value, Set) else value)
     if ids is None or min(ids, default=0) < 0:
         raise ValueError("a sequence of token ids, integers of at least 0")
@@ -33,34 +34,77 @@ def _seed(value: Any) -> int | None:
     raise ValueError("None or an integer from 0 to 2**63 - 1")
 
 
+_bias = number(-math.inf, 1e6)
+
+
+def _logit_bias(value: Any) -> tuple[tuple[int, float], ...] | None:
+    """Ids may be texts of digits: JSON has no other keys."""
+    if value is None:
+        return None
+    try:
+        if not isinstance(value, (Mapping, tuple)):
+            raise TypeError
+        pairs = dict(value)
+        biases = [_bias(bias) for bias in pairs.values()]
+        ids = _token_ids([int(key) if isinstance(key, str) else key for key in pairs])
+    except (TypeError, ValueError):
+        raise ValueError("None or a dict of token ids and numbers from -inf to 1e6") from None
+    return tuple(dict(zip(ids, biases, strict=True)).items())
+
+
 @hinting
 @dataclass(frozen=True)
 class SamplingParams:
     """Sampling options of one request.
 
+    The logits are changed in this order: logit_bias and min_tokens, repetition_penalty,
+    frequency_penalty and presence_penalty, temperature, min_p, top_k, top_p.
+
     Attributes:
         temperature: divides the logits; 0 is greedy.
-        top_k: draw from the k likeliest tokens only; -1: from all.
+        top_k: draw from the k likeliest tokens only; -1 or 0: from all.
         top_p: draw from the likeliest tokens that together reach this probability only.
         max_tokens: tokens to generate at the most.
         ignore_eos: go on after an end-of-sequence token.
         stop_token_ids: further tokens that end the request; they are kept as a tuple.
         seed: the same seed draws the same random numbers whatever else is in the batch; None:
             random.
+        presence_penalty: subtracted from the logits of all tokens that have been generated.
+        frequency_penalty: subtracted once for every time that a token has been generated.
+        repetition_penalty: of tokens that have been generated or are in the prompt, logits above 0
+            are divided by it, others multiplied; 1 changes nothing.
+        min_p: draw only from tokens with at least this share of the likeliest one's probability.
+        min_tokens: until so many are generated, neither an end-of-sequence token nor one of
+            `stop_token_ids` can be drawn.
+        logit_bias: numbers to add to the logits of single token ids, -inf to forbid one; they are
+            kept as a tuple of pairs.
     """
 
     temperature: float = option(1.0, number(0, 100))
-    top_k: int = option(-1, integer(1, also=-1))
+    top_k: int = option(-1, integer(0, also=-1))
     top_p: float = option(1.0, number(0, 1, open_low=True))
     max_tokens: int = option(64, integer(1))
     ignore_eos: bool = option(False, boolean)
-    stop_token_ids: Collection[int] = option((), _stop_token_ids)
+    stop_token_ids: Collection[int] = option((), _token_ids)
     seed: int | None = option(None, _seed)
+    presence_penalty: float = option(0.0, number(-2, 2))
+    frequency_penalty: float = option(0.0, number(-2, 2))
+    repetition_penalty: float = option(1.0, number(0, 100, open_low=True))
+    min_p: float = option(0.0, number(0, 1))
+    min_tokens: int = option(0, integer(0))
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] | None = option(
+        None, _logit_bias
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = check(self, field.name, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens={self.min_tokens} is not allowed: it must be at most "
+                f"max_tokens={self.max_tokens}"
+            )
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -73,6 +117,23 @@ class SamplingOptions(TypedDict, total=False):
     ignore_eos: bool
     stop_token_ids: Collection[int]
     seed: int | None
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    min_p: float
+    min_tokens: int
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] | None
+
+
+def check_token_ids(params: Iterable[SamplingParams], vocab_size: int) -> None:
+    """Raises ValueError if a `logit_bias` is of a token that the model does not have."""
+    for bias in dict.fromkeys(each.logit_bias for each in params if each.logit_bias):
+        highest = max(dict(bias))
+        if highest >= vocab_size:
+            raise ValueError(
+                f"logit_bias holds token id {highest}, which is outside the vocabulary: ids are "
+                f"from 0 to {vocab_size - 1}"
+            )
 
 
 def params_per_prompt(

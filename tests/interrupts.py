@@ -40,7 +40,11 @@ OPTIONS: dict[str, Any] = {
     "max_num_seqs": 3,
 }
 PROMPTS = [random.Random(n).choices(range(2, VOCAB), k=n) for n in (28, 30, 5, 12, 29, 3)]
-PARAMS = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (8, 9, 6, 1, 7, 7)]
+PARAMS = [
+    # Every other one needs its tokens on the device.
+    SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, frequency_penalty=i % 2)
+    for i, n in enumerate((8, 9, 6, 1, 7, 7))
+]
 
 
 class Interrupt(KeyboardInterrupt):

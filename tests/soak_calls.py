@@ -133,6 +133,10 @@ class RandomCalls:
         params = SamplingParams(
             temperature=rng.choice([0, 0.5, 2]),
             top_k=rng.choice([-1, 1, 5]),
+            min_p=rng.choice([0, 0.1]),
+            presence_penalty=rng.choice([0, 1]),
+            repetition_penalty=rng.choice([1, 1.2]),
+            logit_bias=rng.choice([None, {5: -1, 6: 2}]),
             max_tokens=rng.choice([1, 3, 40]),
             ignore_eos=rng.random() < 0.5,
             seed=rng.choice([None, 1]),

@@ -127,6 +127,19 @@ def test_a_bad_line_gets_an_error_and_the_others_go_on(tmp_path):
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
+def test_the_fields_of_openai_that_change_logits(tmp_path):
+    """The keys of a JSON object are texts."""
+    options = {"logit_bias": {"40": 100}, "presence_penalty": 2, "frequency_penalty": 2.0}
+    changes = [options, {"logit_bias": {"40": -100}}, {"logit_bias": {"x": 1}}]
+    bodies = [request(f"{i}", prompt=TEXT, **GREEDY, **each) for i, each in enumerate(changes)]
+    *results, refused = run(tmp_path, bodies)
+    with LLM(device="cpu") as llm:
+        for result, each in zip(results, changes, strict=False):
+            (expected,) = llm.generate(TEXT, **GREEDY, **each, use_tqdm=False)
+            assert result["response"]["body"]["choices"][0]["text"] == expected["text"]
+    assert "logit_bias={'x': 1} is not allowed" in refused["error"]["message"]
+
+
 def test_logits_that_are_not_numbers_are_the_servers_error():
     line = lines.parse(3, json.dumps(request("a", prompt="x")).encode())
     broken = {"text": "", "token_ids": [], "finish_reason": "error"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import math
@@ -51,7 +52,7 @@ BAD_CONFIG = {
 
 BAD_SAMPLING = {
     "temperature": ("a number from 0 to 100", (-0.1, 100.5, math.nan, math.inf, True, "1", None)),
-    "top_k": ("an integer of at least 1, or -1", (0, -2, True, 2.0, "5", None)),
+    "top_k": ("an integer of at least 0, or -1", (-2, True, 2.0, "5", None)),
     "top_p": ("a number above 0 to 1", (0, -0.5, 1.5, math.nan, True, "1", None)),
     "max_tokens": (POSITIVE, NOT_POSITIVE),
     "ignore_eos": (BOOLEAN, NOT_BOOLEANS),
@@ -60,6 +61,31 @@ BAD_SAMPLING = {
         (5, None, "12", b"12", [1, "2"], [-1], [True], [1.0], [[1]], {5: 6}, np.array(5)),
     ),
     "seed": ("None or an integer from 0 to 2**63 - 1", (-1, 2**63, True, 1.0, "1")),
+    "presence_penalty": ("a number from -2 to 2", (-2.1, 2.1, math.nan, True, "1", None)),
+    "frequency_penalty": ("a number from -2 to 2", (-2.1, 2.1, math.nan, True, "1", None)),
+    "repetition_penalty": ("a number above 0 to 100", (0, -1, 101, math.inf, True, "1", None)),
+    "min_p": ("a number from 0 to 1", (-0.1, 1.1, math.nan, True, "1", None)),
+    "min_tokens": ("an integer of at least 0", (-1, True, 1.0, "1", None)),
+    "logit_bias": (
+        "None or a dict of token ids and numbers from -inf to 1e6",
+        (
+            5,
+            "12",
+            [1, 2],
+            [[1, 2]],
+            {-1: 0},
+            {True: 1},
+            {1.0: 1},
+            {"x": 1},
+            {"-1": 1},
+            {1: None},
+            {1: "2"},
+            {1: math.nan},
+            {1: math.inf},
+            {1: 2e6},
+            {1: True},
+        ),
+    ),
 }
 
 
@@ -237,7 +263,10 @@ def test_the_defaults_are_the_documented_ones():
         *("auto", "auto", "auto", "auto", True, True),
         *(False, 16, 16, False, "auto", False, "auto", 60.0),
     )
-    assert dataclasses.astuple(SamplingParams()) == (1.0, -1, 1.0, 64, False, (), None)
+    assert dataclasses.astuple(SamplingParams()) == (
+        *(1.0, -1, 1.0, 64, False, (), None),
+        *(0.0, 0.0, 1.0, 0.0, 0, None),
+    )
 
 
 def test_good_values_at_the_limits_are_taken_and_normalised():
@@ -251,3 +280,20 @@ def test_good_values_at_the_limits_are_taken_and_normalised():
     params = SamplingParams(0, 1, 1, stop_token_ids=[3, 4], seed=2**63 - 1)
     assert isinstance(params.temperature, float)
     assert params.stop_token_ids == (3, 4)
+
+
+@pytest.mark.parametrize(
+    "bias", [{5: 1, 6: -np.inf}, {"5": 1.0, np.int64(6): -math.inf}, {"5": 3, 5: 1, 6: -math.inf}]
+)
+def test_a_bias_is_kept_as_pairs_that_nobody_can_change(bias):
+    """So that the options are one hashable value, and equal if they mean the same."""
+    params = SamplingParams(logit_bias=bias)
+    assert params.logit_bias == ((5, 1.0), (6, -math.inf))
+    assert {type(x) for pair in params.logit_bias for x in pair} == {int, float}
+    assert len({params, dataclasses.replace(params), copy.deepcopy(params)}) == 1
+
+
+def test_no_fewer_tokens_than_there_may_be_at_most():
+    assert SamplingParams(min_tokens=3, max_tokens=3).min_tokens == 3
+    with pytest.raises(ValueError, match=r"^min_tokens=4 is not allowed: .* most max_tokens=3$"):
+        SamplingParams(min_tokens=4, max_tokens=3)

@@ -110,7 +110,7 @@ def test_rows_of_one_batch_keep_their_own_options():
     assert lowest <= min(seen[4]) < 990
 
 
-@pytest.mark.parametrize("top_k", [-1, 50, 51, 10**9])
+@pytest.mark.parametrize("top_k", [-1, 0, 50, 51, 10**9])
 def test_a_top_k_of_the_whole_vocabulary_or_more_is_no_limit(top_k):
     batch = batch_of([SamplingParams(top_k=top_k)], [0], [0], 50)
     assert batch.filtered is None

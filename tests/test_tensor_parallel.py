@@ -88,7 +88,10 @@ class Sweep:
         given = [[token % vocab for token in prompt] for prompt in prompts(seed, 5, longest=40)]
         drawn = {"temperature": 0.8, "max_tokens": 12, "seed": seed}
         limits = [{}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": vocab // 2, "top_p": 0.97}]
-        sampling = [{"temperature": 0.0}] + [{**drawn, **limit} for limit in limits]
+        limits[1] |= {"presence_penalty": 1, "frequency_penalty": -1, "min_tokens": 1}
+        limits[2] |= {"min_p": 0.001, "logit_bias": {token: 3 for token in range(0, vocab, 700)}}
+        greedy = {"temperature": 0.0, "repetition_penalty": 1.3}
+        sampling = [greedy] + [{**drawn, **limit} for limit in limits]
         for fields in sampling:  # some finish while others run
             fields["max_tokens"] = 24 if "num_kvcache_blocks" in options else random.randint(1, 24)
         return {

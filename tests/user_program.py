@@ -33,6 +33,8 @@ Config(load_format="gguf")  # error: arg-type
 
 params = SamplingParams(temperature=0, stop_token_ids=[1, 2], seed=None)
 SamplingParams(stop_token_ids={1, 2})
+SamplingParams(logit_bias={5: -1.5, 6: 2}, presence_penalty=0.5, min_p=0.1)
+SamplingParams(logit_bias=[5])  # error: arg-type
 SamplingParams(top_kk=5)  # error: call-arg
 SamplingParams(top_k=0.5)  # error: arg-type
 SamplingParams(stop_token_ids="12")  # error: arg-type

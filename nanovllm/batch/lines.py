@@ -36,8 +36,6 @@ FIXED = {
     "stream": False,
     "echo": False,
     "logprobs": False,
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
 }
 
 

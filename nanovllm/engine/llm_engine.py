@@ -32,7 +32,12 @@ from nanovllm.engine.sequence import Sequence as EngineSequence
 from nanovllm.engine.transactions import Transactions
 from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.models import load_config
-from nanovllm.sampling_params import SamplingOptions, SamplingParams, params_per_prompt
+from nanovllm.sampling_params import (
+    SamplingOptions,
+    SamplingParams,
+    check_token_ids,
+    params_per_prompt,
+)
 from nanovllm.utils.device import resolve_device
 from nanovllm.utils.hub import resolve_model
 from nanovllm.utils.locks import exclusive
@@ -160,6 +165,7 @@ class LLMEngine:
         """
         prompts = list_prompts(prompts)
         params = params_per_prompt(sampling_params, len(prompts), sampling)
+        check_token_ids(params, self.texts.vocab_size)
         self.transactions.check_open()
         ids = [self.texts.encode(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
         results: dict[int, Completion] = {}
@@ -223,6 +229,7 @@ class LLMEngine:
             TypeError, ValueError: the prompt or an option is not allowed.
         """
         (params,) = params_per_prompt(sampling_params, 1, sampling)
+        check_token_ids([params], self.texts.vocab_size)
         self.transactions.check_open()
         token_ids = self.texts.encode(prompt, "prompt")
         (request,) = self.transactions.call(self._queue, [token_ids], [params], self.unclaimed)
@@ -246,6 +253,7 @@ class LLMEngine:
         if self.config.enable_prefix_caching:
             raise ValueError("enable_prefix_caching=True is not allowed with computed requests")
         (params,) = params_per_prompt(sampling_params, 1, sampling)
+        check_token_ids([params], self.texts.vocab_size)
         return self.transactions.call(self._add_computed, token_ids, params)
 
     def _add_computed(self, token_ids: list[int], params: SamplingParams) -> int:
@@ -394,6 +402,7 @@ class LLMEngine:
             max_len=self.max_len,
             seed=random.getrandbits(63) if params.seed is None else params.seed,
             results=results,
+            edits=self.model_runner.edited_draws.edits_of(params, stop_ids | self.eos_ids),
         )
 
     def _take_out(self, ended: list[EngineSequence]) -> None:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,12 +18,14 @@ from nanovllm.engine import kv_cache
 from nanovllm.engine.auto.calibration import Calibration, calibration_key
 from nanovllm.engine.auto.chooser import AutoChooser, plans_to_try
 from nanovllm.engine.auto.step_timer import device_timer
+from nanovllm.engine.draws import EditedDraws, pack_sampling
 from nanovllm.engine.graph_memory import GraphMemory, batch_sizes
 from nanovllm.engine.parallel.ranks import Ranks
 from nanovllm.engine.pipeline_modes import build_pipelines
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.plan import SEQUENTIAL, Plan
 from nanovllm.engine.scheduler import Step
+from nanovllm.engine.sequence import Sequence as EngineSequence
 from nanovllm.engine.step_inputs import StepInputs, dummy_chunk
 from nanovllm.engine.step_runner import FixedChooser, PreparedStep, StepRunner
 from nanovllm.engine.warm_up import SAMPLING, warm_up
@@ -81,6 +83,9 @@ class ModelRunner:
         max_blocks = -(-self.max_model_len // self.block_size)
         self.inputs = StepInputs(self.block_size, max_blocks, self.backend)
         self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
+        self.edited_draws = EditedDraws(
+            config.max_num_seqs, self.max_model_len, self.model.vocab_shard, device
+        )
         self.graph_memory: GraphMemory | None = None
         self._bind_cache(0, dtype)  # for the measurement: the padding block alone
         self.step_runner = self.make_step_runner(config, SEQUENTIAL)
@@ -100,8 +105,9 @@ class ModelRunner:
                 longest = min(config.max_num_batched_tokens, self.max_model_len)
                 logits = warm_up(self.step_runner, config, longest)
                 for params in SAMPLING:
-                    vocab_size = self.model_config.vocab_size
-                    self._draw(logits, SamplingBatch.pack([params], [0], [0], [0], vocab_size))
+                    edits = self.edited_draws.edits_of(params, ())
+                    seq = replace(dummy_chunk(0, 1).seq, params=params, edits=edits, num_pending=1)
+                    self._draw(logits, *self._pack([seq]))
             if ranks.is_first:  # whose steps the others serve from now on
                 self.step_runner.chooser.capture(self.step_runner, show_progress=True)
         except BaseException:
@@ -163,12 +169,13 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # it is each thread's own
         with torch.inference_mode():
-            prepared = replace(self.step_runner.prepare(step), sampling=self._sampling(step))
+            sampling, edits = self._pack([chunk.seq for chunk in step.chunks if chunk.needs_sample])
+            prepared = replace(self.step_runner.prepare(step), sampling=sampling, edits=edits)
             self._send(prepared)
             self.watch("begin", step)
             logits = self.step_runner.run(prepared)
             self.watch("issued", step)
-            launched = LaunchedStep(step, prepared, *self._draw(logits, prepared.sampling))
+            launched = LaunchedStep(step, prepared, *self._draw(logits, sampling, edits))
             self.watch("end", step)
             return launched
 
@@ -186,26 +193,17 @@ class ModelRunner:
     def serve(self) -> None:
         """Runs the steps that rank 0 sends, and draws the same tokens, until it stops."""
         while (received := self.ranks.receive_step()) is not None:
-            layout, flat, sampling = received
-            step = PreparedStep(layout, torch.from_numpy(flat), sampling)
-            self._draw(self.step_runner.run(step), sampling)
+            layout, flat, sampling, edits = received
+            step = PreparedStep(layout, torch.from_numpy(flat), sampling, edits)
+            self._draw(self.step_runner.run(step), sampling, edits)
             self.ranks.watch_step()
 
-    def _sampling(self, step: Step) -> np.ndarray | None:
-        """How the tokens of the sampling chunks are drawn, whose logits are the first rows."""
-        seqs = [chunk.seq for chunk in step.chunks if chunk.needs_sample]
-        if not seqs:
-            return None
-        return SamplingBatch.pack(
-            [seq.params for seq in seqs],
-            [seq.seed for seq in seqs],
-            [seq.num_generated - 1 for seq in seqs],  # the draw itself is pending already
-            [seq.request_index for seq in seqs],
-            self.model_config.vocab_size,
-        )
+    def _pack(self, seqs: Sequence[EngineSequence]) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """How tokens are drawn for sequences, whose logits are the first rows."""
+        return pack_sampling(seqs, self.model_config.vocab_size), self.edited_draws.pack(seqs)
 
     def _draw(
-        self, logits: torch.Tensor, sampling: np.ndarray | None
+        self, logits: torch.Tensor, sampling: np.ndarray | None, edits: np.ndarray | None
     ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         """Draws tokens for the next step on every rank; on rank 0 also for the host.
 
@@ -216,6 +214,8 @@ class ModelRunner:
         batch = SamplingBatch.unpack(sampling, self.device)
         rows = len(batch.request_index)
         tokens = sample(logits[:rows], batch, self.ranks.group, self.model.vocab_shard)
+        if edits is not None:
+            self.edited_draws.draw(logits, edits, self.ranks.group, tokens)
         self.last_tokens[batch.request_index] = tokens
         if self.device.type != "cuda" or not self.ranks.is_first:
             return tokens, None
@@ -253,7 +253,7 @@ class ModelRunner:
     def _send(self, step: PreparedStep) -> None:
         """Gives a step to the other ranks, if this is the first."""
         if self.ranks.is_first:
-            self.ranks.send_step(step.layout, step.flat.numpy(), step.sampling)
+            self.ranks.send_step(step.layout, step.flat.numpy(), step.sampling, step.edits)
 
     def _calibration(self, config: Config, runner: StepRunner) -> Calibration:
         cache = self.model.kv_cache

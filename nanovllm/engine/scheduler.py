@@ -224,6 +224,6 @@ class Scheduler:
     def _leave(self, seq: Sequence) -> None:
         self.running.remove(seq)
         self.free_indices.append(seq.request_index)
-        seq.request_index = -1
+        seq.request_index, seq.has_history = -1, False
         self.blocks.release(seq)
         seq.num_pending = 0

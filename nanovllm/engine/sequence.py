@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from nanovllm.layers.logit_edits import RequestEdits
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -19,6 +20,7 @@ class Sequence:
         max_len: length in tokens at which it ends, whatever it says.
         seed: of its random draws.
         results: where the engine puts its completion.
+        edits: what it changes of its logits; None: nothing.
         end_len: length in tokens at which it ends, by `max_tokens` or `max_len`; always at least
             one token after the prompt.
         block_table: ids of the KV blocks it owns a share of, in order.
@@ -26,6 +28,7 @@ class Sequence:
         num_scheduled: those, and the ones that steps in flight compute.
         num_pending: tokens that steps in flight draw, so that their values are not known yet.
         request_index: where the device keeps its last token while it runs; else -1.
+        has_history: whether the device has its tokens, for `edits`.
         num_registered: leading blocks that the prefix cache knows.
         finish_reason: "stop", "length", "abort" or "error" once finished.
     """
@@ -37,6 +40,7 @@ class Sequence:
     max_len: int
     seed: int
     results: dict[int, Any] = field(default_factory=dict)
+    edits: RequestEdits | None = None
     prompt_len: int = field(init=False)
     end_len: int = field(init=False)
     block_table: list[int] = field(default_factory=list)
@@ -44,6 +48,7 @@ class Sequence:
     num_scheduled: int = 0
     num_pending: int = 0
     request_index: int = -1
+    has_history: bool = False
     num_registered: int = 0
     finish_reason: str | None = None
 
@@ -82,6 +87,6 @@ class Sequence:
     def rewind(self) -> None:
         """Forgets what was computed and planned of it, but none of its tokens."""
         self.num_computed = self.num_scheduled = self.num_registered = self.num_pending = 0
-        self.block_table, self.request_index = [], -1
+        self.block_table, self.request_index, self.has_history = [], -1, False
         if self.finish_reason is None:
             self.judge()

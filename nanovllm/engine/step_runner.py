@@ -61,6 +61,7 @@ class PreparedStep:
         layout: of `flat`.
         flat: its inputs, int32 [layout.size].
         sampling: how its tokens are drawn, see `SamplingBatch.pack`; None: they are not.
+        edits: how logits are changed before, see `EditedDraws.pack`; None: none is.
         prediction: what its time is told to, with it.
         events: recorded before and after it; None: nobody wants to know its time.
     """
@@ -68,6 +69,7 @@ class PreparedStep:
     layout: StepLayout
     flat: torch.Tensor
     sampling: np.ndarray | None = None
+    edits: np.ndarray | None = None
     prediction: Any = None
     events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 

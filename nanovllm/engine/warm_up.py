@@ -10,6 +10,8 @@ Not met: a pipeline without CUDA graphs, whose linear layers may take other tile
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from nanovllm.config import Config
@@ -22,12 +24,16 @@ from nanovllm.sampling_params import SamplingParams
 
 # Rows from which on the tiles of no kernel change any more.
 MOST_ROWS = 512
-# One for each way through the sampler.
+# One for each way through the sampler, from the model's logits and from changed copies.
 SAMPLING = [
-    SamplingParams(temperature=0),
-    SamplingParams(top_k=1),
-    SamplingParams(top_p=0.5),
-    SamplingParams(top_k=1, top_p=0.5),
+    replace(params, logit_bias=bias)
+    for bias in (None, {0: 0.0})
+    for params in (
+        SamplingParams(temperature=0),
+        SamplingParams(top_k=1),
+        SamplingParams(top_p=0.5),
+        SamplingParams(top_k=1, top_p=0.5),
+    )
 ]
 
 

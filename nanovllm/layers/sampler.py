@@ -13,6 +13,7 @@ from nanovllm.kernels.reference import token_of
 from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.layers.split_threshold import find_threshold
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.device import to_device
 
 # Below it a draw is greedy: the likeliest token has all the probability that float32 can tell, and
 # logits divided by much less would overflow.
@@ -61,14 +62,12 @@ class SamplingBatch:
     def unpack(cls, packed: np.ndarray, device: torch.device) -> SamplingBatch:
         """The inverse of `pack`, on `device`, without waiting for it."""
         rows, filtered, has_k, has_p = packed[: 2 * HEADER].view(np.int64).tolist()
-        host = torch.from_numpy(packed)
-        if device.type == "cuda":
-            host = host.pin_memory().to(device, non_blocking=True)
+        numbers = to_device(packed, device)
         floats = 2 * (HEADER + 3 * rows + 2 * filtered)
         seeds, steps, index, among, top_k = (
-            host[2 * HEADER : floats].view(torch.int64).split([rows] * 3 + [filtered] * 2)
+            numbers[2 * HEADER : floats].view(torch.int64).split([rows] * 3 + [filtered] * 2)
         )
-        temperatures, top_p = host[floats:].view(torch.float32).split([rows, filtered])
+        temperatures, top_p = numbers[floats:].view(torch.float32).split([rows, filtered])
         return cls(
             temperatures,
             seeds,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 
+import numpy as np
 import torch
 
 
@@ -36,6 +37,12 @@ def resolve_dtype(wanted: str, checkpoint: str, device: torch.device) -> torch.d
     if wanted == "auto":
         wanted = checkpoint if device.type == "cuda" else "float32"
     return getattr(torch, wanted)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """An array on `device`, which is not waited for."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import transformers
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from nanovllm import LLM
+from nanovllm import LLM, SamplingParams
 from nanovllm.bench.shapes import published_config
+from tests import logit_oracle
 from tests.checkpoints import TABLE, Shape, greedy, prompts
+from tests.checkpoints import VOCAB as SHAPE_VOCAB
 from tests.decode_cases import relative_error
 from tests.gpu.forced_tokens import forced_logits, forced_token, ragged_prompts
 from tests.gpu.texts import texts
@@ -138,6 +141,24 @@ def test_float32_tokens_equal_those_of_transformers(tmp_path, seed, model_type, 
     with small_engine(tmp_path, max_model_len=128, **options) as engine:
         outputs = engine.generate(given, temperature=0, max_tokens=20, use_tqdm=False)
     expected = [greedy(model, prompt, 20) for prompt in given]
+    assert [output["token_ids"] for output in outputs] == expected
+
+
+@EAGER
+def test_changed_logits_give_the_tokens_of_a_plain_loop(tmp_path, eager):
+    """The device keeps the history while the host is a step behind."""
+    model, given, rng = Shape(seed=5).write(tmp_path), prompts(4, count=12), random.Random(0)
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=20, **logit_oracle.random_changes(rng, SHAPE_VOCAB)
+        )
+        for _ in given
+    ]
+    options = {"dtype": "float32", "enforce_eager": eager, "kvcache_block_size": 16}
+    with small_engine(tmp_path, max_model_len=128, num_kvcache_blocks=20, **options) as engine:
+        outputs = engine.generate(given, params, use_tqdm=False)
+    pairs = zip(given, params, strict=True)
+    expected = [logit_oracle.greedy(model, prompt, each, {1}) for prompt, each in pairs]
     assert [output["token_ids"] for output in outputs] == expected
 
 

@@ -39,6 +39,7 @@ from nanovllm.engine.parallel.processes import POLL_SECONDS, RankDiedError, Work
 from nanovllm.engine.step_inputs import StepLayout
 from nanovllm.layers.parallel import ParallelGroup, complete
 from nanovllm.layers.peer_memory import PeerMemory
+from nanovllm.utils.joined import join, joined_size, split
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +50,8 @@ LOAD_SECONDS = 1800.0
 DEATH_SECONDS = 2.0
 END_SECONDS = 10.0
 
-# Integers of a message's first part: the sizes of a step's layout, inputs and sampling, then as
-# much of these as it holds. All zeros: there are no more steps.
+# Integers of a message's first part: the number of a step's arrays, their sizes, then as much of
+# these as it holds. All zeros: there are no more steps.
 PACKET = 4096
 # A token that a rank draws when it gave up waiting for the others.
 VOID = -2
@@ -148,13 +149,20 @@ class Ranks:
     def is_first(self) -> bool:
         return self.group.rank == 0
 
-    def send_step(self, layout: StepLayout, flat: np.ndarray, sampling: np.ndarray | None) -> None:
+    def send_step(
+        self,
+        layout: StepLayout,
+        flat: np.ndarray,
+        sampling: np.ndarray | None,
+        edits: np.ndarray | None,
+    ) -> None:
         """Gives the other ranks a step to run; its plan goes as a number.
 
         Args:
             layout: of `flat`.
             flat: the inputs, int32.
             sampling: how to draw tokens, int32; None: draw none.
+            edits: how to change logits before, int32; None: not at all.
 
         Raises:
             RankDiedError: one of them has died.
@@ -162,28 +170,29 @@ class Ranks:
         if self.group.size > 1:
             self.workers.check()
             parts = [np.array(layout.to_integers(), np.int32), flat]
-            parts.append(np.empty(0, np.int32) if sampling is None else sampling)
-            message = np.concatenate([np.array([*map(len, parts)], np.int32), *parts])
+            parts += [np.empty(0, np.int32) if part is None else part for part in (sampling, edits)]
+            message = join(parts)
             packet = np.zeros(PACKET, np.int32)
             packet[: len(message)] = message[:PACKET]
             for part in [packet, message[PACKET:]][: 1 + (len(message) > PACKET)]:
                 complete(self._broadcast(torch.from_numpy(part)), self.step_timeout)
 
-    def receive_step(self) -> tuple[StepLayout, np.ndarray, np.ndarray | None] | None:
-        """Waits for the next step; None when there will be no more."""
+    def receive_step(
+        self,
+    ) -> tuple[StepLayout, np.ndarray, np.ndarray | None, np.ndarray | None] | None:
+        """Waits for the next step, as it was sent; None when there will be no more."""
         packet = torch.empty(PACKET, dtype=torch.int32)
         self._broadcast(packet).wait()
-        sizes = packet[:3].tolist()
-        if not sizes[0]:
+        if not packet[0]:
             return None
-        message = torch.empty(max(PACKET, 3 + sum(sizes)), dtype=torch.int32)
+        message = torch.empty(max(PACKET, joined_size(packet.numpy())), dtype=torch.int32)
         message[:PACKET] = packet
         if len(message) > PACKET:
             self._broadcast(message[PACKET:]).wait()
-        body = message.numpy()[3 : 3 + sum(sizes)]
-        integers, flat, sampling = np.split(body, np.cumsum(sizes)[:-1])
+        integers, flat, *draws = split(message.numpy())
         layout = StepLayout.from_integers(integers.tolist())
-        return layout, flat, sampling if len(sampling) else None
+        sampling, edits = (part if len(part) else None for part in draws)
+        return layout, flat, sampling, edits
 
     def connect_peers(self, all_reduce: str, dtype: torch.dtype, hidden: int) -> None:
         """Lets the model's collectives use the memory of all ranks, if they can reach it.

@@ -1,0 +1,201 @@
+"""Changes of logits before a token is drawn: bias, penalties, and min_p.
+
+Rows that ask for a change are copied in float32, and the copy is changed. So the model's logits
+stay as they are, and a small penalty is not rounded away in 16 bits. The order is vLLM's:
+
+    logit_bias and min_tokens    + bias; -inf for the tokens that would end the request
+    repetition_penalty           logits above 0 / penalty, others * penalty   (arXiv:1909.05858)
+    frequency_, presence_        - penalty * times generated, - penalty if generated
+    min_p                        -inf for what is less likely than min_p times the likeliest
+                                 (arXiv:2407.01082)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanovllm.layers.parallel import ParallelGroup, Shard
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.device import to_device
+from nanovllm.utils.joined import join, split
+
+# Columns behind a copy's part of the vocabulary: the first stands for all tokens of other ranks.
+# So many keep rows as well aligned as those of the model.
+SPARE = 16
+
+Bias = tuple[np.ndarray, np.ndarray]
+"""Token ids, int32, and what is added to their logits, float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class RequestEdits:
+    """What one request changes of its logits.
+
+    Attributes:
+        penalties: of repetition, frequency and presence; None: none.
+        margin: what is so far below the highest logit, a number up to 0, is too unlikely.
+        min_tokens: until so many tokens are generated, `first_bias` is added, then `bias`.
+    """
+
+    penalties: tuple[float, float, float] | None
+    margin: float
+    min_tokens: int
+    first_bias: Bias
+    bias: Bias
+
+    @classmethod
+    def of(
+        cls, params: SamplingParams, end_ids: Collection[int], vocab_size: int
+    ) -> RequestEdits | None:
+        """Those that `params` asks for, if any; `end_ids` are the tokens that end the request."""
+        repetition = max(params.repetition_penalty, float(np.finfo(np.float32).tiny))
+        penalties = repetition, params.frequency_penalty, params.presence_penalty
+        bias = dict(params.logit_bias or ())
+        limited = params.min_p > 0 and params.temperature > 0
+        if penalties == (1, 0, 0) and not (bias or limited or params.min_tokens):
+            return None
+        ends = {token: -math.inf for token in end_ids if token < vocab_size}
+        return cls(
+            penalties if penalties != (1, 0, 0) else None,
+            math.log(params.min_p) * params.temperature if limited else -math.inf,
+            params.min_tokens,
+            _bias_of(bias | ends),
+            _bias_of(bias),
+        )
+
+    def bias_at(self, num_generated: int) -> Bias:
+        return self.first_bias if num_generated < self.min_tokens else self.bias
+
+    def change(self, num_generated: int) -> bool:
+        """Whether anything changes for the token after so many."""
+        has_bias = len(self.bias_at(num_generated)[0]) > 0
+        return self.penalties is not None or self.margin > -math.inf or has_bias
+
+
+def _bias_of(bias: dict[int, float]) -> Bias:
+    # Not by numpy, which warns of numbers that are -inf in float32.
+    values = torch.tensor(list(bias.values()), dtype=torch.float32)
+    return np.array(list(bias), np.int32), values.numpy()
+
+
+@dataclass(frozen=True)
+class EditBatch:
+    """Changes of E rows, on their device; the first P of them have penalties."""
+
+    rows: Tensor  # int64 [E], which rows of the step's logits
+    margins: Tensor | None  # float32 [E]; None: no row has one
+    biased: Tensor  # int64 [B], among the E rows
+    bias_ids: Tensor  # int64 [B], tokens
+    biases: Tensor  # float32 [B]
+    request_index: Tensor  # int64 [P]
+    lengths: Tensor  # int64 [P], tokens before the draw
+    prompt_lengths: Tensor  # int64 [P], of those
+    penalties: Tensor  # float32 [3, P]
+    longest: int  # most tokens of one of these after the draw, or 0
+
+    @staticmethod
+    def pack(
+        rows: Sequence[int],
+        edits: Sequence[RequestEdits],
+        num_generated: Sequence[int],
+        histories: Sequence[tuple[int, int, int]],
+    ) -> np.ndarray:
+        """As int32, for one copy to the device and the other ranks.
+
+        `histories` are request_index, length, and prompt length, of the first P rows.
+        """
+        pairs = zip(edits, num_generated, strict=True)
+        ids, biases = zip(*(each.bias_at(count) for each, count in pairs), strict=True)
+        penalties = [each.penalties for each in edits[: len(histories)]]
+        longest = max((length + 1 for _, length, _ in histories), default=0)
+        margins = [each.margin for each in edits]
+        sizes = len(rows), len(histories), sum(map(len, ids)), longest
+        biased = np.repeat(np.arange(len(rows)), [*map(len, ids)])
+        by_field = np.array(histories, np.int64).reshape(-1, 3).T
+        integers = np.concatenate([sizes, rows, biased, *ids, by_field.ravel()])
+        by_kind = np.array(penalties, np.float64).reshape(-1, 3).T
+        numbers = np.concatenate([margins, *biases, by_kind.ravel()])
+        return join([integers.astype(np.int32), numbers.astype(np.float32).view(np.int32)])
+
+    @classmethod
+    def unpack(cls, packed: np.ndarray, device: torch.device) -> EditBatch:
+        """The inverse of `pack`, on `device`, without waiting for it."""
+        integers, numbers = split(packed)
+        rows, penalised, biased, longest = integers[:4].tolist()
+        limited = bool((numbers[:rows].view(np.float32) > -math.inf).any())
+        sizes = [rows, biased, biased, penalised, penalised, penalised]
+        of_rows, of_biases, ids, index, lengths, prompts = (
+            to_device(integers[4:], device).long().split(sizes)
+        )
+        margins, biases, penalties = (
+            to_device(numbers, device).view(torch.float32).split([rows, biased, 3 * penalised])
+        )
+        return cls(
+            of_rows,
+            margins if limited else None,
+            of_biases,
+            ids,
+            biases,
+            index,
+            lengths,
+            prompts,
+            penalties.view(3, penalised),
+            longest,
+        )
+
+
+def edit(
+    logits: Tensor, batch: EditBatch, history: Tensor, group: ParallelGroup, shard: Shard
+) -> Tensor:
+    """Changed copies of some rows.
+
+    Args:
+        logits: [S, this rank's part of the vocabulary].
+        batch: which rows, and how they change.
+        history: integer [P, longest], the tokens of the rows with penalties; what is behind the
+            length of a row is not looked at.
+        group: this rank and the others.
+        shard: of the vocabulary.
+
+    Returns:
+        float32 [E, this rank's part], a view of rows that are SPARE longer.
+    """
+    shape = len(batch.rows), shard.size + SPARE
+    copy = torch.full(shape, -math.inf, dtype=torch.float32, device=logits.device)
+    copy[:, : shard.size] = logits[batch.rows]
+    if len(batch.biased):
+        copy[batch.biased, _columns(batch.bias_ids, shard)] += batch.biases
+    if len(batch.lengths):
+        _penalise(copy[: len(batch.lengths)], batch, history, shard)
+    if batch.margins is not None:
+        # In float64, as ranks exchange values of 8 bytes.
+        highest = group.gather(copy.amax(1).double()).amax(0).float()
+        copy.masked_fill_(copy < (highest + batch.margins)[:, None], -math.inf)
+    return copy[:, : shard.size]
+
+
+def _penalise(copy: Tensor, batch: EditBatch, history: Tensor, shard: Shard) -> None:
+    """Changes the logits of the tokens in `history`; equal tokens of a row get equal values."""
+    places = torch.arange(history.shape[1], device=history.device)
+    known = places < batch.lengths[:, None]
+    columns = _columns(torch.where(known, history, -1).long(), shard)
+    generated = (places >= batch.prompt_lengths[:, None]).float()
+    # Whole numbers below 2**24, so their sums are exact in any order.
+    counts = torch.zeros_like(copy).scatter_add_(1, columns, generated).gather(1, columns)
+    repetition, frequency, presence = batch.penalties[:, :, None]
+    values = copy.gather(1, columns)
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    values = values - frequency * counts - presence * (counts > 0)
+    copy.scatter_(1, columns, values)
+
+
+def _columns(ids: Tensor, shard: Shard) -> Tensor:
+    """Where tokens stand in a copy: in the first spare column if they are not this rank's."""
+    columns = ids - shard.start
+    return torch.where((columns >= 0) & (columns < shard.size), columns, shard.size)

@@ -1,0 +1,161 @@
+"""Requests that change their logits: the tokens of a plain loop, whatever the engine does."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine import draws
+from tests.checkpoints import VOCAB, Shape, prompts
+from tests.engine.cases import (
+    GREEDY,
+    OPTIONS,
+    PROMPTS,
+    before_call,
+    check_empty,
+    drain,
+    interrupt,
+    tokens,
+)
+from tests.logit_oracle import greedy, random_changes
+
+MORE = prompts(4, count=12, longest=30)
+EOS = 1  # of the checkpoint
+
+
+def changing_params() -> list[SamplingParams]:
+    """One that changes nothing among some that do."""
+    rng = random.Random()
+    changes = [
+        {},
+        {"repetition_penalty": 1.5},
+        {"frequency_penalty": 1.5, "presence_penalty": -2},
+        # The likeliest token, if nothing forbade it.
+        {"min_tokens": 4, "logit_bias": {EOS: 1000}},
+        {"min_tokens": 3, "stop_token_ids": [7], "logit_bias": {7: 1000}, "ignore_eos": True},
+        *[random_changes(rng, VOCAB) for _ in range(7)],
+    ]
+    lengths = [rng.randint(9, 24) for _ in changes]
+    pairs = zip(changes, lengths, strict=True)
+    return [SamplingParams(temperature=0, max_tokens=n, **change) for change, n in pairs]
+
+
+@pytest.fixture(scope="module")
+def params() -> list[SamplingParams]:
+    return changing_params()
+
+
+@pytest.fixture(scope="module")
+def right(directory, params) -> list[list[int]]:
+    """By transformers, which reads the whole text anew for every token."""
+    model = Shape(seed=5).build()
+    pairs = zip(MORE, params, strict=True)
+    return [greedy(model, prompt, each, {EOS}) for prompt, each in pairs]
+
+
+def test_the_cases_tell_right_from_wrong(shared, params, right):
+    """Most options change the text; those of min_tokens end it just when it may end."""
+    plain = [replace(GREEDY, max_tokens=each.max_tokens) for each in params]
+    unchanged = tokens(shared.generate(MORE, plain, use_tqdm=False))
+    assert sum(ours != theirs for ours, theirs in zip(right, unchanged, strict=True)) > 4
+    assert [len(ids) for ids in right[3:5]] == [5, 4]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"async_scheduling": False},
+        {"max_num_batched_tokens": 5},
+        {"max_num_seqs": 3, "enable_prefix_caching": False},
+        {"num_kvcache_blocks": 5},
+        {"num_kvcache_blocks": 5, "async_scheduling": False, "max_num_batched_tokens": 9},
+        {"enable_pipeline": True, "pipeline_mode": "microbatch", "pipeline_strict": True},
+    ],
+    ids=str,
+)
+def test_greedy_tokens_are_those_of_a_plain_loop(directory, params, right, options, monkeypatch):
+    """Twice, so that the second time prompts begin in the prefix cache."""
+    monkeypatch.setattr(draws, "MOST_ROWS", random.choice([1, 3, 64]))
+    with LLM(str(directory), **{**OPTIONS, **options}) as engine:
+        assert tokens(engine.generate(MORE, params, use_tqdm=False)) == right
+        if "num_kvcache_blocks" in options:
+            assert engine.scheduler.num_preemptions > 0
+        assert tokens(engine.generate(MORE[::-1], params[::-1], use_tqdm=False)) == right[::-1]
+        check_empty(engine)
+        assert not engine.model_runner.edited_draws.asking
+
+
+def test_a_seed_gives_the_same_tokens_whatever_else_is_going_on(directory, shared):
+    rng = random.Random()
+    params = [
+        SamplingParams(0.8, top_k=40, seed=seed, max_tokens=20, **random_changes(rng, VOCAB))
+        for seed in range(len(MORE))
+    ]
+    alone = [
+        tokens(shared.generate([prompt], each, use_tqdm=False))[0]
+        for prompt, each in zip(MORE, params, strict=True)
+    ]
+    for options in ({}, {"num_kvcache_blocks": 5, "max_num_batched_tokens": 20}):
+        with LLM(str(directory), **{**OPTIONS, **options}) as engine:
+            others = [SamplingParams(max_tokens=9), SamplingParams(2, presence_penalty=1)]
+            outputs = engine.generate(PROMPTS[:2] + MORE, others + params, use_tqdm=False)
+            assert tokens(outputs)[2:] == alone
+
+
+@pytest.mark.parametrize("number", [0, 1, 4, 9])
+@pytest.mark.parametrize("method", ["launch", "collect", "edited_draws.draw"])
+def test_tokens_are_right_after_an_interrupt(directory, params, right, method, number, monkeypatch):
+    """Before a step, after it, and within it; another request then takes the first slot."""
+    with LLM(str(directory), **OPTIONS, max_num_seqs=4, num_kvcache_blocks=8) as engine:
+        ids = [engine.add_request(*pair) for pair in zip(MORE, params, strict=True)]
+        owner, *names = engine.model_runner, *method.split(".")
+        for name in names[:-1]:
+            owner = getattr(owner, name)
+        before_call(monkeypatch, owner, names[-1], number, interrupt)
+        found: dict[int, list[int]] = {}
+
+        def step_on() -> None:
+            while True:
+                found.update({out["request_id"]: out["token_ids"] for out in engine.step()})
+
+        with pytest.raises(KeyboardInterrupt):
+            step_on()
+        monkeypatch.undo()
+        engine.abort(ids[0])
+        found |= drain(engine)
+        assert {i: found[i] for i in ids[1:]} == dict(zip(ids[1:], right[1:], strict=True))
+
+
+def test_an_aborted_request_leaves_nothing_to_its_successor(directory, params, right):
+    """Which gets its slot, and at first has fewer tokens."""
+    with LLM(str(directory), **OPTIONS, max_num_seqs=1) as engine:
+        for index in (1, 2, 5, 6, 7):
+            dropped = engine.add_request([9] * 40, presence_penalty=2, max_tokens=20)
+            for _ in range(random.randint(1, 9)):
+                engine.step()
+            engine.abort(dropped)
+            request = engine.add_request(MORE[index], params[index])
+            assert drain(engine)[request] == right[index]
+
+
+def test_a_bias_outside_the_vocabulary_is_refused_before_anything_runs(llm, expected):
+    message = f"^logit_bias holds token id {VOCAB}, .*: ids are from 0 to {VOCAB - 1}$"
+    bad = replace(GREEDY, logit_bias={3: 1, VOCAB: 1})
+    with pytest.raises(ValueError, match=message):
+        llm.generate(PROMPTS[:2], [GREEDY, bad], use_tqdm=False)
+    with pytest.raises(ValueError, match=message):
+        llm.add_request(PROMPTS[0], bad)
+    assert llm.is_finished()
+    assert tokens(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
+
+
+def test_a_request_may_forbid_all_tokens_and_ends_in_error(llm):
+    nothing = {token: -float("inf") for token in range(VOCAB)}
+    params = [replace(GREEDY, logit_bias=nothing, frequency_penalty=1), GREEDY]
+    outputs = llm.generate(PROMPTS[:2], params, use_tqdm=False)
+    assert [output["finish_reason"] for output in outputs] == ["error", "length"]
+    assert outputs[0]["token_ids"] == []

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from nanovllm.utils.options import (
+    Rule,
     boolean,
     check,
     hinting,
@@ -26,11 +27,16 @@ def _stop_token_ids(value: Any) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _seed(value: Any) -> int | None:
-    seed = whole(value)
-    if value is None or (seed is not None and 0 <= seed < 2**63):
-        return seed
-    raise ValueError("None or an integer from 0 to 2**63 - 1")
+def _at_most(limit: int, shown: str) -> Rule:
+    """None, or whole numbers from 0 to `limit`."""
+
+    def rule(value: Any) -> int | None:
+        found = whole(value)
+        if value is None or (found is not None and 0 <= found <= limit):
+            return found
+        raise ValueError(f"None or an integer from 0 to {shown}")
+
+    return rule
 
 
 @hinting
@@ -47,6 +53,9 @@ class SamplingParams:
         stop_token_ids: further tokens that end the request; they are kept as a tuple.
         seed: the same seed draws the same random numbers whatever else is in the batch; None:
             random.
+        logprobs: the completion says the log-probabilities of each generated token and of that many
+            likeliest ones in its place, at most 20; None: of none.
+        prompt_logprobs: the same for the tokens of the prompt, which then takes no cached prefix.
     """
 
     temperature: float = option(1.0, number(0, 100))
@@ -55,12 +64,19 @@ class SamplingParams:
     max_tokens: int = option(64, integer(1))
     ignore_eos: bool = option(False, boolean)
     stop_token_ids: Collection[int] = option((), _stop_token_ids)
-    seed: int | None = option(None, _seed)
+    seed: int | None = option(None, _at_most(2**63 - 1, "2**63 - 1"))
+    logprobs: int | None = option(None, _at_most(20, "20"))
+    prompt_logprobs: int | None = option(None, _at_most(20, "20"))
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = check(self, field.name, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
+
+    @property
+    def asks_logprobs(self) -> bool:
+        """Whether the completion has log-probabilities, of whatever tokens."""
+        return self.logprobs is not None or self.prompt_logprobs is not None
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -73,6 +89,8 @@ class SamplingOptions(TypedDict, total=False):
     ignore_eos: bool
     stop_token_ids: Collection[int]
     seed: int | None
+    logprobs: int | None
+    prompt_logprobs: int | None
 
 
 def params_per_prompt(

@@ -101,7 +101,10 @@ BAD_LINES = [
     (request("unknown", prompt="x", temprature=1), "'temprature'.*'temperature'"),
     (request("n", prompt="x", n=2), "n=2 is not supported: it must be 1"),
     (request("stream", prompt="x", stream=True), "stream=True"),
-    (request("logprobs", prompt="x", logprobs=0), "logprobs=0 .*must be False"),
+    (request("logprobs", prompt="x", logprobs=True), "logprobs=True .*from 0 to 20"),
+    (request("chat", messages=CHAT, logprobs=3), "logprobs=3 .*True or False"),
+    (request("top", messages=CHAT, top_logprobs=3), "top_logprobs=3 .*without logprobs"),
+    (request("most", messages=CHAT, logprobs=True, top_logprobs=21), "^top_logprobs=21 .*to 20"),
     (request("both", prompt="x", max_tokens=1, max_completion_tokens=1), "not both"),
 ]
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -15,43 +12,9 @@ from nanovllm.kernels import reference
 from nanovllm.kernels.reference import SAMPLE_TILE
 from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.layers.sampler import SamplingBatch, sample
+from tests.thread_ranks import on_ranks, random_logits
 
 CPU = torch.device("cpu")
-
-
-class ThreadGroup(ParallelGroup):
-    """Ranks that are threads of this process."""
-
-    def __init__(self, rank: int, size: int, board: list[Any], barrier: threading.Barrier) -> None:
-        super().__init__(rank, size)
-        object.__setattr__(self, "board", board)
-        object.__setattr__(self, "barrier", barrier)
-
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        self.board[self.rank] = x
-        self.barrier.wait()
-        everyone = torch.stack(self.board)
-        self.barrier.wait()
-        return everyone
-
-
-def on_ranks(size: int, run: Callable[[ParallelGroup], torch.Tensor]) -> list[torch.Tensor]:
-    """What `run` gives on each rank."""
-    board, barrier, results = [None] * size, threading.Barrier(size), [torch.empty(0)] * size
-
-    def work(rank: int) -> None:
-        try:
-            results[rank] = run(ThreadGroup(rank, size, board, barrier))
-        except BaseException:
-            barrier.abort()
-            raise
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
 
 
 def random_params(vocab: int) -> SamplingParams:
@@ -60,27 +23,6 @@ def random_params(vocab: int) -> SamplingParams:
         top_k=random.choice([-1, 1, 5, 600, vocab // 2 + 1]),
         top_p=random.choice([1.0, 1.0, 0.05, 0.5, 0.999]),
     )
-
-
-def random_logits(rows: int, vocab: int, dtype: torch.dtype) -> torch.Tensor:
-    """Flat and steep rows, with ties, infinities and, now and then, NaN."""
-    logits = (
-        torch.randn(rows, vocab) * torch.tensor([0.0, 0.01, 1.0, 8.0])[torch.randint(4, (rows, 1))]
-    )
-    logits = logits.to(dtype)
-    for row in range(rows):
-        kind = random.randrange(8)
-        if kind == 0:
-            logits[row, torch.rand(vocab) < 0.7] = float("-inf")
-        elif kind == 1:
-            logits[row, random.randrange(vocab)] = float("inf")
-        elif kind == 2:
-            logits[row, random.randrange(vocab)] = float("nan")
-        elif kind == 3:
-            logits[row] = float("-inf")
-        elif kind == 4:
-            logits[row] = (logits[row] * 2).round() / 2
-    return logits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -107,7 +107,7 @@ def test_a_rank_that_is_sent_a_step_captures_what_rank_0_captures(monkeypatch):
         runner = llm.model_runner
         steps, other = runner.step_runner, runner.make_step_runner(Config(device="cpu"), MICROBATCH)
 
-        def send(layout: StepLayout, flat: Any, sampling: Any) -> None:
+        def send(layout: StepLayout, flat: Any, *options: Any) -> None:
             received = StepLayout.from_integers(layout.to_integers())
             other.run(PreparedStep(received, torch.from_numpy(flat.copy())))
 

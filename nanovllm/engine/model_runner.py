@@ -24,10 +24,12 @@ from nanovllm.engine.pipeline_modes import build_pipelines
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.plan import SEQUENTIAL, Plan
 from nanovllm.engine.scheduler import Step
+from nanovllm.engine.scoring import Scoring
 from nanovllm.engine.step_inputs import StepInputs, dummy_chunk
 from nanovllm.engine.step_runner import FixedChooser, PreparedStep, StepRunner
 from nanovllm.engine.warm_up import SAMPLING, warm_up
 from nanovllm.layers.attention_backends import make_backend
+from nanovllm.layers.logprobs import Scores, score_step
 from nanovllm.layers.sampler import SamplingBatch, sample
 from nanovllm.models import Checkpoint, load_config, load_model
 from nanovllm.utils.device import resolve_dtype, sm_count
@@ -36,11 +38,16 @@ from nanovllm.utils.timeline import save_timeline
 
 @dataclass(frozen=True)
 class LaunchedStep:
-    """A step that has been issued; `tokens` [S] are on the host once `done` has happened."""
+    """A step that has been issued; tokens [S] and scores are on the host once `done` has happened.
+
+    `scoring` says whose the scores are; None: there are none.
+    """
 
     step: Step
     prepared: PreparedStep
+    scoring: Scoring | None
     tokens: torch.Tensor
+    scores: Scores | None
     done: torch.cuda.Event | None
 
 
@@ -163,32 +170,46 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # it is each thread's own
         with torch.inference_mode():
-            prepared = replace(self.step_runner.prepare(step), sampling=self._sampling(step))
+            scoring = Scoring.of(step) if step.may_score else None
+            prepared = replace(
+                self.step_runner.prepare(step),
+                sampling=self._sampling(step),
+                scoring=None if scoring is None else scoring.pack(self.model_config.vocab_size),
+            )
             self._send(prepared)
             self.watch("begin", step)
-            logits = self.step_runner.run(prepared)
+            logits, hidden = self._run(prepared)
             self.watch("issued", step)
-            launched = LaunchedStep(step, prepared, *self._draw(logits, prepared.sampling))
+            tokens = self._draw(logits, prepared.sampling)
+            scores = self._score(prepared.scoring, logits, tokens, hidden)
+            launched = LaunchedStep(step, prepared, scoring, *self._to_host(tokens, scores))
             self.watch("end", step)
             return launched
 
     def collect(self, launched: LaunchedStep) -> list[int]:
-        """Waits for a step; returns the drawn tokens, one per sampling chunk."""
+        """Waits for a step and notes its scores with their requests.
+
+        Returns the drawn tokens, one per sampling chunk.
+        """
         if launched.done is not None:
             self.ranks.wait(launched.done)
         self.watch("tokens", launched.step)
         self.ranks.check_silence(launched.tokens)
         if launched.step.is_decode:
             self.step_runner.finish(launched.prepared, len(launched.step.chunks))
+        if launched.scoring is not None and launched.scores is not None:
+            launched.scoring.hand_out(launched.scores)
         return launched.tokens.tolist()
 
     @torch.inference_mode()
     def serve(self) -> None:
         """Runs the steps that rank 0 sends, and draws the same tokens, until it stops."""
         while (received := self.ranks.receive_step()) is not None:
-            layout, flat, sampling = received
-            step = PreparedStep(layout, torch.from_numpy(flat), sampling)
-            self._draw(self.step_runner.run(step), sampling)
+            layout, flat, sampling, scoring = received
+            logits, hidden = self._run(
+                PreparedStep(layout, torch.from_numpy(flat), sampling, scoring)
+            )
+            self._score(scoring, logits, self._draw(logits, sampling), hidden)
             self.ranks.watch_step()
 
     def _sampling(self, step: Step) -> np.ndarray | None:
@@ -204,27 +225,54 @@ class ModelRunner:
             self.model_config.vocab_size,
         )
 
-    def _draw(
-        self, logits: torch.Tensor, sampling: np.ndarray | None
-    ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Draws tokens for the next step on every rank; on rank 0 also for the host.
+    def _run(self, step: PreparedStep) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of the sampled rows; and if prompts may be scored, the hidden states of all."""
+        if step.scoring is None or step.layout.is_decode:
+            return self.step_runner.run(step), None
+        hidden, rows = self.step_runner.run_layers(step)
+        return self.model.compute_logits(hidden if rows is None else hidden[rows]), hidden
 
-        Returns the tokens there, valid after the event.
-        """
+    def _draw(self, logits: torch.Tensor, sampling: np.ndarray | None) -> torch.Tensor:
+        """Draws tokens, on every rank, also for the next step."""
         if sampling is None:
-            return torch.empty(0, dtype=torch.int64), None
+            return torch.empty(0, dtype=torch.int64)
         batch = SamplingBatch.unpack(sampling, self.device)
         rows = len(batch.request_index)
         tokens = sample(logits[:rows], batch, self.ranks.group, self.model.vocab_shard)
         self.last_tokens[batch.request_index] = tokens
-        if self.device.type != "cuda" or not self.ranks.is_first:
-            return tokens, None
-        tokens = self.ranks.mark_silence(tokens)
-        host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        host.copy_(tokens, non_blocking=True)
+        return tokens
+
+    def _score(
+        self,
+        scoring: np.ndarray | None,
+        logits: torch.Tensor,
+        tokens: torch.Tensor,
+        hidden: torch.Tensor | None,
+    ) -> Scores | None:
+        """The scores that a step asks for, on every rank."""
+        if scoring is None:
+            return None
+
+        def prompt_logits(rows: torch.Tensor) -> torch.Tensor:
+            assert hidden is not None
+            return self.model.compute_logits(hidden[rows])
+
+        group, shard = self.ranks.group, self.model.vocab_shard
+        return score_step(scoring, logits, tokens, prompt_logits, group, shard)
+
+    def _to_host(
+        self, tokens: torch.Tensor, scores: Scores | None
+    ) -> tuple[torch.Tensor, Scores | None, torch.cuda.Event | None]:
+        """The same on the host, valid after the event."""
+        if self.device.type != "cuda" or (not len(tokens) and scores is None):
+            return tokens, scores, None
+        if len(tokens):
+            tokens = _copy_to_host(self.ranks.mark_silence(tokens))
+        if scores is not None:
+            scores = Scores(*map(_copy_to_host, scores))
         done = torch.cuda.Event()
         done.record()
-        return host, done
+        return tokens, scores, done
 
     def _bind_cache(self, num_blocks: int, dtype: torch.dtype) -> None:
         """Gives the model a KV cache of so many blocks beside the padding block."""
@@ -253,7 +301,7 @@ class ModelRunner:
     def _send(self, step: PreparedStep) -> None:
         """Gives a step to the other ranks, if this is the first."""
         if self.ranks.is_first:
-            self.ranks.send_step(step.layout, step.flat.numpy(), step.sampling)
+            self.ranks.send_step(step.layout, step.flat.numpy(), step.sampling, step.scoring)
 
     def _calibration(self, config: Config, runner: StepRunner) -> Calibration:
         cache = self.model.kv_cache
@@ -292,3 +340,9 @@ class ModelRunner:
         # room for the graphs' own memory.
         shape = self.config.max_num_seqs, self.model.vocab_shard.size
         torch.zeros(shape, device=self.device).softmax(-1)
+
+
+def _copy_to_host(x: torch.Tensor) -> torch.Tensor:
+    """A copy that is there once the current stream has come so far."""
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    return host.copy_(x, non_blocking=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from nanovllm.logprobs import Position
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -27,6 +28,8 @@ class Sequence:
         num_pending: tokens that steps in flight draw, so that their values are not known yet.
         request_index: where the device keeps its last token while it runs; else -1.
         num_registered: leading blocks that the prefix cache knows.
+        logprobs: of the generated tokens, if asked for; one more than these at the most.
+        prompt_logprobs: of the prompt's tokens from the second on, as far as known, if asked for.
         finish_reason: "stop", "length", "abort" or "error" once finished.
     """
 
@@ -45,6 +48,8 @@ class Sequence:
     num_pending: int = 0
     request_index: int = -1
     num_registered: int = 0
+    logprobs: list[Position] = field(default_factory=list)
+    prompt_logprobs: list[Position] = field(default_factory=list)
     finish_reason: str | None = None
 
     def __post_init__(self) -> None:
@@ -61,6 +66,12 @@ class Sequence:
     def num_generated(self) -> int:
         """Tokens after the prompt, pending ones included."""
         return self.length - self.prompt_len
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt are asked for and not all known."""
+        asked = self.params.prompt_logprobs is not None
+        return asked and len(self.prompt_logprobs) < self.prompt_len - 1
 
     @property
     def is_full(self) -> bool:

@@ -61,6 +61,7 @@ class PreparedStep:
         layout: of `flat`.
         flat: its inputs, int32 [layout.size].
         sampling: how its tokens are drawn, see `SamplingBatch.pack`; None: they are not.
+        scoring: which rows are scored, see `layers.logprobs.pack`; None: none.
         prediction: what its time is told to, with it.
         events: recorded before and after it; None: nobody wants to know its time.
     """
@@ -68,6 +69,7 @@ class PreparedStep:
     layout: StepLayout
     flat: torch.Tensor
     sampling: np.ndarray | None = None
+    scoring: np.ndarray | None = None
     prediction: Any = None
     events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
@@ -171,15 +173,26 @@ class StepRunner:
             timer = self.timer = StageTimer(self.device) if layout.timed else None
         if timer:
             timer.begin_step()
-        scheduler = self.schedulers[layout.plan]
-        inputs = step.flat.to(self.device, non_blocking=True)
-        batches, rows = micro_batches(layout, inputs, self.last_tokens, scheduler.workspace)
-        scheduler.issue(batches, timer)
-        hidden = hidden_states(batches)
-        logits = scheduler.model.compute_logits(hidden if rows is None else hidden[rows], logits)
+        hidden, rows = self.run_layers(step, timer)
+        model = self.schedulers[layout.plan].model
+        logits = model.compute_logits(hidden if rows is None else hidden[rows], logits)
         if timer:
             timer.end_step()
         return logits
+
+    def run_layers(
+        self, step: PreparedStep, timer: StageTimer | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Issues a step but for its logits.
+
+        Returns:
+            The hidden states of all tokens, and which of these are sampled; None: all, in order.
+        """
+        scheduler = self.schedulers[step.layout.plan]
+        inputs = step.flat.to(self.device, non_blocking=True)
+        batches, rows = micro_batches(step.layout, inputs, self.last_tokens, scheduler.workspace)
+        scheduler.issue(batches, timer)
+        return hidden_states(batches), rows
 
     def run_padding(self, size: int) -> torch.Tensor:
         """Runs a decode step of `size` rows, all of them padding."""

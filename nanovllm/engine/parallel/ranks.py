@@ -45,9 +45,9 @@ LOAD_SECONDS = 1800.0
 DEATH_SECONDS = 2.0
 END_SECONDS = 10.0
 
-# Integers of a message's first part: the sizes of a step's layout, inputs and sampling, then as
-# much of these as it holds. All zeros: there are no more steps.
-PACKET = 4096
+# Integers of a message's first part: the sizes of a step's layout, inputs, sampling and scoring,
+# then as much of these as it holds. All zeros: there are no more steps.
+PACKET, PARTS = 4096, 4
 # A token that a rank draws when it gave up waiting for the others.
 VOID = -2
 
@@ -144,13 +144,20 @@ class Ranks:
     def is_first(self) -> bool:
         return self.group.rank == 0
 
-    def send_step(self, layout: StepLayout, flat: np.ndarray, sampling: np.ndarray | None) -> None:
+    def send_step(
+        self,
+        layout: StepLayout,
+        flat: np.ndarray,
+        sampling: np.ndarray | None,
+        scoring: np.ndarray | None,
+    ) -> None:
         """Gives the other ranks a step to run; its plan goes as a number.
 
         Args:
             layout: of `flat`.
             flat: the inputs, int32.
             sampling: how to draw tokens, int32; None: draw none.
+            scoring: which rows to score, int32; None: none.
 
         Raises:
             RankDiedError: one of them has died.
@@ -158,28 +165,30 @@ class Ranks:
         if self.group.size > 1:
             self.workers.check()
             parts = [np.array(layout.to_integers(), np.int32), flat]
-            parts.append(np.empty(0, np.int32) if sampling is None else sampling)
+            parts += [np.empty(0, np.int32) if p is None else p for p in (sampling, scoring)]
             message = np.concatenate([np.array([*map(len, parts)], np.int32), *parts])
             packet = np.zeros(PACKET, np.int32)
             packet[: len(message)] = message[:PACKET]
             for part in [packet, message[PACKET:]][: 1 + (len(message) > PACKET)]:
                 complete(self._broadcast(torch.from_numpy(part)), self.step_timeout)
 
-    def receive_step(self) -> tuple[StepLayout, np.ndarray, np.ndarray | None] | None:
+    def receive_step(
+        self,
+    ) -> tuple[StepLayout, np.ndarray, np.ndarray | None, np.ndarray | None] | None:
         """Waits for the next step; None when there will be no more."""
         packet = torch.empty(PACKET, dtype=torch.int32)
         self._broadcast(packet).wait()
-        sizes = packet[:3].tolist()
+        sizes = packet[:PARTS].tolist()
         if not sizes[0]:
             return None
-        message = torch.empty(max(PACKET, 3 + sum(sizes)), dtype=torch.int32)
+        message = torch.empty(max(PACKET, PARTS + sum(sizes)), dtype=torch.int32)
         message[:PACKET] = packet
         if len(message) > PACKET:
             self._broadcast(message[PACKET:]).wait()
-        body = message.numpy()[3 : 3 + sum(sizes)]
-        integers, flat, sampling = np.split(body, np.cumsum(sizes)[:-1])
-        layout = StepLayout.from_integers(integers.tolist())
-        return layout, flat, sampling if len(sampling) else None
+        body = message.numpy()[PARTS : PARTS + sum(sizes)]
+        integers, flat, *options = np.split(body, np.cumsum(sizes)[:-1])
+        sampling, scoring = [part if len(part) else None for part in options]
+        return StepLayout.from_integers(integers.tolist()), flat, sampling, scoring
 
     def connect_peers(self, all_reduce: str, dtype: torch.dtype, hidden: int) -> None:
         """Lets the model's collectives use the memory of all ranks, if they can reach it.

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import pytest
 import torch
 
 from nanovllm.kernels.reference import SAMPLE_TILE
 from nanovllm.layers.logprobs import score
 from nanovllm.layers.parallel import ParallelGroup, Shard
-from nanovllm.logprobs import Logprob
-from tests import scripts
 from tests.checkpoints import OddVocabShape, prompts
-from tests.scores import check_output
+from tests.scores import check_output, run_script
 from tests.thread_ranks import on_ranks, random_logits
 
 ROWS = 12
@@ -47,46 +42,23 @@ def test_scores_are_those_of_the_definition_on_any_number_of_ranks(vocab, count,
             torch.testing.assert_close(scores.logprobs, found.logprobs, equal_nan=True)
 
 
-SCRIPT = """
-import json, sys
-from nanovllm import LLM, SamplingParams
-
-case = json.load(open(sys.argv[1]))
-with LLM(sys.argv[2], **case["options"]) as llm:
-    params = [SamplingParams(**fields) for fields in case["sampling"]]
-    outputs = llm.generate(case["prompts"], params, use_tqdm=False)
-    print(json.dumps([outputs, llm.scheduler.num_preemptions]))
-"""
-
-
-@pytest.mark.timeout(60)
 def test_two_ranks_say_what_transformers_says(tmp_path):
     """With prompts in chunks, of which some steps draw nothing, preemption and micro-batches."""
     model = OddVocabShape(seed=3).write(tmp_path / "model")
     given = prompts(4, count=6, longest=40)
     asked = [(None, None), (3, 2), (0, None), (None, 20), (20, 0), (1, 1)]
+    options = {
+        "model": str(tmp_path / "model"), "device": "cpu", "tensor_parallel_size": 2,
+        "max_model_len": 64, "kvcache_block_size": 16, "num_kvcache_blocks": 8,
+        "max_num_batched_tokens": 13,
+        "enable_pipeline": True, "pipeline_mode": "microbatch", "pipeline_strict": True,
+    }  # fmt: skip
     sampling = [
         {"max_tokens": 20, "seed": i, "logprobs": a, "prompt_logprobs": b}
         for i, (a, b) in enumerate(asked)
     ]
-    options = {
-        "device": "cpu", "tensor_parallel_size": 2, "max_model_len": 64, "kvcache_block_size": 16,
-        "num_kvcache_blocks": 8, "max_num_batched_tokens": 13,
-        "enable_pipeline": True, "pipeline_mode": "microbatch", "pipeline_strict": True,
-    }  # fmt: skip
-    case = tmp_path / "case.json"
-    case.write_text(json.dumps({"prompts": given, "sampling": sampling, "options": options}))
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    result = scripts.run(script, case, tmp_path / "model")
-    assert result.returncode == 0, result.stderr
-    outputs, preemptions = json.loads(result.stdout)
+    task = {"options": options, "prompts": given, "sampling": sampling}
+    outputs, preemptions = run_script(tmp_path, task)
     assert preemptions > 0
     for prompt, output, counts in zip(given, outputs, asked, strict=True):
-        for field in ("logprobs", "prompt_logprobs"):
-            output[field] = output[field] and [from_json(place) for place in output[field]]
-        check_output(model, prompt, output, *counts)
-
-
-def from_json(place: dict[str, list[Any]] | None) -> dict[int, Logprob] | None:
-    return place and {int(token): Logprob(*each) for token, each in place.items()}
+        check_output(model, prompt, output, counts)

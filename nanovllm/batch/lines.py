@@ -4,8 +4,8 @@
      "body": {"prompt": "Once upon a time", "max_tokens": 20}}
 
 A body for /v1/chat/completions has `messages` in the place of `prompt`. The other fields of a body
-are those of `SamplingParams`; and for chats `chat_template_kwargs` and `add_generation_prompt`, and
-`logprobs` is true or false, with `top_logprobs`.
+are those of `SamplingParams`. Chats have `chat_template_kwargs` and `add_generation_prompt` as well,
+and OpenAI's `logprobs` (true or false) and `top_logprobs`.
 """
 
 from __future__ import annotations

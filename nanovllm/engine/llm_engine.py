@@ -48,9 +48,9 @@ class Completion(TypedDict):
 
     `finish_reason`: "stop", "length", "abort", or "error" if logits were not numbers or the tokens
     have no text.
-    `logprobs`: by token id, one dict for each of `token_ids`; None if not asked for.
+    `logprobs`: a dict by token id for each of `token_ids`.
     `prompt_logprobs`: one for each token of the prompt, None for the first, which nothing precedes;
-    fewer if it was aborted before they were known. None if not asked for.
+    fewer if it was aborted before they were known. Both None if not asked for, or without text.
     """
 
     text: str

@@ -18,7 +18,7 @@ from nanovllm.kernels.reference import NOTHING, key_of, value_of
 from nanovllm.layers.parallel import ParallelGroup, Shard
 
 # Rows that are scored at a time: their logits are copied to float32 and to int64.
-PIECE = 128
+PIECE = 64
 _LOW = 0xFFFFFFFF
 
 

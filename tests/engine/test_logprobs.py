@@ -58,7 +58,7 @@ def test_log_probabilities_are_those_of_transformers(tmp_path, model_type, numbe
             params, asked = zip(*(random_params(rng) for _ in given), strict=True)
             outputs = llm.generate(given, list(params), use_tqdm=False)
             for prompt, output, counts in zip(given, outputs, asked, strict=True):
-                check_output(model, prompt, output, *counts)
+                check_output(model, prompt, output, counts)
         check_empty(llm)
         assert llm.scheduler.num_scored == 0
 
@@ -82,7 +82,7 @@ def test_preempted_requests_keep_what_they_know(directory, model, monkeypatch, m
         outputs = llm.generate(given, asking, use_tqdm=False)
         assert llm.scheduler.num_preemptions > 0
     for prompt, output in zip(given, outputs, strict=True):
-        check_output(model, prompt, output, 2, 1)
+        check_output(model, prompt, output, (2, 1))
     # Each token of a prompt is scored once, whatever is computed again.
     assert sum(each.end - each.start for each in runs) == sum(len(p) - 1 for p in given)
 
@@ -91,7 +91,7 @@ def test_long_prompts_are_scored_in_pieces(llm, model, monkeypatch):
     monkeypatch.setattr(device, "PIECE", 4)
     outputs = llm.generate(PROMPTS * 2, GREEDY_SCORED, use_tqdm=False)
     for prompt, output in zip(PROMPTS * 2, outputs, strict=True):
-        check_output(model, prompt, output, 2, 1)
+        check_output(model, prompt, output, (2, 1))
 
 
 GREEDY_SCORED = SamplingParams(
@@ -128,7 +128,7 @@ def test_a_scored_prompt_takes_no_cached_prefix_but_leaves_one(directory, model,
         counts = count_computed(llm, monkeypatch)
         for params in (once, SamplingParams(max_tokens=1), once):
             (output,) = llm.generate([prompt], params, use_tqdm=False)
-            check_output(model, prompt, output, None, params.prompt_logprobs)
+            check_output(model, prompt, output, (None, params.prompt_logprobs))
     assert counts == [40, 8, 40]  # two blocks of 16 are found
 
 
@@ -168,7 +168,7 @@ def test_what_is_aborted_has_a_score_for_each_of_its_tokens(directory, model, mo
             known = prompt[: len(output["prompt_logprobs"])]
             lengths |= {(len(known), len(output["token_ids"]))}
             assert len(known) == len(prompt) or not output["token_ids"]
-            check_output(model, prompt[: len(known)], output, 2, 1)
+            check_output(model, prompt[: len(known)], output, (2, 1))
         check_empty(llm)
     assert len(lengths) > 4
 
@@ -199,7 +199,7 @@ def test_interrupts_neither_lose_nor_double_scores(directory, model):
             while not llm.is_finished():
                 outputs |= {output["request_id"]: output for output in llm.step()}
             for request_id, prompt, counts in zip(ids, PROMPTS, asked, strict=True):
-                check_output(model, prompt, outputs[request_id], *counts)
+                check_output(model, prompt, outputs[request_id], counts)
         check_empty(llm)
         assert llm.scheduler.num_scored == 0
 

@@ -4,7 +4,7 @@
      "body": {"prompt": "Once upon a time", "max_tokens": 20}}
 
 A body for /v1/chat/completions has `messages` in the place of `prompt`. The other fields of a body
-are those of `SamplingParams`. Chats have `chat_template_kwargs` and `add_generation_prompt` as well,
+are those of `SamplingParams`. Chats also have `chat_template_kwargs` and `add_generation_prompt`,
 and OpenAI's `logprobs` (true or false) and `top_logprobs`.
 """
 

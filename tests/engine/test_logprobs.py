@@ -67,20 +67,24 @@ def test_log_probabilities_are_those_of_transformers(tmp_path, model_type, numbe
 def test_preempted_requests_keep_what_they_know(directory, model, monkeypatch, more):
     """Also one that was preempted within its prompt."""
     runs: list[ScoredPrompt] = []
+    again: list[bool] = []
     of = Scoring.of
 
     def noting(step):
         found = of(step)
+        again.extend(
+            c.seq.scores_prompt and c.start < len(c.seq.prompt_logprobs) for c in step.chunks
+        )
         runs.extend(found.prompts if found else ())
         return found
 
     monkeypatch.setattr(Scoring, "of", noting)
     given = prompts(1, count=9, longest=40)
     asking = SamplingParams(temperature=0, max_tokens=24, logprobs=2, prompt_logprobs=1)
-    options = {**OPTIONS, "num_kvcache_blocks": 8, "max_num_batched_tokens": 5, **more}
+    options = {**OPTIONS, "num_kvcache_blocks": 8, "max_num_batched_tokens": 2, **more}
     with LLM(str(directory), **options) as llm:
         outputs = llm.generate(given, asking, use_tqdm=False)
-        assert llm.scheduler.num_preemptions > 0
+    assert any(again)
     for prompt, output in zip(given, outputs, strict=True):
         check_output(model, prompt, output, (2, 1))
     # Each token of a prompt is scored once, whatever is computed again.

@@ -178,10 +178,11 @@ class ModelRunner:
             )
             self._send(prepared)
             self.watch("begin", step)
-            logits, hidden = self._run(prepared)
+            keep: list[torch.Tensor] | None = None if scoring is None else []
+            logits = self.step_runner.run(prepared, keep=keep)
             self.watch("issued", step)
             tokens = self._draw(logits, prepared.sampling)
-            scores = self._score(prepared.scoring, logits, tokens, hidden)
+            scores = self._score(prepared.scoring, logits, tokens, keep)
             launched = LaunchedStep(step, prepared, scoring, *self._to_host(tokens, scores))
             self.watch("end", step)
             return launched
@@ -206,10 +207,10 @@ class ModelRunner:
         """Runs the steps that rank 0 sends, and draws the same tokens, until it stops."""
         while (received := self.ranks.receive_step()) is not None:
             layout, flat, sampling, scoring = received
-            logits, hidden = self._run(
-                PreparedStep(layout, torch.from_numpy(flat), sampling, scoring)
-            )
-            self._score(scoring, logits, self._draw(logits, sampling), hidden)
+            step = PreparedStep(layout, torch.from_numpy(flat), sampling, scoring)
+            keep: list[torch.Tensor] | None = None if scoring is None else []
+            logits = self.step_runner.run(step, keep=keep)
+            self._score(scoring, logits, self._draw(logits, sampling), keep)
             self.ranks.watch_step()
 
     def _sampling(self, step: Step) -> np.ndarray | None:
@@ -224,13 +225,6 @@ class ModelRunner:
             [seq.request_index for seq in seqs],
             self.model_config.vocab_size,
         )
-
-    def _run(self, step: PreparedStep) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits of the sampled rows; and if prompts may be scored, the hidden states of all."""
-        if step.scoring is None or step.layout.is_decode:
-            return self.step_runner.run(step), None
-        hidden, rows = self.step_runner.run_layers(step)
-        return self.model.compute_logits(hidden if rows is None else hidden[rows]), hidden
 
     def _draw(self, logits: torch.Tensor, sampling: np.ndarray | None) -> torch.Tensor:
         """Draws tokens, on every rank, also for the next step."""
@@ -247,15 +241,14 @@ class ModelRunner:
         scoring: np.ndarray | None,
         logits: torch.Tensor,
         tokens: torch.Tensor,
-        hidden: torch.Tensor | None,
+        kept: list[torch.Tensor] | None,
     ) -> Scores | None:
-        """The scores that a step asks for, on every rank."""
-        if scoring is None:
+        """The scores that a step asks for, on every rank; `kept` are its hidden states."""
+        if scoring is None or kept is None:
             return None
 
         def prompt_logits(rows: torch.Tensor) -> torch.Tensor:
-            assert hidden is not None
-            return self.model.compute_logits(hidden[rows])
+            return self.model.compute_logits(kept[0][rows])
 
         group, shard = self.ranks.group, self.model.vocab_shard
         return score_step(scoring, logits, tokens, prompt_logits, group, shard)

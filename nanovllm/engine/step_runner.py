@@ -160,11 +160,13 @@ class StepRunner:
         step: PreparedStep,
         logits: torch.Tensor | None = None,
         timer: StageTimer | None = None,
+        keep: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Issues a step, or replays its graph; the other ranks must do the same.
 
         A capture issues the step with `logits` to write and its own `timer`. Returns logits
-        [num_samples, this rank's part of the vocabulary].
+        [num_samples, this rank's part of the vocabulary]. Where no graph is replayed, `keep` gets
+        the hidden states of all tokens.
         """
         layout = step.layout
         if logits is None:
@@ -173,26 +175,17 @@ class StepRunner:
             timer = self.timer = StageTimer(self.device) if layout.timed else None
         if timer:
             timer.begin_step()
-        hidden, rows = self.run_layers(step, timer)
-        model = self.schedulers[layout.plan].model
-        logits = model.compute_logits(hidden if rows is None else hidden[rows], logits)
+        scheduler = self.schedulers[layout.plan]
+        inputs = step.flat.to(self.device, non_blocking=True)
+        batches, rows = micro_batches(layout, inputs, self.last_tokens, scheduler.workspace)
+        scheduler.issue(batches, timer)
+        hidden = hidden_states(batches)
+        if keep is not None:
+            keep.append(hidden)
+        logits = scheduler.model.compute_logits(hidden if rows is None else hidden[rows], logits)
         if timer:
             timer.end_step()
         return logits
-
-    def run_layers(
-        self, step: PreparedStep, timer: StageTimer | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Issues a step but for its logits.
-
-        Returns:
-            The hidden states of all tokens, and which of these are sampled; None: all, in order.
-        """
-        scheduler = self.schedulers[step.layout.plan]
-        inputs = step.flat.to(self.device, non_blocking=True)
-        batches, rows = micro_batches(step.layout, inputs, self.last_tokens, scheduler.workspace)
-        scheduler.issue(batches, timer)
-        return hidden_states(batches), rows
 
     def run_padding(self, size: int) -> torch.Tensor:
         """Runs a decode step of `size` rows, all of them padding."""

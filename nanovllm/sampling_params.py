@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from nanovllm.utils.options import (
+    Rule,
     boolean,
     check,
     hinting,
@@ -27,11 +28,16 @@ def _token_ids(value: Any) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _seed(value: Any) -> int | None:
-    seed = whole(value)
-    if value is None or (seed is not None and 0 <= seed < 2**63):
-        return seed
-    raise ValueError("None or an integer from 0 to 2**63 - 1")
+def _at_most(limit: int, shown: str) -> Rule:
+    """None, or whole numbers from 0 to `limit`."""
+
+    def rule(value: Any) -> int | None:
+        found = whole(value)
+        if value is None or (found is not None and 0 <= found <= limit):
+            return found
+        raise ValueError(f"None or an integer from 0 to {shown}")
+
+    return rule
 
 
 _bias = number(-math.inf, 1e6)
@@ -78,6 +84,9 @@ class SamplingParams:
             `stop_token_ids` can be drawn.
         logit_bias: numbers to add to the logits of single token ids, -inf to forbid one; they are
             kept as a tuple of pairs.
+        logprobs: the completion says the log-probabilities of each generated token and of that many
+            likeliest ones in its place, at most 20; None: of none.
+        prompt_logprobs: the same for the tokens of the prompt, which then takes no cached prefix.
     """
 
     temperature: float = option(1.0, number(0, 100))
@@ -86,7 +95,7 @@ class SamplingParams:
     max_tokens: int = option(64, integer(1))
     ignore_eos: bool = option(False, boolean)
     stop_token_ids: Collection[int] = option((), _token_ids)
-    seed: int | None = option(None, _seed)
+    seed: int | None = option(None, _at_most(2**63 - 1, "2**63 - 1"))
     presence_penalty: float = option(0.0, number(-2, 2))
     frequency_penalty: float = option(0.0, number(-2, 2))
     repetition_penalty: float = option(1.0, number(0, 100, open_low=True))
@@ -95,6 +104,8 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] | None = option(
         None, _logit_bias
     )
+    logprobs: int | None = option(None, _at_most(20, "20"))
+    prompt_logprobs: int | None = option(None, _at_most(20, "20"))
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -105,6 +116,11 @@ class SamplingParams:
                 f"min_tokens={self.min_tokens} is not allowed: it must be at most "
                 f"max_tokens={self.max_tokens}"
             )
+
+    @property
+    def asks_logprobs(self) -> bool:
+        """Whether the completion has log-probabilities, of whatever tokens."""
+        return self.logprobs is not None or self.prompt_logprobs is not None
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -123,6 +139,8 @@ class SamplingOptions(TypedDict, total=False):
     min_p: float
     min_tokens: int
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] | None
+    logprobs: int | None
+    prompt_logprobs: int | None
 
 
 def check_token_ids(params: Iterable[SamplingParams], vocab_size: int) -> None:

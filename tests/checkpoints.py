@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from nanovllm.kernels.reference import SAMPLE_TILE
 from nanovllm.models.architectures import ARCHITECTURES
 from nanovllm.models.rope import COMMON_FIELDS, ROPES
 
 VOCAB = 512
+# Not whole tiles of a draw; the last of several ranks holds less of it than the others, or nothing.
+ODD_VOCAB = 3 * SAMPLE_TILE + 509
 TABLE = {entry.model_type: entry for entry in ARCHITECTURES}
 # All fields of config.json that mean something to any architecture, those of rope included.
 FIELD_NAMES = list(
@@ -109,6 +112,15 @@ class Shape:
         model = self.build()
         model.save_pretrained(directory)
         return model
+
+
+class OddVocabShape(Shape):
+    """A `Shape` whose vocabulary several ranks have a part of."""
+
+    def config(self) -> PretrainedConfig:
+        config = super().config()
+        config.vocab_size = ODD_VOCAB
+        return config
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -140,6 +140,8 @@ class RandomCalls:
             max_tokens=rng.choice([1, 3, 40]),
             ignore_eos=rng.random() < 0.5,
             seed=rng.choice([None, 1]),
+            logprobs=rng.choice([None, None, 0, 5]),
+            prompt_logprobs=rng.choice([None, None, 0, 5]),
         )
         return prompt, params, None
 
@@ -150,6 +152,9 @@ class RandomCalls:
             right = expected is None or tokens == expected[: len(tokens)]
         if not right:
             self.problems.append(f"a canary said {tokens} instead of {expected}")
+        scores = output["logprobs"]
+        if scores is not None and [next(iter(place)) for place in scores] != tokens:
+            self.problems.append(f"{tokens} have other tokens' log-probabilities: {scores}")
 
     def generate(self, driven: Driven) -> None:
         requests = [self.request() for _ in range(self.rng.randint(1, 12))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import random
 import re
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, Logprob, SamplingParams
 from nanovllm.batch import lines
 from nanovllm.batch.__main__ import main, parse_arguments
+from nanovllm.batch.logprobs import chat_form, prompt_form, text_form
 from nanovllm.batch.results import Results
 from nanovllm.tiny import CHECKPOINT_DIR
 from tests import batch_jobs, scripts
@@ -78,6 +80,68 @@ def test_results_are_completion_objects_of_what_the_engine_says(tmp_path):
     assert len({result["id"] for result in (plain, chat, ids)}) == 3
 
 
+def test_log_probabilities_are_in_openais_forms(tmp_path):
+    asked = {"logprobs": 2, "prompt_logprobs": 1}
+    plain, chat, few, none = run(
+        tmp_path,
+        [
+            request("plain", prompt=TEXT, **asked, **GREEDY),
+            request("chat", messages=CHAT, logprobs=True, top_logprobs=2, **GREEDY),
+            request("few", messages=CHAT, logprobs=True, **GREEDY),
+            request("none", messages=CHAT, logprobs=False, **GREEDY),
+        ],
+    )
+    with LLM(device="cpu") as llm:
+        (right,) = llm.generate(TEXT, **asked, **GREEDY, use_tqdm=False)
+    (choice,) = plain["response"]["body"]["choices"]
+    said = choice["logprobs"]
+    assert "".join(said["tokens"]) == right["text"] == choice["text"]
+    for offset, token in zip(said["text_offset"], said["tokens"], strict=True):
+        assert choice["text"][offset:].startswith(token)
+    (choice,) = chat["response"]["body"]["choices"]
+    (short,) = few["response"]["body"]["choices"]
+    for i, place in enumerate(right["logprobs"]):
+        own = place[right["token_ids"][i]]
+        top = {each.decoded_token: each.logprob for each in place.values()}
+        assert said["tokens"][i] == own.decoded_token
+        assert said["token_logprobs"][i] == pytest.approx(own.logprob, abs=1e-4)
+        assert said["top_logprobs"][i] == pytest.approx(top, abs=1e-4)
+        entry = choice["logprobs"]["content"][i]
+        assert entry["token"] == own.decoded_token
+        assert bytes(entry["bytes"]).decode() == own.decoded_token
+        likeliest = {each["token"]: each["logprob"] for each in entry["top_logprobs"]}
+        assert likeliest == pytest.approx(top, abs=1e-4)
+        alone = short["logprobs"]["content"][i]
+        assert (alone["token"], alone["top_logprobs"]) == (own.decoded_token, [])
+    places = plain["response"]["body"]["choices"][0]["prompt_logprobs"]
+    for place, own in zip(places[1:], right["prompt_logprobs"][1:], strict=True):
+        assert {int(token): each["rank"] for token, each in place.items()} == {
+            token: each.rank for token, each in own.items()
+        }
+    assert places[0] is None
+    assert none["response"]["body"]["choices"][0]["logprobs"] is None
+
+
+def test_forms_hold_no_infinity_and_need_no_tokenizer():
+    places = [{7: Logprob(-math.inf, 9), 5: Logprob(-0.5, 1)}]
+    assert text_form([7], places) == {
+        "tokens": ["token_id:7"],
+        "token_logprobs": [-9999.0],
+        "top_logprobs": [{"token_id:7": -9999.0, "token_id:5": -0.5}],
+        "text_offset": [0],
+    }
+    (entry,) = chat_form([7], places, 1)["content"]
+    assert entry["logprob"] == -9999.0
+    assert [each["token"] for each in entry["top_logprobs"]] == ["token_id:5"]
+    assert prompt_form([None, *places]) == [
+        None,
+        {
+            7: {"logprob": -9999.0, "rank": 9, "decoded_token": None},
+            5: {"logprob": -0.5, "rank": 1, "decoded_token": None},
+        },
+    ]
+
+
 BAD_LINES = [
     ("{", "no JSON"),
     ("[1]", "no JSON object"),
@@ -101,7 +165,10 @@ BAD_LINES = [
     (request("unknown", prompt="x", temprature=1), "'temprature'.*'temperature'"),
     (request("n", prompt="x", n=2), "n=2 is not supported: it must be 1"),
     (request("stream", prompt="x", stream=True), "stream=True"),
-    (request("logprobs", prompt="x", logprobs=0), "logprobs=0 .*must be False"),
+    (request("logprobs", prompt="x", logprobs=True), "logprobs=True .*from 0 to 20"),
+    (request("chat", messages=CHAT, logprobs=3), "logprobs=3 .*True or False"),
+    (request("top", messages=CHAT, top_logprobs=3), "top_logprobs=3 .*without logprobs"),
+    (request("most", messages=CHAT, logprobs=True, top_logprobs=21), "^top_logprobs=21 .*to 20"),
     (request("both", prompt="x", max_tokens=1, max_completion_tokens=1), "not both"),
 ]
 

@@ -86,6 +86,8 @@ BAD_SAMPLING = {
             {1: True},
         ),
     ),
+    "logprobs": ("None or an integer from 0 to 20", (-1, 21, True, 1.0, "1")),
+    "prompt_logprobs": ("None or an integer from 0 to 20", (-1, 21, True, 1.0, "1")),
 }
 
 
@@ -266,6 +268,7 @@ def test_the_defaults_are_the_documented_ones():
     assert dataclasses.astuple(SamplingParams()) == (
         *(1.0, -1, 1.0, 64, False, (), None),
         *(0.0, 0.0, 1.0, 0.0, 0, None),
+        *(None, None),
     )
 
 

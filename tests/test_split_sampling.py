@@ -12,7 +12,7 @@ from nanovllm.kernels import reference
 from nanovllm.kernels.reference import SAMPLE_TILE
 from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.layers.sampler import SamplingBatch, sample
-from tests.thread_ranks import on_ranks
+from tests.thread_ranks import on_ranks, random_logits
 
 CPU = torch.device("cpu")
 
@@ -23,27 +23,6 @@ def random_params(vocab: int) -> SamplingParams:
         top_k=random.choice([-1, 1, 5, 600, vocab // 2 + 1]),
         top_p=random.choice([1.0, 1.0, 0.05, 0.5, 0.999]),
     )
-
-
-def random_logits(rows: int, vocab: int, dtype: torch.dtype) -> torch.Tensor:
-    """Flat and steep rows, with ties, infinities and, now and then, NaN."""
-    logits = (
-        torch.randn(rows, vocab) * torch.tensor([0.0, 0.01, 1.0, 8.0])[torch.randint(4, (rows, 1))]
-    )
-    logits = logits.to(dtype)
-    for row in range(rows):
-        kind = random.randrange(8)
-        if kind == 0:
-            logits[row, torch.rand(vocab) < 0.7] = float("-inf")
-        elif kind == 1:
-            logits[row, random.randrange(vocab)] = float("inf")
-        elif kind == 2:
-            logits[row, random.randrange(vocab)] = float("nan")
-        elif kind == 3:
-            logits[row] = float("-inf")
-        elif kind == 4:
-            logits[row] = (logits[row] * 2).round() / 2
-    return logits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

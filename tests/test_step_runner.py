@@ -101,6 +101,25 @@ def test_replayed_steps_of_any_batch_have_the_tokens_of_issued_ones(parts, monke
     assert memory.num_graphs == 0  # what was captured went with the runner
 
 
+def test_rows_of_replayed_steps_are_scored_as_those_of_issued_ones(monkeypatch):
+    def scores(llm: LLM) -> dict[tuple[int, int, int], float]:
+        asked = {"temperature": 0, "max_tokens": 6, "logprobs": 2, "use_tqdm": False}
+        return {
+            (request, place, token): each.logprob
+            for request, output in enumerate(llm.generate(list(PROMPTS[:5]), **asked))
+            for place, found in enumerate(output["logprobs"])
+            for token, each in found.items()
+        }
+
+    with engine("microbatch") as llm, monkeypatch.context() as patch:
+        steps = llm.model_runner.step_runner
+        replayed = scores(llm)
+        assert steps.graphs
+        patch.setattr(steps, "memory", None)
+        patch.setattr(steps.chooser, "memory", None)
+        assert replayed == pytest.approx(scores(llm), abs=1e-4)
+
+
 def test_a_rank_that_is_sent_a_step_captures_what_rank_0_captures(monkeypatch):
     """A capture runs a step, with its collectives: one rank alone in it would wait for good."""
     with engine("microbatch") as llm:

@@ -18,16 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from transformers import Qwen3Config
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.parallel.processes import RankDiedError
-from nanovllm.kernels.reference import SAMPLE_TILE
 from tests import scripts
-from tests.checkpoints import TABLE, Shape, prompts
+from tests.checkpoints import TABLE, OddVocabShape, Shape, prompts
 
-# Not whole tiles of a draw; the last of several ranks holds less of it than the others, or nothing.
-ODD_VOCAB = 3 * SAMPLE_TILE + 509
 LISTEN = "0A"  # in /proc/net/tcp
 SECONDS = 10.0  # "within seconds", on a busy machine
 NO_HANG = pytest.mark.timeout(60)  # collectives themselves have half an hour
@@ -63,15 +59,6 @@ for case in cases:
 if results:
     print(json.dumps(results))
 """
-
-
-class OddVocabShape(Shape):
-    """A `Shape` whose vocabulary several ranks have a part of."""
-
-    def config(self) -> Qwen3Config:
-        config = super().config()
-        config.vocab_size = ODD_VOCAB
-        return config
 
 
 @dataclass

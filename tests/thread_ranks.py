@@ -1,14 +1,17 @@
-"""Ranks that are threads of this process."""
+"""Ranks that are threads of the test's own process, and logits for them."""
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from nanovllm.layers.parallel import ParallelGroup
+
+T = TypeVar("T")
 
 
 class ThreadGroup(ParallelGroup):
@@ -27,9 +30,10 @@ class ThreadGroup(ParallelGroup):
         return everyone
 
 
-def on_ranks(size: int, run: Callable[[ParallelGroup], torch.Tensor]) -> list[torch.Tensor]:
+def on_ranks(size: int, run: Callable[[ParallelGroup], T]) -> list[T]:
     """What `run` gives on each rank."""
-    board, barrier, results = [None] * size, threading.Barrier(size), [torch.empty(0)] * size
+    board, barrier = [None] * size, threading.Barrier(size)
+    results: dict[int, T] = {}
 
     def work(rank: int) -> None:
         try:
@@ -43,4 +47,25 @@ def on_ranks(size: int, run: Callable[[ParallelGroup], torch.Tensor]) -> list[to
         thread.start()
     for thread in threads:
         thread.join()
-    return results
+    return [results[rank] for rank in range(size)]
+
+
+def random_logits(rows: int, vocab: int, dtype: torch.dtype) -> torch.Tensor:
+    """Flat and steep rows, with ties, infinities and, now and then, NaN."""
+    logits = (
+        torch.randn(rows, vocab) * torch.tensor([0.0, 0.01, 1.0, 8.0])[torch.randint(4, (rows, 1))]
+    )
+    logits = logits.to(dtype)
+    for row in range(rows):
+        kind = random.randrange(8)
+        if kind == 0:
+            logits[row, torch.rand(vocab) < 0.7] = float("-inf")
+        elif kind == 1:
+            logits[row, random.randrange(vocab)] = float("inf")
+        elif kind == 2:
+            logits[row, random.randrange(vocab)] = float("nan")
+        elif kind == 3:
+            logits[row] = float("-inf")
+        elif kind == 4:
+            logits[row] = (logits[row] * 2).round() / 2
+    return logits

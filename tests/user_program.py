@@ -7,7 +7,7 @@ from pathlib import Path
 
 from typing_extensions import assert_type
 
-from nanovllm import LLM, Config, LLMEngine, SamplingParams, __version__
+from nanovllm import LLM, Config, LLMEngine, Logprob, SamplingParams, __version__
 from nanovllm.engine.llm_engine import Completion
 
 assert_type(__version__, str)
@@ -47,6 +47,9 @@ with LLM() as llm:
     print(outputs[0]["txt"])  # error: typeddict-item
     llm.generate("One", [params], use_tqdm=False)
     llm.generate("One", temperature=0.5, top_k=5, stop_token_ids=(1, 2))
+    (one,) = llm.generate("One", logprobs=5, prompt_logprobs=0)
+    assert_type(one["logprobs"], list[dict[int, Logprob]] | None)
+    llm.generate("One", logprobs="5")  # error: arg-type
     llm.generate("One", max_new_tokens=5)  # error: call-arg
     llm.generate("One", max_tokens="5")  # error: arg-type
     llm.generate(5)  # error: arg-type

@@ -4,7 +4,8 @@
      "body": {"prompt": "Once upon a time", "max_tokens": 20}}
 
 A body for /v1/chat/completions has `messages` in the place of `prompt`. The other fields of a body
-are those of `SamplingParams`; and for chats `chat_template_kwargs` and `add_generation_prompt`.
+are those of `SamplingParams`. Chats also have `chat_template_kwargs` and `add_generation_prompt`,
+and OpenAI's `logprobs` (true or false) and `top_logprobs`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanovllm.batch.logprobs import chat_form, prompt_form, take_chat_fields, text_form
 from nanovllm.engine.llm_engine import Completion, LLMEngine
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.options import short
@@ -35,7 +37,6 @@ FIXED = {
     "best_of": 1,
     "stream": False,
     "echo": False,
-    "logprobs": False,
 }
 
 
@@ -61,6 +62,7 @@ class Request:
     line: Line
     request_id: int
     prompt_tokens: int
+    logprobs: int | None = None
 
 
 def read_lines(path: Path) -> Iterator[Line]:
@@ -101,6 +103,8 @@ def submit(llm: LLMEngine, line: Line, chat_template: str | None = None) -> Requ
         raise ValueError(f"body has no {prompt_field!r}, which {line.url} needs")
     prompt = fields.pop(prompt_field)
     chat_options = {name: fields.pop(name) for name in CHAT_FIELDS if name in fields}
+    if line.url == CHAT:
+        take_chat_fields(fields)
     params = _sampling_params(fields)
     if line.url == CHAT:
         ids = llm.texts.encode_chat(prompt, "messages", chat_template=chat_template, **chat_options)
@@ -108,7 +112,7 @@ def submit(llm: LLMEngine, line: Line, chat_template: str | None = None) -> Requ
         raise ValueError(f"{', '.join(chat_options)} is for {CHAT} only")
     else:
         ids = llm.texts.encode(prompt, "prompt")
-    return Request(line, llm.add_request(ids, params), len(ids))
+    return Request(line, llm.add_request(ids, params), len(ids), params.logprobs)
 
 
 def _sampling_params(fields: dict[str, Any]) -> SamplingParams:
@@ -138,14 +142,21 @@ def answer_line(request: Request, completion: Completion, model: str) -> dict[st
     if reason == "error":
         message = "the model's logits are not numbers, or its tokens have no text"
         return error_line(line, message, "server_error")
+    token_ids, logprobs = completion["token_ids"], completion["logprobs"]
     choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": reason}
     if line.url == CHAT:
         prefix, kind = "chatcmpl", "chat.completion"
         choice["message"] = {"role": "assistant", "content": completion["text"]}
+        if logprobs is not None:
+            choice["logprobs"] = chat_form(token_ids, logprobs, request.logprobs or 0)
     else:
         prefix, kind = "cmpl", "text_completion"
         choice["text"] = completion["text"]
-    tokens = len(completion["token_ids"])
+        if logprobs is not None:
+            choice["logprobs"] = text_form(token_ids, logprobs)
+    if completion["prompt_logprobs"] is not None:
+        choice["prompt_logprobs"] = prompt_form(completion["prompt_logprobs"])
+    tokens = len(token_ids)
     body = {
         "id": f"{prefix}-{uuid.uuid4().hex}",
         "object": kind,

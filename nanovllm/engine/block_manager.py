@@ -69,10 +69,11 @@ class BlockManager:
         """Gives a sequence blocks for all its tokens, cached ones where its beginning is known.
 
         Sets `num_computed` to the tokens found in the cache, at most all but one: the last must be
-        run for its logits. Does nothing and returns False if fewer than `reserve` blocks would
-        stay free.
+        run for its logits; none if those of the whole prompt are needed. Does nothing and returns
+        False if fewer than `reserve` blocks would stay free.
         """
-        cached = self._cached_prefix(seq.token_ids) if self.enable_prefix_caching else []
+        may_share = self.enable_prefix_caching and not seq.scores_prompt
+        cached = self._cached_prefix(seq.token_ids) if may_share else []
         fresh = self.blocks_for(len(seq.token_ids)) - len(cached)
         revived = sum(block_id in self.free for block_id in cached)
         if fresh + revived + reserve > len(self.free):

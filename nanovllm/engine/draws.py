@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,23 @@ from nanovllm.utils.joined import join, split
 
 # Rows that are copied and drawn at a time.
 MOST_ROWS = 64
+
+
+class Draws(NamedTuple):
+    """What all ranks make of a step's logits, as rank 0 says it; int32 arrays, or None: nothing.
+
+    Attributes:
+        sampling: how tokens are drawn, see `SamplingBatch.pack`.
+        edits: how logits are changed before, see `EditedDraws.pack`.
+        scoring: which rows are scored, see `layers.logprobs.pack`.
+    """
+
+    sampling: np.ndarray | None = None
+    edits: np.ndarray | None = None
+    scoring: np.ndarray | None = None
+
+
+NO_DRAWS = Draws()
 
 
 def pack_sampling(seqs: Sequence[EngineSequence], vocab_size: int) -> np.ndarray | None:

@@ -31,6 +31,7 @@ from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence as EngineSequence
 from nanovllm.engine.transactions import Transactions
 from nanovllm.layers.parallel import ParallelGroup
+from nanovllm.logprobs import Logprob, Position
 from nanovllm.models import load_config
 from nanovllm.sampling_params import (
     SamplingOptions,
@@ -52,11 +53,16 @@ class Completion(TypedDict):
 
     `finish_reason`: "stop", "length", "abort", or "error" if logits were not numbers or the tokens
     have no text.
+    `logprobs`: a dict by token id for each of `token_ids`.
+    `prompt_logprobs`: one for each token of the prompt, None for the first, which nothing precedes;
+    fewer if it was aborted before they were known. Both None if not asked for, or without text.
     """
 
     text: str
     token_ids: list[int]
     finish_reason: str
+    logprobs: list[dict[int, Logprob]] | None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
 
 
 class RequestOutput(Completion):
@@ -254,6 +260,9 @@ class LLMEngine:
             raise ValueError("enable_prefix_caching=True is not allowed with computed requests")
         (params,) = params_per_prompt(sampling_params, 1, sampling)
         check_token_ids([params], self.texts.vocab_size)
+        if params.prompt_logprobs is not None:
+            asked = f"prompt_logprobs={params.prompt_logprobs}"
+            raise ValueError(f"{asked} is not allowed with computed requests: it must be None")
         return self.transactions.call(self._add_computed, token_ids, params)
 
     def _add_computed(self, token_ids: list[int], params: SamplingParams) -> int:
@@ -419,12 +428,26 @@ class LLMEngine:
         assert reason is not None
         if reason == "error":
             logger.warning("Request %d ends in error: its logits are not numbers", seq.request_id)
+        logprobs = prompt_logprobs = None
         try:
             text = self.texts.decode(token_ids)
+            if seq.params.logprobs is not None:
+                logprobs = self._logprobs(seq.logprobs[: len(token_ids)])
+            if seq.params.prompt_logprobs is not None:
+                prompt_logprobs = [None, *self._logprobs(seq.prompt_logprobs)]
         except Exception as error:  # of the tokenizer, which comes with the checkpoint
             logger.warning("Request %d: its text cannot be decoded: %r", seq.request_id, error)
             text, reason = "", "error"
-        return Completion(text=text, token_ids=token_ids, finish_reason=reason)
+        return Completion(
+            text=text,
+            token_ids=token_ids,
+            finish_reason=reason,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def _logprobs(self, positions: list[Position]) -> list[dict[int, Logprob]]:
+        return [position.as_dict(self.texts.token_text) for position in positions]
 
 
 def _start_runner(config: Config, directory: Path) -> ModelRunner:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from nanovllm.config import Config
@@ -18,18 +17,20 @@ from nanovllm.engine import kv_cache
 from nanovllm.engine.auto.calibration import Calibration, calibration_key
 from nanovllm.engine.auto.chooser import AutoChooser, plans_to_try
 from nanovllm.engine.auto.step_timer import device_timer
-from nanovllm.engine.draws import EditedDraws, pack_sampling
+from nanovllm.engine.draws import Draws, EditedDraws, pack_sampling
 from nanovllm.engine.graph_memory import GraphMemory, batch_sizes
 from nanovllm.engine.parallel.ranks import Ranks
 from nanovllm.engine.pipeline_modes import build_pipelines
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.plan import SEQUENTIAL, Plan
 from nanovllm.engine.scheduler import Step
+from nanovllm.engine.scoring import Scoring
 from nanovllm.engine.sequence import Sequence as EngineSequence
 from nanovllm.engine.step_inputs import StepInputs, dummy_chunk
 from nanovllm.engine.step_runner import FixedChooser, PreparedStep, StepRunner
 from nanovllm.engine.warm_up import SAMPLING, warm_up
 from nanovllm.layers.attention_backends import make_backend
+from nanovllm.layers.logprobs import Scores, score_step
 from nanovllm.layers.sampler import SamplingBatch, sample
 from nanovllm.models import Checkpoint, load_config, load_model
 from nanovllm.utils.device import resolve_dtype, sm_count
@@ -38,11 +39,16 @@ from nanovllm.utils.timeline import save_timeline
 
 @dataclass(frozen=True)
 class LaunchedStep:
-    """A step that has been issued; `tokens` [S] are on the host once `done` has happened."""
+    """A step that has been issued; tokens [S] and scores are on the host once `done` has happened.
+
+    `scoring` says whose the scores are; None: there are none.
+    """
 
     step: Step
     prepared: PreparedStep
+    scoring: Scoring | None
     tokens: torch.Tensor
+    scores: Scores | None
     done: torch.cuda.Event | None
 
 
@@ -107,7 +113,7 @@ class ModelRunner:
                 for params in SAMPLING:
                     edits = self.edited_draws.edits_of(params, ())
                     seq = replace(dummy_chunk(0, 1).seq, params=params, edits=edits, num_pending=1)
-                    self._draw(logits, *self._pack([seq]))
+                    self._draw(logits, self._pack([seq]))
             if ranks.is_first:  # whose steps the others serve from now on
                 self.step_runner.chooser.capture(self.step_runner, show_progress=True)
         except BaseException:
@@ -169,62 +175,97 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # it is each thread's own
         with torch.inference_mode():
-            sampling, edits = self._pack([chunk.seq for chunk in step.chunks if chunk.needs_sample])
-            prepared = replace(self.step_runner.prepare(step), sampling=sampling, edits=edits)
+            scoring = Scoring.of(step) if step.may_score else None
+            draws = self._pack([chunk.seq for chunk in step.chunks if chunk.needs_sample], scoring)
+            prepared = replace(self.step_runner.prepare(step), draws=draws)
             self._send(prepared)
             self.watch("begin", step)
-            logits = self.step_runner.run(prepared)
+            keep: list[torch.Tensor] | None = None if scoring is None else []
+            logits = self.step_runner.run(prepared, keep=keep)
             self.watch("issued", step)
-            launched = LaunchedStep(step, prepared, *self._draw(logits, sampling, edits))
+            tokens = self._draw(logits, draws)
+            scores = self._score(draws, logits, tokens, keep)
+            launched = LaunchedStep(step, prepared, scoring, *self._to_host(tokens, scores))
             self.watch("end", step)
             return launched
 
     def collect(self, launched: LaunchedStep) -> list[int]:
-        """Waits for a step; returns the drawn tokens, one per sampling chunk."""
+        """Waits for a step and notes its scores with their requests.
+
+        Returns the drawn tokens, one per sampling chunk.
+        """
         if launched.done is not None:
             self.ranks.wait(launched.done)
         self.watch("tokens", launched.step)
         self.ranks.check_silence(launched.tokens)
         if launched.step.is_decode:
             self.step_runner.finish(launched.prepared, len(launched.step.chunks))
+        if launched.scoring is not None and launched.scores is not None:
+            launched.scoring.hand_out(launched.scores)
         return launched.tokens.tolist()
 
     @torch.inference_mode()
     def serve(self) -> None:
         """Runs the steps that rank 0 sends, and draws the same tokens, until it stops."""
         while (received := self.ranks.receive_step()) is not None:
-            layout, flat, sampling, edits = received
-            step = PreparedStep(layout, torch.from_numpy(flat), sampling, edits)
-            self._draw(self.step_runner.run(step), sampling, edits)
+            layout, flat, parts = received
+            step = PreparedStep(layout, torch.from_numpy(flat), draws := Draws(*parts))
+            keep: list[torch.Tensor] | None = None if draws.scoring is None else []
+            logits = self.step_runner.run(step, keep=keep)
+            self._score(draws, logits, self._draw(logits, draws), keep)
             self.ranks.watch_step()
 
-    def _pack(self, seqs: Sequence[EngineSequence]) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def _pack(self, seqs: Sequence[EngineSequence], scoring: Scoring | None = None) -> Draws:
         """How tokens are drawn for sequences, whose logits are the first rows."""
-        return pack_sampling(seqs, self.model_config.vocab_size), self.edited_draws.pack(seqs)
+        vocab_size = self.model_config.vocab_size
+        return Draws(
+            pack_sampling(seqs, vocab_size),
+            self.edited_draws.pack(seqs),
+            None if scoring is None else scoring.pack(vocab_size),
+        )
 
-    def _draw(
-        self, logits: torch.Tensor, sampling: np.ndarray | None, edits: np.ndarray | None
-    ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Draws tokens for the next step on every rank; on rank 0 also for the host.
-
-        Returns the tokens there, valid after the event.
-        """
-        if sampling is None:
-            return torch.empty(0, dtype=torch.int64), None
-        batch = SamplingBatch.unpack(sampling, self.device)
+    def _draw(self, logits: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """Draws tokens, on every rank, also for the next step."""
+        if draws.sampling is None:
+            return torch.empty(0, dtype=torch.int64)
+        batch = SamplingBatch.unpack(draws.sampling, self.device)
         rows = len(batch.request_index)
         tokens = sample(logits[:rows], batch, self.ranks.group, self.model.vocab_shard)
-        if edits is not None:
-            self.edited_draws.draw(logits, edits, self.ranks.group, tokens)
+        if draws.edits is not None:
+            self.edited_draws.draw(logits, draws.edits, self.ranks.group, tokens)
         self.last_tokens[batch.request_index] = tokens
-        if self.device.type != "cuda" or not self.ranks.is_first:
-            return tokens, None
-        tokens = self.ranks.mark_silence(tokens)
-        host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        host.copy_(tokens, non_blocking=True)
+        return tokens
+
+    def _score(
+        self,
+        draws: Draws,
+        logits: torch.Tensor,
+        tokens: torch.Tensor,
+        kept: list[torch.Tensor] | None,
+    ) -> Scores | None:
+        """The scores that a step asks for, on every rank; `kept` are its hidden states."""
+        if draws.scoring is None or kept is None:
+            return None
+
+        def prompt_logits(rows: torch.Tensor) -> torch.Tensor:
+            return self.model.compute_logits(kept[0][rows])
+
+        group, shard = self.ranks.group, self.model.vocab_shard
+        return score_step(draws.scoring, logits, tokens, prompt_logits, group, shard)
+
+    def _to_host(
+        self, tokens: torch.Tensor, scores: Scores | None
+    ) -> tuple[torch.Tensor, Scores | None, torch.cuda.Event | None]:
+        """The same on the host, valid after the event."""
+        if self.device.type != "cuda" or (not len(tokens) and scores is None):
+            return tokens, scores, None
+        if len(tokens):
+            tokens = _copy_to_host(self.ranks.mark_silence(tokens))
+        if scores is not None:
+            scores = Scores(*map(_copy_to_host, scores))
         done = torch.cuda.Event()
         done.record()
-        return host, done
+        return tokens, scores, done
 
     def _bind_cache(self, num_blocks: int, dtype: torch.dtype) -> None:
         """Gives the model a KV cache of so many blocks beside the padding block."""
@@ -253,7 +294,7 @@ class ModelRunner:
     def _send(self, step: PreparedStep) -> None:
         """Gives a step to the other ranks, if this is the first."""
         if self.ranks.is_first:
-            self.ranks.send_step(step.layout, step.flat.numpy(), step.sampling, step.edits)
+            self.ranks.send_step(step.layout, step.flat.numpy(), step.draws)
 
     def _calibration(self, config: Config, runner: StepRunner) -> Calibration:
         cache = self.model.kv_cache
@@ -292,3 +333,9 @@ class ModelRunner:
         # room for the graphs' own memory.
         shape = self.config.max_num_seqs, self.model.vocab_shard.size
         torch.zeros(shape, device=self.device).softmax(-1)
+
+
+def _copy_to_host(x: torch.Tensor) -> torch.Tensor:
+    """A copy that is there once the current stream has come so far."""
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    return host.copy_(x, non_blocking=True)

@@ -41,6 +41,7 @@ class TextProcessor:
         self.vocab_size = vocab_size
         self.limits = limits
         self.lock = threading.RLock()  # a tokenizer is for one thread at a time
+        self.token_texts: dict[int, str] = {}
 
     def encode(self, prompt: Prompt, name: str) -> list[int]:
         """The token ids of `prompt`; TypeError or ValueError names it `name` if it cannot run."""
@@ -113,6 +114,17 @@ class TextProcessor:
             return ""
         decode = self.tokenizer.decode
         return str(exclusive(self.lock, decode, token_ids, skip_special_tokens=True))
+
+    def token_text(self, token: int) -> str | None:
+        """The text of one token, whatever its kind; raises whatever the tokenizer does.
+
+        Without a tokenizer None.
+        """
+        if self.tokenizer is None:
+            return None
+        if token not in self.token_texts:
+            self.token_texts[token] = str(exclusive(self.lock, self.tokenizer.decode, [token]))
+        return self.token_texts[token]
 
     def _tokenize(self, prompt: Prompt, name: str) -> list[int]:
         content = _unwrap(prompt, name) if isinstance(prompt, Mapping) else prompt

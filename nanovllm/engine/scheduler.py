@@ -43,10 +43,14 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Step:
-    """What one forward pass computes; in decode every chunk is one token."""
+    """What one forward pass computes; in decode every chunk is one token.
+
+    `may_score` says whether a running sequence asks for log-probabilities.
+    """
 
     is_decode: bool
     chunks: list[Chunk]
+    may_score: bool = False
 
 
 class Scheduler:
@@ -85,6 +89,7 @@ class Scheduler:
         """
         self.blocks.reset()
         self.running: list[Sequence] = []
+        self.num_scored = 0  # of these, those that ask for log-probabilities
         self.free_indices = list(range(self.max_num_seqs))
         self.prefill_streak = 0
         self.waiting: deque[Sequence] = deque()
@@ -114,18 +119,18 @@ class Scheduler:
             chunks = self._prefill_chunks(prefilling)
             if chunks:
                 self.prefill_streak += 1
-                return self._mark_scheduled(Step(False, chunks))
+                return self._mark_scheduled(False, chunks)
         chunks = self._decode_chunks(decodable, may_preempt=not ahead)
         if chunks:
             self.prefill_streak = 0
-            return self._mark_scheduled(Step(True, chunks))
+            return self._mark_scheduled(True, chunks)
         if ahead or self.is_idle:
             return None
         # All that could decode gave way to older ones that still read their prompts.
         prefilling, _ = self._split_running()
         chunks = self._prefill_chunks(prefilling)
         assert chunks, "requests are left, but none of them can run"
-        return self._mark_scheduled(Step(False, chunks))
+        return self._mark_scheduled(False, chunks)
 
     def update(self, step: Step, tokens: list[int]) -> list[Sequence]:
         """Takes the tokens drawn by `step`, one per sampling chunk; returns what has finished.
@@ -152,11 +157,11 @@ class Scheduler:
                     finished.append(seq)
         return finished
 
-    def _mark_scheduled(self, step: Step) -> Step:
-        for chunk in step.chunks:
+    def _mark_scheduled(self, is_decode: bool, chunks: list[Chunk]) -> Step:
+        for chunk in chunks:
             chunk.seq.num_scheduled = chunk.end
             chunk.seq.num_pending += chunk.needs_sample
-        return step
+        return Step(is_decode, chunks, may_score=self.num_scored > 0)
 
     def _split_running(self) -> tuple[list[Sequence], list[Sequence]]:
         """The running sequences that still read their prompt, and those that can decode.
@@ -197,6 +202,7 @@ class Scheduler:
         """Lets a sequence run that has its blocks."""
         seq.request_index = self.free_indices.pop()
         self.running.append(seq)
+        self.num_scored += seq.params.asks_logprobs
         return seq
 
     def _decode_chunks(self, decodable: list[Sequence], *, may_preempt: bool) -> list[Chunk]:
@@ -223,6 +229,7 @@ class Scheduler:
 
     def _leave(self, seq: Sequence) -> None:
         self.running.remove(seq)
+        self.num_scored -= seq.params.asks_logprobs
         self.free_indices.append(seq.request_index)
         seq.request_index, seq.has_history = -1, False
         self.blocks.release(seq)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanovllm.layers.logit_edits import RequestEdits
+from nanovllm.logprobs import Position
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -30,6 +31,8 @@ class Sequence:
         request_index: where the device keeps its last token while it runs; else -1.
         has_history: whether the device has its tokens, for `edits`.
         num_registered: leading blocks that the prefix cache knows.
+        logprobs: of the generated tokens, if asked for; one more than these at the most.
+        prompt_logprobs: of the prompt's tokens from the second on, as far as known, if asked for.
         finish_reason: "stop", "length", "abort" or "error" once finished.
     """
 
@@ -50,6 +53,8 @@ class Sequence:
     request_index: int = -1
     has_history: bool = False
     num_registered: int = 0
+    logprobs: list[Position] = field(default_factory=list)
+    prompt_logprobs: list[Position] = field(default_factory=list)
     finish_reason: str | None = None
 
     def __post_init__(self) -> None:
@@ -66,6 +71,12 @@ class Sequence:
     def num_generated(self) -> int:
         """Tokens after the prompt, pending ones included."""
         return self.length - self.prompt_len
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt are asked for and not all known."""
+        asked = self.params.prompt_logprobs is not None
+        return asked and len(self.prompt_logprobs) < self.prompt_len - 1
 
     @property
     def is_full(self) -> bool:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from nanovllm.config import Config
+from nanovllm.engine.draws import NO_DRAWS, Draws
 from nanovllm.engine.graph_memory import GraphMemory
 from nanovllm.engine.pipeline_modes import Pipelines
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler, hidden_states
@@ -60,16 +60,14 @@ class PreparedStep:
     Attributes:
         layout: of `flat`.
         flat: its inputs, int32 [layout.size].
-        sampling: how its tokens are drawn, see `SamplingBatch.pack`; None: they are not.
-        edits: how logits are changed before, see `EditedDraws.pack`; None: none is.
+        draws: what is made of its logits.
         prediction: what its time is told to, with it.
         events: recorded before and after it; None: nobody wants to know its time.
     """
 
     layout: StepLayout
     flat: torch.Tensor
-    sampling: np.ndarray | None = None
-    edits: np.ndarray | None = None
+    draws: Draws = NO_DRAWS
     prediction: Any = None
     events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
@@ -160,11 +158,13 @@ class StepRunner:
         step: PreparedStep,
         logits: torch.Tensor | None = None,
         timer: StageTimer | None = None,
+        keep: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Issues a step, or replays its graph; the other ranks must do the same.
 
         A capture issues the step with `logits` to write and its own `timer`. Returns logits
-        [num_samples, this rank's part of the vocabulary].
+        [num_samples, this rank's part of the vocabulary]. Where no graph is replayed, `keep` gets
+        the hidden states of all tokens.
         """
         layout = step.layout
         if logits is None:
@@ -178,6 +178,8 @@ class StepRunner:
         batches, rows = micro_batches(layout, inputs, self.last_tokens, scheduler.workspace)
         scheduler.issue(batches, timer)
         hidden = hidden_states(batches)
+        if keep is not None:
+            keep.append(hidden)
         logits = scheduler.model.compute_logits(hidden if rows is None else hidden[rows], logits)
         if timer:
             timer.end_step()

@@ -17,6 +17,8 @@ from nanovllm.tiny import CHECKPOINT_DIR
 from tests.checkpoints import VOCAB
 from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, check_empty, drain, tokens
 
+KEYS = ["text", "token_ids", "finish_reason", "logprobs", "prompt_logprobs"]
+
 # ------------------------------------------------------------------ making an engine
 
 
@@ -67,9 +69,9 @@ def test_the_models_own_limit_caps_max_model_len(directory):
 # ------------------------------------------------------------------ prompts and completions
 
 
-def test_completions_are_in_order_and_have_exactly_three_keys(llm, expected):
+def test_completions_are_in_order_and_have_exactly_these_keys(llm, expected):
     outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
-    assert [list(output) for output in outputs] == [["text", "token_ids", "finish_reason"]] * 4
+    assert [list(output) for output in outputs] == [KEYS] * 4
     assert tokens(outputs) == expected
     assert len({tuple(ids) for ids in expected}) == 4
     for prompt, ids in zip(PROMPTS, expected, strict=True):
@@ -270,9 +272,7 @@ def test_requests_step_by_step(llm, expected):
     outputs = []
     while not llm.is_finished():
         outputs += llm.step()
-    assert [list(output) for output in outputs] == [
-        ["request_id", "text", "token_ids", "finish_reason"]
-    ] * 4
+    assert [list(output) for output in outputs] == [["request_id", *KEYS]] * 4
     assert {out["request_id"]: out["token_ids"] for out in outputs} == dict(
         zip(ids, expected, strict=True)
     )

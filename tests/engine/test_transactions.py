@@ -83,7 +83,7 @@ def test_a_text_that_cannot_be_decoded_costs_no_other_request(tiny, monkeypatch,
         return decode(ids, **options)
 
     monkeypatch.setattr(tiny.tokenizer, "decode", fail)
-    failed = {"text": "", "token_ids": bad, "finish_reason": "error"}
+    failed = {**outputs[1], "text": "", "finish_reason": "error"}
     assert tiny.generate(STORIES, use_tqdm=False, **SHORT) == [outputs[0], failed, outputs[2]]
     assert "its text cannot be decoded: IndexError('no such piece')" in caplog.text
 

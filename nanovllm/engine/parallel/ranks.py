@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from datetime import timedelta
@@ -150,19 +150,14 @@ class Ranks:
         return self.group.rank == 0
 
     def send_step(
-        self,
-        layout: StepLayout,
-        flat: np.ndarray,
-        sampling: np.ndarray | None,
-        edits: np.ndarray | None,
+        self, layout: StepLayout, flat: np.ndarray, draws: Sequence[np.ndarray | None]
     ) -> None:
         """Gives the other ranks a step to run; its plan goes as a number.
 
         Args:
             layout: of `flat`.
             flat: the inputs, int32.
-            sampling: how to draw tokens, int32; None: draw none.
-            edits: how to change logits before, int32; None: not at all.
+            draws: what is made of the logits, int32; an empty array arrives as None.
 
         Raises:
             RankDiedError: one of them has died.
@@ -170,16 +165,14 @@ class Ranks:
         if self.group.size > 1:
             self.workers.check()
             parts = [np.array(layout.to_integers(), np.int32), flat]
-            parts += [np.empty(0, np.int32) if part is None else part for part in (sampling, edits)]
+            parts += [np.empty(0, np.int32) if part is None else part for part in draws]
             message = join(parts)
             packet = np.zeros(PACKET, np.int32)
             packet[: len(message)] = message[:PACKET]
             for part in [packet, message[PACKET:]][: 1 + (len(message) > PACKET)]:
                 complete(self._broadcast(torch.from_numpy(part)), self.step_timeout)
 
-    def receive_step(
-        self,
-    ) -> tuple[StepLayout, np.ndarray, np.ndarray | None, np.ndarray | None] | None:
+    def receive_step(self) -> tuple[StepLayout, np.ndarray, list[np.ndarray | None]] | None:
         """Waits for the next step, as it was sent; None when there will be no more."""
         packet = torch.empty(PACKET, dtype=torch.int32)
         self._broadcast(packet).wait()
@@ -191,8 +184,7 @@ class Ranks:
             self._broadcast(message[PACKET:]).wait()
         integers, flat, *draws = split(message.numpy())
         layout = StepLayout.from_integers(integers.tolist())
-        sampling, edits = (part if len(part) else None for part in draws)
-        return layout, flat, sampling, edits
+        return layout, flat, [part if len(part) else None for part in draws]
 
     def connect_peers(self, all_reduce: str, dtype: torch.dtype, hidden: int) -> None:
         """Lets the model's collectives use the memory of all ranks, if they can reach it.

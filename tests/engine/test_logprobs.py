@@ -1,0 +1,255 @@
+"""Log-probabilities: transformers' own, whatever the scheduler does, and only where asked for."""
+
+from __future__ import annotations
+
+import random
+from itertools import count
+from typing import Any
+
+import pytest
+
+from nanovllm import LLM, Logprob, SamplingParams
+from nanovllm.engine.scoring import ScoredPrompt, Scoring
+from nanovllm.layers import logprobs as device
+from tests.checkpoints import TABLE, Shape, prompts
+from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, check_empty, tokens
+from tests.interrupts import Interrupt, InterruptAt
+from tests.scores import check_output
+
+PIPELINED = {"enable_pipeline": True, "pipeline_mode": "microbatch", "pipeline_strict": True}
+# As in test_engine_oracle.py: chunks, scarce blocks with preemption, micro-batches, no look-ahead.
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"max_num_batched_tokens": 7},
+    {"num_kvcache_blocks": 6, "max_num_batched_tokens": 13, "async_scheduling": False},
+    {"num_kvcache_blocks": 8, "max_num_batched_tokens": 5, **PIPELINED},
+    {"enable_prefix_caching": False, "num_kvcache_blocks": 6, **PIPELINED},
+    {"max_num_seqs": 2, "pipeline_enable_profiling": True},
+]
+ASKED = [(None, None), (0, None), (None, 0), (5, None), (None, 3), (20, 20), (1, 7)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Shape(seed=5).build()  # that of `directory`
+
+
+def random_params(rng: random.Random) -> tuple[SamplingParams, tuple[int | None, int | None]]:
+    logprobs, prompt_logprobs = asked = rng.choice(ASKED)
+    limit = rng.choice([{"temperature": 0}, {}, {"top_k": 5}, {"top_p": 0.5, "temperature": 3}])
+    params = SamplingParams(
+        max_tokens=rng.randint(1, 24), seed=rng.randrange(99), **limit,
+        logprobs=logprobs, prompt_logprobs=prompt_logprobs,
+    )  # fmt: skip
+    return params, asked
+
+
+@pytest.mark.parametrize("model_type", TABLE)
+@pytest.mark.parametrize("number", range(len(SETTINGS)))
+def test_log_probabilities_are_those_of_transformers(tmp_path, model_type, number):
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    model = Shape.random(seed, model_type).write(tmp_path)
+    given = prompts(seed, count=8)
+    options = {**OPTIONS, "max_model_len": 128, **SETTINGS[number]}
+    with LLM(str(tmp_path), **options) as llm:
+        for _ in range(2):  # the second time prefixes are cached
+            params, asked = zip(*(random_params(rng) for _ in given), strict=True)
+            outputs = llm.generate(given, list(params), use_tqdm=False)
+            for prompt, output, counts in zip(given, outputs, asked, strict=True):
+                check_output(model, prompt, output, counts)
+        check_empty(llm)
+        assert llm.scheduler.num_scored == 0
+
+
+@pytest.mark.parametrize("more", [{}, PIPELINED])
+def test_preempted_requests_keep_what_they_know(directory, model, monkeypatch, more):
+    """Also one that was preempted within its prompt."""
+    runs: list[ScoredPrompt] = []
+    again: list[bool] = []
+    of = Scoring.of
+
+    def noting(step):
+        found = of(step)
+        again.extend(
+            c.seq.scores_prompt and c.start < len(c.seq.prompt_logprobs) for c in step.chunks
+        )
+        runs.extend(found.prompts if found else ())
+        return found
+
+    monkeypatch.setattr(Scoring, "of", noting)
+    given = prompts(1, count=9, longest=40)
+    asking = SamplingParams(temperature=0, max_tokens=24, logprobs=2, prompt_logprobs=1)
+    options = {**OPTIONS, "num_kvcache_blocks": 8, "max_num_batched_tokens": 2, **more}
+    with LLM(str(directory), **options) as llm:
+        outputs = llm.generate(given, asking, use_tqdm=False)
+    assert any(again)
+    for prompt, output in zip(given, outputs, strict=True):
+        check_output(model, prompt, output, (2, 1))
+    # Each token of a prompt is scored once, whatever is computed again.
+    assert sum(each.end - each.start for each in runs) == sum(len(p) - 1 for p in given)
+
+
+def test_long_prompts_are_scored_in_pieces(llm, model, monkeypatch):
+    monkeypatch.setattr(device, "PIECE", 4)
+    outputs = llm.generate(PROMPTS * 2, GREEDY_SCORED, use_tqdm=False)
+    for prompt, output in zip(PROMPTS * 2, outputs, strict=True):
+        check_output(model, prompt, output, (2, 1))
+
+
+GREEDY_SCORED = SamplingParams(
+    temperature=0, max_tokens=8, ignore_eos=True, logprobs=2, prompt_logprobs=1
+)
+
+
+def test_asking_changes_no_token_and_greedy_ones_are_the_likeliest(llm, expected):
+    outputs = llm.generate(PROMPTS, GREEDY_SCORED, use_tqdm=False)
+    assert tokens(outputs) == expected
+    for output in outputs:
+        ranks = [
+            place[t].rank for t, place in zip(output["token_ids"], output["logprobs"], strict=True)
+        ]
+        assert ranks == [1] * 8
+
+
+def count_computed(llm, monkeypatch) -> list[int]:
+    """A list that gets the number of tokens of each step from now on."""
+    counts: list[int] = []
+
+    def watch(moment, step):
+        if moment == "begin":
+            counts.append(sum(chunk.end - chunk.start for chunk in step.chunks))
+
+    monkeypatch.setattr(llm.model_runner, "watch", watch)
+    return counts
+
+
+def test_a_scored_prompt_takes_no_cached_prefix_but_leaves_one(directory, model, monkeypatch):
+    prompt = (PROMPTS[0] * 40)[:40]
+    once = SamplingParams(max_tokens=1, prompt_logprobs=2)
+    with LLM(str(directory), **OPTIONS) as llm:
+        counts = count_computed(llm, monkeypatch)
+        for params in (once, SamplingParams(max_tokens=1), once):
+            (output,) = llm.generate([prompt], params, use_tqdm=False)
+            check_output(model, prompt, output, (None, params.prompt_logprobs))
+    assert counts == [40, 8, 40]  # two blocks of 16 are found
+
+
+def test_only_rows_that_ask_are_scored(llm, monkeypatch):
+    scored: list[tuple[int, int]] = []
+    score = device.score
+
+    def counting(logits, tokens, count, *group):
+        scored.append((len(logits), count))
+        return score(logits, tokens, count, *group)
+
+    monkeypatch.setattr(device, "score", counting)
+    llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    assert scored == []
+    asking = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, logprobs=4)
+    llm.generate(PROMPTS, [GREEDY, asking, GREEDY, GREEDY], use_tqdm=False)
+    assert set(scored) == {(1, 4)}
+
+
+# ------------------------------------------------------------------ aborts, errors, interrupts
+
+
+@pytest.mark.parametrize("moment", ["begin", "issued", "tokens"])
+def test_what_is_aborted_has_a_score_for_each_of_its_tokens(directory, model, monkeypatch, moment):
+    prompt, lengths = (PROMPTS[0] * 20)[:20], set()
+    with LLM(str(directory), **OPTIONS, max_num_batched_tokens=8) as llm:
+        for number in range(8):
+            steps = count(1)
+
+            def watch(now, step, number=number, steps=steps):
+                if now == moment and next(steps) > number:
+                    llm.abort(llm.next_request_id - 1)
+
+            monkeypatch.setattr(llm.model_runner, "watch", watch)
+            (output,) = llm.generate([prompt], GREEDY_SCORED, use_tqdm=False)
+            assert output["finish_reason"] == "abort"
+            known = prompt[: len(output["prompt_logprobs"])]
+            lengths |= {(len(known), len(output["token_ids"]))}
+            assert len(known) == len(prompt) or not output["token_ids"]
+            check_output(model, prompt[: len(known)], output, (2, 1))
+        check_empty(llm)
+    assert len(lengths) > 4
+
+
+def test_interrupts_neither_lose_nor_double_scores(directory, model):
+    """At random lines of the engine, with few blocks, so that requests are preempted as well."""
+    options = {**OPTIONS, "num_kvcache_blocks": 5, "max_num_batched_tokens": 24}
+    asked = [(1, None), (None, 2), (0, 0), (3, 1)]
+    params = [
+        SamplingParams(temperature=0, max_tokens=12, logprobs=a, prompt_logprobs=b)
+        for a, b in asked
+    ]
+    draw = random.Random()
+    with LLM(str(directory), **options) as llm:
+        with InterruptAt(0) as lines:
+            llm.generate(PROMPTS, params, use_tqdm=False)
+        assert llm.scheduler.num_preemptions > 0
+        for _ in range(10):
+            ids = [llm.add_request(*pair) for pair in zip(PROMPTS, params, strict=True)]
+            outputs: dict[int, Any] = {}
+            try:
+                with InterruptAt(draw.randrange(1, lines.executed)):
+                    while not llm.is_finished():
+                        for output in llm.step():
+                            outputs[output["request_id"]] = output
+            except Interrupt:
+                pass
+            while not llm.is_finished():
+                outputs |= {output["request_id"]: output for output in llm.step()}
+            for request_id, prompt, counts in zip(ids, PROMPTS, asked, strict=True):
+                check_output(model, prompt, outputs[request_id], counts)
+        check_empty(llm)
+        assert llm.scheduler.num_scored == 0
+
+
+# ------------------------------------------------------------------ texts
+
+
+def test_each_token_has_its_own_text(tiny):
+    (output,) = tiny.generate(
+        "Once upon", temperature=0, max_tokens=3, logprobs=2, prompt_logprobs=0, use_tqdm=False
+    )
+    for place in [*output["logprobs"], *output["prompt_logprobs"][1:]]:
+        for token, each in place.items():
+            assert each.decoded_token == tiny.tokenizer.decode([token])
+    own = [
+        place[t].decoded_token
+        for t, place in zip(output["token_ids"], output["logprobs"], strict=True)
+    ]
+    assert "".join(own) == output["text"]
+
+
+def test_without_a_tokenizer_tokens_have_no_text(llm):
+    (output,) = llm.generate([[5, 6]], max_tokens=1, prompt_logprobs=0, use_tqdm=False)
+    none, place = output["prompt_logprobs"]
+    assert none is None
+    assert place == {6: Logprob(place[6].logprob, place[6].rank, None)}
+
+
+def test_a_token_whose_text_cannot_be_told_ends_its_own_request_in_error(tiny, monkeypatch):
+    tiny.texts.token_texts.clear()
+
+    def fail(ids, **options):
+        raise IndexError("no such piece")
+
+    asking = SamplingParams(max_tokens=2, logprobs=1)
+    decode = tiny.tokenizer.decode
+    monkeypatch.setattr(
+        tiny.tokenizer, "decode", lambda ids, **o: decode(ids, **o) if o else fail(ids)
+    )
+    outputs = tiny.generate(["Tom", "Anna"], [asking, GREEDY], use_tqdm=False)
+    assert [output["finish_reason"] for output in outputs] == ["error", "length"]
+
+
+def test_a_computed_request_has_no_scores_of_its_prompt(directory):
+    with (
+        LLM(str(directory), **OPTIONS, enable_prefix_caching=False) as llm,
+        pytest.raises(ValueError, match=r"^prompt_logprobs=3 is not allowed"),
+    ):
+        llm.add_computed_request([5, 6, 7], prompt_logprobs=3)

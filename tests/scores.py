@@ -1,0 +1,91 @@
+"""What log-probabilities must be, by transformers or by the definition, and how to compare."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from nanovllm import Logprob
+from tests import scripts
+
+Asked = tuple[int | None, int | None]  # logprobs, prompt_logprobs
+
+SCRIPT = """
+import json, sys
+from nanovllm import LLM, SamplingParams
+
+with open(sys.argv[1]) as file:
+    task = json.load(file)
+with LLM(**task["options"]) as llm:
+    params = [SamplingParams(**fields) for fields in task["sampling"]]
+    outputs = llm.generate(task["prompts"], params, use_tqdm=False)
+    print(json.dumps([outputs, llm.scheduler.num_preemptions]))
+"""
+
+
+@torch.inference_mode()
+def log_softmax(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
+    """[T, vocab]: of what follows each token."""
+    return model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+
+
+def check_place(
+    place: dict[int, Logprob], token: int, count: int, right: torch.Tensor, tolerance: float
+) -> None:
+    """`place` holds `token` and the `count` likeliest ones by `right` [vocab]."""
+    assert next(iter(place)) == token
+    assert len(place) == count + (place[token].rank > count)
+    for i, each in place.items():
+        assert abs(each.logprob - right[i].item()) < tolerance
+        least, most = (int((right > right[i] + e).sum()) for e in (tolerance, -tolerance))
+        assert least < each.rank <= most
+    likeliest = sorted((each for each in place.values()), key=lambda each: each.rank)[:count]
+    assert [each.rank for each in likeliest] == list(range(1, count + 1))
+    values = [each.logprob for each in likeliest]
+    assert values == sorted(values, reverse=True)
+
+
+def check_output(
+    model: PreTrainedModel, prompt: list[int], output: Any, asked: Asked, tolerance: float = 1e-4
+) -> None:
+    """A completion has what was asked for, and as transformers says."""
+    ids = prompt + output["token_ids"]
+    right = log_softmax(model, ids)
+    after, within = range(len(prompt), len(ids)), range(1, len(prompt))
+    for field, count, numbers in zip(
+        ("logprobs", "prompt_logprobs"), asked, (after, within), strict=True
+    ):
+        places = output[field]
+        if count is None:
+            assert places is None
+            continue
+        if field == "prompt_logprobs":
+            assert places[0] is None
+            places = places[1:]
+        for i, place in zip(numbers, places, strict=True):
+            check_place(place, ids[i], count, right[i - 1], tolerance)
+
+
+def run_script(directory: Path, task: dict[str, Any]) -> tuple[list[Any], int]:
+    """Completions of an engine in a process of its own, and how often it preempted a request.
+
+    `task` has "options" of `LLM`, "prompts", and "sampling", the fields of each.
+    """
+    (directory / "task.json").write_text(json.dumps(task))
+    script = directory / "script.py"
+    script.write_text(SCRIPT)
+    result = scripts.run(script, directory / "task.json", timeout=240)
+    assert result.returncode == 0, result.stderr
+    outputs, preemptions = json.loads(result.stdout)
+    for output in outputs:
+        for field in ("logprobs", "prompt_logprobs"):
+            output[field] = output[field] and [_from_json(place) for place in output[field]]
+    return outputs, preemptions
+
+
+def _from_json(place: dict[str, list[Any]] | None) -> dict[int, Logprob] | None:
+    return place and {int(token): Logprob(*each) for token, each in place.items()}

@@ -78,6 +78,7 @@ class ModelRunner:
             max_length=self.max_model_len, show_progress=ranks.is_first,
             on_tensor=ranks.workers.check,
         )  # fmt: skip
+        ranks.minimum(0)  # no kernel shall wait for a rank that still loads
         max_blocks = -(-self.max_model_len // self.block_size)
         self.inputs = StepInputs(self.block_size, max_blocks, self.backend)
         self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
@@ -92,6 +93,7 @@ class ModelRunner:
         self._bind_cache(self.num_blocks, dtype)
         self.graph_memory = self._make_graph_memory(dtype)
         self.step_runner = self.make_step_runner(config)
+        ranks.check_equal([scheduler.plan for scheduler in self.step_runner.schedulers])
         self.watch: Callable[[str, Step], None] = ignore
         self.statistics = self.step_runner.statistics
         self.closed = False
@@ -101,7 +103,11 @@ class ModelRunner:
                 logits = warm_up(self.step_runner, config, longest)
                 for params in SAMPLING:
                     vocab_size = self.model_config.vocab_size
-                    self._draw(logits, SamplingBatch.pack([params], [0], [0], [0], vocab_size))
+                    packed = SamplingBatch.pack([params], [0], [0], [0], vocab_size)
+                    tokens, done = self._draw(logits, packed)
+                    if done is not None:
+                        ranks.wait(done)
+                    ranks.check_silence(tokens)
             if ranks.is_first:  # whose steps the others serve from now on
                 self.step_runner.chooser.capture(self.step_runner, show_progress=True)
         except BaseException:
@@ -187,7 +193,10 @@ class ModelRunner:
         """Runs the steps that rank 0 sends, and draws the same tokens, until it stops."""
         while (received := self.ranks.receive_step()) is not None:
             layout, flat, sampling = received
-            step = PreparedStep(layout, torch.from_numpy(flat), sampling)
+            inputs = torch.from_numpy(flat)
+            if self.device.type == "cuda":
+                inputs = inputs.pin_memory()  # or the copy could wait for the steps before
+            step = PreparedStep(layout, inputs, sampling)
             self._draw(self.step_runner.run(step), sampling)
             self.ranks.watch_step()
 

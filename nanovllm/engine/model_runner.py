@@ -86,6 +86,7 @@ class ModelRunner:
             max_length=self.max_model_len, show_progress=ranks.is_first,
             on_tensor=ranks.workers.check,
         )  # fmt: skip
+        ranks.minimum(0)  # no kernel shall wait for a rank that still loads
         max_blocks = -(-self.max_model_len // self.block_size)
         self.inputs = StepInputs(self.block_size, max_blocks, self.backend)
         self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
@@ -103,6 +104,7 @@ class ModelRunner:
         self._bind_cache(self.num_blocks, dtype)
         self.graph_memory = self._make_graph_memory(dtype)
         self.step_runner = self.make_step_runner(config)
+        ranks.check_equal([scheduler.plan for scheduler in self.step_runner.schedulers])
         self.watch: Callable[[str, Step], None] = ignore
         self.statistics = self.step_runner.statistics
         self.closed = False
@@ -113,7 +115,10 @@ class ModelRunner:
                 for params in SAMPLING:
                     edits = self.edited_draws.edits_of(params, ())
                     seq = replace(dummy_chunk(0, 1).seq, params=params, edits=edits, num_pending=1)
-                    self._draw(logits, self._pack([seq]))
+                    tokens, _, done = self._to_host(self._draw(logits, self._pack([seq])), None)
+                    if done is not None:
+                        ranks.wait(done)
+                    ranks.check_silence(tokens)
             if ranks.is_first:  # whose steps the others serve from now on
                 self.step_runner.chooser.capture(self.step_runner, show_progress=True)
         except BaseException:
@@ -209,9 +214,11 @@ class ModelRunner:
         """Runs the steps that rank 0 sends, and draws the same tokens, until it stops."""
         while (received := self.ranks.receive_step()) is not None:
             layout, flat, parts = received
-            step = PreparedStep(layout, torch.from_numpy(flat), draws := Draws(*parts))
+            inputs, draws = torch.from_numpy(flat), Draws(*parts)
+            if self.device.type == "cuda":
+                inputs = inputs.pin_memory()  # or the copy could wait for the steps before
             keep: list[torch.Tensor] | None = None if draws.scoring is None else []
-            logits = self.step_runner.run(step, keep=keep)
+            logits = self.step_runner.run(PreparedStep(layout, inputs, draws), keep=keep)
             self._score(draws, logits, self._draw(logits, draws), keep)
             self.ranks.watch_step()
 

@@ -19,6 +19,7 @@ from nanovllm.engine.graph_memory import batch_sizes
 from nanovllm.engine.pipeline_scheduler import hidden_states
 from nanovllm.engine.step_inputs import dummy_chunk, micro_batches
 from nanovllm.engine.step_runner import StepRunner
+from nanovllm.layers.peer_memory import MOST_ROWS as PEER_ROWS
 from nanovllm.models.stage import BEFORE_LAYERS
 from nanovllm.sampling_params import SamplingParams
 
@@ -43,7 +44,10 @@ def warm_up(steps: StepRunner, config: Config, max_prompt: int) -> torch.Tensor:
 
     Returns logits [1, this rank's part of the vocabulary] to draw from, with `SAMPLING`.
     """
-    for rows in batch_sizes(min(MOST_ROWS, max_prompt)):
+    sizes = batch_sizes(min(MOST_ROWS, max_prompt))
+    if config.tensor_parallel_size > 1:  # an all-reduce has further ways for more rows
+        sizes += [rows for rows in (PEER_ROWS // 2, PEER_ROWS) if rows <= max_prompt]
+    for rows in sizes:
         logits = _run_outer_layers(steps, rows)
     if config.enforce_eager:
         sizes = batch_sizes(config.max_num_seqs)

@@ -16,8 +16,8 @@ normalises.
 Barriers are counters in each rank's memory, one for each (program, rank, beginning or end), which
 grow by one a launch: nothing is reset, so a captured graph can be replayed. A program waits for the
 same program of its peers and for nothing else. A wait is bounded: after ``max_polls`` looks a
-program notes that in ``expired`` and goes on. No later launch waits again, and the peers are told
-with their next signal.
+program notes that in ``expired`` and goes on; whoever else writes there ends it, too. No later
+launch waits again, and the peers are told with their next signal.
 
 NOTE: launch no more programs than run at a time: one that waits must not keep out one waited for.
 NOTE: no barrier protects a partial sum from being overwritten while a peer reads it. Neighbouring
@@ -123,13 +123,18 @@ def _meet(counters, at, launch, expired, polls, RANK: tl.constexpr, SIZE: tl.con
     word = tl.where(given_up == 0, launch, launch + POISON)
     tl.atomic_xchg(theirs + at * SIZE + RANK, word, mask=others, sem="release", scope="sys")
     ours = tl.load(counters + RANK).to(tl.pointer_type(tl.int32)) + at * SIZE + peer
-    seen = tl.atomic_add(ours, 0, mask=others, sem="acquire", scope="sys")
-    left = tl.where(given_up == 0, polls, 0)
+    # NOTE: this rank's own place is `expired`, looked at by the same instruction: its result is the
+    # same for all warps, and that of a load, which may be another for each, must not end the loop.
+    watched = tl.where(peer == RANK, expired + 0 * peer, ours)
+    seen = tl.atomic_add(watched, 0, mask=peer < SIZE, sem="acquire", scope="sys")
     # The difference, because counters wrap around.
     behind = tl.min(tl.where(others, seen - launch, 0), axis=0) < 0
-    while behind & (left > 0):
-        seen = tl.atomic_add(ours, 0, mask=others, sem="acquire", scope="sys")
+    told = tl.max(tl.where(peer == RANK, seen, 0), axis=0) != 0
+    left = polls
+    while behind & (left > 0) & (not told):
+        seen = tl.atomic_add(watched, 0, mask=peer < SIZE, sem="acquire", scope="sys")
         behind = tl.min(tl.where(others, seen - launch, 0), axis=0) < 0
+        told = tl.max(tl.where(peer == RANK, seen, 0), axis=0) != 0
         left -= 1
     poisoned = tl.max(tl.where(others, seen - launch, 0), axis=0) >= POISON
     if behind | poisoned:

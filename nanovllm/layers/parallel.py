@@ -63,8 +63,8 @@ class ParallelGroup:
         """
         if self.size == 1:
             return x[None]
-        if self.peers is not None:
-            return self.peers.gather(x)
+        if self.peers is not None and (gathered := self.peers.gather(x)) is not None:
+            return gathered
         parts = x.new_empty(self.size, *x.shape)
         self._complete(
             _gather(parts.flatten(0, 1), x.contiguous(), group=self.process_group, async_op=True),

@@ -84,9 +84,10 @@ class PeerMemory:
             int(timeout / POLL_SECONDS),
         )
         self.gathers = 0
-        # Made here: allocations could wait for the very kernel that is to end.
-        self._side_stream = torch.cuda.Stream(device)
-        self._one = torch.ones(1, dtype=torch.int32).pin_memory()
+        # NOTE: of another priority, so that it shares no queue with what waits for the very kernel
+        # that is to end. The fill, here, loads what a later one needs.
+        self._side_stream = torch.cuda.Stream(device, priority=-1)
+        self._fill_expired(0)
 
     def part(self, turn: int, first: int, rows: int) -> Tensor | None:
         """Where to write a partial sum of so many rows; None: there is no room for it.
@@ -131,9 +132,14 @@ class PeerMemory:
         )
         return result.own[first : first + rows]
 
-    def gather(self, x: Tensor) -> Tensor:
-        """Every rank's `x`, [size, *x.shape]; valid until the second gather after it."""
+    def gather(self, x: Tensor) -> Tensor | None:
+        """Every rank's `x`, [size, *x.shape]; valid until the second gather after it.
+
+        None: there is no room for it.
+        """
         values = x.contiguous().view(-1).view(torch.int64)
+        if values.numel() > MOST_VALUES:
+            return None
         inbox = self.inboxes[self.gathers % 2]
         self.gathers += 1
         self.kernels.gather(self.peers, values, inbox.addresses)
@@ -142,8 +148,11 @@ class PeerMemory:
 
     def expire(self) -> None:
         """Lets a kernel that waits for a peer end; nothing after that is valid."""
+        self._fill_expired(1)
+
+    def _fill_expired(self, value: int) -> None:
         with torch.cuda.stream(self._side_stream), torch.inference_mode():
-            self.peers.expired.copy_(self._one, non_blocking=True)
+            self.peers.expired.fill_(value)
 
     def disconnect(self) -> None:
         """Gives up the memory of the others; may be called twice."""

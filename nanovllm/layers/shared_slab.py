@@ -86,16 +86,20 @@ class SharedSlab:
 
     def disconnect(self) -> None:
         """Gives up the memory of the others, once no kernel uses it; may be called twice."""
-        torch.cuda.synchronize(self._device)
-        while self._opened:
-            self._driver("cuIpcCloseMemHandle", self._opened.pop())
+        with torch.cuda.device(self._device):
+            torch.cuda.synchronize()
+            while self._opened:
+                self._driver("cuIpcCloseMemHandle", self._opened.pop())
 
     def close(self) -> None:
         """Frees this rank's memory, too; may be called twice."""
-        self.disconnect()
-        address, self._address = self._address, 0
-        if address:
-            self._driver("cuMemFree", address)
+        try:
+            self.disconnect()
+        finally:
+            address, self._address = self._address, 0
+            if address:
+                with torch.cuda.device(self._device):
+                    self._driver("cuMemFree", address)
 
 
 class _Bytes:

@@ -3,7 +3,8 @@
     compute-sanitizer --tool memcheck --report-api-errors no python tests/gpu/memcheck_steps.py
 
 (Without the option it lists what the driver says of functions that it does not have.) With 2 as an
-argument there are two ranks on two GPUs.
+argument there are two ranks on two GPUs, which are alike, so that it is enough to watch rank 0:
+`--target-processes application-only`.
 
 The model is small and the graphs are few, as the checker makes everything many times slower.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -52,7 +54,7 @@ def main() -> None:
             pipeline_mode="green",
             pipeline_strict=True,
             tensor_parallel_size=int(sys.argv[1]) if len(sys.argv) > 1 else 1,
-            step_timeout=600,
+            step_timeout=300,
         ) as engine:
             run_steps(engine)
     print(f"{STEPS} steps done")
@@ -62,7 +64,11 @@ def run_steps(engine: LLM) -> None:
     """Requests of all lengths come and go, so the batch grows and shrinks."""
     rng = random.Random(0)
     statistics = engine.model_runner.get_pipeline_statistics
-    while sum(statistics()["steps"].values()) < STEPS:  # type: ignore[attr-defined]
+    begin, shown = time.monotonic(), 0
+    while (done := sum(statistics()["steps"].values())) < STEPS:  # type: ignore[attr-defined]
+        if done >= shown:
+            print(f"{done} steps after {time.monotonic() - begin:.0f} s", flush=True)
+            shown = done + STEPS // 10
         for _ in range(rng.randint(1, SEATS)):
             prompt = [rng.randrange(2, VOCAB) for _ in range(rng.randint(1, 60))]
             engine.add_request(prompt, max_tokens=rng.randint(1, 60), ignore_eos=True)

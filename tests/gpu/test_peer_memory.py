@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -102,9 +104,13 @@ def check_silence(memory: PeerMemory) -> None:
     memory.add_norm(part, 0, 0, residual, residual[0], EPS)
     event = torch.cuda.Event()
     event.record()
+    pinned, there = torch.ones(1).pin_memory(), torch.zeros(1, device="cuda")
+    there.copy_(pinned, non_blocking=True)  # waits behind the kernel
     assert not event.query()
+    begin = time.monotonic()
     memory.expire()
     event.synchronize()
+    assert time.monotonic() - begin < 2  # by itself it would wait for 20
     assert memory.peers.expired.item() != 0
 
 

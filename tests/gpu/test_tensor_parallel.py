@@ -39,7 +39,9 @@ for options in task["engines"]:
              kvcache_block_size=16, **options) as llm:
         outputs = llm.generate(task["prompts"], params, use_tqdm=False)
         steps = llm.model_runner.get_pipeline_statistics()["steps"]
-    print(json.dumps([steps["pipelined"], [output["token_ids"] for output in outputs]]), flush=True)
+        shared = llm.model_runner.ranks.group.peers is not None
+    tokens = [output["token_ids"] for output in outputs]
+    print(json.dumps([steps["pipelined"], shared, tokens]), flush=True)
 """
 SAMPLING = [
     {"temperature": 0},
@@ -119,10 +121,11 @@ def test_float32_tokens_equal_those_of_one_rank(tmp_path, shape, pipelines, eage
         options = PIPELINES[pipeline]
         strict = {"pipeline_strict": True} if options.get("enable_pipeline") else {}
         engines.append({**common, "tensor_parallel_size": 2, **options, **strict})
-    ((_, one), *others), _ = run_engines(tmp_path, TOKENS, engines)
+    ((_, _, one), *others), _ = run_engines(tmp_path, TOKENS, engines)
     assert len(others) == len(pipelines)
-    for pipeline, (pipelined, tokens) in zip(pipelines, others, strict=True):
+    for pipeline, (pipelined, shared, tokens) in zip(pipelines, others, strict=True):
         assert tokens == one, pipeline
+        assert shared == (pipeline != "nccl")
         assert (pipelined > 0) == ("pipeline_mode" in PIPELINES[pipeline]), pipeline
 
 
@@ -142,9 +145,11 @@ def test_bfloat16_logits_are_as_good_as_those_of_one_rank(tmp_path, eager):
 def test_torchrun_gives_the_same_tokens(tmp_path):
     SHAPES[0].write(tmp_path / "model")
     options = {"dtype": "float32"}
-    one, _ = run_engines(tmp_path, TOKENS, [options])
+    ((_, _, one),), _ = run_engines(tmp_path, TOKENS, [options])
     options["tensor_parallel_size"] = 2
-    assert run_engines(tmp_path, TOKENS, [options], processes=2)[0] == one
+    ((_, shared, tokens),), _ = run_engines(tmp_path, TOKENS, [options], processes=2)
+    assert shared
+    assert tokens == one
 
 
 ENGINES = """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import dataclass
 from queue import Empty
 from typing import Any
@@ -146,3 +148,14 @@ def test_a_wait_ends_and_tells_the_peers(two_shot):
     late.launches.fill_(1)
     all_reduce_alone(late, outputs, two_shot=two_shot)
     assert late.expired.item() == 1
+
+
+@pytest.mark.parametrize("two_shot", [False, True])
+def test_a_wait_ends_when_it_is_told_to(two_shot):
+    counters = [torch.zeros(2, 1, 2, dtype=torch.int32) for _ in range(2)]
+    waiting = peers_of(0, counters)
+    thread = threading.Thread(target=lambda: (time.sleep(0.5), waiting.expired.fill_(1)))
+    thread.start()
+    all_reduce_alone(waiting, [torch.zeros(2, 32) for _ in range(2)], two_shot=two_shot)
+    thread.join()
+    assert waiting.expired.item() == 1

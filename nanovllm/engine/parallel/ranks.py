@@ -17,6 +17,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
@@ -224,6 +225,12 @@ class Ranks:
         complete(work, LOAD_SECONDS)
         return int(tensor)
 
+    def check_equal(self, values: Sequence[object]) -> None:
+        """Raises RuntimeError unless all ranks give values that print alike."""
+        found = zlib.crc32(repr(values).encode())
+        if self.minimum(found) != -self.minimum(-found):
+            raise RuntimeError(f"the ranks' GPUs differ; rank {self.group.rank} has {values}")
+
     def wait(self, event: torch.cuda.Event) -> None:
         """Waits for `event`, which a dead or silent rank would never let happen.
 
@@ -304,6 +311,11 @@ class Ranks:
         try:
             if peers is not None:
                 peers.close()
+        except RuntimeError as error:
+            if not self.broken:
+                raise
+            # What broke it is being told; the memory of a rank that is gone may give any error.
+            logger.warning("Shared memory was not given back: %s", error)
         finally:
             groups.close()
             shutil.rmtree(self.meeting, ignore_errors=True)
@@ -386,7 +398,10 @@ class Ranks:
         if self._issued is None:
             return False
         event, since = self._issued
-        return monotonic() - since > self.step_timeout and not event.query()
+        if monotonic() - since <= self.step_timeout:
+            return False
+        with torch.cuda.device(self.device):  # or the query would make a context on another
+            return not event.query()
 
     @property
     def control(self) -> dist.ProcessGroup:

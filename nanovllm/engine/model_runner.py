@@ -30,7 +30,7 @@ from nanovllm.engine.warm_up import SAMPLING, warm_up
 from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.sampler import SamplingBatch, sample
 from nanovllm.models import Checkpoint, load_config, load_model
-from nanovllm.utils.device import resolve_dtype, sm_count
+from nanovllm.utils.device import resolve_device, resolve_dtype, sm_count
 from nanovllm.utils.timeline import save_timeline
 
 
@@ -292,3 +292,21 @@ class ModelRunner:
         # room for the graphs' own memory.
         shape = self.config.max_num_seqs, self.model.vocab_shard.size
         torch.zeros(shape, device=self.device).softmax(-1)
+
+
+def start_runner(config: Config, directory: Path) -> ModelRunner:
+    """The runner of rank 0, all ranks ready; other ranks serve it and never return."""
+    device = resolve_device(config.device)
+    ranks = Ranks.start(config, directory, device)
+    try:
+        with ranks.collective_region():
+            runner = ModelRunner(config, directory, device, ranks)
+            if not ranks.is_first:
+                runner.serve()
+    except BaseException:
+        ranks.close()
+        raise
+    if not ranks.is_first:
+        runner.close()
+        raise SystemExit(0)
+    return runner

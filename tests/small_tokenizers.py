@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -32,6 +33,19 @@ def byte_level(pieces: Sequence[str | bytes] = PIECES) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return with_added(tokenizer)
+
+
+def fill(vocab: int) -> list[str | bytes]:
+    """Pieces for a byte-level vocabulary of that size, with two added tokens."""
+    pieces, count = list(PIECES), vocab - 256 - 2
+    letters = "etaoin shrdlu\nédß日🙂".encode()
+    draw = random.Random(0)
+    while len(pieces) < count:
+        start = draw.randrange(len(letters))
+        piece = letters[start : start + draw.randint(2, 5)] + bytes([draw.choice(letters)])
+        if piece not in pieces and piece.decode("utf-8", "replace") not in pieces:
+            pieces.append(piece)
+    return pieces
 
 
 def sentence_pieces() -> Tokenizer:

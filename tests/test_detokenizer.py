@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nanovllm.engine.detokenizer import INCOMPLETE, WINDOW, Detokenizer
 from nanovllm.engine.prompts import UndecodableError
 from tests.small_tokenizers import KINDS
+from tests.stop_definition import stopped
 
 TOKENIZERS = {kind: make() for kind, make in KINDS.items()}
 PROMPT = [0, 1, 2]  # what is read begins behind it
@@ -35,36 +36,14 @@ def read(decode, ids: list[int], stops=(), keep_stop=False) -> tuple[Detokenizer
     return detokenizer, count
 
 
-def first_complete(text: str, stops) -> tuple[int, int, str] | None:
-    """By definition: end and start of the stop text that is complete first, letter by letter."""
-    for end in range(len(text) + 1):
-        ending = [stop for stop in stops if text[:end].endswith(stop)]
-        if ending:
-            stop = max(ending, key=len)
-            return end, end - len(stop), stop
-    return None
-
-
 def check_stops(decode, ids: list[int], stops) -> bool:
     """Both ways to keep or drop the stop text, against the definition; whether there is one."""
-    found, count = None, len(ids)
-    for i in range(1, len(ids) + 1):
-        text = decode(ids[:i]).rstrip(INCOMPLETE)
-        found = first_complete(text, stops)
-        if found:
-            count = i
-            break
     for keep_stop in (False, True):
         detokenizer, tokens = read(decode, ids, stops, keep_stop)
         text = detokenizer.whole_text(PROMPT + ids)
-        assert tokens == count
-        if found is None:
-            assert (text, detokenizer.progress.stop) == (decode(ids), None)
-        else:
-            end, start, stop = found
-            kept = decode(ids[:count])[: end if keep_stop else start]
-            assert (text, detokenizer.progress.stop) == (kept, stop)
-    return found is not None
+        expected = stopped(decode, ids, stops, keep_stop)
+        assert (text, ids[:tokens], detokenizer.progress.stop) == expected
+    return expected[2] is not None
 
 
 # ------------------------------------------------------------------ texts

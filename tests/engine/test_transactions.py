@@ -35,6 +35,8 @@ def test_the_play_meets_what_it_is_to_meet(victim):
     before = victim.engine.scheduler.num_preemptions
     assert Play(victim.engine).run() == victim.right
     assert victim.engine.scheduler.num_preemptions > before
+    ended = [len(victim.right[i]) < PARAMS[i].max_tokens for i in range(6)]
+    assert ended == [True, False, False, False, True, False]  # by their stop texts
 
 
 def test_an_engine_survives_at_whatever_line_it_is_broken_off(victim):

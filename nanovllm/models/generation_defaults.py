@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from nanovllm.models.rules import UnsupportedModelError
 from nanovllm.sampling_params import SamplingOptions, SamplingParams
 from nanovllm.utils.json_files import is_there, read_object
-from nanovllm.utils.options import check
+from nanovllm.utils.options import rule_of, short
 
 FILE = "generation_config.json"
 # Fields of the file that vLLM takes, too, by the fields of `SamplingParams`. As in vLLM `do_sample`
@@ -36,13 +37,15 @@ def sampling_defaults(directory: Path, source: str) -> SamplingOptions:
     if source == "none" or not is_there(path):
         return {}
     given, options = read_object(path, UnsupportedModelError), SamplingParams()
-    defaults = {}
+    defaults: dict[str, Any] = {}
     for name, there in FIELDS.items():
-        if hasattr(options, name) and given.get(there) is not None:
+        value = given.get(there)
+        if value is not None and hasattr(options, name):
             try:
-                defaults[name] = check(options, name, given[there])
-            except ValueError as error:
+                defaults[name] = rule_of(SamplingParams, name)(value)
+            except ValueError as allowed:
                 raise UnsupportedModelError(
-                    f"{path}: {there}, {error}; Config(generation_config='none') ignores it"
+                    f"{path}: {there}={short(value)} is not allowed: it must be {allowed}; "
+                    "generation_config='none' would ignore it"
                 ) from None
     return SamplingOptions(**defaults)  # type: ignore[typeddict-item]

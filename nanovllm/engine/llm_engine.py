@@ -255,11 +255,11 @@ class LLMEngine:
     ) -> int:
         """Adds a request that decodes at once: all its tokens but the last count as computed.
 
-        For benchmarks: its KV blocks hold whatever they held, and its token ids are not checked.
+        For benchmarks: its KV blocks hold whatever they held.
 
         Raises:
-            ValueError: there is no room for it, or the engine caches prefixes, and so would hand
-                on what was never computed.
+            TypeError, ValueError: an argument is not allowed, there is no room for it, or the
+                engine caches prefixes, and so would hand on what was never computed.
         """
         if self.config.enable_prefix_caching:
             raise ValueError("enable_prefix_caching=True is not allowed with computed requests")

@@ -97,6 +97,8 @@ def test_they_count_where_a_call_does_not_say(directory):
         # Options that are given as a whole are taken as they are.
         (output,) = llm.generate(prompt, SamplingParams(max_tokens=20), use_tqdm=False)
         assert len(output["token_ids"]) > 5
+        defaults = llm.get_default_sampling_params()
+        assert defaults == SamplingParams(temperature=0, max_tokens=5, top_k=1)
         llm.add_request(prompt)
         lines.submit(llm, lines.Line(1, "a", lines.COMPLETIONS, {"prompt": prompt}))
         added = []

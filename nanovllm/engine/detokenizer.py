@@ -1,9 +1,9 @@
 """The text of a request while its tokens still come, and the stop text that ends it.
 
-A letter may be divided among several tokens, and some tokenizers write the first token of a text
+A character may be divided among several tokens, and some tokenizers write the first token of a text
 otherwise than the others. So no token is decoded alone, but a window of the last ones, of whose
-text all but the end is known. As long as the window ends with the sign for bytes that make no
-letter, they may still become one, and are held back.
+text all but the end is known. If the window ends with the sign for bytes that make no character,
+they may still become one, and are held back.
 
     tokens:  ... | window, decoded again for each token |
     text:    ... | known already  | new     | held back |
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from nanovllm.engine.prompts import UndecodableError
 
-# What decoders write for bytes that are no letter, or none so far.
+# What decoders write for bytes that are no character, or none so far.
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 # Tokens of a window before the next one begins.
 WINDOW = 16
@@ -110,7 +110,7 @@ class Detokenizer:
 def first_stop(text: str, begin: int, stops: Sequence[str]) -> tuple[str, int] | None:
     """The stop text that is complete first, of those that end behind `begin`, and its start.
 
-    Of several that are complete at the same letter, it is the longest. So it does not depend on
+    Of several that are complete at the same character, it is the longest. So it does not depend on
     how the text came in parts.
     """
     starts = [(stop, text.find(stop, max(begin + 1 - len(stop), 0))) for stop in stops]

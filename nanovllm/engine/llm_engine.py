@@ -22,9 +22,9 @@ from nanovllm.config import Config, ConfigOptions
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.conversations import Conversation, list_conversations
 from nanovllm.engine.model_runner import LaunchedStep, start_runner
-from nanovllm.engine.outputs import Completion, Delta, RequestOutput, Teller, with_progress
+from nanovllm.engine.outputs import Completion, Delta, DeltaMaker, RequestOutput, with_progress
 from nanovllm.engine.prompts import Prompt, TextProcessor
-from nanovllm.engine.requests import Asked, RequestMaker
+from nanovllm.engine.requests import CheckedCall, RequestMaker
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence as EngineSequence
 from nanovllm.engine.transactions import Transactions
@@ -116,6 +116,10 @@ class LLMEngine:
             self.model_runner.close()
         self._finalizer.detach()
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What counts where a call does not say: see `Config.generation_config`."""
+        return SamplingParams(**self.request_maker.defaults)
+
     @taking(SamplingParams)
     def generate(
         self,
@@ -141,9 +145,9 @@ class LLMEngine:
             RuntimeError: the engine has exited, or exits meanwhile.
         """
         self.transactions.check_open()
-        asked = self.request_maker.check(prompts, sampling_params, sampling)
-        count = sum(params.n for params in asked.params)
-        with closing(self._run(asked)) as completions:
+        call = self.request_maker.check(prompts, sampling_params, sampling)
+        count = sum(params.n for params in call.params)
+        with closing(self._run(call)) as completions:
             outputs = list(with_progress(completions, count, use_tqdm))
         return sorted(outputs, key=itemgetter("index", "sample"))
 
@@ -177,13 +181,13 @@ class LLMEngine:
         """Completes `prompts` as `generate` does, and yields each completion when it has ended.
 
         Requests are queued at the first `next`, and run only while the next one is waited for or
-        another thread steps. Closing the generator, which the end of a `for` loop does however it
-        comes about, aborts what has not ended.
+        another thread steps. To close the generator, or to drop it as a `for` loop does that is
+        left early, aborts what has not ended.
 
         Args:
-            deltas: yield what is new of each text after every step instead. A text that may become
-                a stop text, and a letter that is not complete, come with a later delta; the last
-                one of each completion has its `finish_reason`.
+            deltas: yield what is new of each text after every step instead. What may become a stop
+                text, and characters that are not complete, come with a later delta; the last one of
+                each completion has its `finish_reason`.
 
         The other arguments, and the errors, are those of `generate`.
         """
@@ -242,8 +246,8 @@ class LLMEngine:
             TypeError, ValueError: the prompt or an option is not allowed.
         """
         self.transactions.check_open()
-        asked = self.request_maker.check_one(prompt, sampling_params, sampling)
-        (seq,) = self.transactions.call(self._queue, asked, self.unclaimed)
+        call = self.request_maker.check_one(prompt, sampling_params, sampling)
+        (seq,) = self.transactions.call(self._queue, call, self.unclaimed)
         return seq.request_id
 
     @taking(SamplingParams)
@@ -263,12 +267,12 @@ class LLMEngine:
         """
         if self.config.enable_prefix_caching:
             raise ValueError("enable_prefix_caching=True is not allowed with computed requests")
-        asked = self.request_maker.check_one(token_ids, sampling_params, sampling)
-        return self.transactions.call(self._add_computed, asked)
+        call = self.request_maker.check_one(token_ids, sampling_params, sampling)
+        return self.transactions.call(self._add_computed, call)
 
-    def _add_computed(self, asked: Asked) -> int:
+    def _add_computed(self, call: CheckedCall) -> int:
         with self.transactions.changing():
-            (seq,) = self._make_sequences(asked, self.unclaimed)
+            (seq,) = self._make_sequences(call, self.unclaimed)
             if self.scheduler.add_computed(seq):
                 self.requests[seq.request_id] = seq
                 return seq.request_id
@@ -365,21 +369,21 @@ class LLMEngine:
         # When profiling, the next step overwrites the time marks.
         return self.config.async_scheduling and not self.config.pipeline_enable_profiling
 
-    def _run(self, asked: Asked) -> Generator[Any, None, None]:
+    def _run(self, call: CheckedCall) -> Generator[Any, None, None]:
         """Queues requests and steps until they have ended; yields completions, or all deltas."""
         results: dict[int, Completion] = {}
         try:
-            seqs = self.transactions.call(self._queue, asked, results)
-            tellers = {seq.request_id: Teller(seq) for seq in seqs}
-            while tellers:
+            seqs = self.transactions.call(self._queue, call, results)
+            makers = {seq.request_id: DeltaMaker(seq) for seq in seqs}
+            while makers:
                 exclusive(self.transactions.lock, self._step)
                 self.transactions.give_way()
-                if asked.deltas:
-                    yield from filter(None, [teller.next() for teller in tellers.values()])
+                if call.deltas:
+                    yield from filter(None, [maker.next() for maker in makers.values()])
                 for request_id in list(results):
-                    completion, teller = results.pop(request_id), tellers.pop(request_id, None)
-                    if teller is not None:  # else it was handed over once before an error
-                        yield teller.last(completion) if asked.deltas else completion
+                    completion, maker = results.pop(request_id), makers.pop(request_id, None)
+                    if maker is not None:  # else it was handed over once before an error
+                        yield maker.last(completion) if call.deltas else completion
         finally:
             # However it ends, nothing of it stays behind.
             if self.transactions.is_own_process():
@@ -390,16 +394,18 @@ class LLMEngine:
         for seq in [seq for seq in self.requests.values() if seq.results is results]:
             self._abort(seq.request_id, within)
 
-    def _queue(self, asked: Asked, results: dict[int, Completion]) -> list[EngineSequence]:
+    def _queue(self, call: CheckedCall, results: dict[int, Completion]) -> list[EngineSequence]:
         with self.transactions.changing():
-            seqs = self._make_sequences(asked, results)
+            seqs = self._make_sequences(call, results)
             for seq in seqs:
                 self.requests[seq.request_id] = seq
                 self.scheduler.add(seq)
             return seqs
 
-    def _make_sequences(self, asked: Asked, results: dict[int, Completion]) -> list[EngineSequence]:
-        seqs = self.request_maker.sequences(self.next_request_id, asked, results)
+    def _make_sequences(
+        self, call: CheckedCall, results: dict[int, Completion]
+    ) -> list[EngineSequence]:
+        seqs = self.request_maker.sequences(self.next_request_id, call, results)
         self.next_request_id += len(seqs)
         return seqs
 

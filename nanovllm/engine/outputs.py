@@ -49,8 +49,8 @@ class Delta(TypedDict):
     finish_reason: str | None
 
 
-class Teller:
-    """Tells a request's text in parts, which make the completion's text together."""
+class DeltaMaker:
+    """Gives a request's text in parts, which make the completion's text together."""
 
     def __init__(self, seq: Sequence) -> None:
         self.seq = seq
@@ -64,13 +64,13 @@ class Teller:
         text, end = seq.detokenizer.safe_text()
         if len(text) == self.characters:
             return None
-        return self._tell(text, seq.token_ids[seq.prompt_len : end], None)
+        return self._make(text, seq.token_ids[seq.prompt_len : end], None)
 
     def last(self, completion: Completion) -> Delta:
         """The rest of it."""
-        return self._tell(completion["text"], completion["token_ids"], completion["finish_reason"])
+        return self._make(completion["text"], completion["token_ids"], completion["finish_reason"])
 
-    def _tell(self, text: str, token_ids: list[int], finish_reason: str | None) -> Delta:
+    def _make(self, text: str, token_ids: list[int], finish_reason: str | None) -> Delta:
         characters, tokens = self.characters, self.tokens
         self.characters, self.tokens = len(text), len(token_ids)
         return Delta(

@@ -5,24 +5,22 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Sequence as Listed
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from typing import Any, NamedTuple
 
 from nanovllm.config import Config
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.outputs import Completion
 from nanovllm.engine.prompts import Prompt, TextProcessor, UndecodableError, list_prompts
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import Sequence as EngineSequence
 from nanovllm.sampling_params import SamplingOptions, SamplingParams, params_per_prompt
 
 logger = logging.getLogger(__name__)
 
+GivenParams = SamplingParams | Sequence[SamplingParams] | None
 
-GivenParams = SamplingParams | Listed[SamplingParams] | None
 
-
-class Asked(NamedTuple):
+class CheckedCall(NamedTuple):
     """What a call asks for, checked: token ids and options of each prompt.
 
     With `deltas` the texts are asked for while the requests run.
@@ -57,25 +55,25 @@ class RequestMaker:
 
     def check(
         self,
-        prompts: Prompt | Listed[Prompt],
+        prompts: Prompt | Sequence[Prompt],
         given: GivenParams,
         fields: SamplingOptions,
         deltas: bool = False,
-    ) -> Asked:
+    ) -> CheckedCall:
         """Raises TypeError or ValueError if this model cannot do what a call asks for."""
         listed = list_prompts(prompts)
         params = self._check_params(given, len(listed), fields, deltas)
         ids = [self.texts.encode(prompt, f"prompts[{i}]") for i, prompt in enumerate(listed)]
-        return Asked(ids, params, deltas)
+        return CheckedCall(ids, params, deltas)
 
     def check_one(
         self, prompt: Prompt, given: SamplingParams | None, fields: SamplingOptions
-    ) -> Asked:
+    ) -> CheckedCall:
         """The same for a request that is added alone."""
         params = self._check_params(given, 1, fields)
         if params[0].n != 1:
             raise ValueError(f"n={params[0].n} is not allowed for a single request: it must be 1")
-        return Asked([self.texts.encode(prompt, "prompt")], params)
+        return CheckedCall([self.texts.encode(prompt, "prompt")], params)
 
     def _check_params(
         self, given: GivenParams, count: int, fields: SamplingOptions, deltas: bool = False
@@ -88,7 +86,9 @@ class RequestMaker:
             )
         return params
 
-    def sequences(self, first_id: int, asked: Asked, results: dict[int, Any]) -> list[Sequence]:
+    def sequences(
+        self, first_id: int, call: CheckedCall, results: dict[int, Any]
+    ) -> list[EngineSequence]:
         """One for each sample of each prompt, in the order in which they are to run.
 
         The first sample of a prompt is to be computed before the others, which then find its
@@ -97,24 +97,22 @@ class RequestMaker:
 
         Args:
             first_id: request id of the first sequence.
-            asked: what is to be done.
+            call: what is to be done.
             results: where the completions are to go.
         """
         block_size = self.config.kvcache_block_size
-        most = max((params.n for params in asked.params), default=1)
+        most = max((params.n for params in call.params), default=1)
         group = max(self.config.max_num_seqs // most, 1)
-        places = [
-            (i, sample) for i, params in enumerate(asked.params) for sample in range(params.n)
-        ]
+        places = [(i, sample) for i, params in enumerate(call.params) for sample in range(params.n)]
         places.sort(key=lambda place: (place[0] // group, place[1]))
-        leaders: dict[int, Sequence] = {}
+        leaders: dict[int, EngineSequence] = {}
         seqs = []
         for request_id, (index, sample) in enumerate(places, first_id):
-            params = asked.params[index]
+            params = call.params[index]
             stop_ids = frozenset(params.stop_token_ids)
-            seq = Sequence(
+            seq = EngineSequence(
                 request_id=request_id,
-                token_ids=list(asked.prompts[index]),
+                token_ids=list(call.prompts[index]),
                 params=params,
                 stop_ids=stop_ids if params.ignore_eos else stop_ids | self.eos_ids,
                 max_len=self.max_len,
@@ -124,14 +122,14 @@ class RequestMaker:
                 sample=sample,
                 leader=leaders.get(index),
             )
-            if asked.deltas or params.stop:
+            if call.deltas or params.stop:
                 seq.detokenizer = self._detokenizer(seq)
             if self.config.enable_prefix_caching and seq.prompt_len > block_size:
                 leaders.setdefault(index, seq)
             seqs.append(seq)
         return seqs
 
-    def completion(self, seq: Sequence) -> Completion:
+    def completion(self, seq: EngineSequence) -> Completion:
         """What has become of a sequence that has ended."""
         reason, detokenizer = seq.finish_reason, seq.detokenizer
         assert reason is not None
@@ -161,7 +159,7 @@ class RequestMaker:
             end_time=time.perf_counter(),
         )
 
-    def _text(self, seq: Sequence, end: int) -> str:
+    def _text(self, seq: EngineSequence, end: int) -> str:
         """The text of what was generated before `end`, up to a stop text."""
         if seq.detokenizer is not None:
             return seq.detokenizer.whole_text(seq.token_ids[:end])
@@ -169,7 +167,7 @@ class RequestMaker:
             seq.token_ids[seq.prompt_len : end], seq.params.skip_special_tokens
         )
 
-    def _stop_reason(self, seq: Sequence) -> str | int | None:
+    def _stop_reason(self, seq: EngineSequence) -> str | int | None:
         """The text or the token of `stop_token_ids` that ended it."""
         last = seq.token_ids[-1]
         if last not in seq.stop_ids:
@@ -177,7 +175,7 @@ class RequestMaker:
         is_eos = last in self.eos_ids and not seq.params.ignore_eos
         return None if is_eos else last
 
-    def _detokenizer(self, seq: Sequence) -> Detokenizer:
+    def _detokenizer(self, seq: EngineSequence) -> Detokenizer:
         def decode(token_ids: list[int]) -> str:
             return self.texts.decode(token_ids, seq.params.skip_special_tokens)
 

@@ -85,9 +85,9 @@ class Sequence:
 
     @property
     def must_wait(self) -> bool:
-        """Whether its leader is about to compute what it would compute again."""
+        """Whether its leader runs and is yet to compute what it would compute again."""
         leader = self.leader
-        if leader is None or leader.finish_reason is not None:
+        if leader is None or leader.request_index < 0:
             return False
         return leader.num_computed < leader.prompt_len
 

@@ -18,6 +18,7 @@ SETTINGS = [
     {"num_kvcache_blocks": 4, "max_num_batched_tokens": 9},
     {"max_num_seqs": 2, "enable_prefix_caching": False},
     {"enable_pipeline": True, "pipeline_mode": "microbatch", "pipeline_strict": True},
+    {"tensor_parallel_size": 2},
 ]
 
 

@@ -42,13 +42,14 @@ def key(result: dict) -> str | int:
 
 
 def test_results_are_completion_objects_of_what_the_engine_says(tmp_path):
-    plain, chat, ids = run(
+    plain, chat, ids, stopped = run(
         tmp_path,
         [
             request("a", model="gpt", prompt=TEXT, **GREEDY),
             "",
             request("b", messages=CHAT, max_completion_tokens=6, temperature=0, n=1, stop=None),
             request("ü", prompt=[5, 6, 7], stream=False, seed=3, max_tokens=3),
+            request("stop", prompt=TEXT, stop=[",", "\n"], temperature=0),
         ],
     )
     with LLM(device="cpu") as llm:
@@ -72,6 +73,9 @@ def test_results_are_completion_objects_of_what_the_engine_says(tmp_path):
     assert plain["response"]["body"]["choices"][0]["text"] == expected["text"]
     message = chat["response"]["body"]["choices"][0]["message"]
     assert message == {"role": "assistant", "content": answer["text"]}
+    (choice,) = stopped["response"]["body"]["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("", "stop")
+    assert choice["stop_reason"] == ","
     assert ids["custom_id"] == "ü"
     assert ids["response"]["body"]["choices"][0]["text"] == third["text"]
     assert ids["response"]["body"]["usage"]["prompt_tokens"] == 3

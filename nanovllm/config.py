@@ -19,6 +19,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
 AttentionBackend = Literal["auto", "triton", "flash_attn", "torch"]
 AllReduce = Literal["auto", "nccl"]
+GenerationConfig = Literal["auto", "none"]
 PipelineMode = Literal["auto", "sequential", "microbatch", "streams", "green"]
 PIPELINE_MODES = get_args(PipelineMode)
 
@@ -70,6 +71,9 @@ class Config:
         all_reduce: "auto" lets GPUs of one host read and write each other's memory where they can;
             "nccl" does not.
         step_timeout: seconds without progress after which a step of several ranks is an error.
+        generation_config: "auto" takes temperature, top_k, top_p, min_p, repetition_penalty and
+            max_new_tokens of the model's generation_config.json where a call does not say;
+            "none" does not.
     """
 
     model: str = option(str(CHECKPOINT_DIR), _model)
@@ -95,6 +99,7 @@ class Config:
     pipeline_strict: bool = option(False, boolean)
     all_reduce: AllReduce = option("auto", choice(*get_args(AllReduce)))
     step_timeout: float = option(60.0, number(0, 86400, open_low=True))
+    generation_config: GenerationConfig = option("auto", choice(*get_args(GenerationConfig)))
 
     if not TYPE_CHECKING:  # a type checker that saw it would let any name be set
 
@@ -127,3 +132,4 @@ class ConfigOptions(TypedDict, total=False):
     pipeline_strict: bool
     all_reduce: AllReduce
     step_timeout: float
+    generation_config: GenerationConfig

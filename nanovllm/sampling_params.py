@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 
 from nanovllm.utils.options import (
     Rule,
+    as_list,
     boolean,
     check,
     hinting,
@@ -58,6 +59,21 @@ def _logit_bias(value: Any) -> tuple[tuple[int, float], ...] | None:
     return tuple(dict(zip(ids, biases, strict=True)).items())
 
 
+def _stop(value: Any) -> tuple[str, ...]:
+    value = () if value is None else (value,) if isinstance(value, str) else value
+    texts = as_list(tuple(value) if isinstance(value, Set) else value)
+    if texts is None or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError("None, a text or several texts, none of them empty")
+    return tuple(map(str, texts))
+
+
+def _max_tokens(value: Any) -> int | None:
+    tokens = whole(value)
+    if value is None or (tokens is not None and tokens >= 1):
+        return tokens
+    raise ValueError("None or an integer of at least 1")
+
+
 @hinting
 @dataclass(frozen=True)
 class SamplingParams:
@@ -70,7 +86,7 @@ class SamplingParams:
         temperature: divides the logits; 0 is greedy.
         top_k: draw from the k likeliest tokens only; -1 or 0: from all.
         top_p: draw from the likeliest tokens that together reach this probability only.
-        max_tokens: tokens to generate at the most.
+        max_tokens: tokens to generate at the most; None: up to the longest sequence.
         ignore_eos: go on after an end-of-sequence token.
         stop_token_ids: further tokens that end the request; they are kept as a tuple.
         seed: the same seed draws the same random numbers whatever else is in the batch; None:
@@ -87,12 +103,18 @@ class SamplingParams:
         logprobs: the completion says the log-probabilities of each generated token and of that many
             likeliest ones in its place, at most 20; None: of none.
         prompt_logprobs: the same for the tokens of the prompt, which then takes no cached prefix.
+        stop: texts that end the request, of whatever tokens they are made; one text or several,
+            kept as a tuple. The one that is complete first counts, and the text ends before it.
+        include_stop_str_in_output: the text ends behind what has stopped it, a token or a text.
+        skip_special_tokens: leave special tokens out of the text.
+        n: samples of each prompt. With a seed, each sample has one of its own that follows from it;
+            that of the first is the seed itself.
     """
 
     temperature: float = option(1.0, number(0, 100))
     top_k: int = option(-1, integer(0, also=-1))
     top_p: float = option(1.0, number(0, 1, open_low=True))
-    max_tokens: int = option(64, integer(1))
+    max_tokens: int | None = option(64, _max_tokens)
     ignore_eos: bool = option(False, boolean)
     stop_token_ids: Collection[int] = option((), _token_ids)
     seed: int | None = option(None, _at_most(2**63 - 1, "2**63 - 1"))
@@ -106,12 +128,16 @@ class SamplingParams:
     )
     logprobs: int | None = option(None, _at_most(20, "20"))
     prompt_logprobs: int | None = option(None, _at_most(20, "20"))
+    stop: str | Collection[str] | None = option((), _stop)
+    include_stop_str_in_output: bool = option(False, boolean)
+    skip_special_tokens: bool = option(True, boolean)
+    n: int = option(1, integer(1))
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = check(self, field.name, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
-        if self.min_tokens > self.max_tokens:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens={self.min_tokens} is not allowed: it must be at most "
                 f"max_tokens={self.max_tokens}"
@@ -129,7 +155,7 @@ class SamplingOptions(TypedDict, total=False):
     temperature: float
     top_k: int
     top_p: float
-    max_tokens: int
+    max_tokens: int | None
     ignore_eos: bool
     stop_token_ids: Collection[int]
     seed: int | None
@@ -141,6 +167,10 @@ class SamplingOptions(TypedDict, total=False):
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] | None
     logprobs: int | None
     prompt_logprobs: int | None
+    stop: str | Collection[str] | None
+    include_stop_str_in_output: bool
+    skip_special_tokens: bool
+    n: int
 
 
 def check_token_ids(params: Iterable[SamplingParams], vocab_size: int) -> None:
@@ -155,15 +185,19 @@ def check_token_ids(params: Iterable[SamplingParams], vocab_size: int) -> None:
 
 
 def params_per_prompt(
-    given: SamplingParams | Sequence[SamplingParams] | None, count: int, fields: SamplingOptions
+    given: SamplingParams | Sequence[SamplingParams] | None,
+    count: int,
+    fields: SamplingOptions,
+    defaults: SamplingOptions,
 ) -> list[SamplingParams]:
-    """One `SamplingParams` for each of `count` prompts."""
+    """One `SamplingParams` for each of `count` prompts; `defaults` are of fields not given."""
     if fields and given is not None:
         raise TypeError(
             f"give either sampling_params or single options ({', '.join(fields)}), not both"
         )
     if given is None or isinstance(given, SamplingParams):
-        return [given or SamplingParams(**fields)] * count
+        options: SamplingOptions = {**defaults, **fields}
+        return [given or SamplingParams(**options)] * count
     params = list(given) if isinstance(given, Iterable) else [given]
     for item in params:
         if not isinstance(item, SamplingParams):

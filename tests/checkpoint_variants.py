@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from nanovllm import LLM
-from nanovllm.engine.llm_engine import Completion
+from nanovllm.engine.outputs import Completion
 from nanovllm.models.architectures import Architecture
 from tests.checkpoint_mutations import add_tokenizer
 from tests.checkpoints import TABLE, VOCAB, Shape

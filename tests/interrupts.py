@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,6 +29,7 @@ if __name__ == "__main__":  # the repository's packages, wherever the script is 
 import nanovllm
 from nanovllm import LLM, SamplingParams
 from tests.checkpoints import VOCAB, Shape
+from tests.small_tokenizers import byte_level, fill, write
 
 PACKAGE = str(Path(nanovllm.__file__).parent)
 OPTIONS: dict[str, Any] = {
@@ -40,11 +41,16 @@ OPTIONS: dict[str, Any] = {
     "max_num_seqs": 3,
 }
 PROMPTS = [random.Random(n).choices(range(2, VOCAB), k=n) for n in (28, 30, 5, 12, 29, 3)]
-PARAMS = [
-    # Every other one needs its tokens on the device.
+# Every other one needs its tokens on the device.
+PLAIN = [
     SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, frequency_penalty=i % 2)
     for i, n in enumerate((8, 9, 6, 1, 7, 7))
 ]
+# Two end with a stop text that is divided among tokens, one looks for one in vain.
+STOPS = {0: ["dßa"], 2: ["nowhere"], 4: [" h\x0boi"]}
+PARAMS = [replace(params, stop=STOPS.get(i)) for i, params in enumerate(PLAIN)]
+# An error at its lines is the tokenizer's, and ends the request.
+TOKENIZER = "_decode"
 
 
 class Interrupt(KeyboardInterrupt):
@@ -71,12 +77,15 @@ class InterruptAt:
         return self.executed >= self.line
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
-        if not frame.f_code.co_filename.startswith(self.paths):
+        code = frame.f_code
+        if not code.co_filename.startswith(self.paths):
+            return None
+        if code.co_name == TOKENIZER and issubclass(self.error, Exception):
             return None
         if event == "line":
             self.executed += 1
             if self.executed == self.line:
-                raise self.error(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+                raise self.error(f"{code.co_filename}:{frame.f_lineno}")
         return self
 
     def __enter__(self) -> InterruptAt:
@@ -104,8 +113,11 @@ class Play:
         for _ in range(2):
             self.step()
         engine.abort(dropped)
-        outputs = engine.generate(PROMPTS[3:], PARAMS[3:], use_tqdm=False)
+        outputs = engine.generate(PROMPTS[3:5], PARAMS[3:5], use_tqdm=False)
         self.said |= {3 + i: output["token_ids"] for i, output in enumerate(outputs)}
+        self.said[5] = []
+        for delta in engine.stream(PROMPTS[5:], PARAMS[5:], deltas=True):
+            self.said[5] += delta["token_ids"]
         self.finish()
         return self.said
 
@@ -214,6 +226,7 @@ def main() -> int:
 
 def write_model(directory: Path) -> None:
     Shape(layers=1, heads=2, kv_heads=1, hidden=32, seed=5).write(directory)
+    write(byte_level(fill(VOCAB)), directory)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,11 @@ class RandomCalls:
     def generate(self, driven: Driven) -> None:
         requests = [self.request() for _ in range(self.rng.randint(1, 12))]
         prompts, params, expected = zip(*requests, strict=True)
-        outputs = driven.engine.generate(list(prompts), list(params), use_tqdm=False)
+        if self.rng.random() < 0.5:
+            outputs = driven.engine.generate(list(prompts), list(params), use_tqdm=False)
+        else:
+            stream = driven.engine.stream(list(prompts), list(params))
+            outputs = sorted(stream, key=itemgetter("index"))
         if len(outputs) != len(requests):
             self.problems.append(f"generate: {len(outputs)} outputs of {len(requests)} requests")
         for tokens, output in zip(expected, outputs, strict=False):

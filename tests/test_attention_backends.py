@@ -25,6 +25,7 @@ from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.attention_flash import FlashAttnBackend
 from nanovllm.layers.attention_torch import TorchBackend
 from tests.checkpoints import Shape, prompts
+from tests.engine.cases import tokens
 from tests.kernels.cases import new_seed
 from tests.paged_sequences import PagedSequences, dense_attention
 
@@ -169,7 +170,7 @@ def test_an_engine_on_flash_attn_says_what_one_on_torch_says(flash_attn, monkeyp
 
     def run() -> list:
         with LLM(str(tmp_path), **options) as llm:
-            return llm.generate(given, temperature=0, max_tokens=9, use_tqdm=False)
+            return tokens(llm.generate(given, temperature=0, max_tokens=9, use_tqdm=False))
 
     expected = run()
     made = []

@@ -44,13 +44,14 @@ def key(result: dict) -> str | int:
 
 
 def test_results_are_completion_objects_of_what_the_engine_says(tmp_path):
-    plain, chat, ids = run(
+    plain, chat, ids, stopped = run(
         tmp_path,
         [
             request("a", model="gpt", prompt=TEXT, **GREEDY),
             "",
             request("b", messages=CHAT, max_completion_tokens=6, temperature=0, n=1, stop=None),
             request("ü", prompt=[5, 6, 7], stream=False, seed=3, max_tokens=3),
+            request("stop", prompt=TEXT, stop=[",", "\n"], temperature=0),
         ],
     )
     with LLM(device="cpu") as llm:
@@ -74,6 +75,9 @@ def test_results_are_completion_objects_of_what_the_engine_says(tmp_path):
     assert plain["response"]["body"]["choices"][0]["text"] == expected["text"]
     message = chat["response"]["body"]["choices"][0]["message"]
     assert message == {"role": "assistant", "content": answer["text"]}
+    (choice,) = stopped["response"]["body"]["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("", "stop")
+    assert choice["stop_reason"] == ","
     assert ids["custom_id"] == "ü"
     assert ids["response"]["body"]["choices"][0]["text"] == third["text"]
     assert ids["response"]["body"]["usage"]["prompt_tokens"] == 3
@@ -163,7 +167,8 @@ BAD_LINES = [
     (request("plain", prompt="x", add_generation_prompt=True), "add_generation_prompt is for"),
     (request("top_p", prompt="x", top_p=2), "top_p=2.*above 0"),
     (request("unknown", prompt="x", temprature=1), "'temprature'.*'temperature'"),
-    (request("n", prompt="x", n=2), "n=2 is not supported: it must be 1"),
+    (request("n", prompt="x", n=2), "n=2 is not allowed for a single request: it must be 1"),
+    (request("stop", prompt="x", stop=["a", ""]), r"stop=\['a', ''\] is not allowed.*texts"),
     (request("stream", prompt="x", stream=True), "stream=True"),
     (request("logprobs", prompt="x", logprobs=True), "logprobs=True .*from 0 to 20"),
     (request("chat", messages=CHAT, logprobs=3), "logprobs=3 .*True or False"),

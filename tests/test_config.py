@@ -48,13 +48,14 @@ BAD_CONFIG = {
     "pipeline_strict": (BOOLEAN, NOT_BOOLEANS),
     "all_reduce": ("one of 'auto', 'nccl'", ("", "NCCL", None)),
     "step_timeout": ("a number above 0 to 86400", (0, -1, math.inf, True, "60", None)),
+    "generation_config": ("one of 'auto', 'none'", ("", "vllm", None)),
 }
 
 BAD_SAMPLING = {
     "temperature": ("a number from 0 to 100", (-0.1, 100.5, math.nan, math.inf, True, "1", None)),
     "top_k": ("an integer of at least 0, or -1", (-2, True, 2.0, "5", None)),
     "top_p": ("a number above 0 to 1", (0, -0.5, 1.5, math.nan, True, "1", None)),
-    "max_tokens": (POSITIVE, NOT_POSITIVE),
+    "max_tokens": (f"None or {POSITIVE}", NOT_POSITIVE[:-1]),
     "ignore_eos": (BOOLEAN, NOT_BOOLEANS),
     "stop_token_ids": (
         "a sequence of token ids, integers of at least 0",
@@ -88,6 +89,13 @@ BAD_SAMPLING = {
     ),
     "logprobs": ("None or an integer from 0 to 20", (-1, 21, True, 1.0, "1")),
     "prompt_logprobs": ("None or an integer from 0 to 20", (-1, 21, True, 1.0, "1")),
+    "stop": (
+        "None, a text or several texts, none of them empty",
+        ("", b"x", 5, True, [""], ["a", ""], ["a", None], [5], [b"a"], {"a": 1}, [["a"]]),
+    ),
+    "include_stop_str_in_output": (BOOLEAN, NOT_BOOLEANS),
+    "skip_special_tokens": (BOOLEAN, NOT_BOOLEANS),
+    "n": (POSITIVE, NOT_POSITIVE),
 }
 
 
@@ -263,12 +271,13 @@ def test_the_defaults_are_the_documented_ones():
     assert dataclasses.astuple(Config()) == (
         *(str(CHECKPOINT_DIR), 16384, 512, 4096, 0.9, 1, False, 256, -1),
         *("auto", "auto", "auto", "auto", True, True),
-        *(False, 16, 16, False, "auto", False, "auto", 60.0),
+        *(False, 16, 16, False, "auto", False, "auto", 60.0, "auto"),
     )
     assert dataclasses.astuple(SamplingParams()) == (
         *(1.0, -1, 1.0, 64, False, (), None),
         *(0.0, 0.0, 1.0, 0.0, 0, None),
         *(None, None),
+        *((), False, True, 1),
     )
 
 

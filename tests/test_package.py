@@ -45,6 +45,7 @@ def test_the_types_of_keyword_options_are_those_of_the_fields() -> None:
         (LLM, Config),
         (LLMEngine, Config),
         (LLM.generate, SamplingParams),
+        (LLM.stream, SamplingParams),
         (LLM.add_request, SamplingParams),
     ],
     ids=lambda value: value.__qualname__,

@@ -44,6 +44,13 @@ class Events(RuleBasedStateMachine):
     def arrive(self, prompt, max_tokens, max_len):
         self.world.arrive(prompt, max_tokens, max_len)
 
+    @precondition(lambda self: self.world.alive)
+    @rule(data=st.data(), max_tokens=st.integers(1, 12))
+    def another_sample(self, data, max_tokens):
+        leader = self.world.alive[data.draw(st.sampled_from(sorted(self.world.alive)))]
+        prompt = leader.token_ids[: leader.prompt_len]
+        self.world.arrive(prompt, max_tokens).leader = leader
+
     @rule(data=st.data(), ahead=st.lists(st.booleans(), min_size=1, max_size=6))
     def step(self, data, ahead):
         for look_ahead in ahead:

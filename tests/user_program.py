@@ -8,7 +8,7 @@ from pathlib import Path
 from typing_extensions import assert_type
 
 from nanovllm import LLM, Config, LLMEngine, Logprob, SamplingParams, __version__
-from nanovllm.engine.llm_engine import Completion
+from nanovllm.engine.outputs import Completion, Delta
 
 assert_type(__version__, str)
 
@@ -53,6 +53,14 @@ with LLM() as llm:
     llm.generate("One", max_new_tokens=5)  # error: call-arg
     llm.generate("One", max_tokens="5")  # error: arg-type
     llm.generate(5)  # error: arg-type
+    llm.generate("One", stop="two", n=2, max_tokens=None, skip_special_tokens=False)
+    llm.generate("One", stop=5)  # error: arg-type
+    for completion in llm.stream(["One"], stop=["two"]):
+        assert_type(completion, Completion)
+        assert_type(completion["stop_reason"], str | int | None)
+    for delta in llm.stream("One", params, deltas=True):
+        assert_type(delta, Delta)
+        print(delta["text"], delta["stop_reason"])  # error: typeddict-item
     llm.add_request("One", max_tokens=5, ignore_eos=True)
     llm.add_request("One", tokens=5)  # error: call-arg
     llm.add_request("One", seed="5")  # error: arg-type

@@ -48,6 +48,7 @@ ENGINE_OPTIONS = {
     "max_model_len": "longest sequence in tokens, prompt and output",
     "gpu_memory_utilization": "share of the GPU's memory that may be filled",
     "enforce_eager": "decode without CUDA graphs",
+    "generation_config": "'auto': the model's own defaults where a line does not say; 'none'",
     "enable_pipeline": "decode as an attention/FFN pipeline where that is faster",
 }
 

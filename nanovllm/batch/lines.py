@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.batch.logprobs import chat_form, prompt_form, take_chat_fields, text_form
-from nanovllm.engine.llm_engine import Completion, LLMEngine
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.outputs import Completion
+from nanovllm.sampling_params import SamplingOptions, SamplingParams
 from nanovllm.utils.options import short
 
 Key = str | int
@@ -33,7 +34,6 @@ CHAT_FIELDS = ("add_generation_prompt", "chat_template_kwargs")
 IGNORED = ("model", "user", "metadata")
 # What OpenAI's clients may send along, and the only value that is allowed.
 FIXED = {
-    "n": 1,
     "best_of": 1,
     "stream": False,
     "echo": False,
@@ -105,7 +105,7 @@ def submit(llm: LLMEngine, line: Line, chat_template: str | None = None) -> Requ
     chat_options = {name: fields.pop(name) for name in CHAT_FIELDS if name in fields}
     if line.url == CHAT:
         take_chat_fields(fields)
-    params = _sampling_params(fields)
+    params = _sampling_params(fields, llm.request_maker.defaults)
     if line.url == CHAT:
         ids = llm.texts.encode_chat(prompt, "messages", chat_template=chat_template, **chat_options)
     elif chat_options:
@@ -115,7 +115,7 @@ def submit(llm: LLMEngine, line: Line, chat_template: str | None = None) -> Requ
     return Request(line, llm.add_request(ids, params), len(ids), params.logprobs)
 
 
-def _sampling_params(fields: dict[str, Any]) -> SamplingParams:
+def _sampling_params(fields: dict[str, Any], defaults: SamplingOptions) -> SamplingParams:
     for name in IGNORED:
         fields.pop(name, None)
     for name, allowed in FIXED.items():
@@ -127,7 +127,7 @@ def _sampling_params(fields: dict[str, Any]) -> SamplingParams:
         if "max_tokens" in fields:
             raise ValueError("give either max_tokens or max_completion_tokens, not both")
         fields["max_tokens"] = fields.pop("max_completion_tokens")
-    return SamplingParams(**fields)
+    return SamplingParams(**{**defaults, **fields})  # type: ignore[arg-type]
 
 
 def error_line(line: Line, message: object, code: str = "invalid_request") -> dict[str, Any]:
@@ -144,6 +144,7 @@ def answer_line(request: Request, completion: Completion, model: str) -> dict[st
         return error_line(line, message, "server_error")
     token_ids, logprobs = completion["token_ids"], completion["logprobs"]
     choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": reason}
+    choice["stop_reason"] = completion["stop_reason"]
     if line.url == CHAT:
         prefix, kind = "chatcmpl", "chat.completion"
         choice["message"] = {"role": "assistant", "content": completion["text"]}

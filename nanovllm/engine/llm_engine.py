@@ -9,66 +9,33 @@ request -> Scheduler (which tokens next?) -> ModelRunner (compute them) -> Sched
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
-import random
-import time
 import weakref
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypedDict
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from operator import itemgetter
+from typing import Any, Literal, overload
 
-from tqdm import tqdm
 from typing_extensions import Unpack
 
 from nanovllm.config import Config, ConfigOptions
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.conversations import Conversation, list_conversations
-from nanovllm.engine.model_runner import LaunchedStep, ModelRunner
-from nanovllm.engine.parallel.ranks import Ranks
-from nanovllm.engine.prompts import Prompt, TextProcessor, list_prompts
+from nanovllm.engine.model_runner import LaunchedStep, start_runner
+from nanovllm.engine.outputs import Completion, Delta, DeltaMaker, RequestOutput, with_progress
+from nanovllm.engine.prompts import Prompt, TextProcessor
+from nanovllm.engine.requests import CheckedCall, RequestMaker
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence as EngineSequence
 from nanovllm.engine.transactions import Transactions
 from nanovllm.layers.parallel import ParallelGroup
-from nanovllm.logprobs import Logprob, Position
 from nanovllm.models import load_config
-from nanovllm.sampling_params import (
-    SamplingOptions,
-    SamplingParams,
-    check_token_ids,
-    params_per_prompt,
-)
-from nanovllm.utils.device import resolve_device
+from nanovllm.models.generation_defaults import sampling_defaults
+from nanovllm.sampling_params import SamplingOptions, SamplingParams
 from nanovllm.utils.hub import resolve_model
 from nanovllm.utils.locks import exclusive
 from nanovllm.utils.options import taking
 from nanovllm.utils.tokenizer import load_tokenizer
-
-logger = logging.getLogger(__name__)
-
-
-class Completion(TypedDict):
-    """What `generate` returns for a prompt.
-
-    `finish_reason`: "stop", "length", "abort", or "error" if logits were not numbers or the tokens
-    have no text.
-    `logprobs`: a dict by token id for each of `token_ids`.
-    `prompt_logprobs`: one for each token of the prompt, None for the first, which nothing precedes;
-    fewer if it was aborted before they were known. Both None if not asked for, or without text.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    logprobs: list[dict[int, Logprob]] | None
-    prompt_logprobs: list[dict[int, Logprob] | None] | None
-
-
-class RequestOutput(Completion):
-    """What `step` returns for a request that has finished."""
-
-    request_id: int
 
 
 class LLMEngine:
@@ -102,8 +69,9 @@ class LLMEngine:
         directory = resolve_model(config.model)
         # Before anything else is read, and before other processes start and all stumble over it.
         load_config(directory).rank_heads(ParallelGroup(size=config.tensor_parallel_size))
+        defaults = sampling_defaults(directory, config.generation_config)
         self.tokenizer = load_tokenizer(directory)
-        self.model_runner = runner = _start_runner(config, directory)
+        self.model_runner = runner = start_runner(config, directory)
         self.transactions = Transactions()
         # Closes at garbage collection or interpreter exit at the latest, without keeping us alive.
         self._finalizer = weakref.finalize(self, self.transactions.call_at_exit, runner.close)
@@ -111,13 +79,16 @@ class LLMEngine:
             "max_model_len": runner.max_model_len,
             "the KV cache, all of its blocks together,": runner.capacity,
         }
-        self.max_len = min(limits.values())
+        max_len = min(limits.values())
         vocab_size = runner.model_config.vocab_size
         self.texts = TextProcessor(config.model, self.tokenizer, vocab_size, limits)
         # From config.json, generation_config.json and the tokenizer together.
         self.eos_ids = set(runner.model_config.eos_token_ids)
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             self.eos_ids.add(self.tokenizer.eos_token_id)
+        self.request_maker = RequestMaker(
+            config, self.texts, defaults, self.eos_ids, max_len, runner.edited_draws.edits_of
+        )
         blocks = BlockManager(
             runner.num_blocks, config.kvcache_block_size, config.enable_prefix_caching
         )
@@ -128,7 +99,6 @@ class LLMEngine:
         # Completions of `add_request`, until `step` returns them.
         self.unclaimed: dict[int, Completion] = {}
         self.next_request_id = 0
-        self.in_step = False
 
     def __enter__(self) -> LLMEngine:
         return self
@@ -148,6 +118,10 @@ class LLMEngine:
             self.model_runner.close()
         self._finalizer.detach()
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What counts where a call does not say: see `Config.generation_config`."""
+        return SamplingParams(**self.request_maker.defaults)
+
     @taking(SamplingParams)
     def generate(
         self,
@@ -158,30 +132,69 @@ class LLMEngine:
     ) -> list[Completion]:
         """Completes `prompts`, in one continuous batch with those of other threads.
 
+        The completions are in the order of the prompts; the samples of one follow each other.
+
         Args:
             prompts: a text, or a list of texts or lists of token ids. `{"prompt": text}` and
                 `{"prompt_token_ids": ids}`, alone or in a list, are the same.
             sampling_params: for all prompts, or one per prompt.
             use_tqdm: whether to show a progress bar.
-            sampling: fields of `SamplingParams`, instead of `sampling_params`.
+            sampling: fields of `SamplingParams`, instead of `sampling_params`. Those that are not
+                given are as the model's generation_config.json says, see `Config`.
 
         Raises:
             TypeError, ValueError: a prompt or option is not allowed; then none has been run.
             RuntimeError: the engine has exited, or exits meanwhile.
         """
-        prompts = list_prompts(prompts)
-        params = params_per_prompt(sampling_params, len(prompts), sampling)
-        check_token_ids(params, self.texts.vocab_size)
         self.transactions.check_open()
-        ids = [self.texts.encode(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
-        results: dict[int, Completion] = {}
-        try:
-            requests = self.transactions.call(self._queue, ids, params, results)
-            self._run(results, len(requests), use_tqdm)
-        finally:
-            # After an interrupt or an error, nothing of this call stays behind.
-            self.transactions.call(self._drop, results)
-        return [results[request_id] for request_id in requests]
+        call = self.request_maker.check(prompts, sampling_params, sampling)
+        count = sum(params.n for params in call.params)
+        with closing(self._run(call)) as completions:
+            outputs = list(with_progress(completions, count, use_tqdm))
+        return sorted(outputs, key=itemgetter("index", "sample"))
+
+    @overload
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        deltas: Literal[False] = False,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Generator[Completion, None, None]: ...
+    @overload
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        deltas: Literal[True],
+        **sampling: Unpack[SamplingOptions],
+    ) -> Generator[Delta, None, None]: ...
+    @taking(SamplingParams)
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        deltas: bool = False,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Generator[Any, None, None]:
+        """Completes `prompts` as `generate` does, and yields each completion when it has ended.
+
+        Requests are queued at the first `next`, and run only while the next one is waited for or
+        another thread steps. To close the generator, or to drop it as a `for` loop does that is
+        left early, aborts what has not ended.
+
+        Args:
+            deltas: yield what is new of each text after every step instead. What may become a stop
+                text, and characters that are not complete, come with a later delta; the last one of
+                each completion has its `finish_reason`.
+
+        The other arguments, and the errors, are those of `generate`.
+        """
+        self.transactions.check_open()
+        return self._run(self.request_maker.check(prompts, sampling_params, sampling, deltas))
 
     @taking(SamplingParams)
     def chat(
@@ -234,12 +247,10 @@ class LLMEngine:
         Raises:
             TypeError, ValueError: the prompt or an option is not allowed.
         """
-        (params,) = params_per_prompt(sampling_params, 1, sampling)
-        check_token_ids([params], self.texts.vocab_size)
         self.transactions.check_open()
-        token_ids = self.texts.encode(prompt, "prompt")
-        (request,) = self.transactions.call(self._queue, [token_ids], [params], self.unclaimed)
-        return request
+        call = self.request_maker.check_one(prompt, sampling_params, sampling)
+        (seq,) = self.transactions.call(self._queue, call, self.unclaimed)
+        return seq.request_id
 
     @taking(SamplingParams)
     def add_computed_request(
@@ -250,28 +261,29 @@ class LLMEngine:
     ) -> int:
         """Adds a request that decodes at once: all its tokens but the last count as computed.
 
-        For benchmarks: its KV blocks hold whatever they held, and its token ids are not checked.
+        For benchmarks: its KV blocks hold whatever they held.
 
         Raises:
-            ValueError: there is no room for it, or the engine caches prefixes, and so would hand
-                on what was never computed.
+            TypeError, ValueError: an argument is not allowed, there is no room for it, or the
+                engine caches prefixes, and so would hand on what was never computed.
         """
         if self.config.enable_prefix_caching:
             raise ValueError("enable_prefix_caching=True is not allowed with computed requests")
-        (params,) = params_per_prompt(sampling_params, 1, sampling)
-        check_token_ids([params], self.texts.vocab_size)
-        if params.prompt_logprobs is not None:
-            asked = f"prompt_logprobs={params.prompt_logprobs}"
-            raise ValueError(f"{asked} is not allowed with computed requests: it must be None")
-        return self.transactions.call(self._add_computed, token_ids, params)
+        call = self.request_maker.check_one(token_ids, sampling_params, sampling)
+        asked = call.params[0].prompt_logprobs
+        if asked is not None:
+            raise ValueError(
+                f"prompt_logprobs={asked} is not allowed with computed requests: it must be None"
+            )
+        return self.transactions.call(self._add_computed, call)
 
-    def _add_computed(self, token_ids: list[int], params: SamplingParams) -> int:
+    def _add_computed(self, call: CheckedCall) -> int:
         with self.transactions.changing():
-            seq = self._make_sequence(list(token_ids), params, self.unclaimed)
+            (seq,) = self._make_sequences(call, self.unclaimed)
             if self.scheduler.add_computed(seq):
                 self.requests[seq.request_id] = seq
                 return seq.request_id
-        raise ValueError(f"a computed request of {len(token_ids)} tokens has no room")
+        raise ValueError(f"a computed request of {seq.prompt_len} tokens has no room")
 
     def step(self) -> list[RequestOutput]:
         """Runs one step of the batch; returns what has finished of `add_request`.
@@ -303,9 +315,10 @@ class LLMEngine:
         `step` never returns it; its `generate` returns what there is of it. Raises KeyError if
         there never was such a request.
         """
-        return self.transactions.call(self._abort, request_id)
+        within = self.transactions.is_within
+        return self.transactions.call(self._abort, request_id, within)
 
-    def _abort(self, request_id: int) -> bool:
+    def _abort(self, request_id: int, within: bool) -> bool:
         if not 0 <= request_id < self.next_request_id:
             raise KeyError(
                 f"request_id={request_id!r} is unknown: ids so far are below {self.next_request_id}"
@@ -313,7 +326,7 @@ class LLMEngine:
         seq = self.requests.get(request_id)
         if seq is None or seq.finish_reason is not None:
             return False
-        if self.in_step:  # on this thread, by a signal handler: the next step makes all anew
+        if within:  # in the middle of a change: the next step makes all anew
             self.transactions.unfinished += 1
             seq.finish_reason = "abort"
             return True
@@ -325,7 +338,8 @@ class LLMEngine:
 
     def _mend(self) -> None:
         """After a change that was broken off: makes all anew but the tokens of each request."""
-        if not self.transactions.unfinished:
+        found = self.transactions.unfinished
+        if not found:
             return
         self.in_flight = None
         try:
@@ -335,7 +349,7 @@ class LLMEngine:
             raise
         self.scheduler.restart(self.requests.values())
         self._take_out([seq for seq in self.requests.values() if seq.finish_reason is not None])
-        self.transactions.unfinished = 0
+        self.transactions.unfinished -= found
 
     def _step(self) -> None:
         """Runs one step; completions go where their requests say."""
@@ -343,7 +357,6 @@ class LLMEngine:
         self._mend()
         try:
             with self.transactions.changing(), self.model_runner.ranks.collective_region():
-                self.in_step = True
                 current = self.in_flight or self._launch(ahead=False)
                 if current is not None:
                     self.in_flight = self._launch(ahead=True) if self._may_look_ahead() else None
@@ -353,8 +366,6 @@ class LLMEngine:
             if self.model_runner.ranks.broken:
                 self.exit()
             raise
-        finally:
-            self.in_step = False
 
     def _launch(self, *, ahead: bool) -> LaunchedStep | None:
         step = self.scheduler.schedule(ahead=ahead)
@@ -365,54 +376,45 @@ class LLMEngine:
         # When profiling, the next step overwrites the time marks.
         return self.config.async_scheduling and not self.config.pipeline_enable_profiling
 
-    def _run(self, results: dict[int, Completion], count: int, use_tqdm: bool) -> None:
-        """Steps until there are `count` results."""
-        seen, tokens, start = 0, 0, time.perf_counter()
-        with tqdm(total=count, desc="Generating", disable=not use_tqdm) as bar:
-            while len(results) < count:
+    def _run(self, call: CheckedCall) -> Generator[Any, None, None]:
+        """Queues requests and steps until they have ended; yields completions, or all deltas."""
+        results: dict[int, Completion] = {}
+        try:
+            seqs = self.transactions.call(self._queue, call, results)
+            makers = {seq.request_id: DeltaMaker(seq) for seq in seqs}
+            while makers:
                 exclusive(self.transactions.lock, self._step)
                 self.transactions.give_way()
-                if len(results) > seen:
-                    new = list(results.values())[seen:]
-                    seen = len(results)
-                    tokens += sum(len(output["token_ids"]) for output in new)
-                    rate = tokens / (time.perf_counter() - start)
-                    bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-                    bar.update(len(new))
+                if call.deltas:
+                    yield from filter(None, [maker.next() for maker in makers.values()])
+                for request_id in list(results):
+                    completion, maker = results.pop(request_id), makers.pop(request_id, None)
+                    if maker is not None:  # else it was handed over once before an error
+                        yield maker.last(completion) if call.deltas else completion
+        finally:
+            # However it ends, nothing of it stays behind.
+            if self.transactions.is_own_process():
+                self.transactions.call(self._drop, results, self.transactions.is_within)
 
-    def _drop(self, results: dict[int, Completion]) -> None:
+    def _drop(self, results: dict[int, Completion], within: bool) -> None:
         """Ends all requests whose completions were to go to `results`."""
         for seq in [seq for seq in self.requests.values() if seq.results is results]:
-            self._abort(seq.request_id)
+            self._abort(seq.request_id, within)
 
-    def _queue(
-        self, prompts: list[list[int]], params: list[SamplingParams], results: dict[int, Completion]
-    ) -> list[int]:
+    def _queue(self, call: CheckedCall, results: dict[int, Completion]) -> list[EngineSequence]:
         with self.transactions.changing():
-            seqs = [
-                self._make_sequence(*pair, results) for pair in zip(prompts, params, strict=True)
-            ]
+            seqs = self._make_sequences(call, results)
             for seq in seqs:
                 self.requests[seq.request_id] = seq
                 self.scheduler.add(seq)
-            return [seq.request_id for seq in seqs]
+            return seqs
 
-    def _make_sequence(
-        self, token_ids: list[int], params: SamplingParams, results: dict[int, Completion]
-    ) -> EngineSequence:
-        request_id = self.next_request_id
-        self.next_request_id += 1
-        stop_ids = frozenset(params.stop_token_ids)
-        return EngineSequence(
-            request_id=request_id,
-            token_ids=token_ids,
-            params=params,
-            stop_ids=stop_ids if params.ignore_eos else stop_ids | self.eos_ids,
-            max_len=self.max_len,
-            seed=random.getrandbits(63) if params.seed is None else params.seed,
-            results=results,
-            edits=self.model_runner.edited_draws.edits_of(params, stop_ids | self.eos_ids),
-        )
+    def _make_sequences(
+        self, call: CheckedCall, results: dict[int, Completion]
+    ) -> list[EngineSequence]:
+        seqs = self.request_maker.sequences(self.next_request_id, call, results)
+        self.next_request_id += len(seqs)
+        return seqs
 
     def _take_out(self, ended: list[EngineSequence]) -> None:
         """Hands over the completions of requests, then forgets them; may be repeated."""
@@ -420,49 +422,5 @@ class LLMEngine:
             if seq.finish_reason == "abort":
                 self.scheduler.abort(seq)
             if seq.results is not self.unclaimed or seq.finish_reason != "abort":
-                seq.results[seq.request_id] = self._output(seq)
+                seq.results[seq.request_id] = self.request_maker.completion(seq)
             self.requests.pop(seq.request_id, None)
-
-    def _output(self, seq: EngineSequence) -> Completion:
-        token_ids, reason = seq.token_ids[seq.prompt_len :], seq.finish_reason
-        assert reason is not None
-        if reason == "error":
-            logger.warning("Request %d ends in error: its logits are not numbers", seq.request_id)
-        logprobs = prompt_logprobs = None
-        try:
-            text = self.texts.decode(token_ids)
-            if seq.params.logprobs is not None:
-                logprobs = self._logprobs(seq.logprobs[: len(token_ids)])
-            if seq.params.prompt_logprobs is not None:
-                prompt_logprobs = [None, *self._logprobs(seq.prompt_logprobs)]
-        except Exception as error:  # of the tokenizer, which comes with the checkpoint
-            logger.warning("Request %d: its text cannot be decoded: %r", seq.request_id, error)
-            text, reason = "", "error"
-        return Completion(
-            text=text,
-            token_ids=token_ids,
-            finish_reason=reason,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-        )
-
-    def _logprobs(self, positions: list[Position]) -> list[dict[int, Logprob]]:
-        return [position.as_dict(self.texts.token_text) for position in positions]
-
-
-def _start_runner(config: Config, directory: Path) -> ModelRunner:
-    """The runner of rank 0, all ranks ready; other ranks serve it and never return."""
-    device = resolve_device(config.device)
-    ranks = Ranks.start(config, directory, device)
-    try:
-        with ranks.collective_region():
-            runner = ModelRunner(config, directory, device, ranks)
-            if not ranks.is_first:
-                runner.serve()
-    except BaseException:
-        ranks.close()
-        raise
-    if not ranks.is_first:
-        runner.close()
-        raise SystemExit(0)
-    return runner

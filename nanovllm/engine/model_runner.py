@@ -33,7 +33,7 @@ from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.logprobs import Scores, score_step
 from nanovllm.layers.sampler import SamplingBatch, sample
 from nanovllm.models import Checkpoint, load_config, load_model
-from nanovllm.utils.device import resolve_dtype, sm_count
+from nanovllm.utils.device import resolve_device, resolve_dtype, sm_count
 from nanovllm.utils.timeline import save_timeline
 
 
@@ -346,3 +346,21 @@ def _copy_to_host(x: torch.Tensor) -> torch.Tensor:
     """A copy that is there once the current stream has come so far."""
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     return host.copy_(x, non_blocking=True)
+
+
+def start_runner(config: Config, directory: Path) -> ModelRunner:
+    """The runner of rank 0, all ranks ready; other ranks serve it and never return."""
+    device = resolve_device(config.device)
+    ranks = Ranks.start(config, directory, device)
+    try:
+        with ranks.collective_region():
+            runner = ModelRunner(config, directory, device, ranks)
+            if not ranks.is_first:
+                runner.serve()
+    except BaseException:
+        ranks.close()
+        raise
+    if not ranks.is_first:
+        runner.close()
+        raise SystemExit(0)
+    return runner

@@ -23,6 +23,10 @@ class TokensPrompt(TypedDict):
     prompt_token_ids: Sequence[int]
 
 
+class UndecodableError(ValueError):
+    """The tokenizer, which comes with the checkpoint, fails for some tokens."""
+
+
 Prompt = str | Sequence[int] | TextPrompt | TokensPrompt
 
 
@@ -108,22 +112,32 @@ class TextProcessor:
                 )
         return ids
 
-    def decode(self, token_ids: list[int]) -> str:
-        """The text of `token_ids` without special tokens; raises whatever the tokenizer does."""
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        """The text of `token_ids`; raises UndecodableError if the tokenizer fails."""
         if self.tokenizer is None:
             return ""
-        decode = self.tokenizer.decode
-        return str(exclusive(self.lock, decode, token_ids, skip_special_tokens=True))
+        return exclusive(self.lock, self._decode, token_ids, skip_special_tokens)
+
+    def _decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        options = {
+            "skip_special_tokens": skip_special_tokens,
+            # It changes spaces of the text so far when a comma follows.
+            "clean_up_tokenization_spaces": False,
+        }
+        try:
+            return str(self.tokenizer.decode(token_ids, **options))  # type: ignore[union-attr]
+        except Exception as error:
+            raise UndecodableError(repr(error)) from error
 
     def token_text(self, token: int) -> str | None:
-        """The text of one token, whatever its kind; raises whatever the tokenizer does.
+        """The text of one token, whatever its kind; without a tokenizer None.
 
-        Without a tokenizer None.
+        Raises UndecodableError if the tokenizer fails.
         """
         if self.tokenizer is None:
             return None
         if token not in self.token_texts:
-            self.token_texts[token] = str(exclusive(self.lock, self.tokenizer.decode, [token]))
+            self.token_texts[token] = self.decode([token], skip_special_tokens=False)
         return self.token_texts[token]
 
     def _tokenize(self, prompt: Prompt, name: str) -> list[int]:

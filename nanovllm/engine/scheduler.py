@@ -193,6 +193,8 @@ class Scheduler:
         """Lets the first waiting sequence run, if there is room and there are blocks for it."""
         if not self.waiting or len(self.running) >= self.max_num_seqs:
             return None
+        if self.waiting[0].must_wait:
+            return None
         reserve = int(self.blocks.num_blocks * ADMISSION_RESERVE) + 1 if self.running else 0
         if not self.blocks.admit(self.waiting[0], reserve):
             return None

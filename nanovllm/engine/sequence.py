@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.layers.logit_edits import RequestEdits
 from nanovllm.logprobs import Position
 from nanovllm.sampling_params import SamplingParams
@@ -22,6 +24,13 @@ class Sequence:
         seed: of its random draws.
         results: where the engine puts its completion.
         edits: what it changes of its logits; None: nothing.
+        index: place of its prompt in the call.
+        sample: which of the prompt's n samples it is.
+        leader: a sequence of the same prompt to be computed before, so that this finds its blocks
+            in the prefix cache.
+        detokenizer: reads its tokens as they come, if somebody asks for their text.
+        queued_time: of `time.perf_counter()`, as the next.
+        first_token_time: when the host had its first token.
         end_len: length in tokens at which it ends, by `max_tokens` or `max_len`; always at least
             one token after the prompt.
         block_table: ids of the KV blocks it owns a share of, in order.
@@ -44,6 +53,12 @@ class Sequence:
     seed: int
     results: dict[int, Any] = field(default_factory=dict)
     edits: RequestEdits | None = None
+    index: int = 0
+    sample: int = 0
+    leader: Sequence | None = None
+    detokenizer: Detokenizer | None = None
+    queued_time: float = field(default_factory=time.perf_counter)
+    first_token_time: float | None = None
     prompt_len: int = field(init=False)
     end_len: int = field(init=False)
     block_table: list[int] = field(default_factory=list)
@@ -59,7 +74,8 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.token_ids)
-        end_len = min(self.prompt_len + self.params.max_tokens, self.max_len)
+        most = self.params.max_tokens
+        end_len = self.max_len if most is None else min(self.prompt_len + most, self.max_len)
         self.end_len = max(end_len, self.prompt_len + 1)
 
     @property
@@ -83,8 +99,18 @@ class Sequence:
         """Whether it ends for its length, at the latest when its pending tokens are known."""
         return self.length >= self.end_len
 
+    @property
+    def must_wait(self) -> bool:
+        """Whether its leader runs and is yet to compute what it would compute again."""
+        leader = self.leader
+        if leader is None or leader.request_index < 0:
+            return False
+        return leader.num_computed < leader.prompt_len
+
     def append(self, token: int) -> None:
         """Takes a generated token, and finishes the sequence if it was the last."""
+        if self.first_token_time is None:
+            self.first_token_time = time.perf_counter()
         self.token_ids.append(token)
         self.judge()
 
@@ -92,6 +118,8 @@ class Sequence:
         """Finishes the sequence if its tokens say so."""
         if len(self.token_ids) > self.prompt_len and self.token_ids[-1] in self.stop_ids:
             self.finish_reason = "stop"
+        elif self.detokenizer is not None and (reason := self.detokenizer.read(self.token_ids)):
+            self.finish_reason = reason
         elif not self.num_pending and self.is_full:
             self.finish_reason = "length"
 

@@ -50,6 +50,11 @@ class Transactions:
         finally:
             self.callers.discard(caller)
 
+    @property
+    def is_within(self) -> bool:
+        """Whether this thread is in a call, which a signal handler or a destructor interrupts."""
+        return self.lock._is_owned()  # type: ignore[attr-defined]
+
     def give_way(self) -> None:
         """Lets others have the lock, which a thread that steps in a loop would keep for itself."""
         if self.callers:

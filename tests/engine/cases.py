@@ -20,6 +20,11 @@ def tokens(outputs) -> list[list[int]]:
     return [output["token_ids"] for output in outputs]
 
 
+def said(outputs) -> list[tuple[str, list[int], str]]:
+    """What does not vary from one run to the next."""
+    return [(output["text"], output["token_ids"], output["finish_reason"]) for output in outputs]
+
+
 def drain(engine) -> dict[int, list[int]]:
     outputs = {}
     while not engine.is_finished():

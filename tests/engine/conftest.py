@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from nanovllm import LLM
-from tests.checkpoints import Shape
+from tests import small_tokenizers
+from tests.checkpoints import VOCAB, Shape
 from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, check_empty, tokens
 
 
@@ -36,6 +37,29 @@ def llm(shared):
     yield shared
     assert shared.is_finished()
     check_empty(shared)
+
+
+@pytest.fixture(scope="module")
+def speaking(tmp_path_factory) -> Path:
+    """The same model with a tokenizer, all tokens of which are bytes and parts of words."""
+    path = tmp_path_factory.mktemp("speaking")
+    Shape(seed=5).write(path)
+    small_tokenizers.write(small_tokenizers.byte_level(small_tokenizers.fill(VOCAB)), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def speaker(speaking):
+    with LLM(speaking, **OPTIONS) as engine:
+        yield engine
+
+
+@pytest.fixture
+def spoken(speaker):
+    """The shared engine of that model; after the test nothing may be left in it."""
+    yield speaker
+    assert speaker.is_finished()
+    check_empty(speaker)
 
 
 @pytest.fixture(scope="module")

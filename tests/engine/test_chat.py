@@ -8,6 +8,7 @@ import pytest
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.tiny import CHECKPOINT_DIR
+from tests.engine.cases import said
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}"
@@ -34,7 +35,8 @@ def chat(engine, messages, **options):
     ],
 )
 def test_a_conversation_is_the_text_that_the_template_makes_of_it(tiny, options, text):
-    assert chat(tiny, TOM, **options) == tiny.generate(text, PARAMS, use_tqdm=False)
+    answers = chat(tiny, TOM, **options)
+    assert said(answers) == said(tiny.generate(text, PARAMS, use_tqdm=False))
 
 
 def test_conversations_are_answered_in_order_each_with_its_own_options(tiny):
@@ -45,7 +47,7 @@ def test_conversations_are_answered_in_order_each_with_its_own_options(tiny):
         (alone,) = chat(tiny, messages)
         assert alone["token_ids"][: len(output["token_ids"])] == output["token_ids"]
     (one,) = tiny.chat(ANNA, temperature=0, max_tokens=5, chat_template=TEMPLATE, use_tqdm=False)
-    assert one == outputs[1]
+    assert said([one]) == said(outputs[1:])
     assert chat(tiny, []) == []
 
 
@@ -53,7 +55,7 @@ def test_parts_of_text_are_joined_and_the_messages_stay_as_they_are(tiny):
     parts = [{"type": "text", "text": "Who is"}, {"type": "text", "text": "Tom?"}]
     messages = [{"role": "user", "content": parts}]
     joined = [{"role": "user", "content": "Who is\nTom?"}]
-    assert chat(tiny, messages) == chat(tiny, joined)
+    assert said(chat(tiny, messages)) == said(chat(tiny, joined))
     assert messages[0]["content"] is parts
 
 
@@ -63,7 +65,7 @@ def test_the_tokenizers_own_template_is_the_default(tmp_path):
     (directory / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     with LLM(directory, device="cpu") as engine:
         expected = engine.generate(TEXT + "assistant: ", PARAMS, use_tqdm=False)
-        assert chat(engine, TOM, chat_template=None) == expected
+        assert said(chat(engine, TOM, chat_template=None)) == said(expected)
 
 
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}

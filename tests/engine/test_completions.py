@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
 import torch
 
 from nanovllm import LLM, Config, LLMEngine, SamplingParams
+from nanovllm.engine.outputs import Completion, RequestOutput
 from nanovllm.tiny import CHECKPOINT_DIR
 from tests.checkpoints import VOCAB
-from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, check_empty, drain, tokens
-
-KEYS = ["text", "token_ids", "finish_reason", "logprobs", "prompt_logprobs"]
+from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, check_empty, drain, said, tokens
 
 # ------------------------------------------------------------------ making an engine
 
@@ -69,9 +70,18 @@ def test_the_models_own_limit_caps_max_model_len(directory):
 # ------------------------------------------------------------------ prompts and completions
 
 
-def test_completions_are_in_order_and_have_exactly_these_keys(llm, expected):
+def test_completions_are_in_order_and_say_when_they_came(llm, expected):
+    start = time.perf_counter()
     outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
-    assert [list(output) for output in outputs] == [KEYS] * 4
+    end = time.perf_counter()
+    assert [set(output) for output in outputs] == [set(get_type_hints(Completion))] * 4
+    assert [(o["index"], o["sample"], o["stop_reason"]) for o in outputs] == [
+        (i, 0, None) for i in range(4)
+    ]
+    assert [output["prompt_token_ids"] for output in outputs] == PROMPTS
+    for output in outputs:
+        times = [start, *map(output.get, ("queued_time", "first_token_time", "end_time")), end]
+        assert times == sorted(times)
     assert tokens(outputs) == expected
     assert len({tuple(ids) for ids in expected}) == 4
     for prompt, ids in zip(PROMPTS, expected, strict=True):
@@ -114,9 +124,10 @@ def test_a_text_a_list_of_texts_and_their_token_ids_are_equal(tiny):
     one = tiny.generate(text, temperature=0, max_tokens=20, use_tqdm=False)
     ids = tiny.tokenizer.encode(text)
     for given in ([text], (text,), [ids], [tuple(ids)], [torch.tensor(ids)]):
-        assert tiny.generate(given, temperature=0, max_tokens=20, use_tqdm=False) == one
+        again = tiny.generate(given, temperature=0, max_tokens=20, use_tqdm=False)
+        assert said(again) == said(one)
     mixed = tiny.generate([ids, text], temperature=0, max_tokens=20, use_tqdm=False)
-    assert mixed == one * 2
+    assert said(mixed) == said(one) * 2
 
 
 def test_a_prompt_may_be_a_dict_of_a_text_or_of_token_ids(tiny):
@@ -125,9 +136,9 @@ def test_a_prompt_may_be_a_dict_of_a_text_or_of_token_ids(tiny):
     one = tiny.generate(text, params, use_tqdm=False)
     dicts = [{"prompt": text}, {"prompt_token_ids": tuple(tiny.tokenizer.encode(text))}]
     for given in dicts:
-        assert tiny.generate(given, params, use_tqdm=False) == one
+        assert said(tiny.generate(given, params, use_tqdm=False)) == said(one)
         tiny.add_request(given, params)
-    assert tiny.generate([*dicts, text], params, use_tqdm=False) == one * 3
+    assert said(tiny.generate([*dicts, text], params, use_tqdm=False)) == said(one) * 3
     assert list(drain(tiny).values()) == tokens(one) * 2
 
 
@@ -272,7 +283,8 @@ def test_requests_step_by_step(llm, expected):
     outputs = []
     while not llm.is_finished():
         outputs += llm.step()
-    assert [list(output) for output in outputs] == [["request_id", *KEYS]] * 4
+    assert [set(output) for output in outputs] == [set(get_type_hints(RequestOutput))] * 4
+    assert {(output["index"], output["sample"]) for output in outputs} == {(0, 0)}
     assert {out["request_id"]: out["token_ids"] for out in outputs} == dict(
         zip(ids, expected, strict=True)
     )

@@ -235,14 +235,15 @@ def test_without_a_tokenizer_tokens_have_no_text(llm):
 def test_a_token_whose_text_cannot_be_told_ends_its_own_request_in_error(tiny, monkeypatch):
     tiny.texts.token_texts.clear()
 
-    def fail(ids, **options):
-        raise IndexError("no such piece")
-
-    asking = SamplingParams(max_tokens=2, logprobs=1)
     decode = tiny.tokenizer.decode
-    monkeypatch.setattr(
-        tiny.tokenizer, "decode", lambda ids, **o: decode(ids, **o) if o else fail(ids)
-    )
+
+    def fail_at_single_tokens(ids, *, skip_special_tokens, **options):
+        if not skip_special_tokens:
+            raise IndexError("no such piece")
+        return decode(ids, skip_special_tokens=skip_special_tokens, **options)
+
+    monkeypatch.setattr(tiny.tokenizer, "decode", fail_at_single_tokens)
+    asking = SamplingParams(max_tokens=2, logprobs=1)
     outputs = tiny.generate(["Tom", "Anna"], [asking, GREEDY], use_tqdm=False)
     assert [output["finish_reason"] for output in outputs] == ["error", "length"]
 

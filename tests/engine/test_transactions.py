@@ -7,7 +7,16 @@ import random
 import pytest
 
 from nanovllm import LLM
-from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, before_call, check_empty, drain, interrupt
+from tests.engine.cases import (
+    GREEDY,
+    OPTIONS,
+    PROMPTS,
+    before_call,
+    check_empty,
+    drain,
+    interrupt,
+    said,
+)
 from tests.interrupts import PARAMS, Interrupt, InterruptAt, Play, Victim, write_model
 from tests.interrupts import PROMPTS as PLAY
 
@@ -26,6 +35,8 @@ def test_the_play_meets_what_it_is_to_meet(victim):
     before = victim.engine.scheduler.num_preemptions
     assert Play(victim.engine).run() == victim.right
     assert victim.engine.scheduler.num_preemptions > before
+    ended = [len(victim.right[i]) < PARAMS[i].max_tokens for i in range(6)]
+    assert ended == [True, False, False, False, True, False]  # by their stop texts
 
 
 def test_an_engine_survives_at_whatever_line_it_is_broken_off(victim):
@@ -47,9 +58,9 @@ def test_an_abort_that_is_interrupted_holds_up_no_other_request(victim, line):
             engine.abort(ids[0])
     except victim.error:
         pass
-    said = {output["request_id"]: output["token_ids"] for output in engine.step()} | drain(engine)
-    assert [said[ids[i]] for i in (1, 2)] == [right[i] for i in (1, 2)]
-    assert said.get(ids[0], right[0]) == right[0]  # it may not have come to it
+    done = {output["request_id"]: output["token_ids"] for output in engine.step()} | drain(engine)
+    assert [done[ids[i]] for i in (1, 2)] == [right[i] for i in (1, 2)]
+    assert done.get(ids[0], right[0]) == right[0]  # it may not have come to it
     check_empty(engine)
 
 
@@ -63,14 +74,14 @@ SHORT = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}  # they finish i
 def test_an_interrupt_of_the_detokenizer_costs_nothing(tiny, monkeypatch):
     outputs = tiny.generate(STORIES, use_tqdm=False, **SHORT)
     before_call(monkeypatch, tiny.tokenizer, "decode", 1, interrupt)
-    ids, said, interrupts = [tiny.add_request(text, **SHORT) for text in STORIES], {}, 0
+    ids, done, interrupts = [tiny.add_request(text, **SHORT) for text in STORIES], {}, 0
     while not tiny.is_finished():
         try:
-            said |= {output.pop("request_id"): output for output in tiny.step()}
+            done |= {output["request_id"]: output for output in tiny.step()}
         except KeyboardInterrupt:
             interrupts += 1
     assert interrupts == 1
-    assert [said[i] for i in ids] == outputs
+    assert said(done[i] for i in ids) == said(outputs)
 
 
 def test_a_text_that_cannot_be_decoded_costs_no_other_request(tiny, monkeypatch, caplog):
@@ -83,8 +94,9 @@ def test_a_text_that_cannot_be_decoded_costs_no_other_request(tiny, monkeypatch,
         return decode(ids, **options)
 
     monkeypatch.setattr(tiny.tokenizer, "decode", fail)
-    failed = {**outputs[1], "text": "", "finish_reason": "error"}
-    assert tiny.generate(STORIES, use_tqdm=False, **SHORT) == [outputs[0], failed, outputs[2]]
+    right = said(outputs)
+    again = said(tiny.generate(STORIES, use_tqdm=False, **SHORT))
+    assert again == [right[0], ("", bad, "error"), right[2]]
     assert "its text cannot be decoded: IndexError('no such piece')" in caplog.text
 
 

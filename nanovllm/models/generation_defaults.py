@@ -1,0 +1,51 @@
+"""How a model's makers want its tokens to be drawn: the defaults of requests that do not say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nanovllm.models.rules import UnsupportedModelError
+from nanovllm.sampling_params import SamplingOptions, SamplingParams
+from nanovllm.utils.json_files import is_there, read_object
+from nanovllm.utils.options import rule_of, short
+
+FILE = "generation_config.json"
+# Fields of the file that vLLM takes, too, by the fields of `SamplingParams`. As in vLLM `do_sample`
+# is none of them: a request is greedy if its temperature is 0.
+FIELDS = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_tokens": "max_new_tokens",
+}
+
+
+def sampling_defaults(directory: Path, source: str) -> SamplingOptions:
+    """The fields of `SamplingParams` that the checkpoint in `directory` sets.
+
+    Args:
+        directory: may hold a generation_config.json.
+        source: of `Config.generation_config`; "none": there are no such fields.
+
+    Raises:
+        UnsupportedModelError: the file cannot be read, or holds a value that is not allowed.
+    """
+    path = directory / FILE
+    if source == "none" or not is_there(path):
+        return {}
+    given, options = read_object(path, UnsupportedModelError), SamplingParams()
+    defaults: dict[str, Any] = {}
+    for name, there in FIELDS.items():
+        value = given.get(there)
+        if value is not None and hasattr(options, name):
+            try:
+                defaults[name] = rule_of(SamplingParams, name)(value)
+            except ValueError as allowed:
+                raise UnsupportedModelError(
+                    f"{path}: {there}={short(value)} is not allowed: it must be {allowed}; "
+                    "generation_config='none' would ignore it"
+                ) from None
+    return SamplingOptions(**defaults)  # type: ignore[typeddict-item]

@@ -1,0 +1,144 @@
+"""Several samples of a prompt: their order, their seeds, and the blocks that they share."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from nanovllm import LLM, SamplingParams
+from tests.engine.cases import OPTIONS, PROMPTS, check_empty, drain, tokens
+
+THREE = SamplingParams(n=3, seed=7, max_tokens=10, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def samples(shared) -> list[list[int]]:
+    """Three of each prompt."""
+    return tokens(shared.generate(PROMPTS, THREE, use_tqdm=False))
+
+
+def test_samples_of_a_prompt_follow_each_other(llm, samples):
+    params = [replace(THREE, n=n) for n in (2, 1, 3, 1)]
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    places = [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (2, 2), (3, 0)]
+    assert [(output["index"], output["sample"]) for output in outputs] == places
+    assert [output["prompt_token_ids"] for output in outputs] == [PROMPTS[i] for i, _ in places]
+    # A sample is the same however many there are.
+    assert tokens(outputs) == [samples[3 * i + sample] for i, sample in places]
+
+
+def test_each_sample_has_a_seed_of_its_own(llm, samples):
+    assert len({tuple(ids) for ids in samples}) == 12
+    (alone,) = llm.generate(PROMPTS[:1], replace(THREE, n=1), use_tqdm=False)
+    assert alone["token_ids"] == samples[0]
+    other = llm.generate(PROMPTS[:1], replace(THREE, seed=8), use_tqdm=False)
+    assert not {tuple(ids) for ids in tokens(other)} & {tuple(ids) for ids in samples}
+    unseeded = replace(THREE, seed=None, n=6, temperature=3)
+    outputs = llm.generate(PROMPTS[:1], unseeded, use_tqdm=False)
+    assert len({tuple(ids) for ids in tokens(outputs)}) == 6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"async_scheduling": False},
+        {"max_num_batched_tokens": 5},
+        {"max_num_seqs": 2, "enable_prefix_caching": False},
+        {"max_num_seqs": 5},
+        {"num_kvcache_blocks": 5},
+        {"num_kvcache_blocks": 5, "max_num_batched_tokens": 9, "async_scheduling": False},
+    ],
+    ids=str,
+)
+def test_samples_are_the_same_whatever_the_scheduler_does(directory, samples, options):
+    with LLM(str(directory), **{**OPTIONS, **options}) as engine:
+        for prompts, expected in ((PROMPTS, samples), (PROMPTS[::-1], None)):
+            outputs = engine.generate(prompts, THREE, use_tqdm=False)
+            expected = expected or [ids for i in (9, 6, 3, 0) for ids in samples[i : i + 3]]
+            assert tokens(outputs) == expected
+        if "num_kvcache_blocks" in options:
+            assert engine.scheduler.num_preemptions > 0
+        check_empty(engine)
+
+
+def computed_tokens(engine, monkeypatch) -> list[int]:
+    """Prompt tokens of each step from now on."""
+    counts, launch = [], engine.model_runner.launch
+
+    def counting(step):
+        parts = [min(chunk.end, chunk.seq.prompt_len) - chunk.start for chunk in step.chunks]
+        counts.append(sum(part for part in parts if part > 0))
+        return launch(step)
+
+    monkeypatch.setattr(engine.model_runner, "launch", counting)
+    return counts
+
+
+def fresh_prompt(length: int) -> list[int]:
+    return random.Random(length).choices(range(2, 500), k=length)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"async_scheduling": False}, {"max_num_batched_tokens": 24}]
+)
+@pytest.mark.parametrize("count", [1, 3])
+def test_samples_share_the_blocks_of_their_prompt(directory, monkeypatch, options, count):
+    """The whole blocks of 16 tokens but the one with the last token are computed once."""
+    with LLM(str(directory), **{**OPTIONS, **options}) as engine:
+        prompts = [fresh_prompt(length) for length in (40, 48, 33)[:count]]
+        computed = computed_tokens(engine, monkeypatch)
+        free = []
+        step = engine._step
+        blocks = engine.scheduler.blocks
+        monkeypatch.setattr(engine, "_step", lambda: (step(), free.append(len(blocks.free))))
+        params = replace(THREE, n=6, max_tokens=3)
+        outputs = engine.generate(prompts, params, use_tqdm=False)
+        assert len(outputs) == 6 * count
+        assert sum(computed) == sum(
+            len(prompt) + 5 * (len(prompt) - (len(prompt) - 1) // 16 * 16) for prompt in prompts
+        )
+        # All at a time: two shared blocks, and one or two of each sample's own.
+        assert blocks.num_blocks - min(free) <= count * (2 + 6 * 2)
+        check_empty(engine)
+
+
+def test_without_the_prefix_cache_each_sample_is_computed(directory, monkeypatch):
+    with LLM(str(directory), enable_prefix_caching=False, **OPTIONS) as engine:
+        computed = computed_tokens(engine, monkeypatch)
+        engine.generate([fresh_prompt(40)], THREE, use_tqdm=False)
+        assert computed[0] == sum(computed) == 120
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_samples_do_not_wait_for_a_first_one_that_was_aborted(directory, samples, steps):
+    """It reads its prompt in several steps."""
+    prompt = fresh_prompt(40)
+    with LLM(str(directory), max_num_batched_tokens=17, **OPTIONS) as engine:
+        expected = tokens(engine.generate([prompt], THREE, use_tqdm=False))
+        engine.generate([[5]] * 4, replace(THREE, n=1), use_tqdm=False)
+        engine.scheduler.blocks.prefixes.clear()
+        engine.scheduler.blocks.reset()
+        stream = engine.stream([prompt, [5]], [THREE, replace(THREE, max_tokens=1, n=1)])
+        first = engine.next_request_id
+        added = engine.add_request([6], max_tokens=1, ignore_eos=True)
+        step, counts = engine._step, iter(range(100))
+
+        def stepping() -> None:
+            if next(counts) == steps:
+                engine.abort(added + 1)  # the first sample of the first prompt
+            step()
+
+        engine._step = stepping
+        outputs = sorted(stream, key=lambda output: (output["index"], output["sample"]))
+        assert first == added
+        assert [output["finish_reason"] for output in outputs] == ["abort", *["length"] * 3]
+        assert tokens(outputs)[1:3] == expected[1:]
+        drain(engine)
+        check_empty(engine)
+
+
+def test_a_single_request_has_one_sample(llm):
+    with pytest.raises(ValueError, match=r"^n=2 is not allowed for a single request: .* be 1$"):
+        llm.add_request(PROMPTS[0], n=2)

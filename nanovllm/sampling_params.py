@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from nanovllm.structured.patterns import MAX_REGEX, check_regex
+from nanovllm.structured.schemas import check_schema
 from nanovllm.utils.options import (
+    Rule,
     boolean,
     check,
     hinting,
@@ -33,6 +36,25 @@ def _seed(value: Any) -> int | None:
     raise ValueError("None or an integer from 0 to 2**63 - 1")
 
 
+def _text(rule: Rule) -> Rule:
+    def check_text(value: Any) -> str | None:
+        if value is None or (isinstance(value, str) and value):
+            return rule(value) if value else None
+        raise ValueError("None or a text")
+
+    return check_text
+
+
+def _short(text: str) -> str:
+    if len(text) > MAX_REGEX:
+        raise ValueError(f"a grammar of at most {MAX_REGEX} characters")
+    return text
+
+
+# Fields that say what a completion has to follow.
+STRUCTURES = ("json_schema", "regex", "grammar")
+
+
 @hinting
 @dataclass(frozen=True)
 class SamplingParams:
@@ -47,6 +69,10 @@ class SamplingParams:
         stop_token_ids: further tokens that end the request; they are kept as a tuple.
         seed: the same seed draws the same random numbers whatever else is in the batch; None:
             random.
+        json_schema: a JSON schema, as a dict or JSON text, that the completion follows; it is
+            kept as text. Keywords that cannot be enforced are refused.
+        regex: a regular expression that the whole completion matches.
+        grammar: a grammar that it follows, in the EBNF of xgrammar. At most one of these three.
     """
 
     temperature: float = option(1.0, number(0, 100))
@@ -56,11 +82,23 @@ class SamplingParams:
     ignore_eos: bool = option(False, boolean)
     stop_token_ids: Collection[int] = option((), _stop_token_ids)
     seed: int | None = option(None, _seed)
+    json_schema: Mapping[str, Any] | str | None = option(None, check_schema)
+    regex: str | None = option(None, _text(check_regex))
+    grammar: str | None = option(None, _text(_short))
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = check(self, field.name, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
+        given = [name for name in STRUCTURES if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of {' and '.join(given)}, not both")
+
+    @property
+    def structure(self) -> tuple[str, str] | None:
+        """The field that says what a completion has to follow, and its text."""
+        given = ((name, getattr(self, name)) for name in STRUCTURES)
+        return next(((name, text) for name, text in given if text is not None), None)
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -73,6 +111,9 @@ class SamplingOptions(TypedDict, total=False):
     ignore_eos: bool
     stop_token_ids: Collection[int]
     seed: int | None
+    json_schema: Mapping[str, Any] | str | None
+    regex: str | None
+    grammar: str | None
 
 
 def params_per_prompt(

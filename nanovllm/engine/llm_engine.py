@@ -33,6 +33,7 @@ from nanovllm.engine.transactions import Transactions
 from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.models import load_config
 from nanovllm.sampling_params import SamplingOptions, SamplingParams, params_per_prompt
+from nanovllm.structured.grammars import Grammars
 from nanovllm.utils.device import resolve_device
 from nanovllm.utils.hub import resolve_model
 from nanovllm.utils.locks import exclusive
@@ -107,6 +108,7 @@ class LLMEngine:
         self.eos_ids = set(runner.model_config.eos_token_ids)
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             self.eos_ids.add(self.tokenizer.eos_token_id)
+        self.grammars = Grammars(self.texts, self.eos_ids)
         blocks = BlockManager(
             runner.num_blocks, config.kvcache_block_size, config.enable_prefix_caching
         )
@@ -161,6 +163,8 @@ class LLMEngine:
         prompts = list_prompts(prompts)
         params = params_per_prompt(sampling_params, len(prompts), sampling)
         self.transactions.check_open()
+        for each in params:
+            self.grammars.check(each)
         ids = [self.texts.encode(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
         results: dict[int, Completion] = {}
         try:
@@ -224,6 +228,7 @@ class LLMEngine:
         """
         (params,) = params_per_prompt(sampling_params, 1, sampling)
         self.transactions.check_open()
+        self.grammars.check(params)
         token_ids = self.texts.encode(prompt, "prompt")
         (request,) = self.transactions.call(self._queue, [token_ids], [params], self.unclaimed)
         return request
@@ -341,7 +346,9 @@ class LLMEngine:
 
     def _launch(self, *, ahead: bool) -> LaunchedStep | None:
         step = self.scheduler.schedule(ahead=ahead)
-        return None if step is None else self.model_runner.launch(step)
+        if step is None:
+            return None
+        return self.model_runner.launch(step, self.grammars.masks(step))
 
     def _may_look_ahead(self) -> bool:
         """Whether the next step may be launched before the tokens of the current one are known."""
@@ -385,15 +392,17 @@ class LLMEngine:
     ) -> EngineSequence:
         request_id = self.next_request_id
         self.next_request_id += 1
-        stop_ids = frozenset(params.stop_token_ids)
+        stop_ids, matcher = frozenset(params.stop_token_ids), self.grammars.matcher(params)
+        ignores_eos = params.ignore_eos and matcher is None  # after which nothing may follow
         return EngineSequence(
             request_id=request_id,
             token_ids=token_ids,
             params=params,
-            stop_ids=stop_ids if params.ignore_eos else stop_ids | self.eos_ids,
+            stop_ids=stop_ids if ignores_eos else stop_ids | self.eos_ids,
             max_len=self.max_len,
             seed=random.getrandbits(63) if params.seed is None else params.seed,
             results=results,
+            matcher=matcher,
         )
 
     def _take_out(self, ended: list[EngineSequence]) -> None:

@@ -158,12 +158,12 @@ class ModelRunner:
         if chooser is not None:
             step_runner.chooser = chooser
 
-    def launch(self, step: Step) -> LaunchedStep:
-        """Issues `step` on all ranks, without waiting for it."""
+    def launch(self, step: Step, masks: np.ndarray | None = None) -> LaunchedStep:
+        """Issues `step` on all ranks, without waiting for it; `masks` are those of its rows."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # it is each thread's own
         with torch.inference_mode():
-            prepared = replace(self.step_runner.prepare(step), sampling=self._sampling(step))
+            prepared = replace(self.step_runner.prepare(step), sampling=self._sampling(step, masks))
             self._send(prepared)
             self.watch("begin", step)
             logits = self.step_runner.run(prepared)
@@ -191,18 +191,19 @@ class ModelRunner:
             self._draw(self.step_runner.run(step), sampling)
             self.ranks.watch_step()
 
-    def _sampling(self, step: Step) -> np.ndarray | None:
+    def _sampling(self, step: Step, masks: np.ndarray | None) -> np.ndarray | None:
         """How the tokens of the sampling chunks are drawn, whose logits are the first rows."""
         seqs = [chunk.seq for chunk in step.chunks if chunk.needs_sample]
         if not seqs:
             return None
-        return SamplingBatch.pack(
+        packed = SamplingBatch.pack(
             [seq.params for seq in seqs],
             [seq.seed for seq in seqs],
             [seq.num_generated - 1 for seq in seqs],  # the draw itself is pending already
             [seq.request_index for seq in seqs],
             self.model_config.vocab_size,
         )
+        return packed if masks is None else np.concatenate([packed, masks])
 
     def _draw(
         self, logits: torch.Tensor, sampling: np.ndarray | None

@@ -28,6 +28,8 @@ class Sequence:
         request_index: where the device keeps its last token while it runs; else -1.
         num_registered: leading blocks that the prefix cache knows.
         finish_reason: "stop", "length", "abort" or "error" once finished.
+        matcher: says which tokens may follow, an `xgrammar.GrammarMatcher` that has been told all
+            that were generated; None: any may.
     """
 
     request_id: int
@@ -46,6 +48,7 @@ class Sequence:
     request_index: int = -1
     num_registered: int = 0
     finish_reason: str | None = None
+    matcher: Any | None = None
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.token_ids)
@@ -70,7 +73,10 @@ class Sequence:
     def append(self, token: int) -> None:
         """Takes a generated token, and finishes the sequence if it was the last."""
         self.token_ids.append(token)
-        self.judge()
+        if self.matcher is not None and not self.matcher.accept_token(token):
+            self.finish_reason = "error"
+        else:
+            self.judge()
 
     def judge(self) -> None:
         """Finishes the sequence if its tokens say so."""
@@ -83,5 +89,9 @@ class Sequence:
         """Forgets what was computed and planned of it, but none of its tokens."""
         self.num_computed = self.num_scheduled = self.num_registered = self.num_pending = 0
         self.block_table, self.request_index = [], -1
+        if self.matcher is not None:
+            self.matcher.reset()
+            for token in self.token_ids[self.prompt_len :]:
+                self.matcher.accept_token(token)
         if self.finish_reason is None:
             self.judge()

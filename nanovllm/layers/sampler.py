@@ -10,6 +10,7 @@ import torch
 
 from nanovllm import kernels
 from nanovllm.kernels.reference import token_of
+from nanovllm.layers import token_masks
 from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.layers.split_threshold import find_threshold
 from nanovllm.sampling_params import SamplingParams
@@ -33,6 +34,7 @@ class SamplingBatch:
     filtered: torch.Tensor | None = None  # int64 [F], which rows
     top_k: torch.Tensor | None = None  # int64 [F], the vocabulary's size where there is no limit
     top_p: torch.Tensor | None = None  # float32 [F], 1 where there is no limit
+    masks: torch.Tensor | None = None  # int32, the allowed tokens of some rows: `token_masks`
 
     @staticmethod
     def pack(
@@ -59,7 +61,7 @@ class SamplingBatch:
 
     @classmethod
     def unpack(cls, packed: np.ndarray, device: torch.device) -> SamplingBatch:
-        """The inverse of `pack`, on `device`, without waiting for it."""
+        """The inverse of `pack`, on `device`, without waiting for it; masks may stand behind."""
         rows, filtered, has_k, has_p = packed[: 2 * HEADER].view(np.int64).tolist()
         host = torch.from_numpy(packed)
         if device.type == "cuda":
@@ -68,7 +70,8 @@ class SamplingBatch:
         seeds, steps, index, among, top_k = (
             host[2 * HEADER : floats].view(torch.int64).split([rows] * 3 + [filtered] * 2)
         )
-        temperatures, top_p = host[floats:].view(torch.float32).split([rows, filtered])
+        end = floats + rows + filtered
+        temperatures, top_p = host[floats:end].view(torch.float32).split([rows, filtered])
         return cls(
             temperatures,
             seeds,
@@ -77,6 +80,7 @@ class SamplingBatch:
             among if filtered else None,
             top_k if has_k else None,
             top_p if has_p else None,
+            host[end:] if len(host) > end else None,
         )
 
 
@@ -86,7 +90,7 @@ def sample(
     """Draws a token from each row, the same on all ranks.
 
     Args:
-        logits: [S, this rank's part of the vocabulary].
+        logits: [S, this rank's part of the vocabulary]; written to if there are masks.
         batch: options of the rows.
         group: this rank and the others.
         shard: of the vocabulary.
@@ -94,6 +98,8 @@ def sample(
     Returns:
         int64 [S].
     """
+    if batch.masks is not None:
+        token_masks.apply(logits, batch.masks, shard)
     options = batch.temperatures, batch.seeds, batch.steps
     threshold = None
     if group.size == 1:

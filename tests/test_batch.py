@@ -78,6 +78,26 @@ def test_results_are_completion_objects_of_what_the_engine_says(tmp_path):
     assert len({result["id"] for result in (plain, chat, ids)}) == 3
 
 
+def test_response_format_is_what_the_answer_follows(tmp_path):
+    pytest.importorskip("xgrammar", reason="structured output needs xgrammar")
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
+    formats = [
+        {"type": "json_schema", "json_schema": {"name": "one", "schema": schema, "strict": True}},
+        {"type": "text"},
+        {"type": "json_object"},
+    ]
+    given = [
+        request(str(i), prompt=TEXT, seed=1, max_tokens=60, response_format=each)
+        for i, each in enumerate(formats)
+    ]
+    results = run(tmp_path, given)
+    followed, plain, some_object = (result["response"]["body"]["choices"][0] for result in results)
+    assert json.loads(followed["text"])["a"] in ("x", "y")
+    assert followed["finish_reason"] == "stop"
+    assert not plain["text"].lstrip().startswith("{")
+    assert some_object["text"].startswith("{")
+
+
 BAD_LINES = [
     ("{", "no JSON"),
     ("[1]", "no JSON object"),
@@ -102,6 +122,15 @@ BAD_LINES = [
     (request("n", prompt="x", n=2), "n=2 is not supported: it must be 1"),
     (request("stream", prompt="x", stream=True), "stream=True"),
     (request("logprobs", prompt="x", logprobs=0), "logprobs=0 .*must be False"),
+    (request("format", prompt="x", response_format={"type": "xml"}), "response_format=.*'text'"),
+    (
+        request(
+            "schema",
+            prompt="x",
+            response_format={"type": "json_schema", "json_schema": {"schema": {"not": {}}}},
+        ),
+        "json_schema=.*'not' at #",
+    ),
     (request("both", prompt="x", max_tokens=1, max_completion_tokens=1), "not both"),
 ]
 

@@ -60,6 +60,9 @@ BAD_SAMPLING = {
         (5, None, "12", b"12", [1, "2"], [-1], [True], [1.0], [[1]], {5: 6}, np.array(5)),
     ),
     "seed": ("None or an integer from 0 to 2**63 - 1", (-1, 2**63, True, 1.0, "1")),
+    "json_schema": ("a JSON schema, as a dict or as JSON text", (5, [], {1, 2}, b"{}")),
+    "regex": ("None or a text", (5, "", b"a", ["a"])),
+    "grammar": ("None or a text", (5, "", {"root": "a"})),
 }
 
 
@@ -237,7 +240,10 @@ def test_the_defaults_are_the_documented_ones():
         *("auto", "auto", "auto", "auto", True, True),
         *(False, 16, 16, False, "auto", False, "auto", 60.0),
     )
-    assert dataclasses.astuple(SamplingParams()) == (1.0, -1, 1.0, 64, False, (), None)
+    assert dataclasses.astuple(SamplingParams()) == (
+        *(1.0, -1, 1.0, 64, False, (), None),
+        *(None, None, None),
+    )
 
 
 def test_good_values_at_the_limits_are_taken_and_normalised():

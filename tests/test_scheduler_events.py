@@ -40,9 +40,14 @@ class Events(RuleBasedStateMachine):
     def build(self, **options):
         self.world = World(**options)
 
-    @rule(prompt=PROMPTS, max_tokens=st.integers(1, 12), max_len=st.integers(2, 30))
-    def arrive(self, prompt, max_tokens, max_len):
-        self.world.arrive(prompt, max_tokens, max_len)
+    @rule(
+        prompt=PROMPTS,
+        max_tokens=st.integers(1, 12),
+        max_len=st.integers(2, 30),
+        matched=st.booleans(),
+    )
+    def arrive(self, prompt, max_tokens, max_len, matched):
+        self.world.arrive(prompt, max_tokens, max_len, matched=matched)
 
     @rule(data=st.data(), ahead=st.lists(st.booleans(), min_size=1, max_size=6))
     def step(self, data, ahead):

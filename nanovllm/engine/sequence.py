@@ -91,7 +91,7 @@ class Sequence:
         self.block_table, self.request_index = [], -1
         if self.matcher is not None:
             self.matcher.reset()
-            for token in self.token_ids[self.prompt_len :]:
-                self.matcher.accept_token(token)
+            if not all(map(self.matcher.accept_token, self.token_ids[self.prompt_len :])):
+                self.finish_reason = "error"
         if self.finish_reason is None:
             self.judge()

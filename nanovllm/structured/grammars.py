@@ -24,6 +24,8 @@ from nanovllm.utils.options import short
 
 # Compiled ones that are kept; a large one takes some 100 MB.
 KEPT = 32
+# At a time between the parts of JSON: some models write nothing else once they have begun.
+SPACES = 32
 
 
 class Grammars:
@@ -89,7 +91,8 @@ class Grammars:
                 f"{field}={short(text)} is not allowed: model={self.texts.model!r} has no {lacking}"
             )
         if field == "json_schema":
-            return self._compiler.compile_json_schema(json.dumps(translate(json.loads(text))))
+            translated = json.dumps(translate(json.loads(text)))
+            return self._compiler.compile_json_schema(translated, max_whitespace_cnt=SPACES)
         if field == "regex":
             return self._compiler.compile_regex(text)
         return self._compiler.compile_grammar(text)

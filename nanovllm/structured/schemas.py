@@ -129,12 +129,10 @@ class _Translator:
         allowed = {*names, *more, *ANNOTATIONS, *(["$id"] if place == "#" else [])}
         for keyword in schema:
             if keyword not in allowed:
-                known = ", ".join(dict.fromkeys([*names, *more]))
-                _refuse(
-                    keyword,
-                    place,
-                    f"is not enforced there, only {known}" if known else "is not enforced there",
-                )
+                known = any(keyword in keywords for keywords in KEYWORDS.values())
+                if known and names == ["type"] and "type" not in schema:
+                    _refuse(keyword, place, "is enforced beside a type only")
+                _refuse(keyword, place, f"is not enforced; there, {', '.join([*names, *more])} are")
 
     def types(self, schema: dict, place: str) -> list[str]:
         kinds = schema.get("type", [])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -169,15 +170,15 @@ class _Translator:
         return {"anyOf": parts}
 
     def reference(self, reference: Any, place: str) -> dict[str, Any]:
+        target = self.resolve(reference, place)
         if reference not in self.names:
-            target = self.resolve(reference, place)
             name = self.names[reference] = f"d{len(self.names)}"
             self.definitions[name] = self.schema(target, reference)
         return {"$ref": f"#/$defs/{self.names[reference]}"}
 
     def resolve(self, reference: Any, place: str) -> Any:
         target = self.root
-        if not isinstance(reference, str) or reference[:1] != "#" or {*"~%"} & {*reference}:
+        if not isinstance(reference, str) or not re.fullmatch("#(/[^~%]*)?", reference):
             _refuse("$ref", place, "must be # or #/..., without ~ and %")
         for part in reference[1:].split("/")[1:]:
             if not isinstance(target, dict) or part not in target:

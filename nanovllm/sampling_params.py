@@ -7,10 +7,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from nanovllm.structured.patterns import MAX_REGEX, check_regex
+from nanovllm.structured.patterns import MAX_REGEX, text_pattern
 from nanovllm.structured.schemas import check_schema
 from nanovllm.utils.options import (
-    Rule,
     boolean,
     check,
     hinting,
@@ -36,19 +35,22 @@ def _seed(value: Any) -> int | None:
     raise ValueError("None or an integer from 0 to 2**63 - 1")
 
 
-def _text(rule: Rule) -> Rule:
-    def check_text(value: Any) -> str | None:
-        if value is None or (isinstance(value, str) and value):
-            return rule(value) if value else None
-        raise ValueError("None or a text")
-
-    return check_text
+def _text(value: Any) -> str | None:
+    if value is None or (isinstance(value, str) and value):
+        return value
+    raise ValueError("None or a text")
 
 
-def _short(text: str) -> str:
-    if len(text) > MAX_REGEX:
+def _regex(value: Any) -> str | None:
+    if _text(value):
+        text_pattern(value)
+    return value
+
+
+def _grammar(value: Any) -> str | None:
+    if len(_text(value) or "") > MAX_REGEX:
         raise ValueError(f"a grammar of at most {MAX_REGEX} characters")
-    return text
+    return value
 
 
 # Fields that say what a completion has to follow.
@@ -71,7 +73,7 @@ class SamplingParams:
             random.
         json_schema: a JSON schema, as a dict or JSON text, that the completion follows; it is
             kept as text. Keywords that cannot be enforced are refused.
-        regex: a regular expression that the whole completion matches.
+        regex: a regular expression, in JavaScript's syntax, that the whole completion matches.
         grammar: a grammar that it follows, in the EBNF of xgrammar. At most one of these three.
     """
 
@@ -83,8 +85,8 @@ class SamplingParams:
     stop_token_ids: Collection[int] = option((), _stop_token_ids)
     seed: int | None = option(None, _seed)
     json_schema: Mapping[str, Any] | str | None = option(None, check_schema)
-    regex: str | None = option(None, _text(check_regex))
-    grammar: str | None = option(None, _text(_short))
+    regex: str | None = option(None, _regex)
+    grammar: str | None = option(None, _grammar)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -206,6 +206,12 @@ def test_special_tokens_are_no_text_even_where_their_letters_would_do(engine):
     assert all(re.fullmatch("[a-z_<>|]+", engine.tokenizer.decode([i])) for i in allowed)
 
 
+def test_a_dot_is_no_line_break(engine):
+    matcher = engine.grammars.matcher(SamplingParams(regex="(.a)+"))
+    assert matcher.accept_string("éa")
+    assert not matcher.accept_string("\na")
+
+
 REFUSED = [
     ({"regex": "a(?=b)"}, "regex='a.*Lookahead is not supported"),
     ({"regex": "["}, r"regex='\['.*Unclosed"),

@@ -18,6 +18,7 @@ import numpy as np
 from nanovllm.engine.prompts import TextProcessor
 from nanovllm.engine.scheduler import Step
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.structured.patterns import text_pattern
 from nanovllm.structured.schemas import translate
 from nanovllm.utils.locks import exclusive
 from nanovllm.utils.options import short
@@ -63,13 +64,12 @@ class Grammars:
         if not self.in_use:
             return None
         sampled = (chunk.seq.matcher for chunk in step.chunks if chunk.needs_sample)
-        asking = [(row, matcher) for row, matcher in enumerate(sampled) if matcher is not None]
+        asking = {row: matcher for row, matcher in enumerate(sampled) if matcher is not None}
         if not asking:
             return None
         bits = np.full((len(asking), -(-self.texts.vocab_size // 32)), -1, np.int32)
-        for i, (_, matcher) in enumerate(asking):
-            matcher.fill_next_token_bitmask(bits, i)
-        return np.concatenate([np.array([row for row, _ in asking], np.int32), bits.ravel()])
+        self._threads.batch_fill_next_token_bitmask(list(asking.values()), bits)
+        return np.concatenate([np.array(list(asking), np.int32), bits.ravel()])
 
     def _compile(self, field: str, text: str) -> Any:
         try:
@@ -94,7 +94,7 @@ class Grammars:
             translated = json.dumps(translate(json.loads(text)))
             return self._compiler.compile_json_schema(translated, max_whitespace_cnt=SPACES)
         if field == "regex":
-            return self._compiler.compile_regex(text)
+            return self._compiler.compile_regex(text_pattern(text))
         return self._compiler.compile_grammar(text)
 
     @cached_property
@@ -106,6 +106,10 @@ class Grammars:
                 "json_schema, regex and grammar need the package xgrammar: "
                 "pip install 'nano-vllm-pipeline[structured]'"
             ) from error
+
+    @cached_property
+    def _threads(self) -> Any:
+        return self._library.BatchGrammarMatcher()
 
     @cached_property
     def _compiler(self) -> Any:

@@ -1,8 +1,8 @@
-"""Regular expressions that xgrammar reads as they are meant; all others are refused.
+r"""Regular expressions that xgrammar reads as they are meant; all others are refused.
 
-xgrammar matches the whole text. Within JSON's strings it takes an expression apart to single bytes,
-so there it must not need an escape, and characters beyond ASCII come from classes that are written
-out here: its own would let in bytes that are no characters.
+They are JavaScript's, whose \w and \d are ASCII, and match a whole text. In JSON's strings xgrammar
+takes one apart to single bytes. So there it must not need an escape, and characters beyond ASCII
+come from classes that are written out here: xgrammar's own let in bytes that are no characters.
 """
 
 from __future__ import annotations
@@ -21,18 +21,17 @@ _TOKEN = re.compile(r"\\.|\[\^?(?:\\.|[^\]\\])*\]|\{[^}]*\}|.", re.DOTALL)
 _KNOWN_LETTERS = "dDwWsSnrtfvxu"
 
 
-def check_regex(text: str) -> str:
-    """A regex as it is; raises ValueError with what is allowed instead."""
-    _check_size(text)
-    for token in _tokens(text):
+def text_pattern(text: str) -> str:
+    """A regex of a whole text for xgrammar; raises ValueError with what is allowed instead."""
+    tokens = _tokens(text)
+    for token in tokens:
         if token[0] == "\\":
             _check_escape(token, _KNOWN_LETTERS)
-    return text
+    return "".join(r"[^\n\r]" if token == "." else token for token in tokens)
 
 
 def string_pattern(text: str) -> str:
-    """A regex for the inside of a JSON string; raises ValueError with what is allowed instead."""
-    _check_size(text)
+    """A regex of the inside of a JSON string; raises ValueError with what is allowed instead."""
     parts, sizes = [], [[0, 0]]  # of each open group: states before the last item, and of it
     for token in _tokens(text):
         parts.append(_in_string(token))
@@ -56,6 +55,8 @@ def string_pattern(text: str) -> str:
 
 def _tokens(text: str) -> list[str]:
     """The parts of a regex: escapes, classes, repetitions, and single characters."""
+    if len(text) > MAX_REGEX:
+        raise ValueError(f"a regular expression of at most {MAX_REGEX} characters")
     tokens = _TOKEN.findall(text)
     for place, token in enumerate(tokens):
         if token == ("^" if place else "") or (token == "$" and place < len(tokens) - 1):
@@ -90,8 +91,3 @@ def _any_of(characters: list[str]) -> str:
 def _check_escape(escape: str, letters: str) -> None:
     if escape[1:].isalnum() and escape[1:] not in letters:
         raise ValueError(f"without {escape}: of the escapes with letters, {', '.join(letters)} are")
-
-
-def _check_size(text: str) -> None:
-    if len(text) > MAX_REGEX:
-        raise ValueError(f"a regular expression of at most {MAX_REGEX} characters")

@@ -133,7 +133,9 @@ class _Translator:
                 known = any(keyword in keywords for keywords in KEYWORDS.values())
                 if known and names == ["type"] and "type" not in schema:
                     _refuse(keyword, place, "is enforced beside a type only")
-                _refuse(keyword, place, f"is not enforced; there, {', '.join([*names, *more])} are")
+                _refuse(
+                    keyword, place, f"is not enforced; known there: {', '.join([*names, *more])}"
+                )
 
     def types(self, schema: dict, place: str) -> list[str]:
         kinds = schema.get("type", [])

@@ -35,7 +35,7 @@ def string_pattern(text: str) -> str:
     parts, sizes = [], [[0, 0]]  # of each open group: states before the last item, and of it
     for token in _tokens(text):
         parts.append(_in_string(token))
-        if token in "*+?|":
+        if token in "*+?|^$":
             continue
         before, last = sizes[-1]
         if token == "(":

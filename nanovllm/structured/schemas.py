@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from nanovllm.structured.patterns import string_pattern
+from nanovllm.structured.patterns import MAX_STATES, string_pattern
 
 MAX_TEXT = 2**16
 # xgrammar reads numbers as 64 bits, and compares decimal digits.
@@ -196,7 +196,7 @@ class _Translator:
                     if one in own and other in own:
                         _refuse(other, place, f"is not enforced beside {one}")
         if kind == "string":
-            return {"type": kind, **_string(own, place)}
+            return self.shared({"type": kind, **_string(own, place)})
         if kind in ("integer", "number"):
             return {"type": kind, **{n: _bound(v, n, kind, place) for n, v in own.items()}}
         if kind == "array":
@@ -237,6 +237,12 @@ class _Translator:
             further, f"{place}/additionalProperties"
         )
         return self.unlike(result)
+
+    def shared(self, schema: dict[str, Any]) -> dict[str, Any]:
+        """A reference to it: xgrammar takes long for patterns, and compiles equal ones anew."""
+        name = self.names.setdefault(json.dumps(schema), f"d{len(self.names)}")
+        self.definitions[name] = schema
+        return {"$ref": f"#/$defs/{name}"}
 
     def unlike(self, schema: dict[str, Any]) -> dict[str, Any]:
         """Tells it from others: xgrammar takes two for one that differ in a key like "title"."""
@@ -291,6 +297,8 @@ def _string(own: dict[str, Any], place: str) -> dict[str, str]:
     lengths = _counts(own, ("minLength", "maxLength"), place)
     if lengths:
         low, high = lengths.get("minLength", 0), lengths.get("maxLength", "")
+        if max(low, high or 0) <= MAX_STATES:  # as for this form xgrammar takes less time
+            return {"pattern": string_pattern(f"^.{{{low},{high}}}$")}
         return {"pattern": f"^{_CHARACTER}{{{low},{high}}}$"}
     if "format" in own:
         if own["format"] not in FORMATS:

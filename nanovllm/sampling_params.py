@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from nanovllm.structured.patterns import MAX_REGEX, text_pattern
+from nanovllm.structured.schemas import check_schema
 from nanovllm.utils.options import (
     Rule,
     as_list,
@@ -74,6 +76,28 @@ def _max_tokens(value: Any) -> int | None:
     raise ValueError("None or an integer of at least 1")
 
 
+def _text(value: Any) -> str | None:
+    if value is None or (isinstance(value, str) and value):
+        return value
+    raise ValueError("None or a text")
+
+
+def _regex(value: Any) -> str | None:
+    if _text(value):
+        text_pattern(value)
+    return value
+
+
+def _grammar(value: Any) -> str | None:
+    if len(_text(value) or "") > MAX_REGEX:
+        raise ValueError(f"a grammar of at most {MAX_REGEX} characters")
+    return value
+
+
+# Fields that say what a completion has to follow.
+STRUCTURES = ("json_schema", "regex", "grammar")
+
+
 @hinting
 @dataclass(frozen=True)
 class SamplingParams:
@@ -97,7 +121,7 @@ class SamplingParams:
             are divided by it, others multiplied; 1 changes nothing.
         min_p: draw only from tokens with at least this share of the likeliest one's probability.
         min_tokens: until so many are generated, neither an end-of-sequence token nor one of
-            `stop_token_ids` can be drawn.
+            `stop_token_ids` can be drawn; without effect where a schema or grammar says the end.
         logit_bias: numbers to add to the logits of single token ids, -inf to forbid one; they are
             kept as a tuple of pairs.
         logprobs: the completion says the log-probabilities of each generated token and of that many
@@ -109,6 +133,10 @@ class SamplingParams:
         skip_special_tokens: leave special tokens out of the text.
         n: samples of each prompt. With a seed, each sample has one of its own that follows from it;
             that of the first is the seed itself.
+        json_schema: a JSON schema, as a dict or JSON text, that the completion follows; it is
+            kept as text. Keywords that cannot be enforced are refused.
+        regex: a regular expression, in JavaScript's syntax, that the whole completion matches.
+        grammar: a grammar that it follows, in the EBNF of xgrammar. At most one of these three.
     """
 
     temperature: float = option(1.0, number(0, 100))
@@ -132,11 +160,17 @@ class SamplingParams:
     include_stop_str_in_output: bool = option(False, boolean)
     skip_special_tokens: bool = option(True, boolean)
     n: int = option(1, integer(1))
+    json_schema: Mapping[str, Any] | str | None = option(None, check_schema)
+    regex: str | None = option(None, _regex)
+    grammar: str | None = option(None, _grammar)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = check(self, field.name, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
+        given = [name for name in STRUCTURES if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of {' and '.join(given)}, not both")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens={self.min_tokens} is not allowed: it must be at most "
@@ -147,6 +181,12 @@ class SamplingParams:
     def asks_logprobs(self) -> bool:
         """Whether the completion has log-probabilities, of whatever tokens."""
         return self.logprobs is not None or self.prompt_logprobs is not None
+
+    @property
+    def structure(self) -> tuple[str, str] | None:
+        """The field that says what a completion has to follow, and its text."""
+        given = ((name, getattr(self, name)) for name in STRUCTURES)
+        return next(((name, text) for name, text in given if text is not None), None)
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -171,6 +211,9 @@ class SamplingOptions(TypedDict, total=False):
     include_stop_str_in_output: bool
     skip_special_tokens: bool
     n: int
+    json_schema: Mapping[str, Any] | str | None
+    regex: str | None
+    grammar: str | None
 
 
 def check_token_ids(params: Iterable[SamplingParams], vocab_size: int) -> None:

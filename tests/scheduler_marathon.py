@@ -44,7 +44,12 @@ def run_world(draw: random.Random, steps: int) -> int:
             room = max((len(world.blocks.free) - 1) * world.blocks.block_size, 1)
             length = draw.choice([room, draw.randint(1, 5), draw.randint(1, world.capacity)])
             prompt = [draw.randrange(1, ALPHABET) for _ in range(length)]
-            world.arrive(prompt, max_tokens=draw.randint(1, 40), max_len=world.capacity)
+            world.arrive(
+                prompt,
+                max_tokens=draw.randint(1, 40),
+                max_len=world.capacity,
+                matched=draw.random() < 0.3,
+            )
         if world.alive and draw.random() < 0.01:
             world.abort(draw.choice(sorted(world.alive)))
         world.step(tokens, ahead=draw.random() < ahead)

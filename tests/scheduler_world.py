@@ -31,7 +31,28 @@ def always(token: int) -> Draw:
     return lambda count: [token] * count
 
 
-def sequence(request_id: int, tokens: list[int], max_tokens: int = 8, max_len: int = 99):
+class Matcher:
+    """In the place of xgrammar's: allows every token, and remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[int] = []
+
+    def accept_token(self, token: int) -> bool:
+        self.told.append(token)
+        return True
+
+    def reset(self) -> None:
+        self.told.clear()
+
+
+def sequence(
+    request_id: int,
+    tokens: list[int],
+    max_tokens: int = 8,
+    max_len: int = 99,
+    *,
+    matched: bool = False,
+):
     return Sequence(
         request_id=request_id,
         token_ids=list(tokens),
@@ -39,7 +60,13 @@ def sequence(request_id: int, tokens: list[int], max_tokens: int = 8, max_len: i
         stop_ids=frozenset({STOP}),
         max_len=max_len,
         seed=0,
+        matcher=Matcher() if matched else None,
     )
+
+
+def waits_for_token(seq: Sequence) -> bool:
+    """Whether it can go on only once its last token is known."""
+    return seq.matcher is not None and seq.num_pending > 0
 
 
 class Texts:
@@ -88,6 +115,8 @@ class World:
         self.alive: dict[int, Sequence] = {}
         self.in_flight: Launched | None = None
         self.arrivals = 0
+        self.launches: list[Step] = []
+        self.waiting_for_tokens: set[int] = set()  # as of the last launch
         self.oldest: int | None = None
         self.stalled = 0  # steps that the oldest has waited
         self.waits: Counter[int] = Counter()  # steps that each has waited since it could decode
@@ -96,9 +125,11 @@ class World:
     def capacity(self) -> int:
         return self.blocks.num_blocks * self.blocks.block_size
 
-    def arrive(self, prompt: list[int], max_tokens: int, max_len: int = 99) -> Sequence:
+    def arrive(
+        self, prompt: list[int], max_tokens: int, max_len: int = 99, *, matched: bool = False
+    ) -> Sequence:
         max_len = min(max_len, self.capacity)
-        seq = sequence(self.arrivals, prompt[:max_len], max_tokens, max_len)
+        seq = sequence(self.arrivals, prompt[:max_len], max_tokens, max_len, matched=matched)
         self.arrivals += 1
         self.alive[seq.request_id] = seq
         self.scheduler.add(seq)
@@ -123,6 +154,9 @@ class World:
 
     def launch(self, draw: Draw, *, ahead: bool = False) -> Launched | None:
         """Plans a step, checks it and runs it."""
+        self.waiting_for_tokens = {
+            seq.request_id for seq in self.alive.values() if waits_for_token(seq)
+        }
         step = self.scheduler.schedule(ahead=ahead)
         if step is None:
             assert ahead or not self.alive
@@ -130,6 +164,7 @@ class World:
         self.check_step(step)
         self.check_progress(step)
         self.check()
+        self.launches.append(step)
         # All tokens are stored before any is read, as in each layer of the model.
         for chunk in step.chunks:
             texts = self.texts.all_of(self.tokens(chunk))
@@ -210,6 +245,9 @@ class World:
             assert chunk.end <= seq.length - chunk.needs_sample
             assert chunk.needs_sample == (chunk.end == seq.length - chunk.needs_sample)
             assert chunk.end <= len(seq.token_ids) + 1
+            if seq.matcher is not None and chunk.needs_sample:
+                assert chunk.end == len(seq.token_ids), "its matcher lacks a token"
+                assert seq.matcher.told == seq.token_ids[seq.prompt_len :]
             if step.is_decode:
                 assert chunk.needs_sample
                 assert chunk.end == chunk.start + 1
@@ -221,12 +259,14 @@ class World:
         oldest = min(self.alive)
         waits = not self.alive[oldest].is_full
         waits = waits and all(chunk.seq.request_id != oldest for chunk in step.chunks)
+        waits = waits and oldest not in self.waiting_for_tokens
         self.stalled = self.stalled + 1 if waits and oldest == self.oldest else int(waits)
         self.oldest = oldest
         assert self.stalled <= MAX_PREFILL_STREAK, "the oldest request starves"
         chosen = {chunk.seq.request_id for chunk in step.chunks}
         for seq in self.scheduler.running:
             could = seq.length - seq.num_scheduled == 1 and seq.length < seq.end_len
+            could = could and seq.request_id not in self.waiting_for_tokens
             waits = could and seq.request_id not in chosen
             self.waits[seq.request_id] = self.waits[seq.request_id] + 1 if waits else 0
         assert max(self.waits.values()) <= MAX_PREFILL_STREAK, "a running request starves"

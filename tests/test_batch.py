@@ -146,6 +146,26 @@ def test_forms_hold_no_infinity_and_need_no_tokenizer():
     ]
 
 
+def test_response_format_is_what_the_answer_follows(tmp_path):
+    pytest.importorskip("xgrammar", reason="structured output needs xgrammar")
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
+    formats = [
+        {"type": "json_schema", "json_schema": {"name": "one", "schema": schema, "strict": True}},
+        {"type": "text"},
+        {"type": "json_object"},
+    ]
+    given = [
+        request(str(i), prompt=TEXT, seed=1, max_tokens=60, response_format=each)
+        for i, each in enumerate(formats)
+    ]
+    results = run(tmp_path, given)
+    followed, plain, some_object = (result["response"]["body"]["choices"][0] for result in results)
+    assert json.loads(followed["text"])["a"] in ("x", "y")
+    assert followed["finish_reason"] == "stop"
+    assert not plain["text"].lstrip().startswith("{")
+    assert some_object["text"].startswith("{")
+
+
 BAD_LINES = [
     ("{", "no JSON"),
     ("[1]", "no JSON object"),
@@ -174,6 +194,15 @@ BAD_LINES = [
     (request("chat", messages=CHAT, logprobs=3), "logprobs=3 .*True or False"),
     (request("top", messages=CHAT, top_logprobs=3), "top_logprobs=3 .*without logprobs"),
     (request("most", messages=CHAT, logprobs=True, top_logprobs=21), "^top_logprobs=21 .*to 20"),
+    (request("format", prompt="x", response_format={"type": "xml"}), "response_format=.*'text'"),
+    (
+        request(
+            "schema",
+            prompt="x",
+            response_format={"type": "json_schema", "json_schema": {"schema": {"not": {}}}},
+        ),
+        "json_schema=.*'not' at #",
+    ),
     (request("both", prompt="x", max_tokens=1, max_completion_tokens=1), "not both"),
 ]
 

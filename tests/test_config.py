@@ -96,6 +96,9 @@ BAD_SAMPLING = {
     "include_stop_str_in_output": (BOOLEAN, NOT_BOOLEANS),
     "skip_special_tokens": (BOOLEAN, NOT_BOOLEANS),
     "n": (POSITIVE, NOT_POSITIVE),
+    "json_schema": ("a JSON schema, as a dict or as JSON text", (5, [], {1, 2}, b"{}")),
+    "regex": ("None or a text", (5, "", b"a", ["a"])),
+    "grammar": ("None or a text", (5, "", {"root": "a"})),
 }
 
 
@@ -278,6 +281,7 @@ def test_the_defaults_are_the_documented_ones():
         *(0.0, 0.0, 1.0, 0.0, 0, None),
         *(None, None),
         *((), False, True, 1),
+        *(None, None, None),
     )
 
 

@@ -87,7 +87,7 @@ def test_logits_change_as_transformers_says(seed):
             tokens.append(prompt + generated)
     if not rows:
         return
-    packed = EditBatch.pack(rows, edits, counts, histories)
+    packed = EditBatch.pack(rows, edits, counts, histories, {})
     batch = EditBatch.unpack(packed, CPU)
     history = torch.full((len(histories), batch.longest), 5)  # what is behind a row is no token
     for place, ids in enumerate(tokens):
@@ -102,7 +102,7 @@ def test_logits_change_as_transformers_says(seed):
 def test_a_small_penalty_is_not_rounded_away(dtype):
     logits = torch.full((1, 4), 100.0, dtype=dtype)
     edits = RequestEdits.of(SamplingParams(frequency_penalty=0.01), (), 4)
-    batch = EditBatch.unpack(EditBatch.pack([0], [edits], [1], [(0, 2, 1)]), CPU)
+    batch = EditBatch.unpack(EditBatch.pack([0], [edits], [1], [(0, 2, 1)], {}), CPU)
     found = edit(logits, batch, torch.tensor([[1, 2]]), ONE, Shard.of(4, ONE))
     torch.testing.assert_close(found, torch.tensor([[100, 100, 99.99, 100]]), rtol=0, atol=1e-5)
 
@@ -114,7 +114,7 @@ def test_nan_stays_and_infinities_make_no_new_one(changes):
     logits = torch.tensor([[0.0, 1, torch.inf, -torch.inf, 2], [0, 1, torch.nan, -3, 2]])
     edits = RequestEdits.of(SamplingParams(**changes), (), 5)
     histories = [(row, 5, 2) for row in range(2)] if edits.penalties else []
-    batch = EditBatch.unpack(EditBatch.pack([0, 1], [edits] * 2, [3, 3], histories), CPU)
+    batch = EditBatch.unpack(EditBatch.pack([0, 1], [edits] * 2, [3, 3], histories, {}), CPU)
     history = torch.arange(5).expand(len(histories), 5)
     found = edit(logits, batch, history, ONE, Shard.of(5, ONE))
     assert torch.equal(found.isnan(), logits.isnan())
@@ -131,7 +131,7 @@ def draw(logits, given, group=ONE, shard=None) -> torch.Tensor:
         sequence(*each, index, edited.edits_of(each[0], {3})) for index, each in enumerate(given)
     ]
     tokens = torch.full((len(given),), -9)
-    packed = edited.pack(seqs)
+    packed = edited.pack(seqs, {})
     if packed is not None:
         part = logits[:, shard.start : shard.start + shard.size]
         edited.draw(part, packed, group, tokens)
@@ -216,9 +216,9 @@ def test_a_batch_in_which_no_row_asks_packs_nothing():
     params = SamplingParams(min_tokens=2)
     asking = sequence(params, [1, 2], [3], 1, edited.edits_of(params, {5}))
     over = sequence(params, [1, 2], [3, 4], 1, asking.edits)
-    assert edited.pack([plain]) is None
-    assert edited.pack([plain, over]) is None
-    assert edited.pack([plain, asking]) is not None
+    assert edited.pack([plain], {}) is None
+    assert edited.pack([plain, over], {}) is None
+    assert edited.pack([plain, asking], {}) is not None
     assert len(edited.asking) == 1
     del asking, over
     assert len(edited.asking) == 0  # so the next batch is not even looked at
@@ -230,5 +230,5 @@ def test_only_penalties_need_a_history():
     for options, width in (({"logit_bias": {4: 100.0}}, 0), ({"presence_penalty": 1}, 4)):
         params = SamplingParams(0, **options)
         seq = sequence(params, [1, 2], [3], 1, edited.edits_of(params, ()))
-        edited.draw(logits, edited.pack([seq]), ONE, torch.zeros(1, dtype=torch.int64))
+        edited.draw(logits, edited.pack([seq], {}), ONE, torch.zeros(1, dtype=torch.int64))
         assert edited.history.tokens.shape == (4, width)

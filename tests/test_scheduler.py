@@ -120,5 +120,25 @@ def test_looking_ahead_preempts_nobody():
     assert sum(preemptions) > 0
 
 
+def test_a_request_with_a_matcher_skips_the_steps_that_are_launched_ahead():
+    world = World(num_blocks=20, block_size=2, max_num_seqs=4, budget=50, caching=True)
+    world.arrive([1, 2, 3], max_tokens=6)
+    world.arrive([1, 2, 3], max_tokens=3, matched=True)
+    while world.alive:
+        world.step(always(1), ahead=True)
+    launched = [[chunk.seq.request_id for chunk in step.chunks] for step in world.launches]
+    assert launched == [[0, 1], [0], [0, 1], [0], [0, 1], [0]]
+
+
+def test_requests_with_matchers_alone_are_never_computed_ahead():
+    world = World(num_blocks=20, block_size=2, max_num_seqs=4, budget=50, caching=True)
+    for _ in range(2):
+        world.arrive([1, 2, 3], max_tokens=3, matched=True)
+    while world.alive:
+        world.step(always(1), ahead=True)
+        assert world.in_flight is None
+    assert len(world.launches) == 3
+
+
 def test_no_request_starves_beyond_the_prefill_streak_with_look_ahead():
     assert marathon(3000, seed=random.randrange(10**6)) <= MAX_PREFILL_STREAK

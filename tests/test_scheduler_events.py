@@ -40,9 +40,14 @@ class Events(RuleBasedStateMachine):
     def build(self, **options):
         self.world = World(**options)
 
-    @rule(prompt=PROMPTS, max_tokens=st.integers(1, 12), max_len=st.integers(2, 30))
-    def arrive(self, prompt, max_tokens, max_len):
-        self.world.arrive(prompt, max_tokens, max_len)
+    @rule(
+        prompt=PROMPTS,
+        max_tokens=st.integers(1, 12),
+        max_len=st.integers(2, 30),
+        matched=st.booleans(),
+    )
+    def arrive(self, prompt, max_tokens, max_len, matched):
+        self.world.arrive(prompt, max_tokens, max_len, matched=matched)
 
     @precondition(lambda self: self.world.alive)
     @rule(data=st.data(), max_tokens=st.integers(1, 12))

@@ -127,7 +127,24 @@ def _sampling_params(fields: dict[str, Any], defaults: SamplingOptions) -> Sampl
         if "max_tokens" in fields:
             raise ValueError("give either max_tokens or max_completion_tokens, not both")
         fields["max_tokens"] = fields.pop("max_completion_tokens")
+    if "response_format" in fields:
+        fields |= _structure(fields.pop("response_format"))
     return SamplingParams(**{**defaults, **fields})  # type: ignore[arg-type]
+
+
+def _structure(response_format: Any) -> dict[str, Any]:
+    """What OpenAI's `response_format` means, as a field of `SamplingParams`."""
+    match response_format:
+        case {"type": "text"}:
+            return {}
+        case {"type": "json_object"}:
+            return {"json_schema": {"type": "object"}}
+        case {"type": "json_schema", "json_schema": {"schema": schema}}:
+            return {"json_schema": schema}
+    raise ValueError(
+        f"response_format={short(response_format)} is not allowed: its type must be 'text', "
+        "'json_object', or 'json_schema' with {'json_schema': {'schema': ...}}"
+    )
 
 
 def error_line(line: Line, message: object, code: str = "invalid_request") -> dict[str, Any]:

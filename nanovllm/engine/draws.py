@@ -8,7 +8,7 @@ requests there is nothing to do, and with them memory is bounded.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -78,21 +78,27 @@ class EditedDraws:
             self.asking.add(edits)
         return edits
 
-    def pack(self, seqs: Sequence[EngineSequence]) -> np.ndarray | None:
+    def pack(
+        self, seqs: Sequence[EngineSequence], masks: Mapping[int, np.ndarray]
+    ) -> np.ndarray | None:
         """How rows of logits change, one for each sequence, whose token is pending already.
 
         None: not at all. Counts on `draw` being called with the result, on every rank.
+
+        Args:
+            seqs: whose logits are the first rows.
+            masks: by row, the tokens that may be drawn, see `token_masks`.
         """
         if not self.asking:
             return None
         rows = [
             row
             for row, seq in enumerate(seqs)
-            if seq.edits is not None and seq.edits.change(seq.num_generated - 1)
+            if seq.edits is not None and (row in masks or seq.edits.change(seq.num_generated - 1))
         ]
         rows.sort(key=lambda row: not _has_penalties(seqs[row]))
         pieces = [rows[i : i + MOST_ROWS] for i in range(0, len(rows), MOST_ROWS)]
-        packed = [self._pack_piece(piece, [seqs[row] for row in piece]) for piece in pieces]
+        packed = [self._pack_piece(piece, [seqs[row] for row in piece], masks) for piece in pieces]
         return join(packed) if packed else None
 
     def draw(
@@ -124,7 +130,12 @@ class EditedDraws:
             penalised = len(batch.lengths)
             self.history.append(batch.request_index, batch.lengths, drawn[:penalised])
 
-    def _pack_piece(self, rows: Sequence[int], seqs: Sequence[EngineSequence]) -> np.ndarray:
+    def _pack_piece(
+        self,
+        rows: Sequence[int],
+        seqs: Sequence[EngineSequence],
+        masks: Mapping[int, np.ndarray],
+    ) -> np.ndarray:
         """Changes, sampling, and the tokens that the device does not have yet."""
         penalised = [seq for seq in seqs if _has_penalties(seq)]
         uploads = [
@@ -139,6 +150,7 @@ class EditedDraws:
             [seq.edits for seq in seqs if seq.edits is not None],
             [seq.num_generated - 1 for seq in seqs],
             [(seq.request_index, seq.length - 1, seq.prompt_len) for seq in penalised],
+            {place: masks[row] for place, row in enumerate(rows) if row in masks},
         )
         sampling = pack_sampling(seqs, self.shard.full)
         assert sampling is not None

@@ -32,6 +32,7 @@ from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.models import load_config
 from nanovllm.models.generation_defaults import sampling_defaults
 from nanovllm.sampling_params import SamplingOptions, SamplingParams
+from nanovllm.structured.grammars import Grammars
 from nanovllm.utils.hub import resolve_model
 from nanovllm.utils.locks import exclusive
 from nanovllm.utils.options import taking
@@ -86,8 +87,15 @@ class LLMEngine:
         self.eos_ids = set(runner.model_config.eos_token_ids)
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             self.eos_ids.add(self.tokenizer.eos_token_id)
+        self.grammars = Grammars(self.texts, self.eos_ids)
         self.request_maker = RequestMaker(
-            config, self.texts, defaults, self.eos_ids, max_len, runner.edited_draws.edits_of
+            config,
+            self.texts,
+            defaults,
+            self.eos_ids,
+            max_len,
+            runner.edited_draws.edits_of,
+            self.grammars,
         )
         blocks = BlockManager(
             runner.num_blocks, config.kvcache_block_size, config.enable_prefix_caching
@@ -369,7 +377,9 @@ class LLMEngine:
 
     def _launch(self, *, ahead: bool) -> LaunchedStep | None:
         step = self.scheduler.schedule(ahead=ahead)
-        return None if step is None else self.model_runner.launch(step)
+        if step is None:
+            return None
+        return self.model_runner.launch(step, self.grammars.masks(step))
 
     def _may_look_ahead(self) -> bool:
         """Whether the next step may be launched before the tokens of the current one are known."""

@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from nanovllm.config import Config
@@ -175,13 +176,17 @@ class ModelRunner:
         if chooser is not None:
             step_runner.chooser = chooser
 
-    def launch(self, step: Step) -> LaunchedStep:
-        """Issues `step` on all ranks, without waiting for it."""
+    def launch(self, step: Step, masks: Mapping[int, np.ndarray] | None = None) -> LaunchedStep:
+        """Issues `step` on all ranks, without waiting for it.
+
+        Rows of its logits that have a mask draw from the tokens that it allows, see `token_masks`.
+        """
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # it is each thread's own
         with torch.inference_mode():
             scoring = Scoring.of(step) if step.may_score else None
-            draws = self._pack([chunk.seq for chunk in step.chunks if chunk.needs_sample], scoring)
+            seqs = [chunk.seq for chunk in step.chunks if chunk.needs_sample]
+            draws = self._pack(seqs, masks, scoring)
             prepared = replace(self.step_runner.prepare(step), draws=draws)
             self._send(prepared)
             self.watch("begin", step)
@@ -222,12 +227,17 @@ class ModelRunner:
             self._score(draws, logits, self._draw(logits, draws), keep)
             self.ranks.watch_step()
 
-    def _pack(self, seqs: Sequence[EngineSequence], scoring: Scoring | None = None) -> Draws:
+    def _pack(
+        self,
+        seqs: Sequence[EngineSequence],
+        masks: Mapping[int, np.ndarray] | None = None,
+        scoring: Scoring | None = None,
+    ) -> Draws:
         """How tokens are drawn for sequences, whose logits are the first rows."""
         vocab_size = self.model_config.vocab_size
         return Draws(
             pack_sampling(seqs, vocab_size),
-            self.edited_draws.pack(seqs),
+            self.edited_draws.pack(seqs, masks or {}),
             None if scoring is None else scoring.pack(vocab_size),
         )
 

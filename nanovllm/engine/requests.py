@@ -21,6 +21,7 @@ from nanovllm.sampling_params import (
     check_token_ids,
     params_per_prompt,
 )
+from nanovllm.structured.grammars import Grammars
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class RequestMaker:
         max_len: length in tokens at which it ends in any case.
         edits_of: makes what a request changes of its logits, from its options and the tokens that
             end it.
+        grammars: of what requests have to follow.
     """
 
     def __init__(
@@ -59,9 +61,11 @@ class RequestMaker:
         eos_ids: Set[int],
         max_len: int,
         edits_of: Callable[[SamplingParams, Collection[int]], RequestEdits | None],
+        grammars: Grammars,
     ) -> None:
         self.config, self.texts, self.defaults = config, texts, defaults
         self.eos_ids, self.max_len, self.edits_of = eos_ids, max_len, edits_of
+        self.grammars = grammars
 
     def check(
         self,
@@ -90,6 +94,8 @@ class RequestMaker:
     ) -> list[SamplingParams]:
         params = params_per_prompt(given, count, fields, self.defaults)
         check_token_ids(params, self.texts.vocab_size)
+        for each in params:
+            self.grammars.check(each)
         if self.texts.tokenizer is None and (deltas or any(each.stop for each in params)):
             raise ValueError(
                 f"stop and deltas are not allowed: model={self.config.model!r} has no tokenizer, "
@@ -120,12 +126,13 @@ class RequestMaker:
         seqs = []
         for request_id, (index, sample) in enumerate(places, first_id):
             params = call.params[index]
-            stop_ids = frozenset(params.stop_token_ids)
+            stop_ids, matcher = frozenset(params.stop_token_ids), self.grammars.matcher(params)
+            ignores_eos = params.ignore_eos and matcher is None  # after which nothing may follow
             seq = EngineSequence(
                 request_id=request_id,
                 token_ids=list(call.prompts[index]),
                 params=params,
-                stop_ids=stop_ids if params.ignore_eos else stop_ids | self.eos_ids,
+                stop_ids=stop_ids if ignores_eos else stop_ids | self.eos_ids,
                 max_len=self.max_len,
                 seed=sample_seed(params.seed, sample),
                 results=results,
@@ -133,6 +140,7 @@ class RequestMaker:
                 sample=sample,
                 leader=leaders.get(index),
                 edits=self.edits_of(params, stop_ids | self.eos_ids),
+                matcher=matcher,
             )
             if call.deltas or params.stop:
                 seq.detokenizer = self._detokenizer(seq)
@@ -200,7 +208,7 @@ class RequestMaker:
         last = seq.token_ids[-1]
         if last not in seq.stop_ids:
             return None if seq.detokenizer is None else seq.detokenizer.progress.stop
-        is_eos = last in self.eos_ids and not seq.params.ignore_eos
+        is_eos = last in self.eos_ids and (seq.matcher is not None or not seq.params.ignore_eos)
         return None if is_eos else last
 
     def _detokenizer(self, seq: EngineSequence) -> Detokenizer:

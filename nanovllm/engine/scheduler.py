@@ -111,8 +111,8 @@ class Scheduler:
 
         Args:
             ahead: plan before `update` has the tokens of the last step: sequences go on as if these
-                would not end them, and none is preempted. None then means that the last step has to
-                be updated first.
+                would not end them, and none is preempted. Those with a matcher, which needs the
+                tokens, are left out. None then means that the last step has to be updated first.
         """
         prefilling, decodable = self._split_running()
         if self.prefill_streak < MAX_PREFILL_STREAK or not decodable:
@@ -166,7 +166,7 @@ class Scheduler:
     def _split_running(self) -> tuple[list[Sequence], list[Sequence]]:
         """The running sequences that still read their prompt, and those that can decode.
 
-        Those that end with a token that is pending are neither.
+        Those that end with a token that is pending are neither, nor are those that wait for it.
         """
         prefilling: list[Sequence] = []
         decodable: list[Sequence] = []
@@ -174,7 +174,7 @@ class Scheduler:
             length = seq.length
             if length - seq.num_scheduled > 1:
                 prefilling.append(seq)
-            elif length < seq.end_len:
+            elif length < seq.end_len and (seq.matcher is None or not seq.num_pending):
                 decodable.append(seq)
         return prefilling, decodable
 

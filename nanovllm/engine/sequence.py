@@ -43,6 +43,8 @@ class Sequence:
         logprobs: of the generated tokens, if asked for; one more than these at the most.
         prompt_logprobs: of the prompt's tokens from the second on, as far as known, if asked for.
         finish_reason: "stop", "length", "abort" or "error" once finished.
+        matcher: says which tokens may follow, an `xgrammar.GrammarMatcher` that has been told all
+            that were generated; None: any may.
     """
 
     request_id: int
@@ -71,6 +73,7 @@ class Sequence:
     logprobs: list[Position] = field(default_factory=list)
     prompt_logprobs: list[Position] = field(default_factory=list)
     finish_reason: str | None = None
+    matcher: Any | None = None
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.token_ids)
@@ -112,7 +115,10 @@ class Sequence:
         if self.first_token_time is None:
             self.first_token_time = time.perf_counter()
         self.token_ids.append(token)
-        self.judge()
+        if self.matcher is not None and not self.matcher.accept_token(token):
+            self.finish_reason = "error"
+        else:
+            self.judge()
 
     def judge(self) -> None:
         """Finishes the sequence if its tokens say so."""
@@ -127,5 +133,9 @@ class Sequence:
         """Forgets what was computed and planned of it, but none of its tokens."""
         self.num_computed = self.num_scheduled = self.num_registered = self.num_pending = 0
         self.block_table, self.request_index, self.has_history = [], -1, False
+        if self.matcher is not None:
+            self.matcher.reset()
+            if not all(map(self.matcher.accept_token, self.token_ids[self.prompt_len :])):
+                self.finish_reason = "error"
         if self.finish_reason is None:
             self.judge()

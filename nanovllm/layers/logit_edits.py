@@ -1,4 +1,4 @@
-"""Changes of logits before a token is drawn: bias, penalties, and min_p.
+"""Changes of logits before a token is drawn: bias, penalties, masks, and min_p.
 
 Rows that ask for a change are copied in float32, and the copy is changed. So the model's logits
 stay as they are, and a small penalty is not rounded away in 16 bits. The order is vLLM's:
@@ -6,6 +6,7 @@ stay as they are, and a small penalty is not rounded away in 16 bits. The order 
     logit_bias and min_tokens    + bias; -inf for the tokens that would end the request
     repetition_penalty           logits above 0 / penalty, others * penalty   (arXiv:1909.05858)
     frequency_, presence_        - penalty * times generated, - penalty if generated
+    json_schema, regex, grammar  -inf for the tokens that may not follow
     min_p                        -inf for what is less likely than min_p times the likeliest
                                  (arXiv:2407.01082)
 """
@@ -13,13 +14,14 @@ stay as they are, and a small penalty is not rounded away in 16 bits. The order 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nanovllm.layers import token_masks
 from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.device import to_device
@@ -41,6 +43,8 @@ class RequestEdits:
         penalties: of repetition, frequency and presence; None: none.
         margin: what is so far below the highest logit, a number up to 0, is too unlikely.
         min_tokens: until so many tokens are generated, `first_bias` is added, then `bias`.
+
+    Beside these there may be a mask for each token, of a request that is to follow a structure.
     """
 
     penalties: tuple[float, float, float] | None
@@ -58,13 +62,16 @@ class RequestEdits:
         penalties = repetition, params.frequency_penalty, params.presence_penalty
         bias = dict(params.logit_bias or ())
         limited = params.min_p > 0 and params.temperature > 0
-        if penalties == (1, 0, 0) and not (bias or limited or params.min_tokens):
+        structured = params.structure is not None
+        # Of a structured request the end is the only token that may be drawn where it may be.
+        min_tokens = 0 if structured else params.min_tokens
+        if penalties == (1, 0, 0) and not (bias or limited or min_tokens or structured):
             return None
         ends = {token: -math.inf for token in end_ids if token < vocab_size}
         return cls(
             penalties if penalties != (1, 0, 0) else None,
             math.log(params.min_p) * params.temperature if limited else -math.inf,
-            params.min_tokens,
+            min_tokens,
             _bias_of(bias | ends),
             _bias_of(bias),
         )
@@ -97,7 +104,9 @@ class EditBatch:
     lengths: Tensor  # int64 [P], tokens before the draw
     prompt_lengths: Tensor  # int64 [P], of those
     penalties: Tensor  # float32 [3, P]
-    longest: int  # most tokens of one of these after the draw, or 0
+    masked: Tensor  # int64 [M], among the E rows
+    masks: Tensor  # int32 [M, W], see `token_masks`
+    longest: int  # most tokens of one of the P rows after the draw, or 0
 
     @staticmethod
     def pack(
@@ -105,10 +114,12 @@ class EditBatch:
         edits: Sequence[RequestEdits],
         num_generated: Sequence[int],
         histories: Sequence[tuple[int, int, int]],
+        masks: Mapping[int, np.ndarray],
     ) -> np.ndarray:
         """As int32, for one copy to the device and the other ranks.
 
-        `histories` are request_index, length, and prompt length, of the first P rows.
+        `histories` are request_index, length, and prompt length, of the first P rows; `masks` are
+        by place among the E rows.
         """
         pairs = zip(edits, num_generated, strict=True)
         ids, biases = zip(*(each.bias_at(count) for each, count in pairs), strict=True)
@@ -121,12 +132,19 @@ class EditBatch:
         integers = np.concatenate([sizes, rows, biased, *ids, by_field.ravel()])
         by_kind = np.array(penalties, np.float64).reshape(-1, 3).T
         numbers = np.concatenate([margins, *biases, by_kind.ravel()])
-        return join([integers.astype(np.int32), numbers.astype(np.float32).view(np.int32)])
+        return join(
+            [
+                integers.astype(np.int32),
+                numbers.astype(np.float32).view(np.int32),
+                np.array(list(masks), np.int32),
+                np.concatenate([np.empty(0, np.int32), *masks.values()]),
+            ]
+        )
 
     @classmethod
     def unpack(cls, packed: np.ndarray, device: torch.device) -> EditBatch:
         """The inverse of `pack`, on `device`, without waiting for it."""
-        integers, numbers = split(packed)
+        integers, numbers, masked, masks = split(packed)
         rows, penalised, biased, longest = integers[:4].tolist()
         limited = bool((numbers[:rows].view(np.float32) > -math.inf).any())
         sizes = [rows, biased, biased, penalised, penalised, penalised]
@@ -146,6 +164,8 @@ class EditBatch:
             lengths,
             prompts,
             penalties.view(3, penalised),
+            to_device(masked, device).long(),
+            to_device(masks, device).view(len(masked), -1) if len(masked) else of_rows[:0],
             longest,
         )
 
@@ -173,6 +193,8 @@ def edit(
         copy[batch.biased, _columns(batch.bias_ids, shard)] += batch.biases
     if len(batch.lengths):
         _penalise(copy[: len(batch.lengths)], batch, history, shard)
+    if len(batch.masked):
+        token_masks.apply(copy, batch.masked, batch.masks, shard)
     if batch.margins is not None:
         # In float64, as ranks exchange values of 8 bytes.
         highest = group.gather(copy.amax(1).double()).amax(0).float()

@@ -1,0 +1,284 @@
+"""Completions follow JSON schemas, regexes and grammars, whatever else the engine is doing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import re
+import shutil
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from transformers import Qwen3Config
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.kernels.reference import SAMPLE_TILE
+from nanovllm.structured import grammars
+from nanovllm.tiny import CHECKPOINT_DIR, PROMPTS
+from tests.checkpoints import Shape
+from tests.interrupts import Interrupt, InterruptAt
+
+pytest.importorskip("xgrammar", reason="structured output needs xgrammar")
+from tests.structured_runs import errors, run
+
+OPTIONS = {"device": "cpu", "max_model_len": 512, "kvcache_block_size": 16}
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 2},
+    },
+    "required": ["name", "age", "tags"],
+}
+REGEX = r"(cat|dog) [0-9]{2,4}(, [a-z]+){1,3}\."
+GRAMMAR = 'root ::= "(" root ")" | "[" root "]" | [a-z]{1,9}'
+ASKING = [
+    {"json_schema": SCHEMA, "temperature": 1.0, "max_tokens": 200, "seed": 1},
+    {"regex": REGEX, "temperature": 0.8, "max_tokens": 100, "seed": 2},
+    {"grammar": GRAMMAR, "temperature": 1.5, "max_tokens": 100, "seed": 3},
+]
+PLAIN = {"temperature": 0.0, "max_tokens": 40}
+MIXED = [
+    SamplingParams(**ASKING[i % 4]) if i % 4 < 3 else SamplingParams(**PLAIN) for i in range(8)
+]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with LLM(**OPTIONS) as llm:
+        yield llm
+
+
+def mixed(llm: LLM) -> list[tuple[list[int], str]]:
+    """Tokens and reasons of requests of all kinds in one batch, which are checked."""
+    outputs = llm.generate(list(PROMPTS[:8]), MIXED, use_tqdm=False)
+    for i, output in enumerate(outputs):
+        if output["finish_reason"] == "stop":
+            check(output["text"], i % 4)
+    return [(output["token_ids"], output["finish_reason"]) for output in outputs]
+
+
+def check(text: str, kind: int) -> None:
+    if kind == 0:
+        assert not errors(SCHEMA, text)
+    elif kind == 1:
+        assert re.fullmatch(REGEX, text)
+    elif kind == 2:
+        inner = text.strip("()[]")
+        assert re.fullmatch("[a-z]{1,9}", inner)
+        opening, closing = text.split(inner)
+        assert closing[::-1].translate(str.maketrans(")]", "([")) == opening
+
+
+@pytest.fixture(scope="module")
+def expected(engine) -> list[tuple[list[int], str]]:
+    results = mixed(engine)
+    assert [reason for _, reason in results].count("stop") >= 5
+    return results
+
+
+def test_completions_that_end_are_valid_by_random_schemas(engine):
+    first = random.randrange(10**6)
+    ended, wrong = run(engine, range(first, first + 40))
+    assert not wrong, first
+    assert ended >= 30, first
+
+
+def test_plain_rows_draw_the_same_tokens_beside_others(engine, expected):
+    prompts = [prompt for i, prompt in enumerate(PROMPTS[:8]) if i % 4 == 3]
+    alone = engine.generate(prompts, **PLAIN, use_tqdm=False)
+    assert [output["token_ids"] for output in alone] == [tokens for tokens, _ in expected[3::4]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_kvcache_blocks": 9, "max_num_batched_tokens": 13},
+        {"enable_pipeline": True, "pipeline_mode": "microbatch", "pipeline_strict": True},
+        {"async_scheduling": False},
+        {"tensor_parallel_size": 2, "num_kvcache_blocks": 9},
+    ],
+    ids=["preemption", "micro-batches", "no look-ahead", "two ranks"],
+)
+def test_tokens_are_the_same_whatever_the_engine_does(expected, options):
+    with LLM(**{**OPTIONS, "max_model_len": 128, **options}) as llm:
+        if "num_kvcache_blocks" not in options:
+            assert mixed(llm) == expected
+            return
+        results = mixed(llm)
+        assert llm.scheduler.num_preemptions > 0
+        # Where the blocks are too few for the whole of a request, it is shorter.
+        for (tokens, reason), (right, whole) in zip(results, expected, strict=True):
+            assert tokens == right[: len(tokens)]
+            assert reason in (whole, "length")
+
+
+class OddShape(Shape):
+    """A vocabulary larger than the tokenizer's; several ranks have a part of it."""
+
+    def config(self) -> Qwen3Config:
+        config = super().config()
+        config.vocab_size = 2 * SAMPLE_TILE + 77
+        return config
+
+
+def test_tokens_without_text_are_never_drawn_on_any_rank(tmp_path):
+    OddShape(seed=4).write(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(CHECKPOINT_DIR / name, tmp_path / name)
+    said = []
+    for ranks in (1, 2):
+        with LLM(str(tmp_path), device="cpu", tensor_parallel_size=ranks) as llm:
+            special, size = set(llm.tokenizer.all_special_ids), len(llm.tokenizer)
+            outputs = llm.generate(
+                list(PROMPTS) * 4,  # so that masks take more than the first packet of a step
+                json_schema={"type": "string", "maxLength": 20},
+                max_tokens=100,
+                seed=5,
+                use_tqdm=False,
+            )
+        for output in outputs:
+            *tokens, last = output["token_ids"]
+            assert last in llm.eos_ids
+            assert output["finish_reason"] == "stop"
+            assert not special & set(tokens)
+            assert max(tokens) < size
+            assert len(json.loads(output["text"])) <= 20
+        said.append([output["token_ids"] for output in outputs])
+    assert said[0] == said[1]
+
+
+def count_ahead(llm: LLM, params: list[SamplingParams]) -> tuple[int, int, set[int]]:
+    """Launches, those before the tokens of the step before, and whose rows were in the latter."""
+    launched: list[int] = []
+    rows: set[int] = set()
+    in_flight = 0
+
+    def watch(moment, step):
+        nonlocal in_flight
+        if moment == "begin":
+            launched.append(in_flight)
+            if in_flight:
+                rows.update(chunk.seq.request_id for chunk in step.chunks)
+            in_flight += 1
+        in_flight -= moment == "tokens"
+
+    before, llm.model_runner.watch = llm.model_runner.watch, watch
+    ids = [llm.add_request(PROMPTS[i], each) for i, each in enumerate(params)]
+    while not llm.is_finished():
+        llm.step()
+    llm.model_runner.watch = before
+    return len(launched), sum(map(bool, launched)), {ids.index(i) for i in rows}
+
+
+def test_plain_rows_run_ahead_and_the_others_go_along_in_every_other_step(engine):
+    plain = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    steps, ahead, _ = count_ahead(engine, [plain])
+    assert (steps, ahead) == (40, 39)
+    asking = SamplingParams(regex="[a-z]+", max_tokens=10, seed=1)
+    mixed_steps, mixed_ahead, rows = count_ahead(engine, [plain, asking])
+    assert (mixed_steps, mixed_ahead) == (steps, ahead)
+    assert rows == {0, 1}
+    _, ahead, _ = count_ahead(engine, [asking, asking])
+    assert ahead == 0
+
+
+def test_max_tokens_ends_a_completion_and_ignore_eos_does_not_keep_one_going(engine):
+    (cut,) = engine.generate("x", json_schema=SCHEMA, max_tokens=5, use_tqdm=False)
+    assert (cut["finish_reason"], len(cut["token_ids"])) == ("length", 5)
+    (whole,) = engine.generate("x", regex="yes|no", ignore_eos=True, use_tqdm=False)
+    assert whole["finish_reason"] == "stop"
+    assert whole["text"] in ("yes", "no")
+
+
+def test_special_tokens_are_no_text_even_where_their_letters_would_do(engine):
+    matcher = engine.grammars.matcher(SamplingParams(regex=r"[a-z_<>|]{1,40}"))
+    bits = np.zeros((1, engine.texts.vocab_size // 32), np.int32)
+    matcher.fill_next_token_bitmask(bits)
+    allowed = np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little"))
+    special = engine.tokenizer.all_special_ids
+    assert {re.fullmatch("[a-z_<>|]+", engine.tokenizer.decode([i])) for i in special} != {None}
+    assert not set(special) & set(allowed)
+    assert all(re.fullmatch("[a-z_<>|]+", engine.tokenizer.decode([i])) for i in allowed)
+
+
+def test_a_dot_is_no_line_break(engine):
+    matcher = engine.grammars.matcher(SamplingParams(regex="(.a)+"))
+    assert matcher.accept_string("éa")
+    assert not matcher.accept_string("\na")
+
+
+REFUSED = [
+    ({"regex": "a(?=b)"}, "regex='a.*Lookahead is not supported"),
+    ({"regex": "["}, r"regex='\['.*Unclosed"),
+    ({"regex": "\ud800"}, "regex=.*surrogates"),
+    ({"grammar": "root ::= other"}, 'grammar=.*"other" is not defined'),
+    ({"grammar": "root ::= root"}, "grammar=.*no text can follow it"),
+    ({"json_schema": {"type": "integer", "minimum": 3, "maximum": 2}}, "json_schema=.*range"),
+    ({"json_schema": {"$ref": "#"}}, "json_schema=.*no text"),
+]
+
+
+@pytest.mark.parametrize(("fields", "match"), REFUSED, ids=lambda x: str(x)[:40])
+def test_what_does_not_compile_is_refused_and_the_engine_goes_on(engine, fields, match):
+    with pytest.raises(ValueError, match=match):
+        engine.add_request("x", **fields)
+    with pytest.raises(ValueError, match=match):
+        engine.generate(["y", "x"], [SamplingParams(), SamplingParams(**fields)], use_tqdm=False)
+    assert engine.is_finished()
+    (output,) = engine.generate("x", regex="yes", use_tqdm=False)
+    assert output["text"] == "yes"
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xgrammar", None)
+    with LLM(**OPTIONS) as llm:
+        with pytest.raises(ValueError, match=r"regex.* need .*xgrammar: pip .*\[structured\]"):
+            llm.generate("x", regex="a", use_tqdm=False)
+        assert llm.generate("x", max_tokens=1, use_tqdm=False)
+
+
+def test_an_engine_without_a_tokenizer_refuses(tmp_path):
+    Shape().write(tmp_path)
+    with (
+        LLM(str(tmp_path), device="cpu") as llm,
+        pytest.raises(ValueError, match=r"regex='a' is not allowed: .* has no tokenizer"),
+    ):
+        llm.generate([[5]], regex="a", use_tqdm=False)
+
+
+def test_compiled_grammars_are_shared_and_bounded(engine):
+    compiled = engine.grammars._compiled
+    compiled.cache_clear()
+    for i in [*range(grammars.KEPT + 5), grammars.KEPT]:
+        engine.add_request("x", regex=f"a{i}", max_tokens=1)
+    assert compiled.cache_info().currsize == grammars.KEPT
+    assert compiled.cache_info().misses == grammars.KEPT + 5
+    while not engine.is_finished():
+        engine.step()
+
+
+def test_tokens_are_right_after_an_interrupt_at_any_line(engine):
+    params = [MIXED[2], replace(MIXED[0], max_tokens=12), replace(MIXED[3], max_tokens=9)]
+
+    def play(line: int) -> tuple[list[list[int]], int]:
+        """What is said if an interrupt comes before that line of steps; the lines executed."""
+        ids = [engine.add_request(PROMPTS[i], each) for i, each in enumerate(params)]
+        said = {}
+        with contextlib.suppress(Interrupt), InterruptAt(line, paths) as lines:
+            while not engine.is_finished():
+                said |= {output["request_id"]: output["token_ids"] for output in engine.step()}
+        assert lines.reached
+        while not engine.is_finished():
+            said |= {output["request_id"]: output["token_ids"] for output in engine.step()}
+        return [said[i] for i in ids], lines.executed
+
+    names = ["engine.scheduler", "engine.sequence", "structured.grammars"]
+    paths = [str(sys.modules[f"nanovllm.{name}"].__file__) for name in names]
+    right, executed = play(0)
+    for line in random.sample(range(1, executed), 12):
+        assert play(line)[0] == right, line

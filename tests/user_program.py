@@ -44,6 +44,8 @@ with LLM() as llm:
     assert_type(outputs[0]["text"], str)
     print(outputs[0]["txt"])  # error: typeddict-item
     llm.generate("One", [params], use_tqdm=False)
+    llm.generate(["One", {"prompt": "Two"}, {"prompt_token_ids": [3, 4]}])
+    llm.generate([1])  # error: list-item
     llm.generate("One", temperature=0.5, top_k=5, stop_token_ids=(1, 2))
     llm.generate("One", max_new_tokens=5)  # error: call-arg
     llm.generate("One", max_tokens="5")  # error: arg-type

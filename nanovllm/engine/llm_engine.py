@@ -26,7 +26,7 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.conversations import Conversation, list_conversations
 from nanovllm.engine.model_runner import LaunchedStep, ModelRunner
 from nanovllm.engine.parallel.ranks import Ranks
-from nanovllm.engine.prompts import Prompt, TextProcessor, list_prompts
+from nanovllm.engine.prompts import Prompt, Prompts, TextProcessor, list_prompts
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence as EngineSequence
 from nanovllm.engine.transactions import Transactions
@@ -140,7 +140,7 @@ class LLMEngine:
     @taking(SamplingParams)
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompts,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         **sampling: Unpack[SamplingOptions],

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 INTERRUPTED = 130
 
@@ -32,6 +32,19 @@ def fail(script: str, message: object) -> NoReturn:
     """Ends the script because of what it was asked for."""
     print(f"{script}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def number(kind: type, least: float = 1) -> Callable[[str], Any]:
+    """An argument type: numbers of `kind` from `least` on."""
+
+    def convert(text: str) -> Any:
+        value = kind(text)
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not allowed: it must be at least {least}")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
 
 
 def check_output(path: Path, *endings: str) -> None:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,8 +31,11 @@ from nanovllm.engine.warm_up import SAMPLING, warm_up
 from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.sampler import SamplingBatch, sample
 from nanovllm.models import Checkpoint, load_config, load_model
-from nanovllm.utils.device import resolve_dtype, sm_count
+from nanovllm.utils.device import resolve_dtype, single_thread, sm_count
 from nanovllm.utils.timeline import save_timeline
+
+# On the CPU, operations of such a model are too short to be divided among threads.
+SMALL_HIDDEN_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class ModelRunner:
         self.ranks = ranks
         self.block_size = config.kvcache_block_size
         self.model_config = load_config(model_dir)
+        is_small = self.model_config.hidden_size <= SMALL_HIDDEN_SIZE
+        self.threads = single_thread if device.type == "cpu" and is_small else nullcontext
         if device.type == "cuda":
             torch.cuda.set_device(device)
         checkpoint = None if config.load_format == "dummy" else Checkpoint.open(model_dir)
@@ -162,7 +168,7 @@ class ModelRunner:
         """Issues `step` on all ranks, without waiting for it."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # it is each thread's own
-        with torch.inference_mode():
+        with torch.inference_mode(), self.threads():
             prepared = replace(self.step_runner.prepare(step), sampling=self._sampling(step))
             self._send(prepared)
             self.watch("begin", step)
@@ -188,7 +194,8 @@ class ModelRunner:
         while (received := self.ranks.receive_step()) is not None:
             layout, flat, sampling = received
             step = PreparedStep(layout, torch.from_numpy(flat), sampling)
-            self._draw(self.step_runner.run(step), sampling)
+            with self.threads():
+                self._draw(self.step_runner.run(step), sampling)
             self.ranks.watch_step()
 
     def _sampling(self, step: Step) -> np.ndarray | None:

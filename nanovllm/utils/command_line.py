@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,8 +55,12 @@ def check_output(path: Path, *endings: str) -> None:
         ValueError: a file cannot be written there, its name ends in none of `endings`, or it is a
             picture and matplotlib is not installed.
     """
-    if not path.parent.is_dir() or path.is_dir():
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory")
+    if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no directory {path.parent} for a file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{path} must not be written")
     if endings and path.suffix not in endings:
         raise ValueError(f"{path}: the name must end in {' or '.join(endings)}")
     if path.suffix == ".png" and importlib.util.find_spec("matplotlib") is None:

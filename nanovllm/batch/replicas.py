@@ -26,10 +26,11 @@ from nanovllm.engine.llm_engine import LLMEngine, RequestOutput
 
 logger = logging.getLogger(__name__)
 
-# Blocks that an engine has at a time. Together they are 8 times what it can run: some wait for one
-# long request in the end, and the others must be enough.
-BLOCKS_IN_FLIGHT = 64
-LARGEST_BLOCK = 2**20  # bytes; what Ray reserves for the result of each block in flight
+# Blocks that an engine has at a time, and how many of them it can run. Most wait for one long
+# request in the end, and the others must be enough.
+BLOCKS_IN_FLIGHT = 256
+BLOCKS_RUNNING = 32
+RESULT_BYTES = 2**18  # what Ray reserves at first for each block in flight
 
 
 @contextmanager
@@ -46,7 +47,7 @@ def cluster(address: str | None) -> Iterator[None]:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.target_max_block_size = LARGEST_BLOCK
+    context.target_max_block_size = RESULT_BYTES
     try:
         yield
     finally:
@@ -69,7 +70,7 @@ def answers(
             f"replicas={replicas} is not allowed: with tensor_parallel_size={size} that takes "
             f"{replicas * size} GPUs, and the cluster has {gpus}"
         )
-    rows = max(1, config.max_num_seqs // 8)
+    rows = max(1, config.max_num_seqs // BLOCKS_RUNNING)
     blocks = [
         {"lines": [json.dumps(dataclasses.asdict(line)) for line in lines[i : i + rows]]}
         for i in range(0, len(lines), rows)

@@ -123,9 +123,9 @@ def test_jobs_go_on_when_a_replica_dies_and_when_the_driver_does(tmp_path: Path)
             driver.kill()
             driver.communicate()
             assert len(read(output)) < len(given)
-            workers = [pid for pid, name in processes.items() if name.startswith("ray::")]
-            assert len(workers) > 2
-            assert scripts.all_end(workers, 30)
+            actors = [pid for pid, name in processes.items() if "Replica" in name]
+            assert actors
+            assert scripts.all_end(actors, 60)  # for they hold the GPUs
             main(options[:-2])
         else:
             os.kill(next(i for i, name in processes.items() if "Replica" in name), signal.SIGKILL)

@@ -8,7 +8,6 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -80,13 +79,6 @@ def test_without_ray_replicas_are_refused(
         assert "nano-vllm-pipeline[ray]" in err
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def descendants(pid: int) -> dict[int, str]:
     """Process ids, and the command lines, of all that a process has started."""
     parents, names = {}, {}
@@ -117,7 +109,9 @@ def test_jobs_go_on_when_a_replica_dies_and_when_the_driver_does(tmp_path: Path)
     for victim in ("replica", "driver"):
         output.write_bytes(b"")
         driver = scripts.start("-m", "nanovllm.batch", *options)
-        wait_for(lambda: output.stat().st_size > 0)
+        while output.stat().st_size == 0:
+            assert driver.poll() is None, driver.communicate()
+            time.sleep(0.05)
         processes = descendants(driver.pid)
         if victim == "driver":
             driver.kill()

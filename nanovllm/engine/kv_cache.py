@@ -10,7 +10,7 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.layers.attention import HeadShape
-from nanovllm.utils.memory import GIB, check_fits
+from nanovllm.utils.memory import GIB, check_fits, cpu_memory_errors
 
 # On the CPU memory is shared with everything else, so the default is small.
 CPU_LIMIT = 1 * GIB
@@ -34,8 +34,10 @@ def allocate(
         num_bytes = math.prod(shape) * dtype.itemsize
         # The system grants more than there is, and ends the process that fills it.
         check_fits(num_bytes, device, what)
-        # NumPy's zeros, unlike torch's, take memory only once they are written.
-        return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)
+        with cpu_memory_errors(device, what):
+            # NumPy's zeros, unlike torch's, take memory only once they are written.
+            zeros = np.zeros(num_bytes, np.uint8)
+        return torch.from_numpy(zeros).view(dtype).view(shape)
     return torch.zeros(shape, dtype=dtype, device=device)
 
 

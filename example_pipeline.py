@@ -9,12 +9,16 @@ python example_pipeline.py --timeline steps.png             the same as a pictur
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from nanovllm import LLM, Config, SamplingParams
-from nanovllm.config import PIPELINE_MODES
-from nanovllm.tiny import CHECKPOINT_DIR, PROMPTS
-from nanovllm.utils.command_line import Parser, check_output, in_one_line
+try:
+    from nanovllm import LLM, Config, SamplingParams
+    from nanovllm.config import PIPELINE_MODES
+    from nanovllm.tiny import CHECKPOINT_DIR, PROMPTS
+    from nanovllm.utils.command_line import Parser, check_output, in_one_line
+except KeyboardInterrupt:  # torch takes its time
+    sys.exit(130)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -31,20 +35,23 @@ def parse_arguments() -> argparse.Namespace:
     add("--ffn-sms", type=int, default=default.pipeline_ffn_sm_count, metavar="N",
         help="SMs of the FFN lane in mode green")  # fmt: skip
     add("--enforce-eager", action="store_true", help="without CUDA graphs")
-    add("--timeline", type=Path, metavar="FILE", help="write the stages of the last steps")
+    add("--timeline", type=Path, metavar="FILE",
+        help="draw (.png) or trace (.json) the stages of the last steps")  # fmt: skip
     args = parser.parse_args()
     if args.timeline is not None:
         try:
-            check_output(args.timeline)
+            check_output(args.timeline, ".png", ".json")
         except ValueError as error:
             parser.error(f"--timeline {error}")
+    if "" in (args.prompt or ()):
+        parser.error("--prompt is empty")
     return args
 
 
 def main() -> None:
-    args = parse_arguments()
-    prompts = args.prompt or list(PROMPTS[:8])
-    with in_one_line(Path(__file__).name, ValueError, FileNotFoundError, MemoryError):
+    with in_one_line(Path(__file__).name, ValueError, OSError, MemoryError):
+        args = parse_arguments()
+        prompts = args.prompt or list(PROMPTS[:8])
         params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
         with LLM(
             args.model,

@@ -53,7 +53,7 @@ class Config:
         enforce_eager: decode without CUDA graphs.
         kvcache_block_size: tokens in a KV block.
         num_kvcache_blocks: KV blocks to allocate; -1: as many as memory allows (on the CPU, at
-            most 1 GiB).
+            most 1 GiB, and a block takes memory only once it has been used).
         device: where to run; "auto" takes CUDA if there is one.
         dtype: of weights, activations and KV cache; "auto": the checkpoint's on CUDA, float32 on
             the CPU.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,13 @@ def refusal(
     assert not out
     assert len(err.splitlines()) == 1
     return err
+
+
+def without_text(help_text: str) -> list[str]:
+    """The options in a --help that are not explained, in their line or the next."""
+    options = re.findall(r"^ +(-.*(?:\n {10,}\S.*)?)", help_text, re.MULTILINE)
+    assert len(options) > 2
+    return [option for option in options if not re.search(r"\S {2,}\S|\n", option)]
 
 
 def pretend_planner(monkeypatch: pytest.MonkeyPatch) -> None:

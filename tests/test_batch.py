@@ -283,6 +283,7 @@ def test_a_job_that_cannot_be_is_refused_before_anything_is_loaded(tmp_path, cap
         ((source, damaged), ["damaged.jsonl, line 1", "damaged"]),
         ((source, strange), ["strange.jsonl, line 1", "[1]"]),
         ((source, new, "--max-num-seqs", "0"), ["max_num_seqs=0"]),
+        ((source, new, "--replicas", "0"), ["--replicas", "at least 1"]),
         ((source, new, "--chat-template", tmp_path / "none.jinja"), ["none.jinja"]),
     ]
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -308,9 +309,10 @@ def test_the_command_shows_its_progress_and_ends_in_order(tmp_path):
     assert len(read(tmp_path / "out.jsonl")) == 30
 
 
-def test_the_command_of_the_readme_is_understood():
-    (line,) = re.findall(r"python -m nanovllm.batch (.*)", README.read_text("utf-8"))
-    assert parse_arguments(shlex.split(line)).model == "Qwen/Qwen3-0.6B"
+def test_the_commands_of_the_readme_are_understood():
+    lines = re.findall(r"^ +python -m nanovllm.batch (.*)", README.read_text("utf-8"), re.MULTILINE)
+    assert len(lines) == 2
+    assert all(parse_arguments(shlex.split(line)).model.startswith("Qwen/") for line in lines)
 
 
 def test_a_line_torn_anywhere_is_dropped_and_written_anew(tmp_path):

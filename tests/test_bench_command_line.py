@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import pytest
 
 from nanovllm.bench import __main__ as bench
-from nanovllm.bench import engines, gain_map, options
-from tests.bench_runs import GROW, refusal
+from nanovllm.bench import engines, gain_map, options, turns
+from tests.bench_runs import GROW, refusal, without_text
 
 Capture = pytest.CaptureFixture[str]
 
@@ -39,6 +40,7 @@ class TestRefusals:
             (["--context", "4090"], ["4099", "4096"]),
             (["--device", "tpu"], ["device='tpu'", "cuda"]),
             (["--json", "nowhere/at/all.json"], ["--json", "nowhere/at"]),
+            (["--json", "/"], ["--json", "is a directory"]),
             (["--timeline", "steps.txt"], ["--timeline", ".png", ".json"]),
             (["--timeline", "s.json", "--tensor-parallel-size", "2"], ["--timeline"]),
             (["--power"], ["--power", "cpu"]),
@@ -76,6 +78,51 @@ def test_every_workload_has_a_help(workload: str, capsys: Capture) -> None:
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert all(f"--{name} " in text for name in options.WORKLOADS[workload])
+    assert not without_text(text)
+
+
+@pytest.mark.parametrize(("count", "measured"), [(1, [1, 0]), (3, [2, 1]), (6, [2, 2])])
+def test_growing_that_is_interrupted_has_the_ranges_that_were_run(
+    count: int, measured: list[int], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_turn, warm_up, calls = turns.run_turn, 2, itertools.count()
+
+    def interrupted(*args: Any) -> Any:
+        if next(calls) == warm_up + count:
+            raise KeyboardInterrupt
+        return run_turn(*args)
+
+    monkeypatch.setattr(turns, "run_turn", interrupted)
+    modes = ["--modes", "sequential", "microbatch"]
+    with pytest.raises(SystemExit, match="130"):
+        bench.main(["--device", "cpu", *GROW, *modes])
+    table, last = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
+    arms = json.loads(last)["arms"]
+    assert [len(arm.get("stage_ms", [])) for arm in arms] == measured
+    assert ["seconds" in arm for arm in arms] == [length == 2 for length in measured]
+    assert all(
+        (arm["label"] in table) == (length > 0) for arm, length in zip(arms, measured, strict=True)
+    )
+
+
+@pytest.mark.parametrize("failing", ["write", "draw"])
+def test_what_is_measured_is_printed_when_it_cannot_be_written_or_drawn(
+    failing: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*args: Any) -> Any:
+        raise OSError("no space left")
+
+    place = (bench.report, "write_record") if failing == "write" else (gain_map, "draw")
+    monkeypatch.setattr(*place, fail)
+    argv = ["--batches", "1", "--contexts", "32", "--seconds", "0.01", "--modes", "sequential"]
+    files = ["--json", tmp_path / "map.json", "--plot", tmp_path / "map.png"]
+    with pytest.raises(SystemExit) as error:
+        bench.main(["--map", "--device", "cpu", *argv, *map(str, files)])
+    assert error.value.code == 2
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1].endswith("error: no space left")
+    text = out.splitlines()[-1] if failing == "write" else (tmp_path / "map.json").read_text()
+    assert len(json.loads(text)["shapes"][0]["points"]) == 1
 
 
 def test_what_is_measured_at_an_interrupt_is_printed(

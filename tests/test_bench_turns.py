@@ -69,11 +69,11 @@ def test_times_are_quartiles_of_all_turns_of_an_arm() -> None:
     assert quartiles == pytest.approx(list(np.percentile(seconds, [25, 50, 75]) * 1e3))
 
 
-def test_every_block_of_rounds_is_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_round_is_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
     arms: list[Any] = [SimpleNamespace(label=label) for label in "abc"]
     monkeypatch.setattr(
         "nanovllm.bench.turns.run_turns",
         lambda engine, arms, workloads, rounds: (Turn(a, [1.0], 0.0) for a in [*arms] * rounds),
     )
     found = [len(turns) for turns in measure(None, arms, None, seconds=7.0)]  # type: ignore[arg-type]
-    assert found == [6 * 3, 12 * 3]
+    assert found == [3 * i for i in range(1, 13)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,8 @@ import pytest
 
 import example_pipeline
 from nanovllm.utils.command_line import INTERRUPTED, Parser, in_one_line
-from tests.bench_runs import refusal
+from tests import scripts
+from tests.bench_runs import refusal, without_text
 
 ROOT = Path(example_pipeline.__file__).parent
 
@@ -26,6 +29,8 @@ ROOT = Path(example_pipeline.__file__).parent
         (["--attention-sms", "0"], ["pipeline_attention_sm_count=0"]),
         (["--model", "/nowhere/at/all"], ["/nowhere/at/all"]),
         (["--timeline", "nowhere/steps.json"], ["--timeline", "nowhere"]),
+        (["--timeline", "steps.txt"], ["--timeline", ".png", ".json"]),
+        (["--prompt", "One", "--prompt", ""], ["--prompt", "empty"]),
         (["--max-tok", "9"], ["--max-tok"]),
     ],
 )
@@ -36,6 +41,8 @@ def test_a_bad_value_of_the_example_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["example_pipeline.py", *argv])
+    monkeypatch.setattr("nanovllm.engine.llm_engine.ModelRunner", None)
+    monkeypatch.setattr("nanovllm.engine.llm_engine.load_tokenizer", None)
     err = refusal(capsys, lambda _: example_pipeline.main())
     assert all(word in err for word in words), err
 
@@ -79,3 +86,31 @@ def test_help_works_from_a_shell(command: str, text: str) -> None:
         check=True,
     )
     assert text in run.stdout
+    assert not without_text(run.stdout)
+
+
+LIBRARY_IS_LOADED = "libtorch_python"
+SCRIPTS = {
+    "example_pipeline.py": ["--max-tokens", 1000],
+    "bench_pipeline.py": ["--device", "cpu", "--seconds", 60],
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc on this system")
+@pytest.mark.parametrize("moment", ["import", "run"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_interrupt_ends_a_script_without_a_traceback(script: str, moment: str) -> None:
+    process = scripts.start(ROOT / script, *SCRIPTS[script])
+    assert process.stderr is not None
+    err = ""
+    if moment == "import":
+        while LIBRARY_IS_LOADED not in Path(f"/proc/{process.pid}/maps").read_text():
+            assert process.poll() is None
+    else:
+        while not re.search(r"Generating|Measuring.*\| [1-9]\d+/", err):
+            err += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    out, rest = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED
+    assert "Traceback" not in err + rest
+    assert (moment == "run" and script.startswith("bench")) == ('"benchmark"' in out)

@@ -288,7 +288,7 @@ def test_interrupted_step_ends_the_engine(model, monkeypatch):
     engine = make_engine(model)
     (worker,) = engine.model_runner.ranks.workers.processes
 
-    def interrupted(*args):
+    def interrupted(*args, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(engine.model_runner.step_runner, "run", interrupted)
@@ -355,7 +355,7 @@ from nanovllm import LLM
 from nanovllm.engine.step_runner import StepRunner
 
 if os.environ["RANK"] == "1":
-    def run(self, *args):
+    def run(self, *args, **options):
         raise ValueError("broken on purpose")
     StepRunner.run = run
 llm = LLM(sys.argv[1], device="cpu", tensor_parallel_size=2, max_model_len=64)

@@ -46,6 +46,8 @@ with LLM() as llm:
     assert_type(outputs[0]["text"], str)
     print(outputs[0]["txt"])  # error: typeddict-item
     llm.generate("One", [params], use_tqdm=False)
+    llm.generate(["One", {"prompt": "Two"}, {"prompt_token_ids": [3, 4]}])
+    llm.generate([1])  # error: list-item
     llm.generate("One", temperature=0.5, top_k=5, stop_token_ids=(1, 2))
     (one,) = llm.generate("One", logprobs=5, prompt_logprobs=0)
     assert_type(one["logprobs"], list[dict[int, Logprob]] | None)

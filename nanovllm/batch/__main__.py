@@ -16,13 +16,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from nanovllm.batch import replicas
 from nanovllm.batch.lines import (
     Key,
     Line,
@@ -35,7 +36,9 @@ from nanovllm.batch.lines import (
 from nanovllm.batch.results import Results
 from nanovllm.config import Config
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.utils.command_line import Parser, in_one_line
+from nanovllm.models import load_config
+from nanovllm.utils.command_line import Parser, in_one_line, number
+from nanovllm.utils.hub import resolve_model
 
 PROG = "python -m nanovllm.batch"
 # Fields of `Config` that are options of the command.
@@ -60,6 +63,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("output", type=Path, help="file of results; those of an earlier run are kept")
     add("--model", required=True, help="directory or hub id")
     add("--chat-template", type=Path, metavar="FILE", help="Jinja template instead of the model's")
+    add("--replicas", type=number(int), metavar="N", help="engines that share the lines, by Ray; "
+        "default with --ray-address: as many as the cluster has GPUs for")  # fmt: skip
+    add("--ray-address", metavar="ADDR", help="of a Ray cluster, or 'auto'; default: this machine")
     for name, text in ENGINE_OPTIONS.items():
         default = getattr(defaults, name)
         option = f"--{name.replace('_', '-')}"
@@ -79,9 +85,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.output.exists() and args.output.samefile(args.input):
             raise ValueError(f"{args.output} is the input: name another file for the results")
         with Results(args.output, keys) as results:
-            if len(results.done) < len(keys):
+            left = (line for line in read_lines(args.input) if line.key not in results.done)
+            if len(results.done) == len(keys):
+                pass
+            elif args.replicas or args.ray_address:
+                if args.ray_address is None:  # else the model need not be on this machine
+                    load_config(resolve_model(config.model))
+                with replicas.cluster(args.ray_address):
+                    found = replicas.answers(config, list(left), template, args.replicas)
+                    write(found, results, len(keys))
+            else:
                 with LLMEngine(config) as llm:
-                    run(llm, args.input, results, len(keys), template)
+                    write(answers(llm, left, template), results, len(keys))
         print(f"{args.output}: {len(keys)} results", file=sys.stderr)
 
 
@@ -97,14 +112,11 @@ def find_keys(path: Path) -> set[Key]:
     return set(numbers)
 
 
-def run(
-    llm: LLMEngine, path: Path, results: Results, total: int, chat_template: str | None
-) -> None:
-    """Answers the requests of a file that have no result yet."""
-    left = (line for line in read_lines(path) if line.key not in results.done)
+def write(answers: Iterable[list[dict[str, Any]]], results: Results, total: int) -> None:
+    """Writes the results of lines as they come."""
     tokens, start = 0, time.perf_counter()
     with tqdm(total=total, initial=len(results.done), desc="Batch", unit="line") as bar:
-        for answered in answers(llm, left, chat_template):
+        for answered in answers:
             results.append(answered)
             for result in answered:
                 if result["response"]:

@@ -50,20 +50,22 @@ WORKLOADS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse(__doc__, argv)
-    workload = WORKLOADS[args.workload]
-    record = None
-    with in_one_line(PROGRAM, BenchError):
+    record = written = None
+    with in_one_line(PROGRAM, BenchError, OSError):
+        args = parse(__doc__, argv)
+        workload = WORKLOADS[args.workload]
         try:
             for record in workload.run(args):
-                report.write_record(record, args.json)
+                written = report.write_record(record, args.json)
         finally:
             if record is not None:
-                print(workload.describe(record))
-                if args.plot is not None:
-                    workload.draw(record, args.plot)
-                if args.json is None or args.workload != "map":
-                    print(json.dumps(record))
+                try:
+                    print(workload.describe(record))
+                    if args.plot is not None:
+                        workload.draw(record, args.plot)
+                finally:
+                    if args.workload != "map" or written is not record:
+                        print(json.dumps(record))
 
 
 if __name__ == "__main__":

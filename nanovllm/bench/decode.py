@@ -32,7 +32,7 @@ POWER_COLUMNS = {"W": "{watts:.0f}", "MHz": "{sm_mhz:.0f}", "J/step": "{joules_p
 
 
 def run(args: argparse.Namespace) -> Iterator[Record]:
-    """Compares the modes; yields the record after each block of rounds."""
+    """Compares the modes; yields the record after each round."""
     if args.power:
         check_power(args.device)
     if args.timeline is not None and args.tensor_parallel_size > 1:

@@ -47,7 +47,7 @@ def context_ranges(
 
 
 def run(args: argparse.Namespace) -> Iterator[Record]:
-    """Measures all arms; yields the record after each round."""
+    """Measures all arms; yields the record after each turn."""
     if args.layers is None and args.shape in SIZES:
         args.layers = LAYERS
     ranges = context_ranges(args.batch, args.context, args.until, args.stages, args.output)
@@ -60,42 +60,44 @@ def run(args: argparse.Namespace) -> Iterator[Record]:
         timed = timed_arms(arms, args.batch)
         deque(run_turns(engine, timed, workloads[:1], 1), maxlen=0)  # warms up
         turns = run_turns(engine, timed, workloads, args.rounds)
-        a_round = len(timed) * len(ranges)
-        turns = iter(tqdm(turns, "Growing", args.rounds * a_round, unit="turn"))
+        count = args.rounds * len(timed) * len(ranges)
         samples: dict[str, list[Sample]] = defaultdict(list)
-        for number, turn in enumerate(turns, start=1):
+        for turn in tqdm(turns, "Growing", count, unit="turn"):
             samples[turn.arm.label].append((median(turn.seconds) * 1e3, turn.arm.plan))
-            if number % a_round == 0:
-                yield record | {"arms": [describe_arm(a, record, samples[a.label]) for a in arms]}
+            yield record | {"arms": [describe_arm(a, record, samples[a.label]) for a in arms]}
 
 
 def describe_arm(arm: Arm, record: Record, turns: list[Sample]) -> Record:
-    """The record of an arm; without turns it fell back, and nothing of it is measured."""
+    """The record of an arm; without turns it fell back, or has not had one yet.
+
+    It has the ranges that were run, and `seconds` once these are all.
+    """
     described = arm.describe(record["batch"])
     if not turns:
         return described
     # Turn after turn, a sweep over all ranges a round.
     stages = record["stages"]
-    by_range = [turns[i :: len(stages)] for i in range(len(stages))]
+    by_range = [turns[i :: len(stages)] for i in range(min(len(stages), len(turns)))]
     ms = [median(ms for ms, _ in turns) for turns in by_range]
-    return described | {
-        "stage_ms": ms,
-        "seconds": sum(s["steps"] * each * 1e-3 for s, each in zip(stages, ms, strict=True)),
-        "plans": [turns[-1][1] for turns in by_range],
-    }
+    described |= {"stage_ms": ms, "plans": [turns[-1][1] for turns in by_range]}
+    if len(ms) == len(stages):
+        steps = [stage["steps"] for stage in stages]
+        described["seconds"] = sum(a * b * 1e-3 for a, b in zip(steps, ms, strict=True))
+    return described
 
 
 def describe(record: Record) -> str:
     """Ranges as rows, arms as columns, the whole way below, and auto beside the best."""
-    timed = {short_label(arm["label"]): arm for arm in record["arms"] if "seconds" in arm}
+    timed = {short_label(arm["label"]): arm for arm in record["arms"] if "stage_ms" in arm}
     rows = []
     for i, stage in enumerate(record["stages"]):
-        row = stage | {label: f"{arm['stage_ms'][i]:.3f}" for label, arm in timed.items()}
-        if AUTO in timed:
-            row["auto's plan"] = short_label(timed[AUTO]["plans"][i] or "-")
+        run = {label: arm for label, arm in timed.items() if i < len(arm["stage_ms"])}
+        row = stage | {label: f"{arm['stage_ms'][i]:.3f}" for label, arm in run.items()}
+        if AUTO in run:
+            row["auto's plan"] = short_label(run[AUTO]["plans"][i] or "-")
         rows.append(row)
-    seconds = {label: arm["seconds"] for label, arm in timed.items()}
-    reference = next(iter(seconds.values()))
+    seconds = {label: arm["seconds"] for label, arm in timed.items() if "seconds" in arm}
+    reference = next(iter(seconds.values()), 0.0)
     totals = [
         {"whole way": "s"} | {label: f"{own:.2f}" for label, own in seconds.items()},
         {"whole way": "ratio"} | {label: f"{reference / s:.3f}" for label, s in seconds.items()},
@@ -111,7 +113,7 @@ def describe(record: Record) -> str:
         "",
         *report.table(totals),
     ]
-    if auto := seconds.pop(AUTO, None):
+    if len(seconds) > 1 and (auto := seconds.pop(AUTO, None)):
         best = min(seconds, key=lambda label: seconds[label])
         lines.append(f"auto is {seconds[best] / auto:.3f} times as fast as the best arm, {best}")
     return "\n".join(lines)

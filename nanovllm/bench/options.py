@@ -13,23 +13,10 @@ from nanovllm.bench.requests import REQUEST_SETS
 from nanovllm.bench.shapes import SIZES, TINY
 from nanovllm.bench.turns import SHORTEST_OUTPUT
 from nanovllm.config import PIPELINE_MODES, Config
-from nanovllm.utils.command_line import Parser, check_output
+from nanovllm.utils.command_line import Parser, check_output, number
 from nanovllm.utils.device import resolve_device
 
 PROGRAM = "python -m nanovllm.bench"
-
-
-def number(kind: type, least: float = 1) -> Callable[[str], Any]:
-    """An argument type: numbers of `kind` from `least` on."""
-
-    def convert(text: str) -> Any:
-        value = kind(text)
-        if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not allowed: it must be at least {least}")
-        return value
-
-    convert.__name__ = kind.__name__
-    return convert
 
 
 def split(text: str) -> Split:

@@ -86,12 +86,17 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def write_record(record: Record, path: Path | None) -> None:
-    """Writes a record as one line of JSON, all of it or nothing; does nothing without a path."""
-    if path is not None:
-        part = path.with_name(f"{path.name}.part")
-        part.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        part.replace(path)
+def write_record(record: Record, path: Path | None) -> Record | None:
+    """Writes a record as one line of JSON, all of it or nothing, and returns it.
+
+    Does nothing without a path, and returns None.
+    """
+    if path is None:
+        return None
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    part.replace(path)
+    return record
 
 
 def read_record(path: Path, benchmark: str) -> Record:

@@ -139,7 +139,7 @@ def run_turns(
 def measure(
     engine: LLMEngine, arms: Sequence[Arm], workload: DecodeWorkload, seconds: float
 ) -> Iterator[list[Turn]]:
-    """All turns so far, after each block of rounds, until each arm ran for `seconds`.
+    """All turns so far, after each round, until each arm ran for `seconds`.
 
     None of the arms may fall back.
     """
@@ -148,11 +148,10 @@ def measure(
     last = {turn.arm.label: sum(turn.seconds) for turn in warm_up}
     rounds = count_rounds(seconds, min(last.values()), len(arms))
     turns = run_turns(engine, arms, [workload], rounds)
-    block = rounds_of_block(len(arms)) * len(arms)
     so_far: list[Turn] = []
     for turn in tqdm(turns, "Measuring", rounds * len(arms), unit="turn"):
         so_far.append(turn)
-        if len(so_far) % block == 0:
+        if len(so_far) % len(arms) == 0:
             yield so_far
 
 

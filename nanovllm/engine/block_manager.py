@@ -2,8 +2,8 @@
 
 A block holds the keys and values of `block_size` tokens. Once it is full and computed, it is
 registered under its tokens and all before them, and a new sequence takes over the registered blocks
-that match its own beginning. Blocks that no sequence owns keep their contents until they are
-needed, the longest unused first.
+that match its own beginning. Registered blocks that no sequence owns keep their contents until no
+other is free, and the longest unused is taken first.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class BlockManager:
         ref_counts: sequences that own each block.
         prefixes: what the registered blocks hold.
         by_key: of blocks that hold the same, the one to be found.
-        free: blocks that nobody owns, the longest unused first.
+        free: blocks that nobody owns: first those that hold no known prefix, then the longest
+            unused.
     """
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool) -> None:
@@ -117,6 +118,10 @@ class BlockManager:
             self.ref_counts[block_id] -= 1
             if self.ref_counts[block_id] == 0:
                 self.free[block_id] = None
+                # What nobody can find again comes first: so prefixes stay longer, and no more
+                # memory is written than requests need.
+                if block_id not in self.prefixes:
+                    self.free.move_to_end(block_id, last=False)
         seq.block_table = []
         seq.num_computed = seq.num_scheduled = seq.num_registered = 0
 
@@ -137,7 +142,7 @@ class BlockManager:
         return found
 
     def _take(self) -> int:
-        """Removes the longest unused block from the free list, forgetting what it held."""
+        """Removes the first block from the free list, forgetting what it held."""
         block_id, _ = self.free.popitem(last=False)
         prefix = self.prefixes.pop(block_id, None)
         if prefix is not None and self.by_key.get(prefix.key) == block_id:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from nanovllm.config import Config
@@ -30,10 +31,14 @@ def allocate(
     shape = (num_layers, 2, num_blocks + 1, heads.num_kv_heads, block_size, heads.head_dim)
     what = f"the KV cache ({num_blocks} blocks of {block_size} tokens)"
     if device.type == "cpu":
+        num_bytes = math.prod(shape) * dtype.itemsize
         # The system grants more than there is, and ends the process that fills it.
-        check_fits(math.prod(shape) * dtype.itemsize, device, what)
-    with cpu_memory_errors(device, what):
-        return torch.zeros(shape, dtype=dtype, device=device)
+        check_fits(num_bytes, device, what)
+        with cpu_memory_errors(device, what):
+            # NumPy's zeros, unlike torch's, take memory only once they are written.
+            zeros = np.zeros(num_bytes, np.uint8)
+        return torch.from_numpy(zeros).view(dtype).view(shape)
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def count_blocks(

@@ -22,8 +22,8 @@ from nanovllm.config import Config, ConfigOptions
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.conversations import Conversation, list_conversations
 from nanovllm.engine.model_runner import LaunchedStep, start_runner
-from nanovllm.engine.outputs import Completion, Delta, DeltaMaker, RequestOutput, with_progress
-from nanovllm.engine.prompts import Prompt, TextProcessor
+from nanovllm.engine.outputs import Completion, Delta, DeltaMaker, RequestOutput, progress_bar
+from nanovllm.engine.prompts import Prompt, Prompts, TextProcessor
 from nanovllm.engine.requests import CheckedCall, RequestMaker
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence as EngineSequence
@@ -133,7 +133,7 @@ class LLMEngine:
     @taking(SamplingParams)
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompts,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         **sampling: Unpack[SamplingOptions],
@@ -157,14 +157,17 @@ class LLMEngine:
         self.transactions.check_open()
         call = self.request_maker.check(prompts, sampling_params, sampling)
         count = sum(params.n for params in call.params)
-        with closing(self._run(call)) as completions:
-            outputs = list(with_progress(completions, count, use_tqdm))
+        outputs = []
+        with closing(self._run(call)) as completions, progress_bar(count, use_tqdm) as advance:
+            for completion in completions:
+                outputs.append(completion)
+                advance(completion)
         return sorted(outputs, key=itemgetter("index", "sample"))
 
     @overload
     def stream(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompts,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         deltas: Literal[False] = False,
@@ -173,7 +176,7 @@ class LLMEngine:
     @overload
     def stream(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompts,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         deltas: Literal[True],
@@ -182,7 +185,7 @@ class LLMEngine:
     @taking(SamplingParams)
     def stream(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompts,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         deltas: bool = False,

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,8 +35,11 @@ from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.logprobs import Scores, score_step
 from nanovllm.layers.sampler import SamplingBatch, sample
 from nanovllm.models import Checkpoint, load_config, load_model
-from nanovllm.utils.device import resolve_device, resolve_dtype, sm_count
+from nanovllm.utils.device import resolve_device, resolve_dtype, single_thread, sm_count
 from nanovllm.utils.timeline import save_timeline
+
+# On the CPU, operations of such a model are too short to be divided among threads.
+SMALL_HIDDEN_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ class ModelRunner:
         self.ranks = ranks
         self.block_size = config.kvcache_block_size
         self.model_config = load_config(model_dir)
+        is_small = self.model_config.hidden_size <= SMALL_HIDDEN_SIZE
+        self.threads = single_thread if device.type == "cpu" and is_small else nullcontext
         if device.type == "cuda":
             torch.cuda.set_device(device)
         checkpoint = None if config.load_format == "dummy" else Checkpoint.open(model_dir)
@@ -183,7 +189,7 @@ class ModelRunner:
         """
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # it is each thread's own
-        with torch.inference_mode():
+        with torch.inference_mode(), self.threads():
             scoring = Scoring.of(step) if step.may_score else None
             seqs = [chunk.seq for chunk in step.chunks if chunk.needs_sample]
             draws = self._pack(seqs, masks, scoring)
@@ -223,8 +229,9 @@ class ModelRunner:
             if self.device.type == "cuda":
                 inputs = inputs.pin_memory()  # or the copy could wait for the steps before
             keep: list[torch.Tensor] | None = None if draws.scoring is None else []
-            logits = self.step_runner.run(PreparedStep(layout, inputs, draws), keep=keep)
-            self._score(draws, logits, self._draw(logits, draws), keep)
+            with self.threads():
+                logits = self.step_runner.run(PreparedStep(layout, inputs, draws), keep=keep)
+                self._score(draws, logits, self._draw(logits, draws), keep)
             self.ranks.watch_step()
 
     def _pack(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypedDict
 
 from tqdm import tqdm
@@ -91,15 +92,17 @@ class DeltaMaker:
         )
 
 
-def with_progress(
-    completions: Iterable[Completion], count: int, show: bool
-) -> Iterator[Completion]:
-    """The same completions, of which there are `count`, with a progress bar."""
+@contextmanager
+def progress_bar(count: int, show: bool) -> Iterator[Callable[[Completion], None]]:
+    """A bar for `count` completions; gives what to call with each."""
     tokens, start = 0, time.perf_counter()
     with tqdm(total=count, desc="Generating", disable=not show) as bar:
-        for completion in completions:
+
+        def advance(completion: Completion) -> None:
+            nonlocal tokens
             tokens += len(completion["token_ids"])
             rate = tokens / (time.perf_counter() - start)
             bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
             bar.update()
-            yield completion
+
+        yield advance

@@ -28,6 +28,9 @@ class UndecodableError(ValueError):
 
 
 Prompt = str | Sequence[int] | TextPrompt | TokensPrompt
+# Not `Prompt | Sequence[Prompt]`: a list of integers is no list of prompts, and beside a second
+# kind of sequence type checkers do not infer the type of `["One", [2, 3]]`.
+Prompts = str | TextPrompt | TokensPrompt | Sequence[Prompt]
 
 
 class TextProcessor:

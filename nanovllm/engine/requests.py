@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 from nanovllm.config import Config
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.outputs import Completion, Logprobs, PromptLogprobs
-from nanovllm.engine.prompts import Prompt, TextProcessor, UndecodableError, list_prompts
+from nanovllm.engine.prompts import (
+    Prompt,
+    Prompts,
+    TextProcessor,
+    UndecodableError,
+    list_prompts,
+)
 from nanovllm.engine.sequence import Sequence as EngineSequence
 from nanovllm.layers.logit_edits import RequestEdits
 from nanovllm.logprobs import Position
@@ -69,7 +75,7 @@ class RequestMaker:
 
     def check(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompts,
         given: GivenParams,
         fields: SamplingOptions,
         deltas: bool = False,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 INTERRUPTED = 130
 
@@ -34,6 +35,19 @@ def fail(script: str, message: object) -> NoReturn:
     raise SystemExit(2)
 
 
+def number(kind: type, least: float = 1) -> Callable[[str], Any]:
+    """An argument type: numbers of `kind` from `least` on."""
+
+    def convert(text: str) -> Any:
+        value = kind(text)
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not allowed: it must be at least {least}")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
 def check_output(path: Path, *endings: str) -> None:
     """Finds out at once what would fail only after everything has run.
 
@@ -41,8 +55,12 @@ def check_output(path: Path, *endings: str) -> None:
         ValueError: a file cannot be written there, its name ends in none of `endings`, or it is a
             picture and matplotlib is not installed.
     """
-    if not path.parent.is_dir() or path.is_dir():
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory")
+    if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no directory {path.parent} for a file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{path} must not be written")
     if endings and path.suffix not in endings:
         raise ValueError(f"{path}: the name must end in {' or '.join(endings)}")
     if path.suffix == ".png" and importlib.util.find_spec("matplotlib") is None:

@@ -29,10 +29,10 @@ def total_memory(device: torch.device) -> int:
 
 @contextmanager
 def cpu_memory_errors(device: torch.device, what: str) -> Iterator[None]:
-    """For allocations alone: on the CPU, torch says RuntimeError where memory cannot be had."""
+    """For allocations alone: says what for, and on the CPU torch says RuntimeError instead."""
     try:
         yield
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         if device.type != "cpu":
             raise
         raise MemoryError(f"there is no memory for {what} on {device}: {error}") from error

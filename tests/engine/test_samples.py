@@ -67,10 +67,10 @@ def computed_tokens(engine, monkeypatch) -> list[int]:
     """Prompt tokens of each step from now on."""
     counts, launch = [], engine.model_runner.launch
 
-    def counting(step):
+    def counting(step, *options):
         parts = [min(chunk.end, chunk.seq.prompt_len) - chunk.start for chunk in step.chunks]
         counts.append(sum(part for part in parts if part > 0))
-        return launch(step)
+        return launch(step, *options)
 
     monkeypatch.setattr(engine.model_runner, "launch", counting)
     return counts

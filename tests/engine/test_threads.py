@@ -20,7 +20,9 @@ def test_threads_share_one_batch(llm, expected, monkeypatch):
     steps = []
     launch = llm.model_runner.launch
     monkeypatch.setattr(
-        llm.model_runner, "launch", lambda step: (steps.append(step), launch(step))[1]
+        llm.model_runner,
+        "launch",
+        lambda step, *options: (steps.append(step), launch(step, *options))[1],
     )
     meet = threading.Barrier(2)
 

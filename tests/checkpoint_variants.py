@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -27,6 +29,9 @@ from tests.checkpoints import TABLE, VOCAB, Shape
 
 PROMPT = [(i * 7) % 500 + 2 for i in range(150)]
 NUM_TOKENS = 6
+# Names of it that transformers knows; older releases only the first.
+KNOWS_BOTH = Version(transformers.__version__) >= Version("5.18")
+FULL_ATTENTION = ["full_attention", "attention"][: 1 + KNOWS_BOTH]
 ENGINE = {"device": "cpu", "max_model_len": 256, "kvcache_block_size": 16, "num_kvcache_blocks": 20}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # In the place of a token whose logits are no numbers, after which there are no others.
@@ -201,7 +206,7 @@ def spell_fields(rng: random.Random, fields: Fields, shape: Shape, entry: Archit
         "architectures": [None, [], [entry.base_name], [entry.name, "Other"]],
         "torch_dtype": ["bfloat16", "float", "half", None],
         "dtype": ["float16", None],
-        "layer_types": [None, ["full_attention"] * shape.layers, ["attention"] * shape.layers],
+        "layer_types": [None, *([name] * shape.layers for name in FULL_ATTENTION)],
         "rms_norm_eps": [1e-6, 1e-5],
         "auto_map": [{"AutoConfig": "evil.A", "AutoModelForCausalLM": "evil.B"}],
         "unknown_field": [{"a": [1, {}]}],

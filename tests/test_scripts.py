@@ -41,7 +41,7 @@ def test_a_bad_value_of_the_example_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["example_pipeline.py", *argv])
-    monkeypatch.setattr("nanovllm.engine.llm_engine.ModelRunner", None)
+    monkeypatch.setattr("nanovllm.engine.model_runner.ModelRunner", None)
     monkeypatch.setattr("nanovllm.engine.llm_engine.load_tokenizer", None)
     err = refusal(capsys, lambda _: example_pipeline.main())
     assert all(word in err for word in words), err

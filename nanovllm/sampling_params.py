@@ -178,11 +178,6 @@ class SamplingParams:
             )
 
     @property
-    def asks_logprobs(self) -> bool:
-        """Whether the completion has log-probabilities, of whatever tokens."""
-        return self.logprobs is not None or self.prompt_logprobs is not None
-
-    @property
     def structure(self) -> tuple[str, str] | None:
         """The field that says what a completion has to follow, and its text."""
         given = ((name, getattr(self, name)) for name in STRUCTURES)

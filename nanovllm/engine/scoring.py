@@ -12,8 +12,9 @@ import numpy as np
 from nanovllm.engine.scheduler import Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_inputs import decode_first
-from nanovllm.layers.logprobs import Scores, pack
+from nanovllm.layers.logprobs import Scores
 from nanovllm.logprobs import Position
+from nanovllm.utils.joined import join
 
 
 class ScoredPrompt(NamedTuple):
@@ -54,14 +55,18 @@ class Scoring:
         return cls(drawn, prompts) if drawn or prompts else None
 
     def pack(self, vocab_size: int) -> np.ndarray:
-        """See `layers.logprobs.pack`."""
+        """Joined: how many of the likeliest tokens, drawn rows, rows of prompts, their next tokens.
+
+        Drawn rows are among those that are drawn, rows of prompts among all tokens of the step.
+        """
         counts = [seq.params.logprobs or 0 for seq in self.drawn.values()]
         counts += [seq.params.prompt_logprobs or 0 for seq, *_ in self.prompts]
         rows = [row + i for _, row, start, end in self.prompts for i in range(end - start)]
         following = [
             t for seq, _, start, end in self.prompts for t in seq.token_ids[start + 1 : end + 1]
         ]
-        return pack(min(max(counts), vocab_size), list(self.drawn), rows, following)
+        arrays = [min(max(counts), vocab_size)], list(self.drawn), rows, following
+        return join(np.array(array, np.int64) for array in arrays)
 
     def hand_out(self, scores: Scores) -> None:
         """Notes scores, which are on the host, with their requests, before the drawn tokens are.

@@ -86,7 +86,7 @@ def test_greedy_tokens_are_those_of_a_plain_loop(directory, params, right, optio
             assert engine.scheduler.num_preemptions > 0
         assert tokens(engine.generate(MORE[::-1], params[::-1], use_tqdm=False)) == right[::-1]
         check_empty(engine)
-        assert not engine.model_runner.edited_draws.asking
+        assert engine.scheduler.num_asking == 0
 
 
 def test_a_seed_gives_the_same_tokens_whatever_else_is_going_on(directory, shared):
@@ -107,7 +107,7 @@ def test_a_seed_gives_the_same_tokens_whatever_else_is_going_on(directory, share
 
 
 @pytest.mark.parametrize("number", [0, 1, 4, 9])
-@pytest.mark.parametrize("method", ["launch", "collect", "edited_draws.draw"])
+@pytest.mark.parametrize("method", ["launch", "collect", "sampler.draw"])
 def test_tokens_are_right_after_an_interrupt(directory, params, right, method, number, monkeypatch):
     """Before a step, after it, and within it; another request then takes the first slot."""
     with LLM(str(directory), **OPTIONS, max_num_seqs=4, num_kvcache_blocks=8) as engine:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, Logprob, SamplingParams
+from nanovllm.engine import draws
 from nanovllm.engine.scoring import ScoredPrompt, Scoring
-from nanovllm.layers import logprobs as device
 from tests.checkpoints import TABLE, Shape, prompts
 from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, check_empty, tokens
 from tests.interrupts import Interrupt, InterruptAt
@@ -60,7 +60,7 @@ def test_log_probabilities_are_those_of_transformers(tmp_path, model_type, numbe
             for prompt, output, counts in zip(given, outputs, asked, strict=True):
                 check_output(model, prompt, output, counts)
         check_empty(llm)
-        assert llm.scheduler.num_scored == 0
+        assert llm.scheduler.num_asking == 0
 
 
 @pytest.mark.parametrize("more", [{}, PIPELINED])
@@ -92,7 +92,7 @@ def test_preempted_requests_keep_what_they_know(directory, model, monkeypatch, m
 
 
 def test_long_prompts_are_scored_in_pieces(llm, model, monkeypatch):
-    monkeypatch.setattr(device, "PIECE", 4)
+    monkeypatch.setattr(draws, "MOST_ROWS", 4)
     outputs = llm.generate(PROMPTS * 2, GREEDY_SCORED, use_tqdm=False)
     for prompt, output in zip(PROMPTS * 2, outputs, strict=True):
         check_output(model, prompt, output, (2, 1))
@@ -138,13 +138,13 @@ def test_a_scored_prompt_takes_no_cached_prefix_but_leaves_one(directory, model,
 
 def test_only_rows_that_ask_are_scored(llm, monkeypatch):
     scored: list[tuple[int, int]] = []
-    score = device.score
+    score = draws.score
 
     def counting(logits, tokens, count, *group):
         scored.append((len(logits), count))
         return score(logits, tokens, count, *group)
 
-    monkeypatch.setattr(device, "score", counting)
+    monkeypatch.setattr(draws, "score", counting)
     llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     assert scored == []
     asking = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, logprobs=4)
@@ -205,7 +205,7 @@ def test_interrupts_neither_lose_nor_double_scores(directory, model):
             for request_id, prompt, counts in zip(ids, PROMPTS, asked, strict=True):
                 check_output(model, prompt, outputs[request_id], counts)
         check_empty(llm)
-        assert llm.scheduler.num_scored == 0
+        assert llm.scheduler.num_asking == 0
 
 
 # ------------------------------------------------------------------ texts

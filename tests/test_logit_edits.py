@@ -17,8 +17,7 @@ from nanovllm.engine.draws import Draws, Sampler
 from nanovllm.engine.scheduler import Chunk, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels.reference import SAMPLE_TILE
-from nanovllm.layers import token_masks
-from nanovllm.layers.logit_edits import RequestEdits
+from nanovllm.layers.logit_edits import MASKED_ROWS, RequestEdits, forbid
 from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.utils.joined import KINDS, join, joined_size, split
 from tests.logit_oracle import change, distribution, random_changes
@@ -144,7 +143,7 @@ def random_masks(count: int, vocab: int) -> tuple[np.ndarray, torch.Tensor]:
 @pytest.mark.parametrize("vocab", [1, 31, 32, 33, 1000, 2 * SAMPLE_TILE + 77])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forbidden_tokens_have_no_logits_and_nothing_else_changes(vocab, dtype):
-    count = 3 * token_masks.ROWS
+    count = 3 * MASKED_ROWS
     rows = sorted(random.sample(range(count), random.choice([1, 5, count])))
     masks, allowed = random_masks(len(rows), vocab)
     logits = torch.randn(count, vocab).to(dtype)
@@ -154,7 +153,7 @@ def test_forbidden_tokens_have_no_logits_and_nothing_else_changes(vocab, dtype):
     shards = [Shard.of(vocab, ParallelGroup(rank, 3)) for rank in range(3)]
     parts = [logits[:, shard.slice].clone() for shard in shards]
     for part, shard in zip(parts, shards, strict=True):
-        token_masks.apply(part, torch.tensor(rows), torch.from_numpy(masks), shard)
+        forbid(part, torch.tensor(rows), torch.from_numpy(masks), shard)
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=0)
 
 

@@ -69,7 +69,7 @@ class Sampler:
         """What `step` asks for, whose tokens are pending already; all ranks must `draw` it.
 
         Args:
-            masks: by row of logits, the tokens that may be drawn, see `token_masks`.
+            masks: by row of logits, the tokens that may be drawn, see `logit_edits.forbid`.
             scoring: of the step.
         """
         seqs = [chunk.seq for chunk in step.chunks if chunk.needs_sample]

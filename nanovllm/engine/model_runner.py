@@ -180,7 +180,7 @@ class ModelRunner:
     def launch(self, step: Step, masks: Mapping[int, np.ndarray] | None = None) -> LaunchedStep:
         """Issues `step` on all ranks, without waiting for it.
 
-        Rows of its logits that have a mask draw from the tokens that it allows, see `token_masks`.
+        Rows of its logits that have a mask draw from the tokens that it allows, see `Sampler.pack`.
         """
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # it is each thread's own

@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.layers import token_masks
 from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.sampling_params import SamplingParams
 
 # Columns behind a copy's part of the vocabulary: the first stands for all tokens of other ranks.
 # So many keep rows as well aligned as those of the model.
 SPARE = 16
+# Rows that are masked at a time: they take some 100 bytes a row and token in between.
+MASKED_ROWS = 16
 
 Bias = tuple[np.ndarray, np.ndarray]
 """Token ids, int64, and what is added to their logits, float32."""
@@ -103,7 +104,7 @@ class EditBatch:
     prompt_lengths: Tensor  # int64 [P], of those
     penalties: Tensor  # float32 [3 * P], all of repetition first
     masked: Tensor  # int64 [M], among the E rows
-    masks: Tensor  # int32 [M * W], see `token_masks`
+    masks: Tensor  # int32 [M * W], see `forbid`
 
 
 def edit(
@@ -131,7 +132,7 @@ def edit(
     if len(batch.lengths):
         _penalise(copy[: len(batch.lengths)], batch, history, shard)
     if len(batch.masked):
-        token_masks.apply(copy, batch.masked, batch.masks.view(len(batch.masked), -1), shard)
+        forbid(copy, batch.masked, batch.masks.view(len(batch.masked), -1), shard)
     if len(batch.margins):
         # In float64, as ranks exchange values of 8 bytes.
         highest = group.gather(copy.amax(1).double()).amax(0).float()
@@ -152,3 +153,20 @@ def _penalise(copy: Tensor, batch: EditBatch, history: Tensor, shard: Shard) -> 
     values = torch.where(values > 0, values / repetition, values * repetition)
     values = values - frequency * counts - presence * (counts > 0)
     copy.scatter_(1, columns, values)
+
+
+def forbid(logits: Tensor, rows: Tensor, masks: Tensor, shard: Shard) -> None:
+    """Makes logits of tokens that are not allowed -inf.
+
+    Args:
+        logits: [S, this rank's part of the vocabulary, and columns behind it].
+        rows: int64 [R], those that have a mask.
+        masks: int32 [R, W], for each row W = ceil(V / 32) integers with a bit a token, 1 if it is
+            allowed: token t is bit t % 32 of integer t // 32.
+        shard: of the vocabulary.
+    """
+    tokens = torch.arange(shard.start, shard.start + shard.size, device=logits.device)
+    for some, own in zip(rows.split(MASKED_ROWS), masks.split(MASKED_ROWS), strict=True):
+        allowed = own[:, tokens // 32] >> (tokens % 32).int() & 1
+        changed = logits[some, : shard.size].masked_fill(allowed == 0, -math.inf)
+        logits[some, : shard.size] = changed

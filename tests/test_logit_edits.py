@@ -29,23 +29,6 @@ MAX_LEN = 64
 ENDS = {3, 17}
 
 
-def sequence(params, prompt, generated, request_index, edits) -> Sequence:
-    """A running request whose next token is being drawn."""
-    seq = Sequence(
-        request_id=request_index,
-        token_ids=list(prompt),
-        params=params,
-        stop_ids=frozenset(),
-        max_len=MAX_LEN,
-        seed=params.seed or 0,
-        edits=edits,
-        num_pending=1,
-        request_index=request_index,
-    )
-    seq.token_ids += generated
-    return seq
-
-
 def texts(rng: random.Random, vocab: int) -> tuple[list[int], list[int]]:
     """A prompt and what has been generated, with repetitions."""
     common = rng.choices(range(vocab), k=5)
@@ -68,19 +51,25 @@ def pack(sampler, seqs, masks=None, asks=True) -> Draws:
 
 
 def sequences(given, vocab: int) -> list[Sequence]:
-    """Of params, prompt, and what was generated; ENDS and a token that is not there end them."""
-    return [
-        sequence(*each, index, RequestEdits.of(each[0], {*ENDS, 10**9}, vocab))
-        for index, each in enumerate(given)
-    ]
+    """Running requests whose next token is being drawn: params, prompt, and what was generated.
+
+    ENDS and a token that is not there end them.
+    """
+    seqs = []
+    for index, (params, prompt, generated) in enumerate(given):
+        seq = Sequence(index, list(prompt), params, frozenset(), MAX_LEN, params.seed or 0)
+        seq.token_ids += generated
+        seq.edits = RequestEdits.of(params, {*ENDS, 10**9}, vocab)
+        seq.request_index, seq.num_pending = index, 1
+        seqs.append(seq)
+    return seqs
 
 
 def changed_rows(logits, given, masks=None) -> dict[int, torch.Tensor]:
     """The logits of the rows that change."""
     sampler, before = make_sampler(*logits.shape), logits.clone()
     found = {}
-    packed = pack(sampler, sequences(given, logits.shape[1]), masks).edits
-    for piece in split(packed) if len(packed) else ():
+    for piece in split(pack(sampler, sequences(given, logits.shape[1]), masks).edits):
         batch, _, changed = sampler.change(logits, piece)
         found |= dict(zip(batch.rows.tolist(), changed, strict=True))
     assert torch.equal(logits, before) or logits.isnan().any()
@@ -151,7 +140,7 @@ def test_forbidden_tokens_have_no_logits_and_nothing_else_changes(vocab, dtype):
     for row, own in zip(rows, allowed, strict=True):
         expected[row, ~own] = float("-inf")
     shards = [Shard.of(vocab, ParallelGroup(rank, 3)) for rank in range(3)]
-    parts = [logits[:, shard.slice].clone() for shard in shards]
+    parts = [logits[:, shard.span].clone() for shard in shards]
     for part, shard in zip(parts, shards, strict=True):
         forbid(part, torch.tensor(rows), torch.from_numpy(masks), shard)
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=0)
@@ -179,7 +168,7 @@ def draw(logits, given, group=ONE) -> torch.Tensor:
     rows, vocab = logits.shape
     sampler = make_sampler(rows, vocab, group)
     packed = pack(sampler, sequences(given, vocab))
-    return sampler.draw(logits[:, sampler.shard.slice], packed, NotImplemented)[0]
+    return sampler.draw(logits[:, sampler.shard.span], packed, NotImplemented)[0]
 
 
 def random_rows(rng: random.Random, count: int, vocab: int):
@@ -257,9 +246,9 @@ def test_a_batch_in_which_no_row_asks_packs_nothing():
         [(SamplingParams(), [1, 2], [3]), (limited, [1, 2], [3]), (limited, [1, 2], [3, 4])], 50
     )
     assert [seq.asks for seq in (plain, asking, over)] == [False, True, True]
-    assert len(pack(sampler, [plain, over]).edits) == 0
-    assert len(pack(sampler, [plain, asking]).edits) > 0
-    assert len(pack(sampler, [plain, asking], asks=False).edits) == 0  # it is not even looked at
+    assert split(pack(sampler, [plain, over]).edits) == []
+    assert split(pack(sampler, [plain, asking]).edits) != []
+    assert split(pack(sampler, [plain, asking], asks=False).edits) == []  # it is not even looked at
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,11 @@ from nanovllm.utils.joined import join, split
 # Rows that are copied at a time, to change or to score them.
 MOST_ROWS = 64
 NOTHING = np.empty(0, np.int32)
+NO_PIECES = join([])
 
 
 class Draws(NamedTuple):
-    """What all ranks make of a step's logits, as int32 arrays; empty where it is nothing.
+    """What all ranks make of a step's logits, as int32 arrays; by default nothing.
 
     Attributes:
         sampling: how tokens are drawn, see `SamplingBatch.pack`.
@@ -41,7 +42,7 @@ class Draws(NamedTuple):
     """
 
     sampling: np.ndarray = NOTHING
-    edits: np.ndarray = NOTHING
+    edits: np.ndarray = NO_PIECES
     scoring: np.ndarray = NOTHING
 
 
@@ -86,7 +87,7 @@ class Sampler:
         edits = [self._pack_edits(piece, [seqs[row] for row in piece], masks) for piece in pieces]
         return Draws(
             sampling,
-            join(edits) if edits else NOTHING,
+            join(edits),
             NOTHING if scoring is None else scoring.pack(self.shard.full),
         )
 
@@ -104,7 +105,7 @@ class Sampler:
         if len(draws.sampling):
             batch = SamplingBatch.unpack(draws.sampling, self.device)
             tokens = sample(logits[: len(batch.seeds)], batch, self.group, self.shard)
-            for piece in split(draws.edits) if len(draws.edits) else ():
+            for piece in split(draws.edits):
                 edits, options, changed = self.change(logits, piece)
                 drawn = sample(changed, options, self.group, self.shard)
                 tokens[edits.rows] = drawn

@@ -211,14 +211,9 @@ class RequestMaker:
         return frozenset() if ignored else self.eos_ids
 
     def _detokenizer(self, seq: EngineSequence) -> Detokenizer:
-        params = seq.params
-        return Detokenizer(
-            partial(self.texts.decode, skip_special_tokens=params.skip_special_tokens),
-            seq.prompt_len,
-            tuple(params.stop or ()),
-            params.include_stop_str_in_output,
-            params.min_tokens,
-        )
+        skip = seq.params.skip_special_tokens
+        decode = partial(self.texts.decode, skip_special_tokens=skip)
+        return Detokenizer(decode, seq.prompt_len, seq.params)
 
 
 def sample_seed(seed: int | None, sample: int) -> int:

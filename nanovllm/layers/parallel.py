@@ -151,7 +151,7 @@ class Shard:
         return cls(num_heads * head_dim, head * head_dim, head_dim)
 
     @property
-    def slice(self) -> slice:
+    def span(self) -> slice:
         return slice(self.start, self.start + self.size)
 
     def find(self, entries: Tensor, elsewhere: int = 0) -> tuple[Tensor, Tensor]:
@@ -182,7 +182,7 @@ class WeightShard:
         """Where `target` is in the whole tensor."""
         index = [slice(None)] * self.target.dim()
         if self.shard is not None:
-            index[self.dim] = self.shard.slice
+            index[self.dim] = self.shard.span
         return tuple(index)
 
 

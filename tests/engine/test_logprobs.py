@@ -12,11 +12,18 @@ from nanovllm import LLM, Logprob, SamplingParams
 from nanovllm.engine import draws
 from nanovllm.engine.scoring import ScoredPrompt, Scoring
 from tests.checkpoints import TABLE, Shape, prompts
-from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, check_empty, tokens
+from tests.engine.cases import (
+    GREEDY,
+    OPTIONS,
+    PIPELINED,
+    PROMPTS,
+    check_empty,
+    count_computed,
+    tokens,
+)
 from tests.interrupts import Interrupt, InterruptAt
 from tests.scores import check_output
 
-PIPELINED = {"enable_pipeline": True, "pipeline_mode": "microbatch", "pipeline_strict": True}
 # As in test_engine_oracle.py: chunks, scarce blocks with preemption, micro-batches, no look-ahead.
 SETTINGS: list[dict[str, Any]] = [
     {},
@@ -111,18 +118,6 @@ def test_asking_changes_no_token_and_greedy_ones_are_the_likeliest(llm, expected
             place[t].rank for t, place in zip(output["token_ids"], output["logprobs"], strict=True)
         ]
         assert ranks == [1] * 8
-
-
-def count_computed(llm, monkeypatch) -> list[int]:
-    """A list that gets the number of tokens of each step from now on."""
-    counts: list[int] = []
-
-    def watch(moment, step):
-        if moment == "begin":
-            counts.append(sum(chunk.end - chunk.start for chunk in step.chunks))
-
-    monkeypatch.setattr(llm.model_runner, "watch", watch)
-    return counts
 
 
 def test_a_scored_prompt_takes_no_cached_prefix_but_leaves_one(directory, model, monkeypatch):

@@ -38,7 +38,7 @@ class Draws(NamedTuple):
         edits: how logits are changed before. Joined pieces of up to MOST_ROWS rows; of each, the
             fields of an `EditBatch`, the sampling of its rows, and for each request whose tokens
             the device lacks its request_index and these.
-        scoring: which rows are scored, see `Scoring.pack`.
+        scoring: which rows are scored, see `Scoring.packed`.
     """
 
     sampling: np.ndarray = NOTHING
@@ -85,11 +85,7 @@ class Sampler:
         rows.sort(key=lambda row: not _has_penalties(seqs[row]))
         pieces = [rows[i : i + MOST_ROWS] for i in range(0, len(rows), MOST_ROWS)]
         edits = [self._pack_edits(piece, [seqs[row] for row in piece], masks) for piece in pieces]
-        return Draws(
-            sampling,
-            join(edits),
-            NOTHING if scoring is None else scoring.pack(self.shard.full),
-        )
+        return Draws(sampling, join(edits), NOTHING if scoring is None else scoring.packed)
 
     def draw(
         self, logits: Tensor, draws: Draws, prompt_logits: Callable[[Tensor], Tensor]

@@ -185,7 +185,7 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # it is each thread's own
         with torch.inference_mode(), self.threads():
-            scoring = Scoring.of(step) if step.asks else None
+            scoring = Scoring.of(step, self.model_config.vocab_size) if step.asks else None
             draws = self.sampler.pack(step, masks or {}, scoring)
             prepared = replace(self.step_runner.prepare(step), draws=draws)
             self._send(prepared)

@@ -9,15 +9,7 @@ import pytest
 
 from nanovllm import LLM
 from tests.checkpoints import Shape
-from tests.engine.cases import (
-    GREEDY,
-    OPTIONS,
-    PROMPTS,
-    before_call,
-    check_empty,
-    drain,
-    tokens,
-)
+from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, before_call, check_empty, drain, tokens
 
 
 @pytest.mark.parametrize("method", ["launch", "collect"])

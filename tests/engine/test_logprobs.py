@@ -10,7 +10,8 @@ import pytest
 
 from nanovllm import LLM, Logprob, SamplingParams
 from nanovllm.engine import draws
-from nanovllm.engine.scoring import ScoredPrompt, Scoring
+from nanovllm.engine.scoring import Scoring
+from nanovllm.utils.joined import split
 from tests.checkpoints import TABLE, Shape, prompts
 from tests.engine.cases import (
     GREEDY,
@@ -73,16 +74,16 @@ def test_log_probabilities_are_those_of_transformers(tmp_path, model_type, numbe
 @pytest.mark.parametrize("more", [{}, PIPELINED])
 def test_preempted_requests_keep_what_they_know(directory, model, monkeypatch, more):
     """Also one that was preempted within its prompt."""
-    runs: list[ScoredPrompt] = []
+    scored: list[int] = []  # tokens of prompts, in each step
     again: list[bool] = []
     of = Scoring.of
 
-    def noting(step):
-        found = of(step)
+    def noting(step, vocab_size):
+        found = of(step, vocab_size)
         again.extend(
             c.seq.scores_prompt and c.start < len(c.seq.prompt_logprobs) for c in step.chunks
         )
-        runs.extend(found.prompts if found else ())
+        scored.append(len(split(found.packed)[3]) if found else 0)
         return found
 
     monkeypatch.setattr(Scoring, "of", noting)
@@ -95,7 +96,7 @@ def test_preempted_requests_keep_what_they_know(directory, model, monkeypatch, m
     for prompt, output in zip(given, outputs, strict=True):
         check_output(model, prompt, output, (2, 1))
     # Each token of a prompt is scored once, whatever is computed again.
-    assert sum(each.end - each.start for each in runs) == sum(len(p) - 1 for p in given)
+    assert sum(scored) == sum(len(prompt) - 1 for prompt in given)
 
 
 def test_long_prompts_are_scored_in_pieces(llm, model, monkeypatch):

@@ -8,7 +8,7 @@ requests there is nothing to do, and with them memory is bounded.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -116,8 +116,7 @@ class Sampler:
     def change(self, logits: Tensor, piece: np.ndarray) -> tuple[EditBatch, SamplingBatch, Tensor]:
         """What a piece of `Draws.edits` says, and changed copies of its rows, float32."""
         edits, sampling, *uploads = split(piece)
-        on_host: Any = EditBatch(*split(edits))
-        longest = int(on_host.lengths.max(initial=-1)) + 1
+        longest = int(EditBatch(*split(edits)).lengths.max(initial=-1)) + 1
         self.history.reserve(longest)
         for upload in uploads:
             self.history.write(int(upload[0]), upload[1:])
@@ -169,19 +168,19 @@ class Sampler:
         penalised = [seq for seq in seqs if _has_penalties(seq)]
         penalties = [own.penalties for own in edits[: len(penalised)]]
         masked = [place for place, row in enumerate(rows) if row in masks]
-        batch = [
-            _integers(rows),
-            np.array(margins if max(margins) > -np.inf else [], np.float32),
-            np.repeat(np.arange(len(rows)), [len(ids) for ids, _ in biases]),
-            np.concatenate([ids for ids, _ in biases]),
-            np.concatenate([values for _, values in biases]),
-            _integers([seq.request_index for seq in penalised]),
-            _integers([seq.length - 1 for seq in penalised]),
-            _integers([seq.prompt_len for seq in penalised]),
-            np.array(penalties, np.float32).T.ravel(),
-            _integers(masked),
-            np.concatenate([NOTHING, *(masks[rows[place]] for place in masked)]),
-        ]
+        batch = EditBatch(
+            rows=_integers(rows),
+            margins=np.array(margins if max(margins) > -np.inf else [], np.float32),
+            biased=np.repeat(_integers(range(len(rows))), [len(ids) for ids, _ in biases]),
+            bias_ids=np.concatenate([ids for ids, _ in biases]),
+            biases=np.concatenate([values for _, values in biases]),
+            request_index=_integers([seq.request_index for seq in penalised]),
+            lengths=_integers([seq.length - 1 for seq in penalised]),
+            prompt_lengths=_integers([seq.prompt_len for seq in penalised]),
+            penalties=np.array(penalties, np.float32).T.ravel(),
+            masked=_integers(masked),
+            masks=np.concatenate([NOTHING, *(masks[rows[place]] for place in masked)]),
+        )
         uploads = [
             np.array([seq.request_index, *seq.token_ids], np.int32)
             for seq in penalised

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -90,21 +91,20 @@ def _bias_of(bias: dict[int, float]) -> Bias:
     return np.array(list(bias), np.int64), values.numpy()
 
 
-@dataclass(frozen=True)
-class EditBatch:
-    """Changes of E rows; the first P of them have penalties."""
+class EditBatch(NamedTuple):
+    """Changes of E rows; the first P of them have penalties. Arrays to pack, tensors to use."""
 
-    rows: Tensor  # int64 [E], which rows of the step's logits
-    margins: Tensor  # float32 [E], or none if no row has one
-    biased: Tensor  # int64 [B], among the E rows
-    bias_ids: Tensor  # int64 [B], tokens
-    biases: Tensor  # float32 [B]
-    request_index: Tensor  # int64 [P]
-    lengths: Tensor  # int64 [P], tokens before the draw
-    prompt_lengths: Tensor  # int64 [P], of those
-    penalties: Tensor  # float32 [3 * P], all of repetition first
-    masked: Tensor  # int64 [M], among the E rows
-    masks: Tensor  # int32 [M * W], see `forbid`
+    rows: Any  # int64 [E], which rows of the step's logits
+    margins: Any  # float32 [E], or none if no row has one
+    biased: Any  # int64 [B], among the E rows
+    bias_ids: Any  # int64 [B], tokens
+    biases: Any  # float32 [B]
+    request_index: Any  # int64 [P]
+    lengths: Any  # int64 [P], tokens before the draw
+    prompt_lengths: Any  # int64 [P], of those
+    penalties: Any  # float32 [3 * P], all of repetition first
+    masked: Any  # int64 [M], among the E rows
+    masks: Any  # int32 [M * W], see `forbid`
 
 
 def edit(

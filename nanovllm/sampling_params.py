@@ -31,14 +31,12 @@ def _token_ids(value: Any) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _at_most(limit: int, shown: str) -> Rule:
-    """None, or whole numbers from 0 to `limit`."""
-
+def _none_or_whole(low: int, high: float, words: str) -> Rule:
     def rule(value: Any) -> int | None:
         found = whole(value)
-        if value is None or (found is not None and 0 <= found <= limit):
+        if value is None or (found is not None and low <= found <= high):
             return found
-        raise ValueError(f"None or an integer from 0 to {shown}")
+        raise ValueError(f"None or an integer {words}")
 
     return rule
 
@@ -67,13 +65,6 @@ def _stop(value: Any) -> tuple[str, ...]:
     if texts is None or not all(isinstance(text, str) and text for text in texts):
         raise ValueError("None, a text or several texts, none of them empty")
     return tuple(map(str, texts))
-
-
-def _max_tokens(value: Any) -> int | None:
-    tokens = whole(value)
-    if value is None or (tokens is not None and tokens >= 1):
-        return tokens
-    raise ValueError("None or an integer of at least 1")
 
 
 def _text(value: Any) -> str | None:
@@ -142,10 +133,10 @@ class SamplingParams:
     temperature: float = option(1.0, number(0, 100))
     top_k: int = option(-1, integer(0, also=-1))
     top_p: float = option(1.0, number(0, 1, open_low=True))
-    max_tokens: int | None = option(64, _max_tokens)
+    max_tokens: int | None = option(64, _none_or_whole(1, math.inf, "of at least 1"))
     ignore_eos: bool = option(False, boolean)
     stop_token_ids: Collection[int] = option((), _token_ids)
-    seed: int | None = option(None, _at_most(2**63 - 1, "2**63 - 1"))
+    seed: int | None = option(None, _none_or_whole(0, 2**63 - 1, "from 0 to 2**63 - 1"))
     presence_penalty: float = option(0.0, number(-2, 2))
     frequency_penalty: float = option(0.0, number(-2, 2))
     repetition_penalty: float = option(1.0, number(0, 100, open_low=True))
@@ -154,8 +145,8 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] | None = option(
         None, _logit_bias
     )
-    logprobs: int | None = option(None, _at_most(20, "20"))
-    prompt_logprobs: int | None = option(None, _at_most(20, "20"))
+    logprobs: int | None = option(None, _none_or_whole(0, 20, "from 0 to 20"))
+    prompt_logprobs: int | None = option(None, _none_or_whole(0, 20, "from 0 to 20"))
     stop: str | Collection[str] | None = option((), _stop)
     include_stop_str_in_output: bool = option(False, boolean)
     skip_special_tokens: bool = option(True, boolean)
@@ -176,11 +167,6 @@ class SamplingParams:
                 f"min_tokens={self.min_tokens} is not allowed: it must be at most "
                 f"max_tokens={self.max_tokens}"
             )
-
-    @property
-    def asks_logprobs(self) -> bool:
-        """Whether the completion has log-probabilities, of whatever tokens."""
-        return self.logprobs is not None or self.prompt_logprobs is not None
 
     @property
     def structure(self) -> tuple[str, str] | None:

@@ -9,18 +9,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanovllm import SamplingParams
 from nanovllm.engine.detokenizer import INCOMPLETE, WINDOW, Detokenizer
 from nanovllm.engine.prompts import UndecodableError
 from tests.small_tokenizers import KINDS
 from tests.stop_definition import stopped
 
-TOKENIZERS = {kind: make() for kind, make in KINDS.items()}
+TOKENIZERS = {kind: build() for kind, build in KINDS.items()}
 PROMPT = [0, 1, 2]  # what is read begins behind it
+
+
+def make(decode, first: int = 0, stops=(), keep_stop=False) -> Detokenizer:
+    return Detokenizer(
+        decode, first, SamplingParams(stop=stops, include_stop_str_in_output=keep_stop)
+    )
 
 
 def read(decode, ids: list[int], stops=(), keep_stop=False) -> tuple[Detokenizer, int]:
     """Reads token by token up to a stop text; also says how many tokens that took."""
-    detokenizer = Detokenizer(decode, len(PROMPT), stops, keep_stop)
+    detokenizer = make(decode, len(PROMPT), stops, keep_stop)
     told = ""
     for count in range(1, len(ids) + 1):
         reason = detokenizer.read(PROMPT + ids[:count])
@@ -70,7 +77,7 @@ def test_the_text_of_tokens_read_one_by_one_is_that_of_all(kind, skip, data):
     def decode(token_ids: list[int]) -> str:
         return tokenizer.decode(token_ids, skip_special_tokens=skip)
 
-    detokenizer, ids = Detokenizer(decode, len(PROMPT)), list(PROMPT)
+    detokenizer, ids = make(decode, len(PROMPT)), list(PROMPT)
     for group in data.draw(st.lists(groups, max_size=3 * WINDOW)):
         for token in group:
             ids.append(token)
@@ -95,7 +102,7 @@ def test_a_window_is_short_whatever_the_length_of_the_text():
 
 def test_all_but_an_incomplete_letter_is_told_at_once():
     told = []
-    detokenizer = Detokenizer(TOKENIZERS["bytes"].decode, 0)
+    detokenizer = make(TOKENIZERS["bytes"].decode)
     ids = [*"aé".encode(), *b"\xf0\x9f", *"b🙂".encode()]
     for count in range(1, len(ids) + 1):
         detokenizer.read(ids[:count])
@@ -116,7 +123,7 @@ def test_reading_goes_on_after_it_was_broken_off():
         return TOKENIZERS["bytes"].decode(token_ids)
 
     ids = [*"aé 日本 stop it".encode()]
-    detokenizer, reasons = Detokenizer(decode, 0, ["stop"]), set()
+    detokenizer, reasons = make(decode, stops=["stop"]), set()
     for count in range(1, len(ids) + 1):
         for _ in range(20):
             try:
@@ -195,7 +202,7 @@ def test_so_it_is_in_the_tokens_of_a_byte_level_tokenizer(data):
 
 
 def test_text_that_may_become_a_stop_text_is_held_back():
-    detokenizer = Detokenizer(lambda ids: "".join(map(chr, ids)), 0, ["STOP", "\n\n"])
+    detokenizer = make(lambda ids: "".join(map(chr, ids)), stops=["STOP", "\n\n"])
     told = []
     for count, _ in enumerate(ids := [*map(ord, "ab\nSTST\nSTOP")], 1):
         detokenizer.read(ids[:count])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,34 +13,20 @@ from hypothesis import strategies as st
 
 from nanovllm import SamplingParams
 from nanovllm.engine import draws
-from nanovllm.engine.draws import EditedDraws
+from nanovllm.engine.draws import Draws, Sampler
+from nanovllm.engine.scheduler import Chunk, Step
 from nanovllm.engine.sequence import Sequence
 from nanovllm.kernels.reference import SAMPLE_TILE
-from nanovllm.layers.logit_edits import EditBatch, RequestEdits, edit
+from nanovllm.layers.logit_edits import MASKED_ROWS, RequestEdits, forbid
 from nanovllm.layers.parallel import ParallelGroup, Shard
+from nanovllm.utils.joined import KINDS, join, joined_size, split
 from tests.logit_oracle import change, distribution, random_changes
 from tests.thread_ranks import on_ranks
 
 CPU = torch.device("cpu")
 ONE = ParallelGroup()
 MAX_LEN = 64
-
-
-def sequence(params, prompt, generated, request_index, edits) -> Sequence:
-    """A running request whose next token is being drawn."""
-    seq = Sequence(
-        request_id=request_index,
-        token_ids=list(prompt),
-        params=params,
-        stop_ids=frozenset(),
-        max_len=MAX_LEN,
-        seed=params.seed or 0,
-        edits=edits,
-        num_pending=1,
-        request_index=request_index,
-    )
-    seq.token_ids += generated
-    return seq
+ENDS = {3, 17}
 
 
 def texts(rng: random.Random, vocab: int) -> tuple[list[int], list[int]]:
@@ -53,6 +40,42 @@ def texts(rng: random.Random, vocab: int) -> tuple[list[int], list[int]]:
     return prompt, generated
 
 
+def make_sampler(rows: int, vocab: int, group=ONE) -> Sampler:
+    shard = Shard.of_tiles(vocab, SAMPLE_TILE, group)
+    return Sampler(torch.zeros(rows, dtype=torch.int64), MAX_LEN, group, shard)
+
+
+def pack(sampler, seqs, masks=None, asks=True) -> Draws:
+    step = Step(True, [Chunk(seq, 0, 1, needs_sample=True) for seq in seqs], asks)
+    return sampler.pack(step, masks or {}, None)
+
+
+def sequences(given, vocab: int) -> list[Sequence]:
+    """Running requests whose next token is being drawn: params, prompt, and what was generated.
+
+    ENDS and a token that is not there end them.
+    """
+    seqs = []
+    for index, (params, prompt, generated) in enumerate(given):
+        seq = Sequence(index, list(prompt), params, frozenset(), MAX_LEN, params.seed or 0)
+        seq.token_ids += generated
+        seq.edits = RequestEdits.of(params, {*ENDS, 10**9}, vocab)
+        seq.request_index, seq.num_pending = index, 1
+        seqs.append(seq)
+    return seqs
+
+
+def changed_rows(logits, given, masks=None) -> dict[int, torch.Tensor]:
+    """The logits of the rows that change."""
+    sampler, before = make_sampler(*logits.shape), logits.clone()
+    found = {}
+    for piece in split(pack(sampler, sequences(given, logits.shape[1]), masks).edits):
+        batch, _, changed = sampler.change(logits, piece)
+        found |= dict(zip(batch.rows.tolist(), changed, strict=True))
+    assert torch.equal(logits, before) or logits.isnan().any()
+    return found
+
+
 # ------------------------------------------------------------------ the changed logits
 
 
@@ -61,50 +84,26 @@ def texts(rng: random.Random, vocab: int) -> tuple[list[int], list[int]]:
 def test_logits_change_as_transformers_says(seed):
     """Rows of all kinds together; those that are too unlikely for min_p are -inf."""
     rng = random.Random(seed)
-    vocab, ends = rng.choice([30, 1000]), {3, 17, 10**9}
-    logits = torch.randn(20, vocab, generator=torch.Generator().manual_seed(seed)) * 3
-    rows, edits, counts, histories, tokens, expected = [], [], [], [], [], []
-    for row in sorted(rng.sample(range(20), 8)):
-        temperature = rng.choice([0, 0.7, 2])
-        params = SamplingParams(temperature=temperature, **random_changes(rng, vocab))
-        prompt, generated = texts(rng, vocab)
-        changes = RequestEdits.of(params, ends, vocab)
-        if changes is None or not changes.change(len(generated)):
-            assert params.min_p == 0 or temperature == 0
-            assert torch.equal(change(logits[row], params, prompt, generated, {3, 17}), logits[row])
-            continue
-        changed = change(logits[row], params, prompt, generated, {3, 17})
-        if params.min_p and temperature:
-            unlikely = distribution(changed, SamplingParams(temperature, min_p=params.min_p)) == 0
-            changed = changed.masked_fill(unlikely, -torch.inf)
-        item = (row, changes, len(generated), prompt + generated, len(prompt), changed)
-        at = len(histories) if changes.penalties else len(rows)
-        for values, value in zip((rows, edits, counts), item[:3], strict=True):
-            values.insert(at, value)
-        expected.insert(at, changed)
-        if changes.penalties:
-            histories.append((row, len(prompt + generated), len(prompt)))
-            tokens.append(prompt + generated)
-    if not rows:
-        return
-    packed = EditBatch.pack(rows, edits, counts, histories, {})
-    batch = EditBatch.unpack(packed, CPU)
-    history = torch.full((len(histories), batch.longest), 5)  # what is behind a row is no token
-    for place, ids in enumerate(tokens):
-        history[place, : len(ids)] = torch.tensor(ids)
-    before = logits.clone()
-    found = edit(logits, batch, history, ONE, Shard.of(vocab, ONE))
-    torch.testing.assert_close(found, torch.stack(expected))
-    assert torch.equal(logits, before)
+    vocab = rng.choice([30, 1000])
+    logits = torch.randn(10, vocab, generator=torch.Generator().manual_seed(seed)) * 3
+    given = [
+        (SamplingParams(rng.choice([0, 0.7, 2]), **random_changes(rng, vocab)), *texts(rng, vocab))
+        for _ in logits
+    ]
+    found = changed_rows(logits, given)
+    for row, (params, prompt, generated) in enumerate(given):
+        right = change(logits[row], params, prompt, generated, ENDS)
+        if params.min_p and params.temperature:
+            limit = SamplingParams(params.temperature, min_p=params.min_p)
+            right = right.masked_fill(distribution(right, limit) == 0, -torch.inf)
+        torch.testing.assert_close(found.get(row, logits[row]), right)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_small_penalty_is_not_rounded_away(dtype):
     logits = torch.full((1, 4), 100.0, dtype=dtype)
-    edits = RequestEdits.of(SamplingParams(frequency_penalty=0.01), (), 4)
-    batch = EditBatch.unpack(EditBatch.pack([0], [edits], [1], [(0, 2, 1)], {}), CPU)
-    found = edit(logits, batch, torch.tensor([[1, 2]]), ONE, Shard.of(4, ONE))
-    torch.testing.assert_close(found, torch.tensor([[100, 100, 99.99, 100]]), rtol=0, atol=1e-5)
+    found = changed_rows(logits, [(SamplingParams(frequency_penalty=0.01), [1], [2])])
+    torch.testing.assert_close(found[0], torch.tensor([100, 100, 99.99, 100]), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -112,30 +111,64 @@ def test_a_small_penalty_is_not_rounded_away(dtype):
 )
 def test_nan_stays_and_infinities_make_no_new_one(changes):
     logits = torch.tensor([[0.0, 1, torch.inf, -torch.inf, 2], [0, 1, torch.nan, -3, 2]])
-    edits = RequestEdits.of(SamplingParams(**changes), (), 5)
-    histories = [(row, 5, 2) for row in range(2)] if edits.penalties else []
-    batch = EditBatch.unpack(EditBatch.pack([0, 1], [edits] * 2, [3, 3], histories, {}), CPU)
-    history = torch.arange(5).expand(len(histories), 5)
-    found = edit(logits, batch, history, ONE, Shard.of(5, ONE))
-    assert torch.equal(found.isnan(), logits.isnan())
+    found = changed_rows(logits, [(SamplingParams(**changes), [0, 1], [2, 3, 4])] * 2)
+    assert torch.equal(torch.stack([found[0], found[1]]).isnan(), logits.isnan())
+
+
+# ------------------------------------------------------------------ masks
+
+
+def random_masks(count: int, vocab: int) -> tuple[np.ndarray, torch.Tensor]:
+    """Masks, and the same as booleans [count, V]; bits behind the last token are noise."""
+    allowed = torch.rand(count, vocab) < torch.rand(count, 1)
+    allowed[:, random.randrange(vocab)] = True
+    words = -(-vocab // 32)
+    bits = torch.rand(count, words * 32) < 0.5
+    bits[:, :vocab] = allowed
+    packed = np.packbits(bits.numpy(), axis=1, bitorder="little").view("<i4")
+    return packed.astype(np.int32), allowed
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 1000, 2 * SAMPLE_TILE + 77])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forbidden_tokens_have_no_logits_and_nothing_else_changes(vocab, dtype):
+    count = 3 * MASKED_ROWS
+    rows = sorted(random.sample(range(count), random.choice([1, 5, count])))
+    masks, allowed = random_masks(len(rows), vocab)
+    logits = torch.randn(count, vocab).to(dtype)
+    expected = logits.clone()
+    for row, own in zip(rows, allowed, strict=True):
+        expected[row, ~own] = float("-inf")
+    shards = [Shard.of(vocab, ParallelGroup(rank, 3)) for rank in range(3)]
+    parts = [logits[:, shard.span].clone() for shard in shards]
+    for part, shard in zip(parts, shards, strict=True):
+        forbid(part, torch.tensor(rows), torch.from_numpy(masks), shard)
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=0)
+
+
+def test_masks_join_other_changes():
+    vocab, rows = 300, [1, 4, 5]
+    masks, allowed = random_masks(2, vocab)
+    biased = SamplingParams(logit_bias={7: 1e6}, regex="x+")
+    given = [(biased if row in rows else SamplingParams(), [1], [2]) for row in range(6)]
+    logits = torch.randn(6, vocab)
+    found = changed_rows(logits, given, dict(zip(rows[1:], masks, strict=True)))
+    expected = logits[rows].clone()
+    expected[:, 7] += 1e6
+    expected[1:][~allowed] = float("-inf")
+    assert sorted(found) == rows
+    torch.testing.assert_close(torch.stack([found[i] for i in rows]), expected, rtol=0, atol=0)
 
 
 # ------------------------------------------------------------------ draws
 
 
-def draw(logits, given, group=ONE, shard=None) -> torch.Tensor:
-    """Tokens, -9 where nothing changes; `given` are params, prompt and generated of each row."""
-    shard = shard or Shard.of(logits.shape[1], ONE)
-    edited = EditedDraws(len(given), MAX_LEN, shard, CPU)
-    seqs = [
-        sequence(*each, index, edited.edits_of(each[0], {3})) for index, each in enumerate(given)
-    ]
-    tokens = torch.full((len(given),), -9)
-    packed = edited.pack(seqs, {})
-    if packed is not None:
-        part = logits[:, shard.start : shard.start + shard.size]
-        edited.draw(part, packed, group, tokens)
-    return tokens
+def draw(logits, given, group=ONE) -> torch.Tensor:
+    """Tokens; `given` are params, prompt and generated of each row."""
+    rows, vocab = logits.shape
+    sampler = make_sampler(rows, vocab, group)
+    packed = pack(sampler, sequences(given, vocab))
+    return sampler.draw(logits[:, sampler.shard.span], packed, NotImplemented)[0]
 
 
 def random_rows(rng: random.Random, count: int, vocab: int):
@@ -155,12 +188,9 @@ def test_ranks_draw_the_tokens_of_one(size, vocab):
     rows = random_rows(random.Random(), 40, vocab)
     logits = (torch.randn(len(rows), vocab) * 3).bfloat16()
 
-    def on_rank(group: ParallelGroup) -> torch.Tensor:
-        return draw(logits, rows, group, Shard.of_tiles(vocab, SAMPLE_TILE, group))
-
+    assert sum(seq.asks for seq in sequences(rows, vocab)) > 20
     expected = draw(logits, rows)
-    assert (expected >= 0).sum() > 20
-    for tokens in on_ranks(size, on_rank):
+    for tokens in on_ranks(size, lambda group: draw(logits, rows, group)):
         assert tokens.tolist() == expected.tolist()
 
 
@@ -188,7 +218,7 @@ def test_tokens_are_drawn_as_often_as_the_definition_says(limits):
     prompt, generated, count = [1, 2, 5, 5], [7, 7, 2, 8], 3000
     rows = [(replace(params, seed=seed), prompt, generated) for seed in range(count)]
     drawn = draw(logits.expand(count, 20), rows)
-    changed = change(logits, params, prompt, generated, {3})
+    changed = change(logits, params, prompt, generated, ENDS)
     expected = distribution(changed, params) * count
     counts = torch.bincount(drawn, minlength=20).double()
     assert counts[expected == 0].sum() == 0
@@ -211,24 +241,38 @@ def test_options_that_change_nothing_are_no_edits():
 
 
 def test_a_batch_in_which_no_row_asks_packs_nothing():
-    edited = EditedDraws(4, MAX_LEN, Shard.of(50, ONE), CPU)
-    plain = sequence(SamplingParams(), [1, 2], [3], 0, None)
-    params = SamplingParams(min_tokens=2)
-    asking = sequence(params, [1, 2], [3], 1, edited.edits_of(params, {5}))
-    over = sequence(params, [1, 2], [3, 4], 1, asking.edits)
-    assert edited.pack([plain], {}) is None
-    assert edited.pack([plain, over], {}) is None
-    assert edited.pack([plain, asking], {}) is not None
-    assert len(edited.asking) == 1
-    del asking, over
-    assert len(edited.asking) == 0  # so the next batch is not even looked at
+    sampler, limited = make_sampler(4, 50), SamplingParams(min_tokens=2)
+    plain, asking, over = sequences(
+        [(SamplingParams(), [1, 2], [3]), (limited, [1, 2], [3]), (limited, [1, 2], [3, 4])], 50
+    )
+    assert [seq.asks for seq in (plain, asking, over)] == [False, True, True]
+    assert split(pack(sampler, [plain, over]).edits) == []
+    assert split(pack(sampler, [plain, asking]).edits) != []
+    assert split(pack(sampler, [plain, asking], asks=False).edits) == []  # it is not even looked at
 
 
-def test_only_penalties_need_a_history():
-    logits = torch.randn(2, 50)
-    edited = EditedDraws(4, MAX_LEN, Shard.of(50, ONE), CPU)
-    for options, width in (({"logit_bias": {4: 100.0}}, 0), ({"presence_penalty": 1}, 4)):
-        params = SamplingParams(0, **options)
-        seq = sequence(params, [1, 2], [3], 1, edited.edits_of(params, ()))
-        edited.draw(logits, edited.pack([seq], {}), ONE, torch.zeros(1, dtype=torch.int64))
-        assert edited.history.tokens.shape == (4, width)
+@pytest.mark.parametrize(
+    ("options", "width"), [({"logit_bias": {4: 100.0}}, 0), ({"presence_penalty": 1}, 4)]
+)
+def test_only_penalties_need_a_history(options, width):
+    sampler, given = make_sampler(4, 50), [(SamplingParams(0, **options), [1, 2], [3])]
+    sampler.draw(torch.randn(2, 50), pack(sampler, sequences(given, 50)), NotImplemented)
+    assert sampler.history.tokens.shape == (4, width)
+
+
+# ------------------------------------------------------------------ how it travels
+
+
+@given(st.lists(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=5), max_size=5), st.data())
+@settings(max_examples=50, deadline=None)
+def test_joined_arrays_are_split_again(lists, data):
+    """Also as a part of others, and with something behind them."""
+    kinds = data.draw(st.lists(st.sampled_from(KINDS), min_size=len(lists), max_size=len(lists)))
+    arrays = [np.array(each, kind) for each, (kind, _) in zip(lists, kinds, strict=True)]
+    joined = join([np.ones(3, np.int32), join(arrays)])
+    assert joined_size(joined) == len(joined)
+    (_, again) = split(np.append(joined, joined))
+    for parts in (split(again), split(again, CPU)):
+        assert [(part.tolist(), str(part.dtype).split(".")[-1]) for part in parts] == [
+            (array.tolist(), str(array.dtype)) for array in arrays
+        ]

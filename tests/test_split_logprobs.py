@@ -17,8 +17,7 @@ ROWS = 12
 
 def score_part(logits: torch.Tensor, tokens: torch.Tensor, count: int, group: ParallelGroup):
     shard = Shard.of_tiles(logits.shape[1], SAMPLE_TILE, group)
-    part = logits[:, shard.start : shard.start + shard.size]
-    return score(part, tokens, count, group, shard)
+    return score(logits[:, shard.span], tokens, count, group, shard)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -37,8 +37,7 @@ def test_ranks_draw_the_tokens_of_one(size, vocab, dtype):
 
     def draw(group: ParallelGroup) -> torch.Tensor:
         shard = Shard.of_tiles(vocab, SAMPLE_TILE, group)
-        part = logits[:, shard.start : shard.start + shard.size]
-        return sample(part, SamplingBatch.unpack(packed, CPU), group, shard)
+        return sample(logits[:, shard.span], SamplingBatch.unpack(packed, CPU), group, shard)
 
     expected = draw(ParallelGroup())
     for tokens in on_ranks(size, draw):

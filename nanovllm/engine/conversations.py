@@ -52,15 +52,22 @@ def _join_parts(message: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {**message, "content": "\n".join(map(str, texts))}
 
 
-def check_template(template: Any, add_generation_prompt: Any, further: Any) -> dict[str, Any]:
-    """What else the template is given; TypeError: an argument is not of its type."""
-    if template is not None and not isinstance(template, str):
-        raise TypeError(f"chat_template={template!r:.80} is neither None nor a text")
+def template_options(
+    chat_template: Any = None, add_generation_prompt: Any = True, chat_template_kwargs: Any = None
+) -> dict[str, Any]:
+    """Arguments of `apply_chat_template`, as `LLMEngine.chat` takes them.
+
+    Raises TypeError if one is not of its type.
+    """
+    if chat_template is not None and not isinstance(chat_template, str):
+        raise TypeError(f"chat_template={chat_template!r:.80} is neither None nor a text")
     if not isinstance(add_generation_prompt, bool):
         raise TypeError(f"add_generation_prompt={add_generation_prompt!r:.80} is no bool")
-    if further is not None and not isinstance(further, Mapping):
-        raise TypeError(f"chat_template_kwargs={further!r:.80} is neither None nor a dict")
-    names = dict(further or {})
-    if clashes := sorted(CHAT_ARGUMENTS & set(names)):
+    if chat_template_kwargs is not None and not isinstance(chat_template_kwargs, Mapping):
+        given = f"{chat_template_kwargs!r:.80}"
+        raise TypeError(f"chat_template_kwargs={given} is neither None nor a dict")
+    further = dict(chat_template_kwargs or {})
+    if clashes := sorted(CHAT_ARGUMENTS & set(further)):
         raise TypeError(f"chat_template_kwargs must not hold {', '.join(map(repr, clashes))}")
-    return names
+    own = {"chat_template": chat_template, "add_generation_prompt": add_generation_prompt}
+    return own | further

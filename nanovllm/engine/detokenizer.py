@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from nanovllm.engine.prompts import UndecodableError
+from nanovllm.sampling_params import SamplingParams
 
 # What decoders write for bytes that are no character, or none so far.
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -48,21 +49,16 @@ class Detokenizer:
     Args:
         decode: the text of tokens; raises UndecodableError.
         first: the request's first token that is not of the prompt.
-        stops: texts of which the first that is complete ends the request.
-        keep_stop: whether it belongs to the text.
-        min_tokens: no stop text ends the request before there are more tokens than these.
+        params: say which texts end the request, whether these belong to the text, and how many
+            tokens there must be before.
     """
 
     def __init__(
-        self,
-        decode: Callable[[list[int]], str],
-        first: int,
-        stops: Sequence[str] = (),
-        keep_stop: bool = False,
-        min_tokens: int = 0,
+        self, decode: Callable[[list[int]], str], first: int, params: SamplingParams
     ) -> None:
-        self.decode, self.stops, self.keep_stop = decode, stops, keep_stop
-        self.first_stop_end = first + min_tokens + 1
+        self.decode, self.stops = decode, tuple(params.stop or ())
+        self.keep_stop = params.include_stop_str_in_output
+        self.first_stop_end = first + params.min_tokens + 1
         self.progress = Progress(first, first, first)
 
     def read(self, token_ids: list[int]) -> str | None:

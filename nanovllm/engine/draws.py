@@ -1,4 +1,4 @@
-"""How the tokens of a step are drawn: packed by rank 0, done by every rank.
+"""What is made of a step's logits: rank 0 says it, and every rank does it.
 
 All rows are drawn as the model's logits say. Rows of requests that change their logits are then
 drawn again, a few at a time, from changed copies (`layers/logit_edits.py`). So without such
@@ -7,90 +7,76 @@ requests there is nothing to do, and with them memory is bounded.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from nanovllm.engine.scheduler import Step
+from nanovllm.engine.scoring import Scoring
 from nanovllm.engine.sequence import Sequence as EngineSequence
 from nanovllm.engine.token_history import TokenHistory
-from nanovllm.layers.logit_edits import EditBatch, RequestEdits, edit
+from nanovllm.layers.logit_edits import EditBatch, edit
+from nanovllm.layers.logprobs import Scores, score
 from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.layers.sampler import SamplingBatch, sample
-from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.joined import join, split
 
-# Rows that are copied and drawn at a time.
+# Rows that are copied at a time, to change or to score them.
 MOST_ROWS = 64
+NOTHING = np.empty(0, np.int32)
+NO_PIECES = join([])
 
 
 class Draws(NamedTuple):
-    """What all ranks make of a step's logits, as rank 0 says it; int32 arrays, or None: nothing.
+    """What all ranks make of a step's logits, as int32 arrays; by default nothing.
 
     Attributes:
         sampling: how tokens are drawn, see `SamplingBatch.pack`.
-        edits: how logits are changed before, see `EditedDraws.pack`.
-        scoring: which rows are scored, see `layers.logprobs.pack`.
+        edits: how logits are changed before. Joined pieces of up to MOST_ROWS rows; of each, the
+            fields of an `EditBatch`, the sampling of its rows, and for each request whose tokens
+            the device lacks its request_index and these.
+        scoring: which rows are scored, see `Scoring.packed`.
     """
 
-    sampling: np.ndarray | None = None
-    edits: np.ndarray | None = None
-    scoring: np.ndarray | None = None
+    sampling: np.ndarray = NOTHING
+    edits: np.ndarray = NO_PIECES
+    scoring: np.ndarray = NOTHING
 
 
 NO_DRAWS = Draws()
 
 
-def pack_sampling(seqs: Sequence[EngineSequence], vocab_size: int) -> np.ndarray | None:
-    """How a token of each sequence is drawn, which is pending already; None: there are none."""
-    if not seqs:
-        return None
-    return SamplingBatch.pack(
-        [seq.params for seq in seqs],
-        [seq.seed for seq in seqs],
-        [seq.num_generated - 1 for seq in seqs],
-        [seq.request_index for seq in seqs],
-        vocab_size,
-    )
+class Sampler:
+    """Draws and scores the tokens of one rank's steps.
 
-
-class EditedDraws:
-    """Draws the tokens of rows whose logits change.
-
-    Attributes:
-        asking: the edits of all requests that have some and still exist.
-        history: the tokens of those that have penalties.
+    Args:
+        last_tokens: int64 [max_num_seqs], where the last token of each running request goes.
+        max_model_len: tokens that a request may have.
+        group: this rank and the others.
+        shard: of the vocabulary.
     """
 
     def __init__(
-        self, max_num_seqs: int, max_model_len: int, shard: Shard, device: torch.device
+        self, last_tokens: Tensor, max_model_len: int, group: ParallelGroup, shard: Shard
     ) -> None:
-        self.shard, self.device = shard, device
-        self.asking: weakref.WeakSet[RequestEdits] = weakref.WeakSet()
-        self.history = TokenHistory(max_num_seqs, max_model_len, device)
+        self.last_tokens, self.device = last_tokens, last_tokens.device
+        self.group, self.shard = group, shard
+        self.history = TokenHistory(len(last_tokens), max_model_len, self.device)
 
-    def edits_of(self, params: SamplingParams, end_ids: Collection[int]) -> RequestEdits | None:
-        """Of a new request, which `end_ids` end."""
-        edits = RequestEdits.of(params, end_ids, self.shard.full)
-        if edits is not None:
-            self.asking.add(edits)
-        return edits
-
-    def pack(
-        self, seqs: Sequence[EngineSequence], masks: Mapping[int, np.ndarray]
-    ) -> np.ndarray | None:
-        """How rows of logits change, one for each sequence, whose token is pending already.
-
-        None: not at all. Counts on `draw` being called with the result, on every rank.
+    def pack(self, step: Step, masks: Mapping[int, np.ndarray], scoring: Scoring | None) -> Draws:
+        """What `step` asks for, whose tokens are pending already; all ranks must `draw` it.
 
         Args:
-            seqs: whose logits are the first rows.
-            masks: by row, the tokens that may be drawn, see `token_masks`.
+            masks: by row of logits, the tokens that may be drawn, see `logit_edits.forbid`.
+            scoring: of the step.
         """
-        if not self.asking:
-            return None
+        seqs = [chunk.seq for chunk in step.chunks if chunk.needs_sample]
+        sampling = self._pack_sampling(seqs) if seqs else NOTHING
+        if not step.asks:
+            return Draws(sampling)
         rows = [
             row
             for row, seq in enumerate(seqs)
@@ -98,46 +84,103 @@ class EditedDraws:
         ]
         rows.sort(key=lambda row: not _has_penalties(seqs[row]))
         pieces = [rows[i : i + MOST_ROWS] for i in range(0, len(rows), MOST_ROWS)]
-        packed = [self._pack_piece(piece, [seqs[row] for row in piece], masks) for piece in pieces]
-        return join(packed) if packed else None
+        edits = [self._pack_edits(piece, [seqs[row] for row in piece], masks) for piece in pieces]
+        return Draws(sampling, join(edits), NOTHING if scoring is None else scoring.packed)
 
     def draw(
-        self,
-        logits: torch.Tensor,
-        packed: np.ndarray,
-        group: ParallelGroup,
-        tokens: torch.Tensor,
-    ) -> None:
-        """Draws from changed logits, into `tokens`; `logits` are left as they are.
+        self, logits: Tensor, draws: Draws, prompt_logits: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Scores | None]:
+        """Tokens [S], which are kept for the next step, and scores; the same on every rank.
 
         Args:
-            logits: [S, this rank's part of the vocabulary].
-            packed: from `pack`.
-            group: this rank and the others.
-            tokens: int64 [S].
+            logits: [S, this rank's part of the vocabulary] or more; they stay as they are.
+            draws: from `pack`.
+            prompt_logits: gives the logits of rows among all tokens of the step.
         """
-        for piece in split(packed):
-            edits, sampling, *uploads = split(piece)
-            batch = EditBatch.unpack(edits, self.device)
-            self.history.reserve(batch.longest)
-            for upload in uploads:
-                self.history.write(int(upload[0]), upload[1:])
-            history = self.history.read(batch.request_index, batch.longest)
-            edited = edit(logits, batch, history, group, self.shard)
-            options = SamplingBatch.unpack(sampling, self.device)
-            drawn = sample(edited, options, group, self.shard)
-            tokens[batch.rows] = drawn
-            penalised = len(batch.lengths)
-            self.history.append(batch.request_index, batch.lengths, drawn[:penalised])
+        tokens = torch.empty(0, dtype=torch.int64)
+        if len(draws.sampling):
+            batch = SamplingBatch.unpack(draws.sampling, self.device)
+            tokens = sample(logits[: len(batch.seeds)], batch, self.group, self.shard)
+            for piece in split(draws.edits):
+                edits, options, changed = self.change(logits, piece)
+                drawn = sample(changed, options, self.group, self.shard)
+                tokens[edits.rows] = drawn
+                drawn = drawn[: len(edits.lengths)]
+                self.history.append(edits.request_index, edits.lengths, drawn)
+            self.last_tokens[batch.request_index] = tokens
+        scores = None
+        if len(draws.scoring):
+            scores = self._score(logits, draws.scoring, tokens, prompt_logits)
+        return tokens, scores
 
-    def _pack_piece(
+    def change(self, logits: Tensor, piece: np.ndarray) -> tuple[EditBatch, SamplingBatch, Tensor]:
+        """What a piece of `Draws.edits` says, and changed copies of its rows, float32."""
+        edits, sampling, *uploads = split(piece)
+        longest = int(EditBatch(*split(edits)).lengths.max(initial=-1)) + 1
+        self.history.reserve(longest)
+        for upload in uploads:
+            self.history.write(int(upload[0]), upload[1:])
+        batch = EditBatch(*split(edits, self.device))
+        history = self.history.read(batch.request_index, longest)
+        changed = edit(logits, batch, history, self.group, self.shard)
+        return batch, SamplingBatch.unpack(sampling, self.device), changed
+
+    def _score(
+        self,
+        logits: Tensor,
+        packed: np.ndarray,
+        tokens: Tensor,
+        prompt_logits: Callable[[Tensor], Tensor],
+    ) -> Scores:
+        """Scores of the drawn rows, then of those of prompts."""
+        _, drawn, prompt, following = split(packed, self.device)
+        count = int(split(packed)[0][0])
+
+        def pieces() -> Iterator[tuple[Tensor, Tensor]]:
+            for i in range(0, len(drawn), MOST_ROWS):
+                rows = drawn[i : i + MOST_ROWS]
+                yield logits[rows], tokens[rows]
+            for i in range(0, len(prompt), MOST_ROWS):
+                yield prompt_logits(prompt[i : i + MOST_ROWS]), following[i : i + MOST_ROWS]
+
+        scores = [score(*piece, count, self.group, self.shard) for piece in pieces()]
+        return Scores(*map(torch.cat, zip(*scores, strict=True)))
+
+    def _pack_sampling(self, seqs: Sequence[EngineSequence]) -> np.ndarray:
+        return SamplingBatch.pack(
+            [seq.params for seq in seqs],
+            [seq.seed for seq in seqs],
+            [seq.num_generated - 1 for seq in seqs],
+            [seq.request_index for seq in seqs],
+            self.shard.full,
+        )
+
+    def _pack_edits(
         self,
         rows: Sequence[int],
         seqs: Sequence[EngineSequence],
         masks: Mapping[int, np.ndarray],
     ) -> np.ndarray:
-        """Changes, sampling, and the tokens that the device does not have yet."""
+        """A piece of `Draws.edits`; the first of these rows are those with penalties."""
+        edits = [seq.edits for seq in seqs if seq.edits is not None]
+        biases = [own.bias_at(seq.num_generated - 1) for own, seq in zip(edits, seqs, strict=True)]
+        margins = [own.margin for own in edits]
         penalised = [seq for seq in seqs if _has_penalties(seq)]
+        penalties = [own.penalties for own in edits[: len(penalised)]]
+        masked = [place for place, row in enumerate(rows) if row in masks]
+        batch = EditBatch(
+            rows=_integers(rows),
+            margins=np.array(margins if max(margins) > -np.inf else [], np.float32),
+            biased=np.repeat(_integers(range(len(rows))), [len(ids) for ids, _ in biases]),
+            bias_ids=np.concatenate([ids for ids, _ in biases]),
+            biases=np.concatenate([values for _, values in biases]),
+            request_index=_integers([seq.request_index for seq in penalised]),
+            lengths=_integers([seq.length - 1 for seq in penalised]),
+            prompt_lengths=_integers([seq.prompt_len for seq in penalised]),
+            penalties=np.array(penalties, np.float32).T.ravel(),
+            masked=_integers(masked),
+            masks=np.concatenate([NOTHING, *(masks[rows[place]] for place in masked)]),
+        )
         uploads = [
             np.array([seq.request_index, *seq.token_ids], np.int32)
             for seq in penalised
@@ -145,16 +188,11 @@ class EditedDraws:
         ]
         for seq in penalised:
             seq.has_history = True
-        edits = EditBatch.pack(
-            rows,
-            [seq.edits for seq in seqs if seq.edits is not None],
-            [seq.num_generated - 1 for seq in seqs],
-            [(seq.request_index, seq.length - 1, seq.prompt_len) for seq in penalised],
-            {place: masks[row] for place, row in enumerate(rows) if row in masks},
-        )
-        sampling = pack_sampling(seqs, self.shard.full)
-        assert sampling is not None
-        return join([edits, sampling, *uploads])
+        return join([join(batch), self._pack_sampling(seqs), *uploads])
+
+
+def _integers(values: Sequence[int]) -> np.ndarray:
+    return np.array(values, np.int64)
 
 
 def _has_penalties(seq: EngineSequence) -> bool:

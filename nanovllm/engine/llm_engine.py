@@ -80,7 +80,6 @@ class LLMEngine:
             "max_model_len": runner.max_model_len,
             "the KV cache, all of its blocks together,": runner.capacity,
         }
-        max_len = min(limits.values())
         vocab_size = runner.model_config.vocab_size
         self.texts = TextProcessor(config.model, self.tokenizer, vocab_size, limits)
         # From config.json, generation_config.json and the tokenizer together.
@@ -88,15 +87,7 @@ class LLMEngine:
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             self.eos_ids.add(self.tokenizer.eos_token_id)
         self.grammars = Grammars(self.texts, self.eos_ids)
-        self.request_maker = RequestMaker(
-            config,
-            self.texts,
-            defaults,
-            self.eos_ids,
-            max_len,
-            runner.edited_draws.edits_of,
-            self.grammars,
-        )
+        self.request_maker = RequestMaker(config, self.texts, self.grammars, defaults, self.eos_ids)
         blocks = BlockManager(
             runner.num_blocks, config.kvcache_block_size, config.enable_prefix_caching
         )
@@ -234,14 +225,13 @@ class LLMEngine:
             RuntimeError: the engine has exited, or exits meanwhile.
         """
         self.transactions.check_open()
+        template = {
+            "chat_template": chat_template,
+            "add_generation_prompt": add_generation_prompt,
+            "chat_template_kwargs": chat_template_kwargs,
+        }
         ids = [
-            self.texts.encode_chat(
-                conversation,
-                f"messages[{i}]",
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                chat_template_kwargs=chat_template_kwargs,
-            )
+            self.texts.encode_chat(conversation, f"messages[{i}]", **template)
             for i, conversation in enumerate(list_conversations(messages))
         ]
         return self.generate(ids, sampling_params, use_tqdm, **sampling)

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,22 +19,22 @@ from nanovllm.engine import kv_cache
 from nanovllm.engine.auto.calibration import Calibration, calibration_key
 from nanovllm.engine.auto.chooser import AutoChooser, plans_to_try
 from nanovllm.engine.auto.step_timer import device_timer
-from nanovllm.engine.draws import Draws, EditedDraws, pack_sampling
+from nanovllm.engine.draws import Draws, Sampler
 from nanovllm.engine.graph_memory import GraphMemory, batch_sizes
 from nanovllm.engine.parallel.ranks import Ranks
 from nanovllm.engine.pipeline_modes import build_pipelines
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.plan import SEQUENTIAL, Plan
-from nanovllm.engine.scheduler import Step
+from nanovllm.engine.scheduler import Chunk, Step
 from nanovllm.engine.scoring import Scoring
-from nanovllm.engine.sequence import Sequence as EngineSequence
 from nanovllm.engine.step_inputs import StepInputs, dummy_chunk
 from nanovllm.engine.step_runner import FixedChooser, PreparedStep, StepRunner
 from nanovllm.engine.warm_up import SAMPLING, warm_up
 from nanovllm.layers.attention_backends import make_backend
-from nanovllm.layers.logprobs import Scores, score_step
-from nanovllm.layers.sampler import SamplingBatch, sample
+from nanovllm.layers.logit_edits import RequestEdits
+from nanovllm.layers.logprobs import Scores
 from nanovllm.models import Checkpoint, load_config, load_model
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.device import resolve_device, resolve_dtype, single_thread, sm_count
 from nanovllm.utils.timeline import save_timeline
 
@@ -97,8 +97,8 @@ class ModelRunner:
         max_blocks = -(-self.max_model_len // self.block_size)
         self.inputs = StepInputs(self.block_size, max_blocks, self.backend)
         self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
-        self.edited_draws = EditedDraws(
-            config.max_num_seqs, self.max_model_len, self.model.vocab_shard, device
+        self.sampler = Sampler(
+            self.last_tokens, self.max_model_len, ranks.group, self.model.vocab_shard
         )
         self.graph_memory: GraphMemory | None = None
         self._bind_cache(0, dtype)  # for the measurement: the padding block alone
@@ -120,12 +120,7 @@ class ModelRunner:
                 longest = min(config.max_num_batched_tokens, self.max_model_len)
                 logits = warm_up(self.step_runner, config, longest)
                 for params in SAMPLING:
-                    edits = self.edited_draws.edits_of(params, ())
-                    seq = replace(dummy_chunk(0, 1).seq, params=params, edits=edits, num_pending=1)
-                    tokens, _, done = self._to_host(self._draw(logits, self._pack([seq])), None)
-                    if done is not None:
-                        ranks.wait(done)
-                    ranks.check_silence(tokens)
+                    self._try_to_draw(logits, params)
             if ranks.is_first:  # whose steps the others serve from now on
                 self.step_runner.chooser.capture(self.step_runner, show_progress=True)
         except BaseException:
@@ -185,23 +180,20 @@ class ModelRunner:
     def launch(self, step: Step, masks: Mapping[int, np.ndarray] | None = None) -> LaunchedStep:
         """Issues `step` on all ranks, without waiting for it.
 
-        Rows of its logits that have a mask draw from the tokens that it allows, see `token_masks`.
+        Rows of its logits that have a mask draw from the tokens that it allows, see `Sampler.pack`.
         """
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # it is each thread's own
         with torch.inference_mode(), self.threads():
-            scoring = Scoring.of(step) if step.may_score else None
-            seqs = [chunk.seq for chunk in step.chunks if chunk.needs_sample]
-            draws = self._pack(seqs, masks, scoring)
+            scoring = Scoring.of(step, self.model_config.vocab_size) if step.asks else None
+            draws = self.sampler.pack(step, masks or {}, scoring)
             prepared = replace(self.step_runner.prepare(step), draws=draws)
             self._send(prepared)
             self.watch("begin", step)
-            keep: list[torch.Tensor] | None = None if scoring is None else []
-            logits = self.step_runner.run(prepared, keep=keep)
+            logits = self.step_runner.run(prepared)
             self.watch("issued", step)
-            tokens = self._draw(logits, draws)
-            scores = self._score(draws, logits, tokens, keep)
-            launched = LaunchedStep(step, prepared, scoring, *self._to_host(tokens, scores))
+            drawn = self.sampler.draw(logits, draws, self._prompt_logits)
+            launched = LaunchedStep(step, prepared, scoring, *self._to_host(*drawn))
             self.watch("end", step)
             return launched
 
@@ -228,54 +220,27 @@ class ModelRunner:
             inputs, draws = torch.from_numpy(flat), Draws(*parts)
             if self.device.type == "cuda":
                 inputs = inputs.pin_memory()  # or the copy could wait for the steps before
-            keep: list[torch.Tensor] | None = None if draws.scoring is None else []
             with self.threads():
-                logits = self.step_runner.run(PreparedStep(layout, inputs, draws), keep=keep)
-                self._score(draws, logits, self._draw(logits, draws), keep)
+                logits = self.step_runner.run(PreparedStep(layout, inputs, draws))
+                self.sampler.draw(logits, draws, self._prompt_logits)
             self.ranks.watch_step()
 
-    def _pack(
-        self,
-        seqs: Sequence[EngineSequence],
-        masks: Mapping[int, np.ndarray] | None = None,
-        scoring: Scoring | None = None,
-    ) -> Draws:
-        """How tokens are drawn for sequences, whose logits are the first rows."""
-        vocab_size = self.model_config.vocab_size
-        return Draws(
-            pack_sampling(seqs, vocab_size),
-            self.edited_draws.pack(seqs, masks or {}),
-            None if scoring is None else scoring.pack(vocab_size),
-        )
+    def _prompt_logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """Logits of rows among all tokens of the last step, which is scored."""
+        assert self.step_runner.hidden is not None
+        return self.model.compute_logits(self.step_runner.hidden[rows])
 
-    def _draw(self, logits: torch.Tensor, draws: Draws) -> torch.Tensor:
-        """Draws tokens, on every rank, also for the next step."""
-        if draws.sampling is None:
-            return torch.empty(0, dtype=torch.int64)
-        batch = SamplingBatch.unpack(draws.sampling, self.device)
-        rows = len(batch.request_index)
-        tokens = sample(logits[:rows], batch, self.ranks.group, self.model.vocab_shard)
-        if draws.edits is not None:
-            self.edited_draws.draw(logits, draws.edits, self.ranks.group, tokens)
-        self.last_tokens[batch.request_index] = tokens
-        return tokens
-
-    def _score(
-        self,
-        draws: Draws,
-        logits: torch.Tensor,
-        tokens: torch.Tensor,
-        kept: list[torch.Tensor] | None,
-    ) -> Scores | None:
-        """The scores that a step asks for, on every rank; `kept` are its hidden states."""
-        if draws.scoring is None or kept is None:
-            return None
-
-        def prompt_logits(rows: torch.Tensor) -> torch.Tensor:
-            return self.model.compute_logits(kept[0][rows])
-
-        group, shard = self.ranks.group, self.model.vocab_shard
-        return score_step(draws.scoring, logits, tokens, prompt_logits, group, shard)
+    def _try_to_draw(self, logits: torch.Tensor, params: SamplingParams) -> None:
+        """Draws the token of one row, and waits for it."""
+        seq, vocab_size = dummy_chunk(0, 1).seq, self.model_config.vocab_size
+        seq = replace(seq, params=params, edits=RequestEdits.of(params, (), vocab_size))
+        seq.num_pending = 1
+        step = Step(True, [Chunk(seq, 0, 1, needs_sample=True)], asks=seq.asks)
+        draws = self.sampler.pack(step, {}, None)
+        tokens, _, done = self._to_host(*self.sampler.draw(logits, draws, self._prompt_logits))
+        if done is not None:
+            self.ranks.wait(done)
+        self.ranks.check_silence(tokens)
 
     def _to_host(
         self, tokens: torch.Tensor, scores: Scores | None

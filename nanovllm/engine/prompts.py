@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
-from nanovllm.engine.conversations import Conversation, check_messages, check_template
+from nanovllm.engine.conversations import check_messages, template_options
 from nanovllm.utils.locks import exclusive
 from nanovllm.utils.options import as_list, token_ids
 
@@ -47,6 +47,7 @@ class TextProcessor:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.limits = limits
+        self.max_len = min(limits.values())
         self.lock = threading.RLock()  # a tokenizer is for one thread at a time
         self.token_texts: dict[int, str] = {}
 
@@ -54,33 +55,19 @@ class TextProcessor:
         """The token ids of `prompt`; TypeError or ValueError names it `name` if it cannot run."""
         return self._check(self._tokenize(prompt, name), name)
 
-    def encode_chat(
-        self,
-        messages: Conversation,
-        name: str,
-        *,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = True,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """The token ids of a conversation; TypeError or ValueError names what is wrong.
+    def encode_chat(self, messages: Any, name: str, **template: Any) -> list[int]:
+        """The token ids of a conversation, by a template with the arguments of `template_options`.
 
-        Args:
-            messages: each has a "role", and its "content" is a text or a list of parts of the form
-                `{"type": "text", "text": ...}`.
-            name: of the conversation, in errors.
-            chat_template: instead of the tokenizer's.
-            add_generation_prompt: whether the beginning of an answer follows.
-            chat_template_kwargs: what else the template may ask for, such as `enable_thinking`.
+        Each message has a "role", and its "content" is a text or a list of parts of the form
+        `{"type": "text", "text": ...}`. TypeError or ValueError names what is wrong.
         """
-        conversation = check_messages(messages, name)
-        further = check_template(chat_template, add_generation_prompt, chat_template_kwargs)
+        conversation, options = check_messages(messages, name), template_options(**template)
         if self.tokenizer is None:
             raise ValueError(
                 f"model={self.model!r} has no tokenizer, and so no chat template: use generate "
                 "with token ids"
             )
-        if chat_template is None and not self.tokenizer.chat_template:
+        if options["chat_template"] is None and not self.tokenizer.chat_template:
             raise ValueError(
                 f"model={self.model!r} has no chat template, neither a chat_template.jinja nor a "
                 "chat_template in tokenizer_config.json: give chat_template=..., or use generate"
@@ -90,11 +77,9 @@ class TextProcessor:
                 self.lock,
                 self.tokenizer.apply_chat_template,
                 conversation,
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
                 tokenize=True,
                 return_dict=False,
-                **further,
+                **options,
             )
         except Exception as error:  # of the template, which comes with the checkpoint
             raise ValueError(f"{name} does not fit the chat template: {error!r}") from error

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Collection, Sequence, Set
+from collections.abc import Sequence, Set
+from functools import partial
 from typing import Any, NamedTuple
 
 from nanovllm.config import Config
@@ -51,27 +52,21 @@ class RequestMaker:
     Args:
         config: of the engine.
         texts: turns texts into tokens, and back.
+        grammars: of what requests have to follow.
         defaults: of options that a call does not give.
         eos_ids: tokens that end a request, unless it ignores them.
-        max_len: length in tokens at which it ends in any case.
-        edits_of: makes what a request changes of its logits, from its options and the tokens that
-            end it.
-        grammars: of what requests have to follow.
     """
 
     def __init__(
         self,
         config: Config,
         texts: TextProcessor,
+        grammars: Grammars,
         defaults: SamplingOptions,
         eos_ids: Set[int],
-        max_len: int,
-        edits_of: Callable[[SamplingParams, Collection[int]], RequestEdits | None],
-        grammars: Grammars,
     ) -> None:
-        self.config, self.texts, self.defaults = config, texts, defaults
-        self.eos_ids, self.max_len, self.edits_of = eos_ids, max_len, edits_of
-        self.grammars = grammars
+        self.config, self.texts, self.grammars = config, texts, grammars
+        self.defaults, self.eos_ids = defaults, eos_ids
 
     def check(
         self,
@@ -81,24 +76,28 @@ class RequestMaker:
         deltas: bool = False,
     ) -> CheckedCall:
         """Raises TypeError or ValueError if this model cannot do what a call asks for."""
-        listed = list_prompts(prompts)
-        params = self._check_params(given, len(listed), fields, deltas)
-        ids = [self.texts.encode(prompt, f"prompts[{i}]") for i, prompt in enumerate(listed)]
-        return CheckedCall(ids, params, deltas)
+        named = {f"prompts[{i}]": prompt for i, prompt in enumerate(list_prompts(prompts))}
+        return self._check(named, given, fields, deltas)
 
     def check_one(
         self, prompt: Prompt, given: SamplingParams | None, fields: SamplingOptions
     ) -> CheckedCall:
         """The same for a request that is added alone."""
-        params = self._check_params(given, 1, fields)
-        if params[0].n != 1:
-            raise ValueError(f"n={params[0].n} is not allowed for a single request: it must be 1")
-        return CheckedCall([self.texts.encode(prompt, "prompt")], params)
+        call = self._check({"prompt": prompt}, given, fields)
+        if call.params[0].n != 1:
+            n = call.params[0].n
+            raise ValueError(f"n={n} is not allowed for a single request: it must be 1")
+        return call
 
-    def _check_params(
-        self, given: GivenParams, count: int, fields: SamplingOptions, deltas: bool = False
-    ) -> list[SamplingParams]:
-        params = params_per_prompt(given, count, fields, self.defaults)
+    def _check(
+        self,
+        prompts: dict[str, Prompt],
+        given: GivenParams,
+        fields: SamplingOptions,
+        deltas: bool = False,
+    ) -> CheckedCall:
+        """`prompts` are by the names that errors give them."""
+        params = params_per_prompt(given, len(prompts), fields, self.defaults)
         check_token_ids(params, self.texts.vocab_size)
         for each in params:
             self.grammars.check(each)
@@ -107,7 +106,8 @@ class RequestMaker:
                 f"stop and deltas are not allowed: model={self.config.model!r} has no tokenizer, "
                 "and so no texts"
             )
-        return params
+        ids = [self.texts.encode(prompt, name) for name, prompt in prompts.items()]
+        return CheckedCall(ids, params, deltas)
 
     def sequences(
         self, first_id: int, call: CheckedCall, results: dict[int, Any]
@@ -132,21 +132,20 @@ class RequestMaker:
         seqs = []
         for request_id, (index, sample) in enumerate(places, first_id):
             params = call.params[index]
-            stop_ids, matcher = frozenset(params.stop_token_ids), self.grammars.matcher(params)
-            ignores_eos = params.ignore_eos and matcher is None  # after which nothing may follow
+            stop_ids = frozenset(params.stop_token_ids)
             seq = EngineSequence(
                 request_id=request_id,
                 token_ids=list(call.prompts[index]),
                 params=params,
-                stop_ids=stop_ids if ignores_eos else stop_ids | self.eos_ids,
-                max_len=self.max_len,
+                stop_ids=stop_ids | self._eos_ids(params),
+                max_len=self.texts.max_len,
                 seed=sample_seed(params.seed, sample),
                 results=results,
                 index=index,
                 sample=sample,
                 leader=leaders.get(index),
-                edits=self.edits_of(params, stop_ids | self.eos_ids),
-                matcher=matcher,
+                edits=RequestEdits.of(params, stop_ids | self.eos_ids, self.texts.vocab_size),
+                matcher=self.grammars.matcher(params),
             )
             if call.deltas or params.stop:
                 seq.detokenizer = self._detokenizer(seq)
@@ -157,18 +156,23 @@ class RequestMaker:
 
     def completion(self, seq: EngineSequence) -> Completion:
         """What has become of a sequence that has ended."""
-        reason, detokenizer = seq.finish_reason, seq.detokenizer
+        reason = seq.finish_reason
         assert reason is not None
-        by_token = reason == "stop" and seq.token_ids[-1] in seq.stop_ids
-        end = len(seq.token_ids)
-        if by_token and not seq.params.include_stop_str_in_output:
-            end -= 1
+        detokenizer = seq.detokenizer or self._detokenizer(seq)
+        last, end = seq.token_ids[-1], len(seq.token_ids)
+        stop_reason: str | int | None = None
+        if reason == "stop" and last in seq.stop_ids:
+            if not seq.params.include_stop_str_in_output:
+                end -= 1
+            stop_reason = None if last in self._eos_ids(seq.params) else last
+        elif reason == "stop":
+            stop_reason = detokenizer.progress.stop
         try:
-            text = self._text(seq, end)
+            text = detokenizer.whole_text(seq.token_ids[:end])
             logprobs, prompt_logprobs = self._logprobs(seq)
         except UndecodableError as error:
             logger.warning("Request %d: its text cannot be decoded: %s", seq.request_id, error)
-            text, reason = detokenizer.progress.text if detokenizer else "", "error"
+            text, reason, stop_reason = detokenizer.progress.text, "error", None
             logprobs = prompt_logprobs = None
         else:
             if reason == "error":
@@ -178,7 +182,7 @@ class RequestMaker:
             text=text,
             token_ids=seq.token_ids[seq.prompt_len :],
             finish_reason=reason,
-            stop_reason=self._stop_reason(seq) if reason == "stop" else None,
+            stop_reason=stop_reason,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             index=seq.index,
@@ -187,14 +191,6 @@ class RequestMaker:
             queued_time=seq.queued_time,
             first_token_time=seq.first_token_time,
             end_time=time.perf_counter(),
-        )
-
-    def _text(self, seq: EngineSequence, end: int) -> str:
-        """The text of what was generated before `end`, up to a stop text."""
-        if seq.detokenizer is not None:
-            return seq.detokenizer.whole_text(seq.token_ids[:end])
-        return self.texts.decode(
-            seq.token_ids[seq.prompt_len : end], seq.params.skip_special_tokens
         )
 
     def _logprobs(self, seq: EngineSequence) -> tuple[Logprobs | None, PromptLogprobs | None]:
@@ -209,26 +205,15 @@ class RequestMaker:
             None if params.prompt_logprobs is None else [None, *dicts(seq.prompt_logprobs)],
         )
 
-    def _stop_reason(self, seq: EngineSequence) -> str | int | None:
-        """The text or the token of `stop_token_ids` that ended it."""
-        last = seq.token_ids[-1]
-        if last not in seq.stop_ids:
-            return None if seq.detokenizer is None else seq.detokenizer.progress.stop
-        is_eos = last in self.eos_ids and (seq.matcher is not None or not seq.params.ignore_eos)
-        return None if is_eos else last
+    def _eos_ids(self, params: SamplingParams) -> Set[int]:
+        """The end-of-sequence tokens that end a request; behind a structure nothing may follow."""
+        ignored = params.ignore_eos and params.structure is None
+        return frozenset() if ignored else self.eos_ids
 
     def _detokenizer(self, seq: EngineSequence) -> Detokenizer:
-        def decode(token_ids: list[int]) -> str:
-            return self.texts.decode(token_ids, seq.params.skip_special_tokens)
-
-        stops = tuple(seq.params.stop or ())
-        return Detokenizer(
-            decode,
-            seq.prompt_len,
-            stops,
-            seq.params.include_stop_str_in_output,
-            seq.params.min_tokens,
-        )
+        skip = seq.params.skip_special_tokens
+        decode = partial(self.texts.decode, skip_special_tokens=skip)
+        return Detokenizer(decode, seq.prompt_len, seq.params)
 
 
 def sample_seed(seed: int | None, sample: int) -> int:

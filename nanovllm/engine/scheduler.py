@@ -45,12 +45,12 @@ class Chunk:
 class Step:
     """What one forward pass computes; in decode every chunk is one token.
 
-    `may_score` says whether a running sequence asks for log-probabilities.
+    `asks` says whether a running sequence does.
     """
 
     is_decode: bool
     chunks: list[Chunk]
-    may_score: bool = False
+    asks: bool = False
 
 
 class Scheduler:
@@ -89,7 +89,7 @@ class Scheduler:
         """
         self.blocks.reset()
         self.running: list[Sequence] = []
-        self.num_scored = 0  # of these, those that ask for log-probabilities
+        self.num_asking = 0  # of these, those that ask for more than a token
         self.free_indices = list(range(self.max_num_seqs))
         self.prefill_streak = 0
         self.waiting: deque[Sequence] = deque()
@@ -161,7 +161,7 @@ class Scheduler:
         for chunk in chunks:
             chunk.seq.num_scheduled = chunk.end
             chunk.seq.num_pending += chunk.needs_sample
-        return Step(is_decode, chunks, may_score=self.num_scored > 0)
+        return Step(is_decode, chunks, asks=self.num_asking > 0)
 
     def _split_running(self) -> tuple[list[Sequence], list[Sequence]]:
         """The running sequences that still read their prompt, and those that can decode.
@@ -204,7 +204,7 @@ class Scheduler:
         """Lets a sequence run that has its blocks."""
         seq.request_index = self.free_indices.pop()
         self.running.append(seq)
-        self.num_scored += seq.params.asks_logprobs
+        self.num_asking += seq.asks
         return seq
 
     def _decode_chunks(self, decodable: list[Sequence], *, may_preempt: bool) -> list[Chunk]:
@@ -231,7 +231,7 @@ class Scheduler:
 
     def _leave(self, seq: Sequence) -> None:
         self.running.remove(seq)
-        self.num_scored -= seq.params.asks_logprobs
+        self.num_asking -= seq.asks
         self.free_indices.append(seq.request_index)
         seq.request_index, seq.has_history = -1, False
         self.blocks.release(seq)

@@ -2,66 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
 from nanovllm.engine.scheduler import Step
-from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_inputs import decode_first
-from nanovllm.layers.logprobs import Scores, pack
+from nanovllm.layers.logprobs import Scores
 from nanovllm.logprobs import Position
+from nanovllm.utils.joined import join
 
 
-class ScoredPrompt(NamedTuple):
-    """Tokens of a prompt, by those before them: `start` to `end`; `row` is the step's first."""
+class Share(NamedTuple):
+    """The next `length` scores go to `positions[place:]`, each with so many likeliest tokens."""
 
-    seq: Sequence
-    row: int
-    start: int
-    end: int
+    positions: list[Position]
+    place: int
+    length: int
+    likeliest: int
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """What a step scores; it is as `step` said when it was launched.
+class Scoring(NamedTuple):
+    """What a step scores; it is as `of` found it when the step was launched.
 
     Attributes:
-        drawn: requests whose drawn token is scored, by its row among all that are drawn.
-        prompts: in the order of the step's tokens.
+        packed: for all ranks. Joined: how many of the likeliest tokens; rows among those that are
+            drawn; rows of prompts, among all tokens of the step; the tokens behind these.
+        shares: of the drawn rows, then of the rows of prompts.
     """
 
-    drawn: dict[int, Sequence]
-    prompts: list[ScoredPrompt]
+    packed: np.ndarray
+    shares: list[Share]
 
     @classmethod
-    def of(cls, step: Step) -> Scoring | None:
+    def of(cls, step: Step, vocab_size: int) -> Scoring | None:
         """None if it scores nothing."""
-        drawing = (chunk.seq for chunk in step.chunks if chunk.needs_sample)
-        drawn = {i: seq for i, seq in enumerate(drawing) if seq.params.logprobs is not None}
-        prompts, row = [], 0
+        drawn, rows, following = list[int](), list[int](), list[int]()
+        shares: list[Share] = []
+        drawing = [chunk.seq for chunk in step.chunks if chunk.needs_sample]
+        for row, seq in enumerate(drawing):
+            if (likeliest := seq.params.logprobs) is not None:
+                drawn.append(row)
+                shares.append(Share(seq.logprobs, seq.num_generated - 1, 1, likeliest))
+        first = 0
         for chunk in [] if step.is_decode else [step.chunks[i] for i in decode_first(step.chunks)]:
-            seq = chunk.seq
+            seq, likeliest = chunk.seq, chunk.seq.params.prompt_logprobs
             # What an earlier run of a preempted request has found is kept.
             start = max(chunk.start, len(seq.prompt_logprobs))
             end = min(chunk.end, seq.prompt_len - 1)
-            if seq.scores_prompt and start < end:
-                prompts.append(ScoredPrompt(seq, row + start - chunk.start, start, end))
-            row += chunk.end - chunk.start
-        return cls(drawn, prompts) if drawn or prompts else None
-
-    def pack(self, vocab_size: int) -> np.ndarray:
-        """See `layers.logprobs.pack`."""
-        counts = [seq.params.logprobs or 0 for seq in self.drawn.values()]
-        counts += [seq.params.prompt_logprobs or 0 for seq, *_ in self.prompts]
-        rows = [row + i for _, row, start, end in self.prompts for i in range(end - start)]
-        following = [
-            t for seq, _, start, end in self.prompts for t in seq.token_ids[start + 1 : end + 1]
-        ]
-        return pack(min(max(counts), vocab_size), list(self.drawn), rows, following)
+            if likeliest is not None and start < end:
+                row = first + start - chunk.start
+                rows += range(row, row + end - start)
+                following += seq.token_ids[start + 1 : end + 1]
+                shares.append(Share(seq.prompt_logprobs, start, end - start, likeliest))
+            first += chunk.end - chunk.start
+        if not shares:
+            return None
+        most = min(max(share.likeliest for share in shares), vocab_size)
+        arrays = [most], drawn, rows, following
+        return cls(join(np.array(array, np.int64) for array in arrays), shares)
 
     def hand_out(self, scores: Scores) -> None:
         """Notes scores, which are on the host, with their requests, before the drawn tokens are.
@@ -69,18 +69,10 @@ class Scoring:
         A score stands where its token does, so nothing is there twice if the step is broken off
         and the token drawn again.
         """
-        positions = map(Position, *(part.tolist() for part in scores))
-        for seq in self.drawn.values():
-            place = len(seq.token_ids) - seq.prompt_len
-            seq.logprobs[place:] = _first(positions, 1, seq.params.logprobs)
-        for seq, _, start, end in self.prompts:
-            seq.prompt_logprobs[start:] = _first(positions, end - start, seq.params.prompt_logprobs)
-
-
-def _first(positions: Iterator[Position], count: int, likeliest: int | None) -> list[Position]:
-    """The next `count` positions, each with so many of the likeliest tokens."""
-    width = 1 + (likeliest or 0)
-    return [
-        Position(tokens[:width], logprobs[:width], rank)
-        for tokens, logprobs, rank in islice(positions, count)
-    ]
+        found = zip(*(part.tolist() for part in scores), strict=True)
+        for positions, place, length, likeliest in self.shares:
+            width = 1 + likeliest
+            positions[place:] = [
+                Position(tokens[:width], logprobs[:width], rank)
+                for tokens, logprobs, rank in islice(found, length)
+            ]

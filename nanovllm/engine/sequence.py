@@ -92,6 +92,13 @@ class Sequence:
         return self.length - self.prompt_len
 
     @property
+    def asks(self) -> bool:
+        """Whether it changes logits, or wants log-probabilities."""
+        params = self.params
+        scored = params.logprobs is not None or params.prompt_logprobs is not None
+        return scored or self.edits is not None
+
+    @property
     def scores_prompt(self) -> bool:
         """Whether log-probabilities of its prompt are asked for and not all known."""
         asked = self.params.prompt_logprobs is not None

@@ -105,6 +105,8 @@ class StepRunner:
         self.layouts: dict[tuple[int, int, bool], StepLayout] = {}
         self.graphs: dict[StepLayout, tuple[Any, StageTimer | None]] = {}
         self.timer: StageTimer | None = None  # of the last step
+        # Of all its tokens, if it is scored and no graph was replayed.
+        self.hidden: torch.Tensor | None = None
 
     def prepare(self, step: Step) -> PreparedStep:
         """Chooses how a step will run, and fills its inputs."""
@@ -158,15 +160,13 @@ class StepRunner:
         step: PreparedStep,
         logits: torch.Tensor | None = None,
         timer: StageTimer | None = None,
-        keep: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Issues a step, or replays its graph; the other ranks must do the same.
 
         A capture issues the step with `logits` to write and its own `timer`. Returns logits
-        [num_samples, this rank's part of the vocabulary]. Where no graph is replayed, `keep` gets
-        the hidden states of all tokens.
+        [num_samples, this rank's part of the vocabulary].
         """
-        layout = step.layout
+        layout, self.hidden = step.layout, None
         if logits is None:
             if self.memory is not None and layout.is_decode:
                 return self._replay(step)
@@ -178,8 +178,8 @@ class StepRunner:
         batches, rows = micro_batches(layout, inputs, self.last_tokens, scheduler.workspace)
         scheduler.issue(batches, timer)
         hidden = hidden_states(batches)
-        if keep is not None:
-            keep.append(hidden)
+        if len(step.draws.scoring):
+            self.hidden = hidden
         logits = scheduler.model.compute_logits(hidden if rows is None else hidden[rows], logits)
         if timer:
             timer.end_step()

@@ -14,13 +14,7 @@ from nanovllm.utils.device import to_device
 
 
 class TokenHistory:
-    """A row for each running request, by its request_index; rows grow with the longest.
-
-    Args:
-        max_num_seqs: rows.
-        max_model_len: tokens that a request may have.
-        device: where.
-    """
+    """A row for each of `max_num_seqs` requests, by request_index; rows grow with the longest."""
 
     def __init__(self, max_num_seqs: int, max_model_len: int, device: torch.device) -> None:
         self.tokens = torch.empty(max_num_seqs, 0, dtype=torch.int32, device=device)

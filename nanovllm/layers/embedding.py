@@ -54,7 +54,6 @@ class VocabEmbedding(nn.Module):
         if self.shard.size == 0:
             zeros = self.weight.new_zeros(len(token_ids), self.weight.shape[1])
             return zeros if out is None else out.zero_()
-        local = token_ids - self.shard.start
-        held = (local >= 0) & (local < self.shard.size)
-        rows = F.embedding(torch.where(held, local, 0), self.weight)
+        places, held = self.shard.find(token_ids)
+        rows = F.embedding(places, self.weight)
         return torch.mul(rows, held[:, None], out=out)

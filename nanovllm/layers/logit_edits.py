@@ -14,25 +14,25 @@ stay as they are, and a small penalty is not rounded away in 16 bits. The order 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.layers import token_masks
 from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.device import to_device
-from nanovllm.utils.joined import join, split
 
 # Columns behind a copy's part of the vocabulary: the first stands for all tokens of other ranks.
 # So many keep rows as well aligned as those of the model.
 SPARE = 16
+# Rows that are masked at a time: they take some 100 bytes a row and token in between.
+MASKED_ROWS = 16
 
 Bias = tuple[np.ndarray, np.ndarray]
-"""Token ids, int32, and what is added to their logits, float32."""
+"""Token ids, int64, and what is added to their logits, float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,86 +88,23 @@ class RequestEdits:
 def _bias_of(bias: dict[int, float]) -> Bias:
     # Not by numpy, which warns of numbers that are -inf in float32.
     values = torch.tensor(list(bias.values()), dtype=torch.float32)
-    return np.array(list(bias), np.int32), values.numpy()
+    return np.array(list(bias), np.int64), values.numpy()
 
 
-@dataclass(frozen=True)
-class EditBatch:
-    """Changes of E rows, on their device; the first P of them have penalties."""
+class EditBatch(NamedTuple):
+    """Changes of E rows; the first P of them have penalties. Arrays to pack, tensors to use."""
 
-    rows: Tensor  # int64 [E], which rows of the step's logits
-    margins: Tensor | None  # float32 [E]; None: no row has one
-    biased: Tensor  # int64 [B], among the E rows
-    bias_ids: Tensor  # int64 [B], tokens
-    biases: Tensor  # float32 [B]
-    request_index: Tensor  # int64 [P]
-    lengths: Tensor  # int64 [P], tokens before the draw
-    prompt_lengths: Tensor  # int64 [P], of those
-    penalties: Tensor  # float32 [3, P]
-    masked: Tensor  # int64 [M], among the E rows
-    masks: Tensor  # int32 [M, W], see `token_masks`
-    longest: int  # most tokens of one of the P rows after the draw, or 0
-
-    @staticmethod
-    def pack(
-        rows: Sequence[int],
-        edits: Sequence[RequestEdits],
-        num_generated: Sequence[int],
-        histories: Sequence[tuple[int, int, int]],
-        masks: Mapping[int, np.ndarray],
-    ) -> np.ndarray:
-        """As int32, for one copy to the device and the other ranks.
-
-        `histories` are request_index, length, and prompt length, of the first P rows; `masks` are
-        by place among the E rows.
-        """
-        pairs = zip(edits, num_generated, strict=True)
-        ids, biases = zip(*(each.bias_at(count) for each, count in pairs), strict=True)
-        penalties = [each.penalties for each in edits[: len(histories)]]
-        longest = max((length + 1 for _, length, _ in histories), default=0)
-        margins = [each.margin for each in edits]
-        sizes = len(rows), len(histories), sum(map(len, ids)), longest
-        biased = np.repeat(np.arange(len(rows)), [*map(len, ids)])
-        by_field = np.array(histories, np.int64).reshape(-1, 3).T
-        integers = np.concatenate([sizes, rows, biased, *ids, by_field.ravel()])
-        by_kind = np.array(penalties, np.float64).reshape(-1, 3).T
-        numbers = np.concatenate([margins, *biases, by_kind.ravel()])
-        return join(
-            [
-                integers.astype(np.int32),
-                numbers.astype(np.float32).view(np.int32),
-                np.array(list(masks), np.int32),
-                np.concatenate([np.empty(0, np.int32), *masks.values()]),
-            ]
-        )
-
-    @classmethod
-    def unpack(cls, packed: np.ndarray, device: torch.device) -> EditBatch:
-        """The inverse of `pack`, on `device`, without waiting for it."""
-        integers, numbers, masked, masks = split(packed)
-        rows, penalised, biased, longest = integers[:4].tolist()
-        limited = bool((numbers[:rows].view(np.float32) > -math.inf).any())
-        sizes = [rows, biased, biased, penalised, penalised, penalised]
-        of_rows, of_biases, ids, index, lengths, prompts = (
-            to_device(integers[4:], device).long().split(sizes)
-        )
-        margins, biases, penalties = (
-            to_device(numbers, device).view(torch.float32).split([rows, biased, 3 * penalised])
-        )
-        return cls(
-            of_rows,
-            margins if limited else None,
-            of_biases,
-            ids,
-            biases,
-            index,
-            lengths,
-            prompts,
-            penalties.view(3, penalised),
-            to_device(masked, device).long(),
-            to_device(masks, device).view(len(masked), -1) if len(masked) else of_rows[:0],
-            longest,
-        )
+    rows: Any  # int64 [E], which rows of the step's logits
+    margins: Any  # float32 [E], or none if no row has one
+    biased: Any  # int64 [B], among the E rows
+    bias_ids: Any  # int64 [B], tokens
+    biases: Any  # float32 [B]
+    request_index: Any  # int64 [P]
+    lengths: Any  # int64 [P], tokens before the draw
+    prompt_lengths: Any  # int64 [P], of those
+    penalties: Any  # float32 [3 * P], all of repetition first
+    masked: Any  # int64 [M], among the E rows
+    masks: Any  # int32 [M * W], see `forbid`
 
 
 def edit(
@@ -190,12 +127,13 @@ def edit(
     copy = torch.full(shape, -math.inf, dtype=torch.float32, device=logits.device)
     copy[:, : shard.size] = logits[batch.rows]
     if len(batch.biased):
-        copy[batch.biased, _columns(batch.bias_ids, shard)] += batch.biases
+        columns, _ = shard.find(batch.bias_ids, elsewhere=shard.size)
+        copy[batch.biased, columns] += batch.biases
     if len(batch.lengths):
         _penalise(copy[: len(batch.lengths)], batch, history, shard)
     if len(batch.masked):
-        token_masks.apply(copy, batch.masked, batch.masks, shard)
-    if batch.margins is not None:
+        forbid(copy, batch.masked, batch.masks.view(len(batch.masked), -1), shard)
+    if len(batch.margins):
         # In float64, as ranks exchange values of 8 bytes.
         highest = group.gather(copy.amax(1).double()).amax(0).float()
         copy.masked_fill_(copy < (highest + batch.margins)[:, None], -math.inf)
@@ -206,18 +144,29 @@ def _penalise(copy: Tensor, batch: EditBatch, history: Tensor, shard: Shard) -> 
     """Changes the logits of the tokens in `history`; equal tokens of a row get equal values."""
     places = torch.arange(history.shape[1], device=history.device)
     known = places < batch.lengths[:, None]
-    columns = _columns(torch.where(known, history, -1).long(), shard)
+    columns, _ = shard.find(torch.where(known, history, -1).long(), elsewhere=shard.size)
     generated = (places >= batch.prompt_lengths[:, None]).float()
     # Whole numbers below 2**24, so their sums are exact in any order.
     counts = torch.zeros_like(copy).scatter_add_(1, columns, generated).gather(1, columns)
-    repetition, frequency, presence = batch.penalties[:, :, None]
+    repetition, frequency, presence = batch.penalties.view(3, -1, 1)
     values = copy.gather(1, columns)
     values = torch.where(values > 0, values / repetition, values * repetition)
     values = values - frequency * counts - presence * (counts > 0)
     copy.scatter_(1, columns, values)
 
 
-def _columns(ids: Tensor, shard: Shard) -> Tensor:
-    """Where tokens stand in a copy: in the first spare column if they are not this rank's."""
-    columns = ids - shard.start
-    return torch.where((columns >= 0) & (columns < shard.size), columns, shard.size)
+def forbid(logits: Tensor, rows: Tensor, masks: Tensor, shard: Shard) -> None:
+    """Makes logits of tokens that are not allowed -inf.
+
+    Args:
+        logits: [S, this rank's part of the vocabulary, and columns behind it].
+        rows: int64 [R], those that have a mask.
+        masks: int32 [R, W], for each row W = ceil(V / 32) integers with a bit a token, 1 if it is
+            allowed: token t is bit t % 32 of integer t // 32.
+        shard: of the vocabulary.
+    """
+    tokens = torch.arange(shard.start, shard.start + shard.size, device=logits.device)
+    for some, own in zip(rows.split(MASKED_ROWS), masks.split(MASKED_ROWS), strict=True):
+        allowed = own[:, tokens // 32] >> (tokens % 32).int() & 1
+        changed = logits[some, : shard.size].masked_fill(allowed == 0, -math.inf)
+        logits[some, : shard.size] = changed

@@ -7,18 +7,14 @@ then how many of theirs come before the token in question.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from nanovllm.kernels.reference import NOTHING, key_of, value_of
 from nanovllm.layers.parallel import ParallelGroup, Shard
 
-# Rows that are scored at a time: their logits are copied to float32 and to int64.
-PIECE = 64
 _LOW = 0xFFFFFFFF
 
 
@@ -28,54 +24,6 @@ class Scores(NamedTuple):
     tokens: Tensor  # int64 [R, 1 + N]
     logprobs: Tensor  # float32 [R, 1 + N]
     ranks: Tensor  # int64 [R], of the token in question, from 1
-
-
-def pack(
-    count: int, drawn: Sequence[int], prompt: Sequence[int], following: Sequence[int]
-) -> np.ndarray:
-    """What a step scores as int32, for one copy to the device and the other ranks.
-
-    Args:
-        count: how many of the likeliest tokens of each row; no more than the vocabulary has.
-        drawn: rows among those that tokens are drawn from.
-        prompt: rows among all tokens of the step.
-        following: the tokens behind these.
-    """
-    return np.array([count, len(drawn), len(prompt), *drawn, *prompt, *following], np.int32)
-
-
-def score_step(
-    packed: np.ndarray,
-    logits: Tensor,
-    tokens: Tensor,
-    prompt_logits: Callable[[Tensor], Tensor],
-    group: ParallelGroup,
-    shard: Shard,
-) -> Scores:
-    """Scores the drawn rows of a step, then its rows of prompts; the same on all ranks.
-
-    Args:
-        packed: see `pack`.
-        logits: [S, this rank's part of the vocabulary].
-        tokens: int64 [S], drawn from the logits.
-        prompt_logits: gives the logits of rows among all tokens of the step.
-        group: this rank and the others.
-        shard: of the vocabulary.
-    """
-    count, num_drawn, num_prompt = packed[:3].tolist()
-    rows = torch.from_numpy(packed[3:])
-    if logits.is_cuda:
-        rows = rows.pin_memory().to(logits.device, non_blocking=True)
-    drawn, prompt, following = rows.long().split([num_drawn, num_prompt, num_prompt])
-
-    def pieces() -> Iterator[tuple[Tensor, Tensor]]:
-        for i in range(0, num_drawn, PIECE):
-            yield logits[drawn[i : i + PIECE]], tokens[drawn[i : i + PIECE]]
-        for i in range(0, num_prompt, PIECE):
-            yield prompt_logits(prompt[i : i + PIECE]), following[i : i + PIECE]
-
-    scores = [score(*piece, count, group, shard) for piece in pieces()]
-    return Scores(*map(torch.cat, zip(*scores, strict=True)))
 
 
 def score(logits: Tensor, tokens: Tensor, count: int, group: ParallelGroup, shard: Shard) -> Scores:
@@ -94,10 +42,8 @@ def score(logits: Tensor, tokens: Tensor, count: int, group: ParallelGroup, shar
     if shard.size < max(count, 1):  # a rank may even have no tokens
         missing = max(count, 1) - shard.size
         keys = torch.nn.functional.pad(keys, (0, missing), value=NOTHING)
-    place = tokens - shard.start
-    held = (place >= 0) & (place < shard.size)
-    own = keys.gather(1, torch.where(held, place, 0)[:, None])[:, 0]
-    own = torch.where(held, own, NOTHING)
+    places, held = shard.find(tokens)
+    own = torch.where(held, keys.gather(1, places[:, None])[:, 0], NOTHING)
     log_sum = values.logsumexp(1).double().view(torch.int64)
     packed = torch.cat([own[:, None], log_sum[:, None], keys.topk(count).values], 1)
     parts = group.gather(packed)

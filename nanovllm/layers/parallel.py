@@ -150,6 +150,16 @@ class Shard:
         head = group.rank * num_heads // group.size
         return cls(num_heads * head_dim, head * head_dim, head_dim)
 
+    @property
+    def span(self) -> slice:
+        return slice(self.start, self.start + self.size)
+
+    def find(self, entries: Tensor, elsewhere: int = 0) -> tuple[Tensor, Tensor]:
+        """The place of entries within this part, or `elsewhere`, and whether they are within it."""
+        places = entries - self.start
+        held = (places >= 0) & (places < self.size)
+        return torch.where(held, places, elsewhere), held
+
 
 @dataclass(frozen=True)
 class WeightShard:
@@ -172,7 +182,7 @@ class WeightShard:
         """Where `target` is in the whole tensor."""
         index = [slice(None)] * self.target.dim()
         if self.shard is not None:
-            index[self.dim] = slice(self.shard.start, self.shard.start + self.shard.size)
+            index[self.dim] = self.shard.span
         return tuple(index)
 
 

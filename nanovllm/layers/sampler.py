@@ -13,13 +13,11 @@ from nanovllm.kernels.reference import token_of
 from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.layers.split_threshold import find_threshold
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.device import to_device
+from nanovllm.utils.joined import join, split
 
 # Below it a draw is greedy: the likeliest token has all the probability that float32 can tell, and
 # logits divided by much less would overflow.
 LOWEST_TEMPERATURE = 1e-5
-# Integers before a packed batch: rows, filtered rows, whether any has a top-k, a top-p.
-HEADER = 4
 
 
 @dataclass(frozen=True)
@@ -52,31 +50,21 @@ class SamplingBatch:
         ]
         top_k = [k if 0 < (k := params[i].top_k) < vocab_size else vocab_size for i in rows]
         top_p = [params[i].top_p for i in rows]
-        sizes = len(params), len(rows), min(top_k, default=vocab_size) < vocab_size
-        integers = np.array([*sizes, min(top_p, default=1.0) < 1, *seeds, *steps, *request_index,
-                             *rows, *top_k], np.int64)  # fmt: skip
-        floats = np.array([*values, *top_p], np.float32)
-        return np.concatenate([integers.view(np.int32), floats.view(np.int32)])
+        has_k, has_p = min(top_k, default=vocab_size) < vocab_size, min(top_p, default=1.0) < 1
+        integers = seeds, steps, request_index, rows, top_k if has_k else []
+        return join(
+            [
+                np.array(values, np.float32),
+                *(np.array(each, np.int64) for each in integers),
+                np.array(top_p if has_p else [], np.float32),
+            ]
+        )
 
     @classmethod
     def unpack(cls, packed: np.ndarray, device: torch.device) -> SamplingBatch:
         """The inverse of `pack`, on `device`, without waiting for it."""
-        rows, filtered, has_k, has_p = packed[: 2 * HEADER].view(np.int64).tolist()
-        numbers = to_device(packed, device)
-        floats = 2 * (HEADER + 3 * rows + 2 * filtered)
-        seeds, steps, index, among, top_k = (
-            numbers[2 * HEADER : floats].view(torch.int64).split([rows] * 3 + [filtered] * 2)
-        )
-        temperatures, top_p = numbers[floats:].view(torch.float32).split([rows, filtered])
-        return cls(
-            temperatures,
-            seeds,
-            steps,
-            index,
-            among if filtered else None,
-            top_k if has_k else None,
-            top_p if has_p else None,
-        )
+        *of_rows, filtered, top_k, top_p = split(packed, device)
+        return cls(*of_rows, *(each if len(each) else None for each in (filtered, top_k, top_p)))
 
 
 def sample(

@@ -60,7 +60,7 @@ class Grammars:
         return self._library.GrammarMatcher(self._compiled(*params.structure))
 
     def masks(self, step: Step) -> dict[int, np.ndarray] | None:
-        """By row of a step's logits, of those that ask, the mask of `token_masks`."""
+        """By row of a step's logits, of those that ask, the mask of `logit_edits.forbid`."""
         if not self.in_use:
             return None
         sampled = (chunk.seq.matcher for chunk in step.chunks if chunk.needs_sample)

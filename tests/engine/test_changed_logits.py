@@ -15,10 +15,11 @@ from tests.engine.cases import (
     OPTIONS,
     PROMPTS,
     before_call,
-    check_empty,
     drain,
     interrupt,
+    scheduled,
     tokens,
+    whatever_the_scheduler_does,
 )
 from tests.logit_oracle import greedy, random_changes
 
@@ -26,7 +27,8 @@ MORE = prompts(4, count=12, longest=30)
 EOS = 1  # of the checkpoint
 
 
-def changing_params() -> list[SamplingParams]:
+@pytest.fixture(scope="module")
+def params() -> list[SamplingParams]:
     """One that changes nothing among some that do."""
     rng = random.Random()
     changes = [
@@ -38,14 +40,9 @@ def changing_params() -> list[SamplingParams]:
         {"min_tokens": 3, "stop_token_ids": [7], "logit_bias": {7: 1000}, "ignore_eos": True},
         *[random_changes(rng, VOCAB) for _ in range(7)],
     ]
-    lengths = [rng.randint(9, 24) for _ in changes]
-    pairs = zip(changes, lengths, strict=True)
-    return [SamplingParams(temperature=0, max_tokens=n, **change) for change, n in pairs]
-
-
-@pytest.fixture(scope="module")
-def params() -> list[SamplingParams]:
-    return changing_params()
+    return [
+        SamplingParams(temperature=0, max_tokens=rng.randint(9, 24), **change) for change in changes
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -64,29 +61,13 @@ def test_the_cases_tell_right_from_wrong(shared, params, right):
     assert [len(ids) for ids in right[3:5]] == [5, 4]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"async_scheduling": False},
-        {"max_num_batched_tokens": 5},
-        {"max_num_seqs": 3, "enable_prefix_caching": False},
-        {"num_kvcache_blocks": 5},
-        {"num_kvcache_blocks": 5, "async_scheduling": False, "max_num_batched_tokens": 9},
-        {"enable_pipeline": True, "pipeline_mode": "microbatch", "pipeline_strict": True},
-    ],
-    ids=str,
-)
+@whatever_the_scheduler_does
 def test_greedy_tokens_are_those_of_a_plain_loop(directory, params, right, options, monkeypatch):
     """Twice, so that the second time prompts begin in the prefix cache."""
     monkeypatch.setattr(draws, "MOST_ROWS", random.choice([1, 3, 64]))
-    with LLM(str(directory), **{**OPTIONS, **options}) as engine:
+    with scheduled(directory, options) as engine:
         assert tokens(engine.generate(MORE, params, use_tqdm=False)) == right
-        if "num_kvcache_blocks" in options:
-            assert engine.scheduler.num_preemptions > 0
         assert tokens(engine.generate(MORE[::-1], params[::-1], use_tqdm=False)) == right[::-1]
-        check_empty(engine)
-        assert not engine.model_runner.edited_draws.asking
 
 
 def test_a_seed_gives_the_same_tokens_whatever_else_is_going_on(directory, shared):
@@ -100,14 +81,14 @@ def test_a_seed_gives_the_same_tokens_whatever_else_is_going_on(directory, share
         for prompt, each in zip(MORE, params, strict=True)
     ]
     for options in ({}, {"num_kvcache_blocks": 5, "max_num_batched_tokens": 20}):
-        with LLM(str(directory), **{**OPTIONS, **options}) as engine:
+        with scheduled(directory, options) as engine:
             others = [SamplingParams(max_tokens=9), SamplingParams(2, presence_penalty=1)]
             outputs = engine.generate(PROMPTS[:2] + MORE, others + params, use_tqdm=False)
             assert tokens(outputs)[2:] == alone
 
 
 @pytest.mark.parametrize("number", [0, 1, 4, 9])
-@pytest.mark.parametrize("method", ["launch", "collect", "edited_draws.draw"])
+@pytest.mark.parametrize("method", ["launch", "collect", "sampler.draw"])
 def test_tokens_are_right_after_an_interrupt(directory, params, right, method, number, monkeypatch):
     """Before a step, after it, and within it; another request then takes the first slot."""
     with LLM(str(directory), **OPTIONS, max_num_seqs=4, num_kvcache_blocks=8) as engine:
@@ -140,17 +121,6 @@ def test_an_aborted_request_leaves_nothing_to_its_successor(directory, params, r
             engine.abort(dropped)
             request = engine.add_request(MORE[index], params[index])
             assert drain(engine)[request] == right[index]
-
-
-def test_a_bias_outside_the_vocabulary_is_refused_before_anything_runs(llm, expected):
-    message = f"^logit_bias holds token id {VOCAB}, .*: ids are from 0 to {VOCAB - 1}$"
-    bad = replace(GREEDY, logit_bias={3: 1, VOCAB: 1})
-    with pytest.raises(ValueError, match=message):
-        llm.generate(PROMPTS[:2], [GREEDY, bad], use_tqdm=False)
-    with pytest.raises(ValueError, match=message):
-        llm.add_request(PROMPTS[0], bad)
-    assert llm.is_finished()
-    assert tokens(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
 
 
 def test_a_request_may_forbid_all_tokens_and_ends_in_error(llm):

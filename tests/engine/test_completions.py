@@ -18,7 +18,17 @@ from nanovllm import LLM, Config, LLMEngine, SamplingParams
 from nanovllm.engine.outputs import Completion, RequestOutput
 from nanovllm.tiny import CHECKPOINT_DIR
 from tests.checkpoints import VOCAB
-from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, check_empty, drain, said, tokens
+from tests.engine.cases import (
+    GREEDY,
+    OPTIONS,
+    PROMPTS,
+    check_empty,
+    drain,
+    said,
+    scheduled,
+    tokens,
+    whatever_the_scheduler_does,
+)
 
 # ------------------------------------------------------------------ making an engine
 
@@ -205,10 +215,11 @@ def test_the_eos_token_of_the_tokenizer_counts_too(tmp_path, tiny):
 
 
 @pytest.mark.parametrize(("limit", "options"), [(64, {}), (32, {"num_kvcache_blocks": 2})])
-def test_max_model_len_and_the_kv_cache_end_a_request(directory, limit, options):
+@pytest.mark.parametrize("max_tokens", [500, None])
+def test_max_model_len_and_the_kv_cache_end_a_request(directory, limit, options, max_tokens):
     with LLM(str(directory), **OPTIONS, **options) as engine:
+        params = replace(GREEDY, max_tokens=max_tokens)
         for length in (1, limit - 2, limit - 1, limit):
-            params = replace(GREEDY, max_tokens=500)
             (output,) = engine.generate([[7] * length], params, use_tqdm=False)
             assert len(output["token_ids"]) == max(limit - length, 1)
             assert output["finish_reason"] == "length"
@@ -229,30 +240,15 @@ def seeded(shared) -> list[list[int]]:
     ]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"async_scheduling": False},
-        {"max_num_batched_tokens": 5},
-        {"max_num_seqs": 2, "enable_prefix_caching": False},
-        {"num_kvcache_blocks": 4},
-        {"num_kvcache_blocks": 4, "async_scheduling": False, "max_num_batched_tokens": 9},
-        {"kvcache_block_size": 32},
-        {"enable_pipeline": True, "pipeline_mode": "microbatch", "pipeline_strict": True},
-    ],
-    ids=str,
-)
+@whatever_the_scheduler_does
 def test_a_seed_gives_the_same_tokens_whatever_else_is_going_on(directory, seeded, options):
-    with LLM(str(directory), **{**OPTIONS, **options}) as engine:
+    with scheduled(directory, options) as engine:
         others = [[9, 8, 7]] * 3
         params = [*SEEDED, *[SamplingParams(max_tokens=20)] * 3]
         outputs = engine.generate(PROMPTS + others, params, use_tqdm=False)
         assert tokens(outputs)[:4] == seeded
         outputs = engine.generate(PROMPTS[::-1], SEEDED[::-1], use_tqdm=False)
         assert tokens(outputs)[::-1] == seeded
-        if "num_kvcache_blocks" in options:
-            assert engine.scheduler.num_preemptions > 0
 
 
 def test_tokens_vary_with_the_seed_and_without_one(llm, seeded):

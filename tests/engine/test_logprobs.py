@@ -9,14 +9,22 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, Logprob, SamplingParams
-from nanovllm.engine.scoring import ScoredPrompt, Scoring
-from nanovllm.layers import logprobs as device
+from nanovllm.engine import draws
+from nanovllm.engine.scoring import Scoring
+from nanovllm.utils.joined import split
 from tests.checkpoints import TABLE, Shape, prompts
-from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, check_empty, tokens
+from tests.engine.cases import (
+    GREEDY,
+    OPTIONS,
+    PIPELINED,
+    PROMPTS,
+    check_empty,
+    count_computed,
+    tokens,
+)
 from tests.interrupts import Interrupt, InterruptAt
 from tests.scores import check_output
 
-PIPELINED = {"enable_pipeline": True, "pipeline_mode": "microbatch", "pipeline_strict": True}
 # As in test_engine_oracle.py: chunks, scarce blocks with preemption, micro-batches, no look-ahead.
 SETTINGS: list[dict[str, Any]] = [
     {},
@@ -60,22 +68,22 @@ def test_log_probabilities_are_those_of_transformers(tmp_path, model_type, numbe
             for prompt, output, counts in zip(given, outputs, asked, strict=True):
                 check_output(model, prompt, output, counts)
         check_empty(llm)
-        assert llm.scheduler.num_scored == 0
+        assert llm.scheduler.num_asking == 0
 
 
 @pytest.mark.parametrize("more", [{}, PIPELINED])
 def test_preempted_requests_keep_what_they_know(directory, model, monkeypatch, more):
     """Also one that was preempted within its prompt."""
-    runs: list[ScoredPrompt] = []
+    scored: list[int] = []  # tokens of prompts, in each step
     again: list[bool] = []
     of = Scoring.of
 
-    def noting(step):
-        found = of(step)
+    def noting(step, vocab_size):
+        found = of(step, vocab_size)
         again.extend(
             c.seq.scores_prompt and c.start < len(c.seq.prompt_logprobs) for c in step.chunks
         )
-        runs.extend(found.prompts if found else ())
+        scored.append(len(split(found.packed)[3]) if found else 0)
         return found
 
     monkeypatch.setattr(Scoring, "of", noting)
@@ -88,11 +96,11 @@ def test_preempted_requests_keep_what_they_know(directory, model, monkeypatch, m
     for prompt, output in zip(given, outputs, strict=True):
         check_output(model, prompt, output, (2, 1))
     # Each token of a prompt is scored once, whatever is computed again.
-    assert sum(each.end - each.start for each in runs) == sum(len(p) - 1 for p in given)
+    assert sum(scored) == sum(len(prompt) - 1 for prompt in given)
 
 
 def test_long_prompts_are_scored_in_pieces(llm, model, monkeypatch):
-    monkeypatch.setattr(device, "PIECE", 4)
+    monkeypatch.setattr(draws, "MOST_ROWS", 4)
     outputs = llm.generate(PROMPTS * 2, GREEDY_SCORED, use_tqdm=False)
     for prompt, output in zip(PROMPTS * 2, outputs, strict=True):
         check_output(model, prompt, output, (2, 1))
@@ -113,18 +121,6 @@ def test_asking_changes_no_token_and_greedy_ones_are_the_likeliest(llm, expected
         assert ranks == [1] * 8
 
 
-def count_computed(llm, monkeypatch) -> list[int]:
-    """A list that gets the number of tokens of each step from now on."""
-    counts: list[int] = []
-
-    def watch(moment, step):
-        if moment == "begin":
-            counts.append(sum(chunk.end - chunk.start for chunk in step.chunks))
-
-    monkeypatch.setattr(llm.model_runner, "watch", watch)
-    return counts
-
-
 def test_a_scored_prompt_takes_no_cached_prefix_but_leaves_one(directory, model, monkeypatch):
     prompt = (PROMPTS[0] * 40)[:40]
     once = SamplingParams(max_tokens=1, prompt_logprobs=2)
@@ -138,13 +134,13 @@ def test_a_scored_prompt_takes_no_cached_prefix_but_leaves_one(directory, model,
 
 def test_only_rows_that_ask_are_scored(llm, monkeypatch):
     scored: list[tuple[int, int]] = []
-    score = device.score
+    score = draws.score
 
     def counting(logits, tokens, count, *group):
         scored.append((len(logits), count))
         return score(logits, tokens, count, *group)
 
-    monkeypatch.setattr(device, "score", counting)
+    monkeypatch.setattr(draws, "score", counting)
     llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     assert scored == []
     asking = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, logprobs=4)
@@ -205,7 +201,7 @@ def test_interrupts_neither_lose_nor_double_scores(directory, model):
             for request_id, prompt, counts in zip(ids, PROMPTS, asked, strict=True):
                 check_output(model, prompt, outputs[request_id], counts)
         check_empty(llm)
-        assert llm.scheduler.num_scored == 0
+        assert llm.scheduler.num_asking == 0
 
 
 # ------------------------------------------------------------------ texts

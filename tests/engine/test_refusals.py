@@ -98,7 +98,10 @@ BAD_OPTIONS = [
     ([], {"max_new_tokens": 5}, TypeError, r"'max_new_tokens'.* 'max_tokens'"),
     ([], {"top_p": 2}, ValueError, r"^top_p=2 .*above 0"),
     ([GREEDY], {"max_tokens": 5, "top_k": 3}, TypeError, r"sampling_params.*max_tokens, top_k"),
-]
+    ([], {"stop": "x"}, ValueError, r"^stop and deltas are not allowed: .*no tokenizer"),
+    ([], {"logit_bias": {3: 1, VOCAB: 1}}, ValueError,
+     rf"^logit_bias holds token id {VOCAB}, .*: ids are from 0 to {VOCAB - 1}$"),
+]  # fmt: skip
 # Arguments of `generate`, and its error.
 BAD_CALLS = [
     *(

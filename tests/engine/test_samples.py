@@ -8,7 +8,17 @@ from dataclasses import replace
 import pytest
 
 from nanovllm import LLM, SamplingParams
-from tests.engine.cases import OPTIONS, PROMPTS, check_empty, drain, tokens
+from tests.engine.cases import (
+    OPTIONS,
+    PROMPTS,
+    check_empty,
+    count_computed,
+    drain,
+    in_order,
+    scheduled,
+    tokens,
+    whatever_the_scheduler_does,
+)
 
 THREE = SamplingParams(n=3, seed=7, max_tokens=10, ignore_eos=True)
 
@@ -40,40 +50,12 @@ def test_each_sample_has_a_seed_of_its_own(llm, samples):
     assert len({tuple(ids) for ids in tokens(outputs)}) == 6
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"async_scheduling": False},
-        {"max_num_batched_tokens": 5},
-        {"max_num_seqs": 2, "enable_prefix_caching": False},
-        {"max_num_seqs": 5},
-        {"num_kvcache_blocks": 5},
-        {"num_kvcache_blocks": 5, "max_num_batched_tokens": 9, "async_scheduling": False},
-    ],
-    ids=str,
-)
+@whatever_the_scheduler_does
 def test_samples_are_the_same_whatever_the_scheduler_does(directory, samples, options):
-    with LLM(str(directory), **{**OPTIONS, **options}) as engine:
-        for prompts, expected in ((PROMPTS, samples), (PROMPTS[::-1], None)):
-            outputs = engine.generate(prompts, THREE, use_tqdm=False)
-            expected = expected or [ids for i in (9, 6, 3, 0) for ids in samples[i : i + 3]]
-            assert tokens(outputs) == expected
-        if "num_kvcache_blocks" in options:
-            assert engine.scheduler.num_preemptions > 0
-        check_empty(engine)
-
-
-def computed_tokens(engine, monkeypatch) -> list[int]:
-    """Prompt tokens of each step from now on."""
-    counts, launch = [], engine.model_runner.launch
-
-    def counting(step, *options):
-        parts = [min(chunk.end, chunk.seq.prompt_len) - chunk.start for chunk in step.chunks]
-        counts.append(sum(part for part in parts if part > 0))
-        return launch(step, *options)
-
-    monkeypatch.setattr(engine.model_runner, "launch", counting)
-    return counts
+    with scheduled(directory, options) as engine:
+        assert tokens(engine.generate(PROMPTS, THREE, use_tqdm=False)) == samples
+        outputs = engine.generate(PROMPTS[::-1], THREE, use_tqdm=False)
+        assert tokens(outputs) == [ids for i in (9, 6, 3, 0) for ids in samples[i : i + 3]]
 
 
 def fresh_prompt(length: int) -> list[int]:
@@ -88,7 +70,7 @@ def test_samples_share_the_blocks_of_their_prompt(directory, monkeypatch, option
     """The whole blocks of 16 tokens but the one with the last token are computed once."""
     with LLM(str(directory), **{**OPTIONS, **options}) as engine:
         prompts = [fresh_prompt(length) for length in (40, 48, 33)[:count]]
-        computed = computed_tokens(engine, monkeypatch)
+        computed = count_computed(engine, monkeypatch)
         free = []
         step = engine._step
         blocks = engine.scheduler.blocks
@@ -106,7 +88,7 @@ def test_samples_share_the_blocks_of_their_prompt(directory, monkeypatch, option
 
 def test_without_the_prefix_cache_each_sample_is_computed(directory, monkeypatch):
     with LLM(str(directory), enable_prefix_caching=False, **OPTIONS) as engine:
-        computed = computed_tokens(engine, monkeypatch)
+        computed = count_computed(engine, monkeypatch)
         engine.generate([fresh_prompt(40)], THREE, use_tqdm=False)
         assert computed[0] == sum(computed) == 120
 
@@ -131,7 +113,7 @@ def test_samples_do_not_wait_for_a_first_one_that_was_aborted(directory, samples
             step()
 
         engine._step = stepping
-        outputs = sorted(stream, key=lambda output: (output["index"], output["sample"]))
+        outputs = in_order(stream)
         assert first == added
         assert [output["finish_reason"] for output in outputs] == ["abort", *["length"] * 3]
         assert tokens(outputs)[1:3] == expected[1:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import random
 from collections import defaultdict
 from dataclasses import replace
@@ -12,7 +11,19 @@ from itertools import cycle
 import pytest
 
 from nanovllm import LLM
-from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, before_call, check_empty, said, tokens
+from tests.engine.cases import (
+    GREEDY,
+    OPTIONS,
+    PROMPTS,
+    before_call,
+    check_empty,
+    in_child,
+    in_order,
+    said,
+    scheduled,
+    tokens,
+    whatever_the_scheduler_does,
+)
 from tests.thread_rounds import run_all
 
 LONG = replace(GREEDY, max_tokens=24)
@@ -34,10 +45,6 @@ def params(speaker) -> list:
 @pytest.fixture(scope="module")
 def whole(speaker, params) -> list[dict]:
     return speaker.generate(PROMPTS, params, use_tqdm=False)
-
-
-def in_order(outputs) -> list[dict]:
-    return sorted(outputs, key=lambda output: (output["index"], output["sample"]))
 
 
 def joined(deltas) -> list[tuple[str, list[int], str]]:
@@ -64,24 +71,12 @@ def test_completions_come_when_they_end(spoken, params, whole):
     assert list(spoken.stream([])) == list(spoken.stream([], deltas=True)) == []
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"async_scheduling": False},
-        {"num_kvcache_blocks": 4, "max_num_batched_tokens": 9},
-        {"enable_pipeline": True, "pipeline_mode": "microbatch", "pipeline_strict": True},
-    ],
-    ids=str,
-)
+@whatever_the_scheduler_does
 def test_deltas_make_exactly_the_texts(speaking, params, whole, options):
-    with LLM(speaking, **{**OPTIONS, **options}) as engine:
+    with scheduled(speaking, options) as engine:
         deltas = list(engine.stream(PROMPTS, params, deltas=True))
         assert joined(deltas) == said(whole)
         assert len(deltas) > 30
-        if "num_kvcache_blocks" in options:
-            assert engine.scheduler.num_preemptions > 0
-        check_empty(engine)
 
 
 def test_deltas_of_a_real_text_are_tokens(tiny):
@@ -220,12 +215,5 @@ def test_a_forked_child_leaves_its_parents_stream_alone(speaking, whole, params)
     with LLM(speaking, **OPTIONS) as engine:
         stream = engine.stream(PROMPTS, params)
         first = next(stream)
-        child = os.fork()
-        if child == 0:
-            try:
-                stream.close()
-            except BaseException:
-                os._exit(1)
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert in_child(stream.close) == 0
         assert said(in_order([first, *stream])) == said(whole)

@@ -7,19 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from nanovllm import LLM, SamplingParams
-from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, check_empty, drain, said, tokens
+from nanovllm import SamplingParams
+from tests.engine.cases import GREEDY, PROMPTS, SCHEDULES, drain, said, scheduled, tokens
 from tests.stop_definition import stopped
 
 LONG = replace(GREEDY, max_tokens=24)
-SETTINGS = [
-    {},
-    {"async_scheduling": False},
-    {"num_kvcache_blocks": 4, "max_num_batched_tokens": 9},
-    {"max_num_seqs": 2, "enable_prefix_caching": False},
-    {"enable_pipeline": True, "pipeline_mode": "microbatch", "pipeline_strict": True},
-    {"tensor_parallel_size": 2},
-]
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +27,11 @@ def random_stops(draw: random.Random, text: str) -> list[str]:
     return [*stops, stops[0] + "\N{SNOWMAN}", "nowhere"]
 
 
-@pytest.mark.parametrize("options", SETTINGS, ids=str)
+@pytest.mark.parametrize("options", [*SCHEDULES, {"tensor_parallel_size": 2}], ids=str)
 def test_a_request_ends_where_a_stop_text_is_complete(speaking, plain, options):
     draw = random.Random(seed := random.randrange(10**6))
     print("seed", seed)
-    with LLM(speaking, **{**OPTIONS, **options}) as engine:
+    with scheduled(speaking, options) as engine:
         for keep_stop in (False, True, False):
             params, expected = [], []
             for output in plain:
@@ -58,9 +50,6 @@ def test_a_request_ends_where_a_stop_text_is_complete(speaking, plain, options):
             assert found == expected
             reasons = [output["finish_reason"] for output in outputs]
             assert reasons == ["length" if stop is None else "stop" for *_, stop in expected]
-            check_empty(engine)
-        if "num_kvcache_blocks" in options:
-            assert engine.scheduler.num_preemptions > 0
 
 
 def test_only_requests_that_ask_read_their_texts(spoken, plain, monkeypatch):
@@ -83,12 +72,6 @@ def test_a_stop_text_across_the_end_of_the_limit_does_not_count(spoken, plain):
     params = replace(LONG, stop=text[-1:], include_stop_str_in_output=True)
     (output,) = spoken.generate([PROMPTS[0]], params, use_tqdm=False)
     assert output["finish_reason"] == "stop"  # and not "length", at the latest with the last
-
-
-def test_without_a_tokenizer_there_are_no_stop_texts(llm):
-    for call in (llm.generate, llm.add_request):
-        with pytest.raises(ValueError, match=r"^stop and deltas are not allowed: .*no tokenizer"):
-            call(PROMPTS[0] if call == llm.add_request else PROMPTS, stop="x")
 
 
 def test_a_tokenizer_that_fails_ends_only_the_request_that_asks(spoken, plain, monkeypatch, caplog):
@@ -151,14 +134,6 @@ def test_an_eos_token_is_a_reason_only_where_it_would_not_end_the_request_anyway
 def test_a_stop_text_may_be_that_of_a_special_token(tiny):
     output = tell(tiny, skip_special_tokens=False, ignore_eos=True, stop="<|im_end|>")
     assert (output["text"], output["stop_reason"]) == (tell(tiny)["text"], "<|im_end|>")
-
-
-def test_no_max_tokens_means_up_to_the_longest_sequence(spoken):
-    params = replace(LONG, max_tokens=None)
-    for length in (1, 40, 63, 64):
-        (output,) = spoken.generate([[7] * length], params, use_tqdm=False)
-        assert len(output["token_ids"]) == max(64 - length, 1)
-        assert output["finish_reason"] == "length"
 
 
 def test_added_requests_have_stop_texts_too(spoken, plain):

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from nanovllm import LLM
-from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, before_call, drain, tokens
+from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, before_call, drain, in_child, tokens
 from tests.thread_rounds import PATIENCE, Round, run_all
 
 
@@ -84,18 +84,6 @@ def test_exit_waits_for_a_step_that_another_thread_runs(directory, monkeypatch):
 
 
 # ------------------------------------------------------------------ fork
-
-
-def in_child(task) -> int:
-    """Runs `task` in a forked child that ends without any clean-up; returns its exit status."""
-    child = os.fork()
-    if child == 0:
-        try:
-            task()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_a_forked_child_touches_nothing_of_its_parents(directory, expected, monkeypatch):

@@ -51,8 +51,8 @@ LOAD_SECONDS = 1800.0
 DEATH_SECONDS = 2.0
 END_SECONDS = 10.0
 
-# Integers of a message's first part: the number of a step's arrays, their sizes, then as much of
-# these as it holds. All zeros: there are no more steps.
+# Integers of a message's first part: as many of a step's joined arrays as it holds. All zeros:
+# there are no more steps.
 PACKET = 4096
 # A token that a rank draws when it gave up waiting for the others.
 VOID = -2
@@ -150,30 +150,26 @@ class Ranks:
     def is_first(self) -> bool:
         return self.group.rank == 0
 
-    def send_step(
-        self, layout: StepLayout, flat: np.ndarray, draws: Sequence[np.ndarray | None]
-    ) -> None:
+    def send_step(self, layout: StepLayout, flat: np.ndarray, draws: Sequence[np.ndarray]) -> None:
         """Gives the other ranks a step to run; its plan goes as a number.
 
         Args:
             layout: of `flat`.
             flat: the inputs, int32.
-            draws: what is made of the logits, int32; an empty array arrives as None.
+            draws: what is made of the logits, int32.
 
         Raises:
             RankDiedError: one of them has died.
         """
         if self.group.size > 1:
             self.workers.check()
-            parts = [np.array(layout.to_integers(), np.int32), flat]
-            parts += [np.empty(0, np.int32) if part is None else part for part in draws]
-            message = join(parts)
+            message = join([np.array(layout.to_integers(), np.int32), flat, *draws])
             packet = np.zeros(PACKET, np.int32)
             packet[: len(message)] = message[:PACKET]
             for part in [packet, message[PACKET:]][: 1 + (len(message) > PACKET)]:
                 complete(self._broadcast(torch.from_numpy(part)), self.step_timeout)
 
-    def receive_step(self) -> tuple[StepLayout, np.ndarray, list[np.ndarray | None]] | None:
+    def receive_step(self) -> tuple[StepLayout, np.ndarray, list[np.ndarray]] | None:
         """Waits for the next step, as it was sent; None when there will be no more."""
         packet = torch.empty(PACKET, dtype=torch.int32)
         self._broadcast(packet).wait()
@@ -184,8 +180,7 @@ class Ranks:
         if len(message) > PACKET:
             self._broadcast(message[PACKET:]).wait()
         integers, flat, *draws = split(message.numpy())
-        layout = StepLayout.from_integers(integers.tolist())
-        return layout, flat, [part if len(part) else None for part in draws]
+        return StepLayout.from_integers(integers.tolist()), flat, draws
 
     def connect_peers(self, all_reduce: str, dtype: torch.dtype, hidden: int) -> None:
         """Lets the model's collectives use the memory of all ranks, if they can reach it.

@@ -241,6 +241,20 @@ def test_the_fields_of_openai_that_change_logits(tmp_path):
     assert "logit_bias={'x': 1} is not allowed" in refused["error"]["message"]
 
 
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_null_tokens_are_no_limit(tmp_path, field):
+    nulls = {"max_tokens": None, "max_completion_tokens": None}
+    bodies = [{field: None}, {**nulls, field: 5}, {"seed": None}]
+    given = [
+        request(str(i), prompt=TEXT, temperature=0, ignore_eos=True, **body)
+        for i, body in enumerate(bodies)
+    ]
+    results = run(tmp_path, given, "--max-model-len", "100")
+    usages = [result["response"]["body"]["usage"] for result in results]
+    assert usages[0]["total_tokens"] == 100
+    assert [usage["completion_tokens"] for usage in usages[1:]] == [5, SamplingParams().max_tokens]
+
+
 def test_logits_that_are_not_numbers_are_the_servers_error():
     line = lines.parse(3, json.dumps(request("a", prompt="x")).encode())
     broken = {"text": "", "token_ids": [], "finish_reason": "error"}

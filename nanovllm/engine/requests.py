@@ -132,7 +132,8 @@ class RequestMaker:
         seqs = []
         for request_id, (index, sample) in enumerate(places, first_id):
             params = call.params[index]
-            stop_ids, matcher = frozenset(params.stop_token_ids), self.grammars.matcher(params)
+            matcher = self.grammars.matcher(params)
+            stop_ids = frozenset(params.stop_token_ids or ())
             ignores_eos = params.ignore_eos and matcher is None  # after which nothing may follow
             seq = EngineSequence(
                 request_id=request_id,
@@ -173,7 +174,10 @@ class RequestMaker:
         else:
             if reason == "error":
                 name = seq.request_id
-                logger.warning("Request %d ends in error: its logits are not numbers", name)
+                logger.warning(
+                    "Request %d ends in error: its logits are not numbers, or no token is allowed",
+                    name,
+                )
         return Completion(
             text=text,
             token_ids=seq.token_ids[seq.prompt_len :],

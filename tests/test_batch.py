@@ -204,6 +204,10 @@ BAD_LINES = [
         "json_schema=.*'not' at #",
     ),
     (request("both", prompt="x", max_tokens=1, max_completion_tokens=1), "not both"),
+    (
+        request("two", prompt="x", json_schema={}, response_format={"type": "json_object"}),
+        "json_schema or response_format, not both",
+    ),
 ]
 
 

@@ -132,7 +132,10 @@ def _sampling_params(fields: dict[str, Any], defaults: SamplingOptions) -> Sampl
             raise ValueError("give either max_tokens or max_completion_tokens, not both")
         fields["max_tokens"] = fields.pop("max_completion_tokens")
     if "response_format" in fields:
-        fields |= _structure(fields.pop("response_format"))
+        structure = _structure(fields.pop("response_format"))
+        if structure.keys() & fields.keys():
+            raise ValueError("give either json_schema or response_format, not both")
+        fields |= structure
     return SamplingParams(**{**defaults, **fields})  # type: ignore[arg-type]
 
 

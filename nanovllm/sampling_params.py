@@ -31,6 +31,13 @@ def _token_ids(value: Any) -> tuple[int, ...]:
     return tuple(ids)
 
 
+def _stop_token_ids(value: Any) -> tuple[int, ...]:
+    try:
+        return () if value is None else _token_ids(value)
+    except ValueError as allowed:
+        raise ValueError(f"None or {allowed}") from None
+
+
 def _none_or_whole(low: int, high: float, words: str) -> Rule:
     def rule(value: Any) -> int | None:
         found = whole(value)
@@ -70,7 +77,7 @@ def _stop(value: Any) -> tuple[str, ...]:
 def _text(value: Any) -> str | None:
     if value is None or (isinstance(value, str) and value):
         return value
-    raise ValueError("None or a text")
+    raise ValueError("None or a text that is not empty")
 
 
 def _regex(value: Any) -> str | None:
@@ -135,7 +142,7 @@ class SamplingParams:
     top_p: float = option(1.0, number(0, 1, open_low=True))
     max_tokens: int | None = option(64, _none_or_whole(1, math.inf, "of at least 1"))
     ignore_eos: bool = option(False, boolean)
-    stop_token_ids: Collection[int] = option((), _token_ids)
+    stop_token_ids: Collection[int] | None = option((), _stop_token_ids)
     seed: int | None = option(None, _none_or_whole(0, 2**63 - 1, "from 0 to 2**63 - 1"))
     presence_penalty: float = option(0.0, number(-2, 2))
     frequency_penalty: float = option(0.0, number(-2, 2))
@@ -183,7 +190,7 @@ class SamplingOptions(TypedDict, total=False):
     top_p: float
     max_tokens: int | None
     ignore_eos: bool
-    stop_token_ids: Collection[int]
+    stop_token_ids: Collection[int] | None
     seed: int | None
     presence_penalty: float
     frequency_penalty: float

@@ -204,6 +204,10 @@ BAD_LINES = [
         "json_schema=.*'not' at #",
     ),
     (request("both", prompt="x", max_tokens=1, max_completion_tokens=1), "not both"),
+    (
+        request("two", prompt="x", json_schema={}, response_format={"type": "json_object"}),
+        "json_schema or response_format, not both",
+    ),
 ]
 
 
@@ -239,6 +243,20 @@ def test_the_fields_of_openai_that_change_logits(tmp_path):
             (expected,) = llm.generate(TEXT, **GREEDY, **each, use_tqdm=False)
             assert result["response"]["body"]["choices"][0]["text"] == expected["text"]
     assert "logit_bias={'x': 1} is not allowed" in refused["error"]["message"]
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_null_tokens_are_no_limit(tmp_path, field):
+    nulls = {"max_tokens": None, "max_completion_tokens": None}
+    bodies = [{field: None}, {**nulls, field: 5}, {"seed": None}]
+    given = [
+        request(str(i), prompt=TEXT, temperature=0, ignore_eos=True, **body)
+        for i, body in enumerate(bodies)
+    ]
+    results = run(tmp_path, given, "--max-model-len", "100")
+    usages = [result["response"]["body"]["usage"] for result in results]
+    assert usages[0]["total_tokens"] == 100
+    assert [usage["completion_tokens"] for usage in usages[1:]] == [5, SamplingParams().max_tokens]
 
 
 def test_logits_that_are_not_numbers_are_the_servers_error():

@@ -58,8 +58,8 @@ BAD_SAMPLING = {
     "max_tokens": (f"None or {POSITIVE}", NOT_POSITIVE[:-1]),
     "ignore_eos": (BOOLEAN, NOT_BOOLEANS),
     "stop_token_ids": (
-        "a sequence of token ids, integers of at least 0",
-        (5, None, "12", b"12", [1, "2"], [-1], [True], [1.0], [[1]], {5: 6}, np.array(5)),
+        "None or a sequence of token ids, integers of at least 0",
+        (5, "12", b"12", [1, "2"], [-1], [True], [1.0], [[1]], {5: 6}, np.array(5)),
     ),
     "seed": ("None or an integer from 0 to 2**63 - 1", (-1, 2**63, True, 1.0, "1")),
     "presence_penalty": ("a number from -2 to 2", (-2.1, 2.1, math.nan, True, "1", None)),
@@ -97,8 +97,8 @@ BAD_SAMPLING = {
     "skip_special_tokens": (BOOLEAN, NOT_BOOLEANS),
     "n": (POSITIVE, NOT_POSITIVE),
     "json_schema": ("a JSON schema, as a dict or as JSON text", (5, [], {1, 2}, b"{}")),
-    "regex": ("None or a text", (5, "", b"a", ["a"])),
-    "grammar": ("None or a text", (5, "", {"root": "a"})),
+    "regex": ("None or a text that is not empty", (5, "", b"a", ["a"])),
+    "grammar": ("None or a text that is not empty", (5, "", {"root": "a"})),
 }
 
 
@@ -296,6 +296,7 @@ def test_good_values_at_the_limits_are_taken_and_normalised():
     params = SamplingParams(0, 1, 1, stop_token_ids=[3, 4], seed=2**63 - 1)
     assert isinstance(params.temperature, float)
     assert params.stop_token_ids == (3, 4)
+    assert SamplingParams(stop_token_ids=None).stop_token_ids == ()
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@
      "body": {"prompt": "Once upon a time", "max_tokens": 20}}
 
 A body for /v1/chat/completions has `messages` in the place of `prompt`. The other fields of a body
-are those of `SamplingParams`. Chats also have `chat_template_kwargs` and `add_generation_prompt`,
-and OpenAI's `logprobs` (true or false) and `top_logprobs`.
+are those of `SamplingParams`, but `n` must be 1. Chats also have `chat_template_kwargs` and
+`add_generation_prompt`, and OpenAI's `logprobs` (true or false) and `top_logprobs`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ PROMPT_FIELDS = {COMPLETIONS: "prompt", CHAT: "messages"}
 CHAT_FIELDS = ("add_generation_prompt", "chat_template_kwargs")
 # Fields that change nothing. The model is that of the command, whatever the line says.
 IGNORED = ("model", "user", "metadata")
+# Of these null says that there is no limit; of all others, that the field is not given.
+LIMITS = {"max_tokens", "max_completion_tokens"}
 # What OpenAI's clients may send along, and the only value that is allowed.
 FIXED = {
     "best_of": 1,
@@ -99,6 +101,8 @@ def submit(llm: LLMEngine, line: Line, chat_template: str | None = None) -> Requ
         raise ValueError(line.problem)
     prompt_field = PROMPT_FIELDS[line.url]
     fields = {name: value for name, value in line.body.items() if value is not None}
+    if LIMITS & line.body.keys() and not LIMITS & fields.keys():
+        fields["max_tokens"] = None
     if prompt_field not in fields:
         raise ValueError(f"body has no {prompt_field!r}, which {line.url} needs")
     prompt = fields.pop(prompt_field)
@@ -128,7 +132,10 @@ def _sampling_params(fields: dict[str, Any], defaults: SamplingOptions) -> Sampl
             raise ValueError("give either max_tokens or max_completion_tokens, not both")
         fields["max_tokens"] = fields.pop("max_completion_tokens")
     if "response_format" in fields:
-        fields |= _structure(fields.pop("response_format"))
+        structure = _structure(fields.pop("response_format"))
+        if structure.keys() & fields.keys():
+            raise ValueError("give either json_schema or response_format, not both")
+        fields |= structure
     return SamplingParams(**{**defaults, **fields})  # type: ignore[arg-type]
 
 
@@ -157,7 +164,7 @@ def answer_line(request: Request, completion: Completion, model: str) -> dict[st
     """The answer to a request that has ended."""
     line, reason = request.line, completion["finish_reason"]
     if reason == "error":
-        message = "the model's logits are not numbers, or its tokens have no text"
+        message = "logits are not numbers, no token is allowed, or the tokens have no text"
         return error_line(line, message, "server_error")
     token_ids, logprobs = completion["token_ids"], completion["logprobs"]
     choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": reason}

@@ -19,8 +19,9 @@ PromptLogprobs = list[dict[int, Logprob] | None]
 class Completion(TypedDict):
     """A sample of what follows a prompt.
 
-    `finish_reason`: "stop", "length", "abort", or "error" if logits were not numbers or the tokens
-    have no text. `stop_reason`: which of `stop` or `stop_token_ids` ended it; None: something else.
+    `finish_reason`: "stop", "length", "abort", or "error" if logits were not numbers, no token
+    was allowed, or the tokens have no text. `stop_reason`: which of `stop` or `stop_token_ids`
+    ended it; None: something else.
     `index` is the place of its prompt in the call, `sample` runs from 0 to n - 1. `token_ids` has
     all tokens, also those of which `text` lacks the text, because they stopped it. Times are those
     of `time.perf_counter()`, in seconds; there is no `first_token_time` without a token.

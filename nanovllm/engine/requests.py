@@ -132,7 +132,7 @@ class RequestMaker:
         seqs = []
         for request_id, (index, sample) in enumerate(places, first_id):
             params = call.params[index]
-            stop_ids = frozenset(params.stop_token_ids)
+            stop_ids = frozenset(params.stop_token_ids or ())
             seq = EngineSequence(
                 request_id=request_id,
                 token_ids=list(call.prompts[index]),
@@ -177,7 +177,10 @@ class RequestMaker:
         else:
             if reason == "error":
                 name = seq.request_id
-                logger.warning("Request %d ends in error: its logits are not numbers", name)
+                logger.warning(
+                    "Request %d ends in error: its logits are not numbers, or no token is allowed",
+                    name,
+                )
         return Completion(
             text=text,
             token_ids=seq.token_ids[seq.prompt_len :],

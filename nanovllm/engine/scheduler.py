@@ -149,7 +149,7 @@ class Scheduler:
             if token is not None:
                 seq.num_pending -= 1
                 if token < 0:
-                    seq.finish_reason = "error"
+                    seq.finish("error")
                 else:
                     seq.append(token)
                 if seq.finish_reason is not None:

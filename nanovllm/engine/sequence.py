@@ -123,18 +123,23 @@ class Sequence:
             self.first_token_time = time.perf_counter()
         self.token_ids.append(token)
         if self.matcher is not None and not self.matcher.accept_token(token):
-            self.finish_reason = "error"
+            self.finish("error")
         else:
             self.judge()
+
+    def finish(self, reason: str) -> None:
+        """Ends it, unless a signal handler has just aborted it."""
+        if self.finish_reason is None:
+            self.finish_reason = reason
 
     def judge(self) -> None:
         """Finishes the sequence if its tokens say so."""
         if len(self.token_ids) > self.prompt_len and self.token_ids[-1] in self.stop_ids:
-            self.finish_reason = "stop"
+            self.finish("stop")
         elif self.detokenizer is not None and (reason := self.detokenizer.read(self.token_ids)):
-            self.finish_reason = reason
+            self.finish(reason)
         elif not self.num_pending and self.is_full:
-            self.finish_reason = "length"
+            self.finish("length")
 
     def rewind(self) -> None:
         """Forgets what was computed and planned of it, but none of its tokens."""
@@ -143,6 +148,6 @@ class Sequence:
         if self.matcher is not None:
             self.matcher.reset()
             if not all(map(self.matcher.accept_token, self.token_ids[self.prompt_len :])):
-                self.finish_reason = "error"
+                self.finish("error")
         if self.finish_reason is None:
             self.judge()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
@@ -59,6 +60,17 @@ def test_the_cases_tell_right_from_wrong(shared, params, right):
     unchanged = tokens(shared.generate(MORE, plain, use_tqdm=False))
     assert sum(ours != theirs for ours, theirs in zip(right, unchanged, strict=True)) > 4
     assert [len(ids) for ids in right[3:5]] == [5, 4]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_request_that_allows_no_token_ends_in_error(shared, caplog, temperature):
+    nothing = dict.fromkeys(range(VOCAB), -math.inf)
+    params = SamplingParams(temperature, logit_bias=nothing, logprobs=2, prompt_logprobs=2, n=2)
+    outputs = shared.generate([MORE[0], MORE[1]], [params, GREEDY], use_tqdm=False)
+    assert [output["finish_reason"] for output in outputs] == ["error", "error", "length"]
+    assert [output["token_ids"] for output in outputs[:2]] == [[], []]
+    assert [output["logprobs"] for output in outputs[:2]] == [[], []]
+    assert sum("no token is allowed" in record.getMessage() for record in caplog.records) == 2
 
 
 @whatever_the_scheduler_does

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from nanovllm import LLM
+from nanovllm.engine.sequence import Sequence
 from tests.engine.cases import (
     GREEDY,
     OPTIONS,
@@ -123,3 +124,18 @@ def test_nothing_is_left_to_wait_for_once_an_engine_has_exited(directory):
     engine.exit()
     assert engine.is_finished()
     assert engine.abort(request) is False
+
+
+def test_an_abort_in_the_moment_in_which_a_request_ends_counts(shared, monkeypatch):
+    """By a signal handler, which comes while the engine finds out that it has ended."""
+    answers = []
+
+    def is_full(seq):
+        answers.append(shared.abort(seq.request_id))
+        return True
+
+    monkeypatch.setattr(Sequence, "is_full", property(is_full))
+    shared.add_request(PROMPTS[0], max_tokens=1, ignore_eos=True)
+    assert drain(shared) == {}
+    assert answers == [True]
+    check_empty(shared)

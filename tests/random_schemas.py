@@ -12,6 +12,7 @@ PATTERNS = [
     r"^[a-c]{2,3}$",
     r"^.{1,4}$",
     r"^[^a-z]{1,3}$",
+    r"^[^\sa-z]{1,2}x$",
     r"^(ab|\d\d?)+x?$",
     r"^\w{1,5}$",
     r"^[\w.\-]{3}$",
@@ -63,8 +64,6 @@ class RandomSchema:
         return schema
 
     def integer(self, depth: int) -> dict[str, Any]:
-        if self.maybe(0.2):
-            return {"type": "integer", "multipleOf": self.random.randint(1, 30)}
         return {"type": "integer", **self.bounds(lambda: self.random.randint(-5000, 5000), 3)}
 
     def number(self, depth: int) -> dict[str, Any]:
@@ -93,7 +92,7 @@ class RandomSchema:
         return {"type": self.random.choice(["boolean", "null"])}
 
     def array(self, depth: int) -> dict[str, Any]:
-        schema: dict[str, Any] = {"type": "array"} if self.maybe(0.8) else {}
+        schema: dict[str, Any] = {"type": "array"}
         low = self.random.randint(0, 2)
         if self.maybe(0.3):
             schema["prefixItems"] = [self.draw(depth) for _ in range(self.random.randint(1, 2))]
@@ -105,30 +104,25 @@ class RandomSchema:
 
     def object(self, depth: int) -> dict[str, Any]:
         names = self.random.sample(NAMES, self.random.randint(1, 4))
-        schema: dict[str, Any] = {"type": "object"} if self.maybe(0.8) else {}
-        schema["properties"] = {name: self.draw(depth) for name in names}
+        properties = {name: self.draw(depth) for name in names}
+        schema: dict[str, Any] = {"type": "object", "properties": properties}
         if self.maybe(0.7):
             schema["required"] = [name for name in names if self.maybe()]
         if self.maybe(0.3):
             schema["additionalProperties"] = self.maybe()
         if self.maybe(0.2):
-            schema["minProperties"] = self.random.randint(0, len(names))
-        if self.maybe(0.2):
-            fewest = max(schema.get("minProperties", 0), len(schema.get("required", ())))
+            fewest = len(schema.get("required", ()))
             schema["maxProperties"] = self.random.randint(fewest, len(names))
         return schema
 
     def map(self, depth: int) -> dict[str, Any]:
-        schema = {"type": "object", "additionalProperties": self.draw(depth), "maxProperties": 2}
-        return schema | ({"minProperties": 1} if self.maybe(0.3) else {})
+        return {"type": "object", "additionalProperties": self.draw(depth), "maxProperties": 2}
 
     def any_of(self, depth: int) -> dict[str, Any]:
         parts = [self.draw(depth) for _ in range(self.random.randint(1, 3))]
         return {"allOf": parts[:1]} if self.maybe(0.2) else {"anyOf": parts}
 
     def one_of(self, depth: int) -> dict[str, Any]:
-        if self.maybe():
-            return {"oneOf": [self.string(0), self.integer(0), {"type": "null"}]}
         tagged = [
             {
                 "type": "object",
@@ -137,7 +131,10 @@ class RandomSchema:
             }
             for tag in ("one", "two")
         ]
-        return {"oneOf": [tagged[0], self.define(tagged[1])]}
+        return {
+            "oneOf": [tagged[0], self.define(tagged[1])],
+            "discriminator": {"propertyName": "tag"},
+        }
 
     def several(self, depth: int) -> dict[str, Any]:
         kinds = {

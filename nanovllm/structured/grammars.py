@@ -124,12 +124,10 @@ class Grammars:
             tokenizer, vocab_size=size, stop_token_ids=self.eos_ids
         )
         texts = list(found.decoded_vocab)
-        for token, added in tokenizer.added_tokens_decoder.items():
-            if token < size:
-                texts[token] = b"" if added.special else added.content.encode()
-        for token in tokenizer.all_special_ids:
-            if token < size:
-                texts[token] = b""
+        added = tokenizer.added_tokens_decoder
+        special = {*tokenizer.all_special_ids, *(id for id in added if added[id].special)}
+        for token in filter(lambda token: token < size, {*added, *special}):
+            texts[token] = b"" if token in special else added[token].content.encode()
         return xgrammar.TokenizerInfo(
             texts,
             xgrammar.VocabType.RAW,

@@ -5,39 +5,36 @@ from __future__ import annotations
 import math
 from typing import Any, NoReturn
 
-from nanovllm.structured.patterns import MAX_STATES, string_pattern
+from nanovllm.structured.patterns import ANY_CHARACTER, string_pattern
 
 # Bounds of numbers: xgrammar compares their decimal digits, to the sixth place.
 MAX_BOUND, DECIMALS = 1e9, 6
-MAX_MULTIPLE = 1024
 
 ANNOTATIONS = {
     "title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly",
     "$comment", "$schema", "$defs", "definitions",
 }  # fmt: skip
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+# By type.
 KEYWORDS: dict[str, tuple[str, ...]] = {
     "string": ("minLength", "maxLength", "pattern", "format"),
-    "integer": (*_BOUNDS, "multipleOf"),
+    "integer": _BOUNDS,
     "number": _BOUNDS,
     "boolean": (),
     "null": (),
     "array": ("items", "prefixItems", "minItems", "maxItems"),
-    "object": (
-        "properties", "required", "additionalProperties", "minProperties", "maxProperties"
-    ),
+    "object": ("properties", "required", "additionalProperties", "maxProperties"),
+}
+# How Python's parser reads the values of a type.
+CLASSES: dict[str, tuple[type, ...]] = {
+    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,),
+    "null": (type(None),), "array": (list,), "object": (dict,),
 }  # fmt: skip
 # What a schema may have in the place of its type's keywords, and what may stand beside it.
 COMPOSED: dict[str, tuple[str, ...]] = {
     "$ref": (), "const": ("type",), "enum": ("type",), "anyOf": (), "allOf": (),
     "oneOf": ("discriminator",),
 }  # fmt: skip
-# Of a keyword those that are not enforced beside it.
-EXCLUDED: dict[str, tuple[str, ...]] = {
-    "pattern": ("format", "minLength", "maxLength"),
-    "format": ("minLength", "maxLength"),
-    "multipleOf": _BOUNDS,
-}
 # Months have their days, but for leap years.
 _DATE = (
     r"[1-9]\d{3}-((0[13578]|1[02])-(0[1-9]|[12]\d|3[01])|(0[469]|11)-(0[1-9]|[12]\d|30)"
@@ -50,20 +47,10 @@ FORMATS = {
     "date-time": f"{_DATE}T{_TIME}",
     "uuid": r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}",
 }
-# A character that JSON does not escape; in strings with a length xgrammar itself lets in others.
-_CHARACTER = "[ !#-\\[\\]-~\x80-\ud7ff\ue000-\U0010ffff]"
 
 
 def refuse(keyword: str, place: str, reason: str) -> NoReturn:
     raise ValueError(f"{keyword!r} at {place} {reason}")
-
-
-def check_beside(keywords: dict[str, Any], place: str) -> None:
-    """Refuses keywords that are enforced, but not beside one another."""
-    for keyword, others in EXCLUDED.items():
-        for other in others:
-            if keyword in keywords and other in keywords:
-                refuse(other, place, f"is not enforced beside {keyword}")
 
 
 def entries(value: Any, place: str) -> list[Any]:
@@ -75,43 +62,39 @@ def entries(value: Any, place: str) -> list[Any]:
 
 def counts(keywords: dict[str, Any], names: tuple[str, ...], place: str) -> dict[str, int]:
     """Those of these names that are there: lengths and numbers of items."""
-    for name in names:
-        count = keywords.get(name, 0)
+    found = {name: keywords[name] for name in names if name in keywords}
+    for name, count in found.items():
         if type(count) is not int or not 0 <= count < 2**31:
             refuse(name, place, "must be an integer from 0 to 2**31 - 1")
-    return {name: keywords[name] for name in names if name in keywords}
+    return found
 
 
-def string(keywords: dict[str, Any], place: str) -> dict[str, str]:
-    """All keywords of a string as a pattern."""
+def pattern(keywords: dict[str, Any], place: str) -> str:
+    """What all keywords of a string mean; "" if there are none."""
     lengths = counts(keywords, ("minLength", "maxLength"), place)
-    if lengths:
-        repeated = f"{{{lengths.get('minLength', 0)},{lengths.get('maxLength', '')}}}"
-        if max(lengths.values()) <= MAX_STATES:  # for this form xgrammar takes less time
-            return {"pattern": string_pattern(f"^.{repeated}$")}
-        return {"pattern": f"^{_CHARACTER}{repeated}$"}
+    given = [name for name in ("pattern", "format") if name in keywords]
+    if given and (others := [*given[1:], *lengths]):
+        refuse(others[0], place, f"is not enforced beside {given[0]}")
+    if lengths:  # xgrammar itself lets in characters that JSON escapes
+        low, high = lengths.get("minLength", 0), lengths.get("maxLength", "")
+        return f"^{ANY_CHARACTER}{{{low},{high}}}$"
     if "format" in keywords:
         if keywords["format"] not in FORMATS:
             refuse("format", place, f"is not enforced but for {', '.join(FORMATS)}")
-        return {"pattern": f"^{FORMATS[keywords['format']]}$"}
-    if "pattern" in keywords:
-        if not isinstance(keywords["pattern"], str):
-            refuse("pattern", place, "must be a text")
-        try:
-            return {"pattern": string_pattern(keywords["pattern"])}
-        except ValueError as allowed:
-            refuse("pattern", place, f"must be {allowed}")
-    return {}
+        return f"^{FORMATS[keywords['format']]}$"
+    text = keywords.get("pattern", "")
+    if not isinstance(text, str):
+        refuse("pattern", place, "must be a text")
+    try:
+        return string_pattern(text)
+    except ValueError as allowed:
+        refuse("pattern", place, f"must be {allowed}")
 
 
 def bound(value: Any, name: str, kind: str, place: str) -> int | float:
-    """A bound of a number or an integer, or `multipleOf`."""
+    """A bound of a number or an integer."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         refuse(name, place, "must be a number")
-    if name == "multipleOf":
-        if value != int(value) or not 1 <= value <= MAX_MULTIPLE:
-            refuse(name, place, f"must be an integer from 1 to {MAX_MULTIPLE}")
-        return int(value)
     if kind == "integer":  # of a fraction the next integer means the same
         return math.ceil(value) if name in ("minimum", "exclusiveMaximum") else math.floor(value)
     if abs(value) > MAX_BOUND or round(value, DECIMALS) != value:

@@ -8,86 +8,89 @@ come from classes that are written out here: xgrammar's own let in bytes that ar
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
-# A character that stands in a JSON string as it is, beyond ASCII.
-_BEYOND_ASCII = r"[\u0080-\u07ff]|[\u0800-\ud7ff\ue000-\uffff]|[\u{10000}-\u{10ffff}]"
-_IN_STRINGS = [c for c in map(chr, range(0x20, 0x7F)) if c not in '"\\']
 # Its automaton has a state for each, and takes minutes to make from many.
 MAX_STATES = 1000
 # Together they bound the time of a compilation, which nothing else does.
 MAX_REGEX = 2**14
 
+# All that "." means, but for the line separators among them.
+_BEYOND_ASCII = "\x80-\u2027\u202a-\ud7ff\ue000-\U0010ffff"
+# What JSON does not escape.
+_PLAIN = [c for c in map(chr, range(0x20, 0x7F)) if c not in '"\\']
 _TOKEN = re.compile(r"\\.|\[\^?(?:\\.|[^\]\\])*\]|\{[^}]*\}|.", re.DOTALL)
-_KNOWN_LETTERS = "dDwWsSnrtfvxu"
 
 
 def text_pattern(text: str) -> str:
     """A regex of a whole text for xgrammar; raises ValueError with what is allowed instead."""
-    tokens = _tokens(text)
-    for token in tokens:
-        if token[0] == "\\":
-            _check_escape(token, _KNOWN_LETTERS)
-    return "".join(r"[^\n\r]" if token == "." else token for token in tokens)
+    tokens = _tokens(text, "dDwWsSnrtfvxu")
+    return "".join("[^\\n\\r\u2028\u2029]" if token == "." else token for token in tokens)
 
 
 def string_pattern(text: str) -> str:
     """A regex of the inside of a JSON string; raises ValueError with what is allowed instead."""
-    parts, sizes = [], [[0, 0]]  # of each open group: states before the last item, and of it
-    for token in _tokens(text):
-        parts.append(_in_string(token))
-        if token in "*+?|^$":
-            continue
-        before, last = sizes[-1]
-        if token == "(":
-            sizes.append([0, 0])
-            continue
-        if token == ")" and len(sizes) > 1:
-            sizes.pop()
-            sizes[-1] = [sum(sizes[-1]), before + last]
-        elif token[0] == "{":
-            sizes[-1][1] = last * max(map(int, re.findall(r"\d+", token)), default=1)
-        else:
-            sizes[-1] = [before + last, 1]
-        if sum(sizes[-1]) > MAX_STATES:
-            raise ValueError(f"of at most {MAX_STATES} characters with its repetitions")
-    return "".join(parts)
+    tokens = _tokens(text, "dwsnrtfv")
+    _check_size(tokens)
+    return "".join(map(_in_string, tokens))
 
 
-def _tokens(text: str) -> list[str]:
+def any_of(characters: list[str], beyond: str = _BEYOND_ASCII) -> str:
+    """A class of these characters and a range beyond ASCII."""
+    return "[" + "".join(c if c.isalnum() else f"\\{c}" for c in characters) + beyond + "]"
+
+
+ANY_CHARACTER = any_of(_PLAIN)
+
+
+def _tokens(text: str, letters: str) -> list[str]:
     """The parts of a regex: escapes, classes, repetitions, and single characters."""
     if len(text) > MAX_REGEX:
         raise ValueError(f"a regular expression of at most {MAX_REGEX} characters")
+    _check_escapes(text, letters)
     tokens = _TOKEN.findall(text)
-    for place, token in enumerate(tokens):
-        if token == ("^" if place else "") or (token == "$" and place < len(tokens) - 1):
-            raise ValueError("without ^ and $ but at its ends: xgrammar would ignore them")
-        if len(token) > 1 and token[0] == "[":
-            for escape in re.findall(r"\\.", token, re.DOTALL):
-                _check_escape(escape, _KNOWN_LETTERS)
+    if "^" in tokens[1:] or "$" in tokens[:-1]:
+        raise ValueError("without ^ and $ but at its ends: xgrammar would ignore them")
     return tokens
+
+
+def _check_escapes(text: str, letters: str) -> None:
+    for escape in re.findall(r"\\.", text, re.DOTALL):
+        if escape[1].isalnum() and escape[1] not in letters:
+            raise ValueError(f"without {escape}: escapes with letters are {', '.join(letters)}")
+
+
+def _check_size(tokens: list[str]) -> None:
+    """Refuses what may have too many states, as if all of it stood in each repeated group."""
+    states, repeated = 0, 1
+    for before, token in pairwise(["", *tokens]):
+        if token[0] == "{":
+            count = max(map(int, re.findall(r"\d+", token)), default=1)
+            if before == ")":
+                repeated *= max(count, 1)
+            else:
+                states += count
+        elif token not in "()*+?|^$":
+            states += 1
+    if states * repeated > MAX_STATES:
+        raise ValueError(f"of at most {MAX_STATES} characters with its repetitions")
 
 
 def _in_string(token: str) -> str:
     if token == ".":
-        return _any_of(_IN_STRINGS)
-    if token.startswith("[^"):
-        try:
-            return _any_of([c for c in _IN_STRINGS if re.fullmatch(token, c)])
-        except re.error as error:
-            raise ValueError(f"a regular expression; {token} is none: {error}") from None
-    if not token.isascii() or not token.isprintable() or '"' in token or "\\\\" in token:
+        return ANY_CHARACTER
+    negated = token.startswith("[^")
+    escaped = not negated and ('"' in token or "\\\\" in token)
+    if escaped or not token.isascii() or not token.isprintable():
         raise ValueError("of printable ASCII characters that JSON does not escape")
-    for escape in re.findall(r"\\.", token):
-        _check_escape(escape, "dws")
-    return token
-
-
-def _any_of(characters: list[str]) -> str:
-    """One of these, or any beyond ASCII."""
-    own = "".join(c if c.isalnum() else f"\\{c}" for c in characters)
-    return f"([{own}]|{_BEYOND_ASCII})" if own else f"({_BEYOND_ASCII})"
-
-
-def _check_escape(escape: str, letters: str) -> None:
-    if escape[1:].isalnum() and escape[1:] not in letters:
-        raise ValueError(f"without {escape}: of the escapes with letters, {', '.join(letters)} are")
+    if not negated:
+        _check_escapes(token, "dws")
+        return token
+    try:
+        allowed = [c for c in _PLAIN if re.fullmatch(token, c)]
+    except re.error as error:
+        raise ValueError(f"a regular expression; {token} is none: {error}") from None
+    if not allowed:
+        raise ValueError(f"a regular expression in which {token} is some ASCII character")
+    # Which characters beyond ASCII are digits, letters and spaces depends on the reader.
+    return any_of(allowed, "" if re.search(r"\\[dws]", token) else _BEYOND_ASCII)

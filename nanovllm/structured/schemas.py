@@ -9,27 +9,23 @@ schema (objects have no properties but those that are named), never more.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from nanovllm.structured.disjoint import are_disjoint, is_a
 from nanovllm.structured.keywords import (
     ANNOTATIONS,
+    CLASSES,
     COMPOSED,
     KEYWORDS,
     bound,
-    check_beside,
     counts,
     entries,
+    pattern,
     refuse,
-    string,
 )
 
 MAX_TEXT = 2**16
 MAX_INTEGER = 2**63 - 1
-# References that are followed one after the other, as they may go round in a circle.
-MAX_STEPS = 8
 
 
 def check_schema(value: Any) -> str | None:
@@ -61,11 +57,23 @@ def translate(schema: Any) -> dict[str, Any]:
 
 class _Translator:
     def __init__(self, root: Any) -> None:
-        self.root = root
-        self.names: dict[str, str] = {}  # of definitions, by what refers to them
-        self.definitions: dict[str, Any] = {}
         self.count = 0
-        self.translated = {**self.schema(root, "#"), "$defs": self.definitions}
+        self.patterns: dict[str, str] = {}  # names of definitions by what they match
+        self.one_of: list[tuple[str, object, list[dict[str, Any]]]] = []
+        # What references may point to, and how xgrammar is told of it.
+        targets = {"#": root}
+        for keyword in ("$defs", "definitions"):
+            schemas = root.get(keyword, {}) if isinstance(root, dict) else {}
+            if not isinstance(schemas, dict):
+                refuse(keyword, "#", "must be an object")
+            targets |= {f"#/{keyword}/{name}": schema for name, schema in schemas.items()}
+        self.names = {target: f"d{i}" for i, target in enumerate(targets)}
+        self.definitions: dict[str, Any] = {}
+        for target, schema in targets.items():
+            self.definitions[self.names[target]] = self.schema(schema, target)
+        for alternatives in self.one_of:
+            self.check_tags(*alternatives)
+        self.translated = {"$ref": "#/$defs/d0", "$defs": self.definitions}
 
     def schema(self, schema: Any, place: str) -> dict[str, Any]:
         if schema is True:
@@ -74,78 +82,76 @@ class _Translator:
             raise ValueError(f"{place} is {schema!r:.40}, which is no schema that a value can meet")
         for keyword, beside in COMPOSED.items():
             if keyword in schema:
-                self.check_keywords(schema, [keyword, *beside], place)
+                check_known(schema, [keyword, *beside], place)
                 return self.composed(keyword, schema, place)
-        kinds = self.types(schema, place)
+        kinds = types(schema, place)
         known = ["type", *dict.fromkeys(name for kind in kinds for name in KEYWORDS[kind])]
-        self.check_keywords(schema, known, place)
+        check_known(schema, known, place)
         parts = [self.typed(kind, schema, place) for kind in kinds]
         return {"anyOf": parts} if len(parts) > 1 else parts[0] if parts else {}
 
-    def check_keywords(self, schema: dict[str, Any], known: list[str], place: str) -> None:
-        """Refuses all but those that are known at this place, and annotations."""
-        allowed = {*known, *ANNOTATIONS, *(["$id"] if place == "#" else [])}
-        for keyword in schema:
-            if keyword not in allowed:
-                if known == ["type"] and any(keyword in of_type for of_type in KEYWORDS.values()):
-                    refuse(keyword, place, "is not enforced beside this type, or without one")
-                refuse(keyword, place, f"is not enforced; known there: {', '.join(known)}")
-
-    def types(self, schema: dict[str, Any], place: str) -> list[str]:
-        """Those that it names; or else of objects and arrays what its keywords mean; or none."""
-        if "type" not in schema:
-            meant = ("object", "array")
-            return [kind for kind in meant if not schema.keys().isdisjoint(KEYWORDS[kind])][:1]
-        kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
-        if not kinds or not all(isinstance(kind, str) and kind in KEYWORDS for kind in kinds):
-            refuse("type", place, f"must be among {', '.join(KEYWORDS)}")
-        return list(dict.fromkeys(kinds))
+    def schemas(self, values: Any, place: str) -> list[dict[str, Any]]:
+        return [self.schema(each, f"{place}/{i}") for i, each in enumerate(entries(values, place))]
 
     def composed(self, keyword: str, schema: dict[str, Any], place: str) -> dict[str, Any]:
         value, here = schema[keyword], f"{place}/{keyword}"
         if keyword == "$ref":
-            return self.reference(value, place)
+            name = self.names.get(value) if isinstance(value, str) else None
+            if name is None or not set(value).isdisjoint("~%"):
+                refuse(keyword, place, "must be # or #/$defs/... of this schema, without ~ and %")
+            return {"$ref": f"#/$defs/{name}"}
         if keyword in ("const", "enum"):
+            kinds = types(schema, place) or list(KEYWORDS)
             values = [value] if keyword == "const" else entries(value, here)
-            kinds = self.types(schema, place) if "type" in schema else list(KEYWORDS)
-            fitting = [value for value in values if any(is_a(value, kind) for kind in kinds)]
+            fitting = [value for value in values if any(type(value) in CLASSES[k] for k in kinds)]
             if not fitting:
                 raise ValueError(f"{here} has no value of the type beside it")
             return self.unlike({"enum": fitting})
-        parts = [self.schema(part, f"{here}/{i}") for i, part in enumerate(entries(value, here))]
+        parts = self.schemas(value, here)
         if keyword == "allOf" and len(parts) > 1:
             refuse(keyword, place, "is enforced with a single part only")
-        if keyword == "oneOf" and not all(
-            are_disjoint(one, other, self.follow)
-            for i, one in enumerate(value)
-            for other in value[:i]
-        ):
-            refuse(keyword, place, "has parts that may hold at once; anyOf may do")
+        if keyword == "oneOf":
+            self.one_of.append((place, schema.get("discriminator"), parts))
         return {"anyOf": parts}
+
+    def check_tags(self, place: str, discriminator: Any, parts: list[dict[str, Any]]) -> None:
+        """Refuses a `oneOf` whose parts may hold at once: xgrammar takes one of any."""
+        name = discriminator.get("propertyName") if isinstance(discriminator, dict) else None
+        tags: list[Any] = []
+        for part in parts:
+            target = self.definitions.get(part.get("$ref", "").removeprefix("#/$defs/"), part)
+            is_tagged = target.get("type") == "object" and name in target["required"]
+            tags += target["properties"][name].get("enum", [None]) if is_tagged else [None]
+        if not all(isinstance(tag, str) for tag in tags) or len(set(tags)) < len(tags):
+            refuse("oneOf", place, "needs a discriminator that is a different text in each part")
 
     def typed(self, kind: str, schema: dict[str, Any], place: str) -> dict[str, Any]:
         own = {name: schema[name] for name in KEYWORDS[kind] if name in schema}
-        check_beside(own, place)
         if kind == "string":
-            return self.shared({"type": kind, **string(own, place)})
+            return self.string(own, place)
         if kind == "array":
             return self.array(own, place)
         if kind == "object":
             return self.object(own, place)
         return {"type": kind, **{name: bound(own[name], name, kind, place) for name in own}}
 
+    def string(self, own: dict[str, Any], place: str) -> dict[str, Any]:
+        if not own:
+            return {"type": "string"}
+        regex = pattern(own, place)
+        # Equal ones have one definition: xgrammar takes long for each.
+        name = self.patterns.setdefault(regex, f"p{len(self.patterns)}")
+        self.definitions[name] = {"type": "string", "pattern": regex}
+        return {"$ref": f"#/$defs/{name}"}
+
     def array(self, own: dict[str, Any], place: str) -> dict[str, Any]:
         result: dict[str, Any] = {"type": "array", **counts(own, ("minItems", "maxItems"), place)}
         if "prefixItems" in own:
-            here = f"{place}/prefixItems"
-            parts = entries(own["prefixItems"], here)
-            result["prefixItems"] = [self.schema(p, f"{here}/{i}") for i, p in enumerate(parts)]
+            result["prefixItems"] = self.schemas(own["prefixItems"], f"{place}/prefixItems")
         items = own.get("items", "prefixItems" not in own)
-        result["items"] = items and self.schema(items, f"{place}/items")
-        return result
+        return {**result, "items": items and self.schema(items, f"{place}/items")}
 
     def object(self, own: dict[str, Any], place: str) -> dict[str, Any]:
-        limits = counts(own, ("minProperties", "maxProperties"), place)
         properties, further = own.get("properties", {}), own.get("additionalProperties", True)
         if not isinstance(properties, dict):
             refuse("properties", place, "must be an object")
@@ -156,13 +162,11 @@ class _Translator:
             if not isinstance(further, bool):
                 refuse("additionalProperties", place, "is not enforced beside properties")
             further = False
-        elif limits.get("minProperties", 0) > 1:  # a name may come twice
-            refuse("minProperties", place, "is not enforced above 1 without properties")
         here = f"{place}/properties"
         return self.unlike(
             {
                 "type": "object",
-                **limits,
+                **counts(own, ("maxProperties",), place),
                 "properties": {n: self.schema(p, f"{here}/{n}") for n, p in properties.items()},
                 "required": required,
                 "additionalProperties": further
@@ -170,39 +174,27 @@ class _Translator:
             }
         )
 
-    def reference(self, reference: Any, place: str) -> dict[str, Any]:
-        target = self.resolve(reference, place)
-        if reference not in self.names:
-            name = self.names[reference] = f"d{len(self.names)}"
-            self.definitions[name] = self.schema(target, reference)
-        return {"$ref": f"#/$defs/{self.names[reference]}"}
-
-    def resolve(self, reference: Any, place: str) -> Any:
-        if not isinstance(reference, str) or not re.fullmatch("#(/[^~%]*)?", reference):
-            refuse("$ref", place, "must be # or #/..., without ~ and %")
-        target = self.root
-        for part in reference.split("/")[1:]:
-            if not isinstance(target, dict) or part not in target:
-                refuse("$ref", place, f"points to {reference}, which is not there")
-            target = target[part]
-        return target
-
-    def follow(self, schema: Any) -> Any:
-        for _ in range(MAX_STEPS):
-            if isinstance(schema, dict) and "$ref" in schema:
-                schema = self.resolve(schema["$ref"], "#")
-        return schema
-
-    def shared(self, schema: dict[str, Any]) -> dict[str, Any]:
-        """A reference to it: xgrammar takes long for patterns, and compiles equal ones anew."""
-        name = self.names.setdefault(json.dumps(schema), f"d{len(self.names)}")
-        self.definitions[name] = schema
-        return {"$ref": f"#/$defs/{name}"}
-
     def unlike(self, schema: dict[str, Any]) -> dict[str, Any]:
         """Tells it from others: xgrammar takes two for one that differ in a key like "title"."""
         self.count += 1
         return {**schema, "unlike": self.count}
+
+
+def check_known(schema: dict[str, Any], known: list[str], place: str) -> None:
+    """Refuses keywords but those that are known at this place, and annotations."""
+    for keyword in schema:
+        if keyword not in (*known, *ANNOTATIONS, "$id" if place == "#" else ""):
+            refuse(keyword, place, f"is not enforced; known there: {', '.join(known)}")
+
+
+def types(schema: dict[str, Any], place: str) -> list[str]:
+    """Those that a schema names, or none."""
+    if "type" not in schema:
+        return []
+    kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    if not kinds or not all(isinstance(kind, str) and kind in KEYWORDS for kind in kinds):
+        refuse("type", place, f"must be among {', '.join(KEYWORDS)}")
+    return list(dict.fromkeys(kinds))
 
 
 def _integer(digits: str) -> int:

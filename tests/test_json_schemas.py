@@ -154,6 +154,8 @@ def test_annotations_change_nothing():
         ("((a{100}b){10}){10}", "with its repetitions"),
         ("a" * (MAX_STATES + 1), "with its repetitions"),
         ("[^z-a]", "is none"),
+        ("[^é]", "does not escape"),
+        (r"[^\s!-~]", "some ASCII character"),
     ],
 )
 def test_a_pattern_that_would_match_something_else_is_refused(pattern, words):

@@ -15,10 +15,10 @@ MAX_STATES = 1000
 # Together they bound the time of a compilation, which nothing else does.
 MAX_REGEX = 2**14
 
-# All that "." means, but for the line separators among them.
-_BEYOND_ASCII = "\x80-\u2027\u202a-\ud7ff\ue000-\U0010ffff"
 # What JSON does not escape.
 _PLAIN = [c for c in map(chr, range(0x20, 0x7F)) if c not in '"\\']
+# All that "." means, but for the line separators among them.
+_BEYOND_ASCII = r"|[\u0080-\u07ff]|[\u0800-\u2027\u202a-\ud7ff\ue000-\uffff]|[\u{10000}-\u{10ffff}]"
 _TOKEN = re.compile(r"\\.|\[\^?(?:\\.|[^\]\\])*\]|\{[^}]*\}|.", re.DOTALL)
 
 
@@ -33,14 +33,6 @@ def string_pattern(text: str) -> str:
     tokens = _tokens(text, "dwsnrtfv")
     _check_size(tokens)
     return "".join(map(_in_string, tokens))
-
-
-def any_of(characters: list[str], beyond: str = _BEYOND_ASCII) -> str:
-    """A class of these characters and a range beyond ASCII."""
-    return "[" + "".join(c if c.isalnum() else f"\\{c}" for c in characters) + beyond + "]"
-
-
-ANY_CHARACTER = any_of(_PLAIN)
 
 
 def _tokens(text: str, letters: str) -> list[str]:
@@ -78,7 +70,7 @@ def _check_size(tokens: list[str]) -> None:
 
 def _in_string(token: str) -> str:
     if token == ".":
-        return ANY_CHARACTER
+        return _any_of(_PLAIN, _BEYOND_ASCII)
     negated = token.startswith("[^")
     escaped = not negated and ('"' in token or "\\\\" in token)
     if escaped or not token.isascii() or not token.isprintable():
@@ -93,4 +85,8 @@ def _in_string(token: str) -> str:
     if not allowed:
         raise ValueError(f"a regular expression in which {token} is some ASCII character")
     # Which characters beyond ASCII are digits, letters and spaces depends on the reader.
-    return any_of(allowed, "" if re.search(r"\\[dws]", token) else _BEYOND_ASCII)
+    return _any_of(allowed, "" if re.search(r"\\[dws]", token) else _BEYOND_ASCII)
+
+
+def _any_of(characters: list[str], beyond: str) -> str:
+    return "([" + "".join(c if c.isalnum() else f"\\{c}" for c in characters) + f"]{beyond})"

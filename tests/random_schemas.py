@@ -77,7 +77,7 @@ class RandomSchema:
         if self.maybe(0.7):
             schema[self.random.choice(["minimum", "exclusiveMinimum"])] = low
         if self.maybe(0.7):
-            schema[self.random.choice(["maximum", "exclusiveMaximum"])] = high + distance
+            schema[self.random.choice(["maximum", "exclusiveMaximum"])] = round(high + distance, 6)
         return schema
 
     def values(self, depth: int) -> dict[str, Any]:

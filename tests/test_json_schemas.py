@@ -60,6 +60,7 @@ NOT_ENFORCED = [
     ({"$ref": "#/$defs/a", "$defs": {"a": INTEGER}, "minimum": 5}, "minimum"),
     ({"$ref": "http://example.com/schema"}, "$ref"),
     ({"$ref": "#/$defs/a~1b", "$defs": {"a/b": INTEGER}}, "$ref"),
+    ({"$ref": "#/$defs/a/b", "$defs": {"a/b": INTEGER, "a": {}}}, "$ref"),
     ({"$ref": "#/$defs/none"}, "$ref"),
     ({"$ref": "#name", "$defs": {"a": {"$anchor": "name"}}}, "$ref"),
     ({"$dynamicRef": "#a"}, "$dynamicRef"),

@@ -66,7 +66,8 @@ class _Translator:
             schemas = root.get(keyword, {}) if isinstance(root, dict) else {}
             if not isinstance(schemas, dict):
                 refuse(keyword, "#", "must be an object")
-            targets |= {f"#/{keyword}/{name}": schema for name, schema in schemas.items()}
+            names = [name for name in schemas if set(name).isdisjoint("/~%")]
+            targets |= {f"#/{keyword}/{name}": schemas[name] for name in names}
         self.names = {target: f"d{i}" for i, target in enumerate(targets)}
         self.definitions: dict[str, Any] = {}
         for target, schema in targets.items():
@@ -97,8 +98,8 @@ class _Translator:
         value, here = schema[keyword], f"{place}/{keyword}"
         if keyword == "$ref":
             name = self.names.get(value) if isinstance(value, str) else None
-            if name is None or not set(value).isdisjoint("~%"):
-                refuse(keyword, place, "must be # or #/$defs/... of this schema, without ~ and %")
+            if name is None:
+                refuse(keyword, place, "must be # or #/$defs/NAME of this schema, without / ~ %")
             return {"$ref": f"#/$defs/{name}"}
         if keyword in ("const", "enum"):
             kinds = types(schema, place) or list(KEYWORDS)
@@ -182,8 +183,9 @@ class _Translator:
 
 def check_known(schema: dict[str, Any], known: list[str], place: str) -> None:
     """Refuses keywords but those that are known at this place, and annotations."""
+    allowed = {*known, *ANNOTATIONS, *(["$id"] if place == "#" else [])}
     for keyword in schema:
-        if keyword not in (*known, *ANNOTATIONS, "$id" if place == "#" else ""):
+        if keyword not in allowed:
             refuse(keyword, place, f"is not enforced; known there: {', '.join(known)}")
 
 

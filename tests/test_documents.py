@@ -70,16 +70,20 @@ def test_a_command_is_understood(
         assert all(f'"{word}"' in source for word in argv if word.startswith("--"))
 
 
-@pytest.mark.parametrize("block", python_blocks(), ids=["LLM", "Config"])
+@pytest.mark.parametrize("block", python_blocks(), ids=["chat", "LLM", "Config"])
 def test_python_of_the_readme_runs(block: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """With the tiny model, and less to do."""
+    """With the tiny model, which has no chat template, and less to do."""
     program = re.sub(r'"Qwen/[^"]*"', repr(str(CHECKPOINT_DIR)), block)
     program = re.sub(r"\b(1024|512|50)\b", "4", program)
+    template = "chat_template=\"{{ messages[0]['content'] }}\", "
+    program = program.replace("}], ", "}], " + template)
     names: dict[str, object] = {}
     exec(program, names)
     if "engine" in names:
         names["engine"].exit()  # type: ignore[attr-defined]
-    assert "[Pipeline Statistics]" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.strip()
+    assert ("[Pipeline Statistics]" in shown) == ("print_pipeline_statistics" in block)
 
 
 def test_files_of_the_code_map_are_there() -> None:

@@ -27,7 +27,6 @@ from nanovllm.utils.joined import join, split
 # Rows that are copied at a time, to change or to score them.
 MOST_ROWS = 64
 NOTHING = np.empty(0, np.int32)
-NO_PIECES = join([])
 
 
 class Draws(NamedTuple):
@@ -42,7 +41,7 @@ class Draws(NamedTuple):
     """
 
     sampling: np.ndarray = NOTHING
-    edits: np.ndarray = NO_PIECES
+    edits: np.ndarray = NOTHING
     scoring: np.ndarray = NOTHING
 
 
@@ -85,7 +84,11 @@ class Sampler:
         rows.sort(key=lambda row: not _has_penalties(seqs[row]))
         pieces = [rows[i : i + MOST_ROWS] for i in range(0, len(rows), MOST_ROWS)]
         edits = [self._pack_edits(piece, [seqs[row] for row in piece], masks) for piece in pieces]
-        return Draws(sampling, join(edits), NOTHING if scoring is None else scoring.packed)
+        return Draws(
+            sampling,
+            join(edits) if edits else NOTHING,
+            NOTHING if scoring is None else scoring.packed,
+        )
 
     def draw(
         self, logits: Tensor, draws: Draws, prompt_logits: Callable[[Tensor], Tensor]
@@ -97,17 +100,18 @@ class Sampler:
             draws: from `pack`.
             prompt_logits: gives the logits of rows among all tokens of the step.
         """
-        tokens = torch.empty(0, dtype=torch.int64)
         if len(draws.sampling):
             batch = SamplingBatch.unpack(draws.sampling, self.device)
             tokens = sample(logits[: len(batch.seeds)], batch, self.group, self.shard)
-            for piece in split(draws.edits):
+            for piece in split(draws.edits) if len(draws.edits) else ():
                 edits, options, changed = self.change(logits, piece)
                 drawn = sample(changed, options, self.group, self.shard)
                 tokens[edits.rows] = drawn
                 drawn = drawn[: len(edits.lengths)]
                 self.history.append(edits.request_index, edits.lengths, drawn)
             self.last_tokens[batch.request_index] = tokens
+        else:
+            tokens = torch.empty(0, dtype=torch.int64)
         scores = None
         if len(draws.scoring):
             scores = self._score(logits, draws.scoring, tokens, prompt_logits)

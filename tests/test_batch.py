@@ -262,7 +262,7 @@ def test_null_tokens_are_no_limit(tmp_path, field):
 def test_logits_that_are_not_numbers_are_the_servers_error():
     line = lines.parse(3, json.dumps(request("a", prompt="x")).encode())
     broken = {"text": "", "token_ids": [], "finish_reason": "error"}
-    result = lines.answer_line(lines.Request(line, 0, 1), broken, "model")
+    result = lines.answer_line(line, broken, "model")
     assert result["response"] is None
     assert result["error"]["code"] == "server_error"
 

@@ -27,37 +27,24 @@ from nanovllm.batch import replicas
 from nanovllm.batch.lines import (
     Key,
     Line,
-    Request,
     answer_line,
     error_line,
     read_lines,
     submit,
 )
 from nanovllm.batch.results import Results
-from nanovllm.config import Config
+from nanovllm.config import Config, ConfigOptions
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.models import load_config
 from nanovllm.utils.command_line import Parser, in_one_line, number
 from nanovllm.utils.hub import resolve_model
+from nanovllm.utils.options import meanings
 
 PROG = "python -m nanovllm.batch"
-# Fields of `Config` that are options of the command.
-ENGINE_OPTIONS = {
-    "device": "'auto', 'cpu', 'cuda' or 'cuda:N'",
-    "dtype": "of weights, activations and KV cache",
-    "tensor_parallel_size": "GPUs over which the model is split",
-    "max_num_seqs": "sequences that run at a time",
-    "max_num_batched_tokens": "tokens of one prefill step",
-    "max_model_len": "longest sequence in tokens, prompt and output",
-    "gpu_memory_utilization": "share of the GPU's memory that may be filled",
-    "enforce_eager": "decode without CUDA graphs",
-    "generation_config": "'auto': the model's own defaults where a line does not say; 'none'",
-    "enable_pipeline": "decode as an attention/FFN pipeline where that is faster",
-}
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser, defaults = Parser(__doc__, prog=PROG), Config()
+    parser = Parser(__doc__, prog=PROG)
     add = parser.add_argument
     add("input", type=Path, help="file of requests")
     add("output", type=Path, help="file of results; those of an earlier run are kept")
@@ -66,20 +53,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--replicas", type=number(int), metavar="N", help="engines that share the lines, by Ray; "
         "default with --ray-address: as many as the cluster has GPUs for")  # fmt: skip
     add("--ray-address", metavar="ADDR", help="of a Ray cluster, or 'auto'; default: this machine")
-    for name, text in ENGINE_OPTIONS.items():
-        default = getattr(defaults, name)
-        option = f"--{name.replace('_', '-')}"
+    meaning = meanings(Config)
+    for name in ConfigOptions.__annotations__:
+        default = getattr(Config, name)
+        kind: dict[str, Any] = {"type": type(default)}
         if isinstance(default, bool):
-            add(option, action="store_true", help=text)
-        else:
-            add(option, type=type(default), default=default, help=f"{text} (default: {default})")
+            kind = {"action": argparse.BooleanOptionalAction}
+        option = f"--{name.replace('_', '-')}"
+        add(option, default=default, help=f"{meaning[name]} (default: %(default)s)", **kind)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     with in_one_line(PROG, ValueError, OSError, MemoryError):
-        config = Config(args.model, **{name: getattr(args, name) for name in ENGINE_OPTIONS})
+        options = {name: getattr(args, name) for name in ConfigOptions.__annotations__}
+        config = Config(args.model, **options)
         template = args.chat_template and args.chat_template.read_text(encoding="utf-8")
         keys = find_keys(args.input)
         if args.output.exists() and args.output.samefile(args.input):
@@ -130,7 +119,7 @@ def answers(
     llm: LLMEngine, lines: Iterator[Line], chat_template: str | None
 ) -> Iterator[list[dict[str, Any]]]:
     """The results of all lines, after each step those of the requests that have ended."""
-    running: dict[int, Request] = {}
+    running: dict[int, Line] = {}
     # Enough for the scheduler always to have one waiting; the rest stays in the file.
     most = 2 * llm.config.max_num_seqs
     while True:
@@ -140,15 +129,13 @@ def answers(
         answered = []
         for line in new:
             try:
-                request = submit(llm, line, chat_template)
+                running[submit(llm, line, chat_template)] = line
             except (TypeError, ValueError) as error:
                 answered.append(error_line(line, error))
-            else:
-                running[request.request_id] = request
         if running:
             for output in llm.step():
-                request = running.pop(output["request_id"])
-                answered.append(answer_line(request, output, llm.config.model))
+                line = running.pop(output["request_id"])
+                answered.append(answer_line(line, output, llm.config.model))
         yield answered
 
 

@@ -57,16 +57,6 @@ class Line:
         return self.number if self.custom_id is None else self.custom_id
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the engine has been asked for by a line."""
-
-    line: Line
-    request_id: int
-    prompt_tokens: int
-    logprobs: int | None = None
-
-
 def read_lines(path: Path) -> Iterator[Line]:
     """The lines of a file that are not blank, whether they ask for something or not."""
     with path.open("rb") as file:
@@ -95,8 +85,12 @@ def parse(number: int, text: bytes) -> Line:
     return Line(number, custom_id, str(url), body, problem)
 
 
-def submit(llm: LLMEngine, line: Line, chat_template: str | None = None) -> Request:
-    """Adds the line's request to the engine; TypeError or ValueError says why it cannot run."""
+def submit(llm: LLMEngine, line: Line, chat_template: str | None = None) -> int:
+    """Adds the line's request to the engine and returns its id.
+
+    Raises:
+        TypeError, ValueError: it cannot run.
+    """
     if line.problem or line.body is None:
         raise ValueError(line.problem)
     prompt_field = PROMPT_FIELDS[line.url]
@@ -116,7 +110,7 @@ def submit(llm: LLMEngine, line: Line, chat_template: str | None = None) -> Requ
         raise ValueError(f"{', '.join(chat_options)} is for {CHAT} only")
     else:
         ids = llm.texts.encode(prompt, "prompt")
-    return Request(line, llm.add_request(ids, params), len(ids), params.logprobs)
+    return llm.add_request(ids, params)
 
 
 def _sampling_params(fields: dict[str, Any], defaults: SamplingOptions) -> SamplingParams:
@@ -160,9 +154,9 @@ def error_line(line: Line, message: object, code: str = "invalid_request") -> di
     return _result(line, None, error)
 
 
-def answer_line(request: Request, completion: Completion, model: str) -> dict[str, Any]:
-    """The answer to a request that has ended."""
-    line, reason = request.line, completion["finish_reason"]
+def answer_line(line: Line, completion: Completion, model: str) -> dict[str, Any]:
+    """The answer to a line whose request has ended."""
+    reason = completion["finish_reason"]
     if reason == "error":
         message = "logits are not numbers, no token is allowed, or the tokens have no text"
         return error_line(line, message, "server_error")
@@ -173,7 +167,8 @@ def answer_line(request: Request, completion: Completion, model: str) -> dict[st
         prefix, kind = "chatcmpl", "chat.completion"
         choice["message"] = {"role": "assistant", "content": completion["text"]}
         if logprobs is not None:
-            choice["logprobs"] = chat_form(token_ids, logprobs, request.logprobs or 0)
+            count = (line.body or {}).get("top_logprobs") or 0
+            choice["logprobs"] = chat_form(token_ids, logprobs, count)
     else:
         prefix, kind = "cmpl", "text_completion"
         choice["text"] = completion["text"]
@@ -181,7 +176,7 @@ def answer_line(request: Request, completion: Completion, model: str) -> dict[st
             choice["logprobs"] = text_form(token_ids, logprobs)
     if completion["prompt_logprobs"] is not None:
         choice["prompt_logprobs"] = prompt_form(completion["prompt_logprobs"])
-    tokens = len(token_ids)
+    prompt_tokens, tokens = len(completion["prompt_token_ids"]), len(token_ids)
     body = {
         "id": f"{prefix}-{uuid.uuid4().hex}",
         "object": kind,
@@ -189,9 +184,9 @@ def answer_line(request: Request, completion: Completion, model: str) -> dict[st
         "model": model,
         "choices": [choice],
         "usage": {
-            "prompt_tokens": request.prompt_tokens,
+            "prompt_tokens": prompt_tokens,
             "completion_tokens": tokens,
-            "total_tokens": request.prompt_tokens + tokens,
+            "total_tokens": prompt_tokens + tokens,
         },
     }
     response = {"status_code": 200, "request_id": f"req_{uuid.uuid4().hex}", "body": body}

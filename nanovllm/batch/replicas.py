@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
-from nanovllm.batch.lines import Line, Request, answer_line, error_line, submit
+from nanovllm.batch.lines import Line, answer_line, error_line, submit
 from nanovllm.config import Config
 from nanovllm.engine.llm_engine import LLMEngine, RequestOutput
 
@@ -110,19 +110,19 @@ class Replica:
 
     def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
         """The results of a block of lines."""
-        requests: list[Request] = []
+        requests: list[tuple[Line, int]] = []
         results = []
         for text in block["lines"]:
             line = Line(**json.loads(text))
             try:
-                requests.append(submit(self.llm, line, self.chat_template))
+                requests.append((line, submit(self.llm, line, self.chat_template)))
             except (TypeError, ValueError) as error:
                 results.append(error_line(line, error))
         self.added.set()
-        for request in requests:
-            output = self._output(request.request_id).result()
-            del self.outputs[request.request_id]
-            results.append(answer_line(request, output, self.llm.config.model))
+        for line, request_id in requests:
+            output = self._output(request_id).result()
+            del self.outputs[request_id]
+            results.append(answer_line(line, output, self.llm.config.model))
         return {"results": [json.dumps(result) for result in results]}
 
     def _output(self, request_id: int) -> Future[RequestOutput]:

@@ -384,16 +384,17 @@ class LLMEngine:
         results: dict[int, Completion] = {}
         try:
             seqs = self.transactions.call(self._queue, call, results)
-            makers = {seq.request_id: DeltaMaker(seq) for seq in seqs}
-            while makers:
+            left = {seq.request_id: DeltaMaker(seq) if call.deltas else None for seq in seqs}
+            while left:
                 exclusive(self.transactions.lock, self._step)
                 self.transactions.give_way()
                 if call.deltas:
-                    yield from filter(None, [maker.next() for maker in makers.values()])
+                    yield from filter(None, [maker.next() for maker in left.values() if maker])
                 for request_id in list(results):
-                    completion, maker = results.pop(request_id), makers.pop(request_id, None)
-                    if maker is not None:  # else it was handed over once before an error
-                        yield maker.last(completion) if call.deltas else completion
+                    completion = results.pop(request_id)
+                    if request_id in left:  # else it was handed over once before an error
+                        maker = left.pop(request_id)
+                        yield completion if maker is None else maker.last(completion)
         finally:
             # However it ends, nothing of it stays behind.
             if self.transactions.is_own_process():

@@ -40,7 +40,6 @@ class Grammars:
     def __init__(self, texts: TextProcessor, eos_ids: Collection[int]) -> None:
         self.texts = texts
         self.eos_ids = sorted(eos_ids)
-        self.in_use = False  # whether any request ever had a matcher
         self._compiled = lru_cache(KEPT)(self._compile)
 
     def check(self, params: SamplingParams) -> None:
@@ -56,12 +55,11 @@ class Grammars:
         """A new `xgrammar.GrammarMatcher`; None if a request may say what it likes."""
         if params.structure is None:
             return None
-        self.in_use = True
         return self._library.GrammarMatcher(self._compiled(*params.structure))
 
     def masks(self, step: Step) -> dict[int, np.ndarray] | None:
         """By row of a step's logits, of those that ask, the mask of `logit_edits.forbid`."""
-        if not self.in_use:
+        if not step.asks:
             return None
         sampled = (chunk.seq.matcher for chunk in step.chunks if chunk.needs_sample)
         asking = {row: matcher for row, matcher in enumerate(sampled) if matcher is not None}

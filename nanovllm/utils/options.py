@@ -11,6 +11,7 @@ import difflib
 import functools
 import inspect
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping, Set
 from reprlib import Repr
 from typing import Any, TypeVar
@@ -78,12 +79,21 @@ def taking(cls: type) -> Callable[[F], F]:
         function.__signature__ = signature.replace(  # type: ignore[attr-defined]
             parameters=[*own, *fields]
         )
-        meanings = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2]
-        text = f"Options, the fields of `{cls.__name__}`:\n{meanings}"
+        text = f"Options, the fields of `{cls.__name__}`:\n{_attributes(cls)}"
         function.__doc__ = "\n\n".join(filter(None, [inspect.getdoc(function), text]))
         return function
 
     return show
+
+
+def meanings(cls: type) -> dict[str, str]:
+    """What the docstring of a dataclass says of each field."""
+    found = re.findall(r"^    (\w+): (.*(?:\n     .*)*)", _attributes(cls), re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in found}
+
+
+def _attributes(cls: type) -> str:
+    return (inspect.getdoc(cls) or "").partition("Attributes:\n")[2]
 
 
 def short(value: object) -> str:

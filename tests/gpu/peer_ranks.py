@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,15 @@ def run(size: int, work: Callable[..., None], *args: Any) -> None:
     os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     mp.spawn(_rank, (size, store.port, work, args), nprocs=size)
+
+
+def run_command(description: str | None, work: Callable[..., None], file: str) -> None:
+    """Runs `work(peer memory, path)` as the command line says; `file` is the default path."""
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    parser.add_argument("--ranks", type=int, default=2, help="GPUs to use")
+    parser.add_argument("--json", default=file, help="where to write the figures")
+    arguments = parser.parse_args()
+    run(arguments.ranks, work, arguments.json)
 
 
 def _rank(rank: int, size: int, port: int, work: Callable[..., None], args: Any) -> None:

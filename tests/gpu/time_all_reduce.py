@@ -9,7 +9,6 @@ fast bytes come from a peer in the same run.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -119,8 +118,4 @@ def time_all(memory: PeerMemory, path: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ranks", type=int, default=2, help="GPUs to use")
-    parser.add_argument("--json", default="all_reduce.json", help="where to write the figures")
-    arguments = parser.parse_args()
-    peer_ranks.run(arguments.ranks, time_all, arguments.json)
+    peer_ranks.run_command(__doc__, time_all, "all_reduce.json")

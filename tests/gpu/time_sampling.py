@@ -9,7 +9,6 @@ the host, and from replays of a graph, which is the GPU's part.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -90,8 +89,4 @@ def time_all(memory: PeerMemory, path: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ranks", type=int, default=2, help="GPUs to use")
-    parser.add_argument("--json", default="sampling.json", help="where to write the figures")
-    arguments = parser.parse_args()
-    peer_ranks.run(arguments.ranks, time_all, arguments.json)
+    peer_ranks.run_command(__doc__, time_all, "sampling.json")

@@ -192,10 +192,11 @@ class Ranks:
         if self.group.size == 1 or self.device.type != "cuda" or all_reduce == "nccl":
             return
         local = int(os.environ.get("LOCAL_WORLD_SIZE", self.group.size))
-        own = torch.cuda.current_device()
-        reachable = local == self.group.size and all(
+        own, size = torch.cuda.current_device(), self.group.size
+        first = own - self.group.rank
+        reachable = local == size and all(
             torch.cuda.can_device_access_peer(own, other)
-            for other in range(torch.cuda.device_count())
+            for other in range(first, first + size)
             if other != own
         )
         if not self.minimum(int(reachable)):

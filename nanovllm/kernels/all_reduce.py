@@ -56,7 +56,7 @@ class Peers:
             program has seen.
         expired: int32 ``[1]`` of this rank alone: not 0 once a wait took too long.
         max_programs: the most programs of a launch.
-        max_polls: looks at a counter, about 1 us each, before a wait is given up.
+        max_polls: looks at a counter before a wait is given up, 0.35 us each on an H100.
     """
 
     rank: int

@@ -101,10 +101,11 @@ def check_silence(memory: PeerMemory) -> None:
     part = memory.part(0, 0, 4)
     assert part is not None
     residual = torch.zeros(4, HIDDEN, dtype=torch.bfloat16, device="cuda")
+    # NOTE: here, as nothing launched after memory was pinned runs beside what was launched before.
+    pinned, there = torch.ones(1).pin_memory(), torch.zeros(1, device="cuda")
     memory.add_norm(part, 0, 0, residual, residual[0], EPS)
     event = torch.cuda.Event()
     event.record()
-    pinned, there = torch.ones(1).pin_memory(), torch.zeros(1, device="cuda")
     there.copy_(pinned, non_blocking=True)  # waits behind the kernel
     assert not event.query()
     begin = time.monotonic()

@@ -57,7 +57,7 @@ LOGITS = """
 import json, sys
 import torch
 from nanovllm import LLM
-from nanovllm.engine import model_runner
+from nanovllm.engine import draws
 
 logits = []
 
@@ -65,7 +65,7 @@ def always_seven(found, batch, group, shard):
     logits.append(found.float().cpu())
     return torch.full((len(found),), 7, device=found.device)
 
-model_runner.sample = always_seven
+draws.sample = always_seven
 with open(sys.argv[1]) as file:
     task = json.load(file)
 (options,) = task["engines"]

@@ -377,14 +377,13 @@ class Ranks:
         """Ends what the device waits for in vain, when a rank is dead or the ranks part.
 
         The only place that does so, in a thread of its own: the main thread may be inside a CUDA
-        call that waits for a collective without a peer.
+        call that waits for a collective without a peer. Also when the ranks part in order: NCCL
+        lets none leave before all do, and rank 0 leaves when the workers have ended.
         """
         while not self._ended.wait(POLL_SECONDS) and self.workers.dead_worker() is None:
             if self._is_stuck():
                 print(f"rank {self.group.rank}: {self._silence()}", file=sys.stderr, flush=True)
                 os._exit(1)
-        if not self.broken and self.workers.dead_worker() is None:
-            return
         if self.group.peers is not None:
             self.group.peers.expire()
         if self.groups is not None:

@@ -55,6 +55,17 @@ class Fault(Exception):
     """Raised inside a step, as memory or a kernel may fail."""
 
 
+def started(options: dict[str, Any]) -> LLM:
+    """An engine with room for the tokens of its longest request with penalties.
+
+    It keeps what it needed once, so a later one would look like a leak.
+    """
+    engine = LLM(**options)
+    longest = [5] * (options["max_model_len"] - 1)
+    engine.generate([longest], presence_penalty=1, max_tokens=1, use_tqdm=False)
+    return engine
+
+
 class Driven:
     """An engine, and what it owes us: by request id, the tokens that must come; None: any."""
 
@@ -62,13 +73,13 @@ class Driven:
         self.options = options
         self.owed: dict[int, list[int] | None] = {}
         self.unsure = False  # an interrupted add_request may have queued something
-        self.engine = LLM(**options)
+        self.engine = started(options)
 
     def replace(self) -> None:
         """A new engine instead of one that has exited, whose requests are gone."""
         self.engine.exit()
         self.owed, self.unsure = {}, False
-        self.engine = LLM(**self.options)
+        self.engine = started(self.options)
 
     def blocks_in_use(self) -> int:
         blocks = self.engine.scheduler.blocks

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanovllm import LLM
-from nanovllm.engine import model_runner
+from nanovllm.engine import draws
 
 
 def forced_token(step: int) -> int:
@@ -22,12 +22,12 @@ def forced_logits(
     """float32 [steps, prompts, vocab_size] on the host; the first step is the prefill."""
     kept: list[torch.Tensor] = []
 
-    def force(logits: torch.Tensor, batch: object) -> torch.Tensor:
+    def force(logits: torch.Tensor, *_: object) -> torch.Tensor:
         kept.append(logits.float().cpu())
         return torch.full((len(logits),), forced_token(len(kept) - 1), device=logits.device)
 
     with monkeypatch.context() as patch:
-        patch.setattr(model_runner, "sample", force)
+        patch.setattr(draws, "sample", force)
         outputs = engine.generate(prompts, max_tokens=steps, ignore_eos=True, use_tqdm=False)
     for output in outputs:
         assert output["token_ids"] == [forced_token(step) for step in range(steps)]

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def random_params(vocab: int) -> SamplingParams:
     return SamplingParams(
         temperature=random.choice([0.0, 0.2, 1.0, 3.0]),
-        top_k=random.choice([-1, 1, 5, 600, vocab // 2 + 1]),
+        top_k=random.choice([-1, 1, 5, 20, 64, 65, 600, vocab // 2 + 1]),
         top_p=random.choice([1.0, 1.0, 0.05, 0.5, 0.999]),
     )
 

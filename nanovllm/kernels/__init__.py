@@ -47,6 +47,8 @@ resolve_tokens = _by_device(reference.resolve_tokens)
 find_threshold = _by_device(reference.find_threshold)
 sample = _by_device(reference.sample)
 weigh = _by_device(reference.weigh)
+collect = _by_device(reference.collect)
+tie_end = _by_device(reference.tie_end)
 _qk_norm_rope_store = _by_device(reference.qk_norm_rope_store)
 
 

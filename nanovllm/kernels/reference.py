@@ -269,6 +269,48 @@ def weigh(
     )
 
 
+def collect(
+    logits: Tensor, rows: Tensor, threshold: tuple[Tensor, Tensor], count: int
+) -> tuple[Tensor, Tensor]:
+    """The logits that stay in some rows, in the order of their tokens.
+
+    Args:
+        logits: ``[N, V]``.
+        rows: ``[F]`` int64.
+        threshold: see ``find_threshold``.
+        count: at most so many stay.
+
+    Returns:
+        Values ``[F, count]`` float32 and tokens ``[F, count]`` int32, filled up with -inf and -1.
+    """
+    values = logits[rows].float()
+    least, end = (x[rows, None] for x in threshold)
+    tokens = torch.arange(values.shape[1], device=logits.device, dtype=torch.int32)
+    stays = (values > least) | ((values == least) & (tokens <= end))
+    stays &= values > float("-inf")
+    place = torch.where(stays, stays.cumsum(1) - 1, count)
+    kept = values.new_full((len(rows), count + 1), float("-inf"))
+    kept.scatter_(1, place, values)
+    found = kept.new_full(kept.shape, -1, dtype=torch.int32)
+    found.scatter_(1, place, tokens.expand(values.shape))
+    return kept[:, :count].contiguous(), found[:, :count].contiguous()
+
+
+def tie_end(logits: Tensor, rows: Tensor, values: Tensor, stay: Tensor) -> Tensor:
+    """The last of the first `stay` tokens whose logits equal a value, ``[F]`` int32; -1 for none.
+
+    Args:
+        logits: ``[N, V]``.
+        rows: ``[F]`` int64.
+        values: ``[F]`` float32.
+        stay: ``[F]`` int32.
+    """
+    ties = logits[rows].float() == values[:, None]
+    wanted = ties & (ties.cumsum(1) <= stay[:, None])
+    tokens = torch.arange(logits.shape[1] + 1, device=logits.device, dtype=torch.int32) - 1
+    return torch.where(torch.nn.functional.pad(wanted, (1, 0)), tokens, -1).amax(1)
+
+
 def key_of(values: Tensor, dtype: torch.dtype) -> Tensor:
     """int64 that order float32 values of a narrower dtype as they are ordered, without gaps."""
     bits = (values + 0.0).view(torch.int32)  # + 0.0 makes 0 of -0

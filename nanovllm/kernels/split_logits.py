@@ -1,6 +1,7 @@
-"""Number and weight of the logits from certain keys on; top-k and top-p of a split vocabulary.
+"""What ranks need of their parts of a split vocabulary for top-k and top-p.
 
-One program per row and tile reads its logits once. Floor: read F V elements.
+Floor: read F V elements. ``weigh`` has a program per row and tile. Where tokens are listed or
+counted in order, a program takes a whole row.
 """
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from nanovllm.kernels.reference import KEY_SHIFTS
 from nanovllm.kernels.top_k_top_p import _LOG2_E, TILE, _load, _value, _weight
+
+ROW_TILE = 4096  # of a program that takes a whole row
 
 
 def weigh(
@@ -42,3 +45,73 @@ def _weigh_kernel(
         reached = (value >= _value(tl.load(keys + item * PIVOTS + pivot), SHIFT)).to(tl.float32)
         tl.store(place + 2 * pivot, tl.sum(reached, axis=0))
         tl.store(place + 2 * pivot + 1, tl.sum(reached * weight, axis=0))
+
+
+def collect(
+    logits: Tensor, rows: Tensor, threshold: tuple[Tensor, Tensor], count: int
+) -> tuple[Tensor, Tensor]:
+    """See ``reference.collect``; rows of the logits may be strided, a row may not."""
+    values = torch.empty(len(rows), count, dtype=torch.float32, device=logits.device)
+    tokens = torch.empty(len(rows), count, dtype=torch.int32, device=logits.device)
+    _collect_kernel[(len(rows),)](
+        logits, rows, *threshold, values, tokens, logits.stride(0),
+        VOCAB=logits.shape[1], TILE=ROW_TILE, COUNT=count, PAD=triton.next_power_of_2(count),
+        num_warps=8,
+    )  # fmt: skip
+    return values, tokens
+
+
+def tie_end(logits: Tensor, rows: Tensor, values: Tensor, stay: Tensor) -> Tensor:
+    """See ``reference.tie_end``; rows of the logits may be strided, a row may not."""
+    ends = torch.empty(len(rows), dtype=torch.int32, device=logits.device)
+    _tie_end_kernel[(len(rows),)](
+        logits, rows, values, stay, ends, logits.stride(0),
+        VOCAB=logits.shape[1], TILE=ROW_TILE, num_warps=8,
+    )  # fmt: skip
+    return ends
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _collect_kernel(
+    logits, rows, thresholds, tie_ends, values, tokens, stride,
+    VOCAB: tl.constexpr, TILE: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr,
+):  # fmt: skip
+    item = tl.program_id(0)
+    row = tl.load(rows + item)
+    least, end = tl.load(thresholds + row), tl.load(tie_ends + row)
+    found = tl.zeros([], tl.int32)
+    for start in range(0, VOCAB, TILE):
+        token = start + tl.arange(0, TILE)
+        value = _load(logits + row * stride, token, VOCAB)
+        stays = (value > least) | ((value == least) & (token <= end))
+        stays = stays & (value > float("-inf"))
+        number = tl.sum(stays.to(tl.int32), axis=0)
+        if number > 0:  # seldom
+            place = found + tl.cumsum(stays.to(tl.int32), axis=0) - 1
+            stays = stays & (place < COUNT)
+            tl.store(values + item * COUNT + place, value, mask=stays)
+            tl.store(tokens + item * COUNT + place, token, mask=stays)
+        found += number
+    place = tl.arange(0, PAD)
+    rest = (place >= found) & (place < COUNT)
+    tl.store(values + item * COUNT + place, float("-inf"), mask=rest)
+    tl.store(tokens + item * COUNT + place, -1, mask=rest)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _tie_end_kernel(
+    logits, rows, values, stay, ends, stride, VOCAB: tl.constexpr, TILE: tl.constexpr
+):
+    item = tl.program_id(0)
+    row, wanted = tl.load(rows + item), tl.load(values + item)
+    left = tl.load(stay + item)
+    end = tl.full([], -1, tl.int32)
+    for start in range(0, VOCAB, TILE):
+        token = start + tl.arange(0, TILE)
+        ties = _load(logits + row * stride, token, VOCAB) == wanted
+        number = tl.sum(ties.to(tl.int32), axis=0)
+        if (number > 0) & (left > 0):
+            first = ties & (tl.cumsum(ties.to(tl.int32), axis=0) <= left)
+            end = tl.maximum(end, tl.max(tl.where(first, token, -1), axis=0))
+        left -= number
+    tl.store(ends + item, end)

@@ -8,12 +8,13 @@ from nanovllm.kernels.activation import silu_mul
 from nanovllm.kernels.norm import add_rms_norm, rms_norm
 from nanovllm.kernels.rope import qk_norm_rope_store
 from nanovllm.kernels.sampling import sample
-from nanovllm.kernels.split_logits import weigh
+from nanovllm.kernels.split_logits import collect, tie_end, weigh
 from nanovllm.kernels.tokens import resolve_tokens
 from nanovllm.kernels.top_k_top_p import find_threshold
 
 __all__ = [
     "add_rms_norm",
+    "collect",
     "find_threshold",
     "fused_gemm",
     "qk_norm_rope_store",
@@ -22,5 +23,6 @@ __all__ = [
     "sample",
     "silu_mul",
     "small_gemm",
+    "tie_end",
     "weigh",
 ]

@@ -11,7 +11,7 @@ import torch
 from nanovllm import kernels
 from nanovllm.kernels.reference import token_of
 from nanovllm.layers.parallel import ParallelGroup, Shard
-from nanovllm.layers.split_threshold import find_threshold
+from nanovllm.layers.split_threshold import MOST_CANDIDATES, find_threshold
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.joined import join, split
 
@@ -28,10 +28,11 @@ class SamplingBatch:
     seeds: torch.Tensor  # int64 [S]
     steps: torch.Tensor  # int64 [S], tokens that the request has drawn before
     request_index: torch.Tensor  # int64 [S], place among the last tokens of all requests
-    # Of the rows with a top-k or top-p; None if there are none.
+    # Of the rows with a top-k or top-p; None if there are none. First those with a small top-k.
     filtered: torch.Tensor | None = None  # int64 [F], which rows
     top_k: torch.Tensor | None = None  # int64 [F], the vocabulary's size where there is no limit
     top_p: torch.Tensor | None = None  # float32 [F], 1 where there is no limit
+    num_few: int = 0  # rows with a top-k of at most MOST_CANDIDATES
 
     @staticmethod
     def pack(
@@ -48,6 +49,7 @@ class SamplingBatch:
             for i, p in enumerate(params)
             if (0 < p.top_k < vocab_size or p.top_p < 1) and values[i] > 0
         ]
+        rows.sort(key=lambda i: not 0 < params[i].top_k <= MOST_CANDIDATES)
         top_k = [k if 0 < (k := params[i].top_k) < vocab_size else vocab_size for i in rows]
         top_p = [params[i].top_p for i in rows]
         has_k, has_p = min(top_k, default=vocab_size) < vocab_size, min(top_p, default=1.0) < 1
@@ -63,8 +65,10 @@ class SamplingBatch:
     @classmethod
     def unpack(cls, packed: np.ndarray, device: torch.device) -> SamplingBatch:
         """The inverse of `pack`, on `device`, without waiting for it."""
-        *of_rows, filtered, top_k, top_p = split(packed, device)
-        return cls(*of_rows, *(each if len(each) else None for each in (filtered, top_k, top_p)))
+        temperatures, seeds, steps, request_index, *limits = split(packed, device)
+        filtered, top_k, top_p = (each if len(each) else None for each in limits)
+        num_few = int((split(packed)[-2] <= MOST_CANDIDATES).sum())
+        return cls(temperatures, seeds, steps, request_index, filtered, top_k, top_p, num_few)
 
 
 def sample(
@@ -91,7 +95,8 @@ def sample(
         return kernels.sample(logits, *options, threshold)
     if batch.filtered is not None:
         threshold = find_threshold(
-            logits, batch.temperatures, batch.filtered, batch.top_k, batch.top_p, group
-        )
+            logits, batch.temperatures, batch.filtered, batch.top_k, batch.top_p, batch.num_few,
+            group,
+        )  # fmt: skip
     keys = kernels.sample(logits, *options, threshold, (shard.start, shard.full))
     return token_of(group.gather(keys).amax(0))

@@ -39,6 +39,44 @@ def test_numbers_and_weights_from_keys_on(poison, vocab, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize("vocab", [0, 1, 300, 9000])
+def test_what_stays_is_collected_and_ties_are_counted(poison, monkeypatch, vocab, dtype):
+    monkeypatch.setattr(split_logits, "ROW_TILE", 256)
+    logits = (sampling_case(6, vocab, dtype)[0] * 2).round() / 2  # many ties
+    if vocab:
+        logits[1, :] = float("-inf")
+        logits[2, 0] = float("nan")
+        logits[3, vocab // 2] = float("inf")
+    rows = torch.tensor([0, 1, 2, 3, 5], device=DEVICE)
+    ordered = torch.nn.functional.pad(logits.float().nan_to_num(-9.0), (0, 20), value=-99.0)
+    least = ordered.topk(20).values[:, 11].contiguous()
+    threshold = least, torch.full((6,), vocab // 2, device=DEVICE).int()
+    everything, _ = reference.collect(logits, rows, threshold, vocab + 1)
+    count = int((everything > float("-inf")).sum(1).max()) + 3
+    for found, expected in zip(
+        split_logits.collect(logits, rows, threshold, count),
+        reference.collect(logits, rows, threshold, count),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+    stay = torch.tensor([0, 3, 1, 2, 10_000], device=DEVICE).int()
+    ends = split_logits.tie_end(logits, rows, threshold[0][rows], stay)
+    assert torch.equal(ends, reference.tie_end(logits, rows, threshold[0][rows], stay))
+
+
+def test_what_stays_and_which_ties():
+    logits = torch.tensor([[3.0, 1.0, 2.0, 2.0, float("nan"), 2.0, float("-inf")]])
+    threshold = torch.tensor([2.0]), torch.tensor([3])
+    rows = torch.tensor([0])
+    values, tokens = reference.collect(logits, rows, threshold, 4)
+    assert values.tolist() == [[3.0, 2.0, 2.0, float("-inf")]]
+    assert tokens.tolist() == [[0, 2, 3, -1]]
+    for stay, end in enumerate([-1, 2, 3, 5, 5]):
+        found = reference.tie_end(logits, rows, threshold[0], torch.tensor([stay]))
+        assert found.tolist() == [end]
+
+
+@DTYPES
 def test_keys_order_values_and_give_them_back(dtype):
     values = (torch.randn(1000, device=DEVICE) * 10).to(dtype).float().sort().values
     keys = key_of(values, dtype)

@@ -20,8 +20,10 @@ from nanovllm.layers.shared_slab import SharedSlab
 
 # Rows of an all-reduce; more go through NCCL.
 MOST_ROWS = 2048
-# Bytes of a partial sum up to which every rank adds all rows.
-ONE_SHOT_BYTES = {2: 4 << 20, 3: 1 << 20, 4: 512 << 10}
+# Rows that are pushed.
+PUSHED_ROWS = 16
+# Bytes of a partial sum up to which every rank adds all rows; of two, neither way saves any.
+ONE_SHOT_BYTES = {2: 16 << 20, 3: 1 << 20, 4: 512 << 10}
 # All-reduces of a layer, and the embedding's: neighbours never share a buffer.
 TURNS = 3
 # Most 8-byte values a rank gives to a gather.
@@ -70,10 +72,13 @@ class PeerMemory:
         self.rank, self.size = group.rank(), group.size()
         programs = torch.cuda.get_device_properties(device).multi_processor_count
         rows = [((MOST_ROWS, hidden), dtype)] * (2 * TURNS)
+        pushed = [((self.size, PUSHED_ROWS, hidden), torch.int64)] * TURNS
         inboxes = [((self.size, MOST_VALUES), torch.int64)] * 2
-        counters, *buffers = self._share([((2, programs, self.size), torch.int32), *rows, *inboxes])
+        counters, *buffers = self._share(
+            [((2, programs, self.size), torch.int32), *rows, *pushed, *inboxes]
+        )
         self.parts, self.results = buffers[:TURNS], buffers[TURNS : 2 * TURNS]
-        self.inboxes = buffers[2 * TURNS :]
+        self.pushed, self.inboxes = buffers[2 * TURNS : 3 * TURNS], buffers[3 * TURNS :]
         self.peers = all_reduce.Peers(
             self.rank,
             self.size,
@@ -118,6 +123,13 @@ class PeerMemory:
         """
         rows, hidden = residual.shape
         result = self.results[turn]
+        output = result.own[first : first + rows]
+        if first + rows <= PUSHED_ROWS:
+            self.kernels.push_add_norm(
+                self.peers, part, self.pushed[turn].addresses, PUSHED_ROWS, output, first,
+                residual, weight, eps,
+            )  # fmt: skip
+            return output
         two_shot = rows * hidden * part.element_size() > ONE_SHOT_BYTES.get(self.size, 0)
         own = -(-rows // self.size) if two_shot else rows
         self.kernels.all_reduce_add_norm(
@@ -132,7 +144,7 @@ class PeerMemory:
             min(own, usable_sms(self.device)),
             two_shot,
         )
-        return result.own[first : first + rows]
+        return output
 
     def gather(self, x: Tensor) -> Tensor | None:
         """Every rank's `x`, [size, *x.shape]; valid until the second gather after it.

@@ -29,10 +29,10 @@ def same_everywhere(x: torch.Tensor) -> bool:
 
 
 def check_sums(memory: PeerMemory) -> None:
-    """Against float32 sums in rank order, for rows of one-shot and of two-shot."""
+    """Against float32 sums in rank order, for rows that are pushed, of one-shot and of two-shot."""
     weight = torch.rand(HIDDEN, dtype=torch.bfloat16, device="cuda") + 0.5
     dist.broadcast(weight, 0)
-    for rows, first in ((1, 0), (7, 5), (64, 0), (300, 11), (1000, 0), (MOST_ROWS, 0)):
+    for rows, first in ((1, 0), (11, 5), (12, 5), (64, 0), (300, 11), (1000, 0), (MOST_ROWS, 0)):
         residual = torch.randn(rows, HIDDEN, dtype=torch.bfloat16, device="cuda")
         dist.broadcast(residual, 0)
         expected = residual.clone()
@@ -64,16 +64,21 @@ def check_sums(memory: PeerMemory) -> None:
 
 def check_delays(memory: PeerMemory) -> None:
     """Replays of a graph, each rank late by something else every time."""
+    for rows in (8, 40, 600):
+        check_replays(memory, rows)
+
+
+def check_replays(memory: PeerMemory, rows: int) -> None:
     torch.manual_seed(0)
     weight = torch.rand(HIDDEN, dtype=torch.bfloat16, device="cuda")
-    inputs = torch.randn(memory.size, 40, HIDDEN, dtype=torch.bfloat16, device="cuda")
-    residual = torch.empty(40, HIDDEN, dtype=torch.bfloat16, device="cuda")
+    inputs = torch.randn(memory.size, rows, HIDDEN, dtype=torch.bfloat16, device="cuda")
+    residual = torch.empty(rows, HIDDEN, dtype=torch.bfloat16, device="cuda")
     found = torch.empty_like(residual)
 
     def layers() -> None:
         residual.fill_(0.5)
         for turn in (2, 0, 1, 0, 1, 0, 1):
-            part = memory.part(turn, 0, 40)
+            part = memory.part(turn, 0, rows)
             assert part is not None
             part.copy_(inputs[memory.rank])
             found.copy_(memory.add_norm(part, turn, 0, residual, weight, EPS))

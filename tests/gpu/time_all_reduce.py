@@ -23,7 +23,7 @@ if __name__ in ("__main__", "__mp_main__"):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from nanovllm import kernels
-from nanovllm.layers.peer_memory import MOST_ROWS, PeerMemory
+from nanovllm.layers.peer_memory import MOST_ROWS, PUSHED_ROWS, PeerMemory
 from tests.gpu import peer_ranks
 from tests.gpu.peer_ranks import HIDDEN
 
@@ -80,6 +80,14 @@ def time_rows(memory: PeerMemory, rows: int) -> dict[str, float]:
         times[f"torch {kind}"] = microseconds(
             lambda op=operation: then_norm(op(symmetric, "sum", name))
         )
+    turns = [0]
+
+    def pushed() -> None:
+        turns[0] ^= 1  # neighbours use different buffers
+        memory.add_norm(part, turns[0], 0, residual, weight, EPS)
+
+    if rows <= PUSHED_ROWS:
+        times["pushed"] = microseconds(pushed)
     for two_shot in (False, True):
         for programs in PROGRAMS:
             turns = [0]

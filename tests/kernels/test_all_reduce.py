@@ -13,7 +13,7 @@ import torch
 import torch.multiprocessing as mp
 
 from nanovllm.kernels import reference
-from nanovllm.kernels.all_reduce import Peers, all_reduce_add_norm, gather
+from nanovllm.kernels.all_reduce import Peers, all_reduce_add_norm, gather, push_add_norm
 
 EPS = 1e-6
 STEPS = 6  # each buffer is used several times
@@ -27,7 +27,8 @@ class Case:
     rows: int
     hidden: int
     programs: int
-    two_shot: bool
+    two_shot: bool = False
+    pushed: bool = False
     dtype: torch.dtype = torch.float32
     seed: int = 0
 
@@ -71,7 +72,7 @@ def shared(count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[torch
 def rank_steps(rank: int, case: Case, memory: Any, results: mp.Queue) -> None:
     """What one rank does: all-reduces in turn on two buffers, and a gather behind each."""
     torch.set_num_threads(1)
-    parts, outputs, counters, inboxes = memory
+    parts, outputs, pushed, counters, inboxes = memory
     peers = peers_of(rank, counters)
     residual, weight = case.residual_and_weight()
     shape = case.rows, case.hidden
@@ -79,10 +80,16 @@ def rank_steps(rank: int, case: Case, memory: Any, results: mp.Queue) -> None:
     for step in range(STEPS):
         turn = step % 2
         parts[turn][rank][FIRST:] = case.parts(step)[rank]
-        all_reduce_add_norm(
-            peers, addresses(parts[turn]), addresses(outputs[turn]), FIRST, shape, residual,
-            weight, EPS, case.programs, case.two_shot,
-        )  # fmt: skip
+        if case.pushed:
+            push_add_norm(
+                peers, parts[turn][rank][FIRST:], addresses(pushed[turn]), FIRST + case.rows,
+                outputs[turn][rank][FIRST:], FIRST, residual, weight, EPS,
+            )  # fmt: skip
+        else:
+            all_reduce_add_norm(
+                peers, addresses(parts[turn]), addresses(outputs[turn]), FIRST, shape, residual,
+                weight, EPS, case.programs, case.two_shot,
+            )  # fmt: skip
         found.append(outputs[turn][rank][FIRST:].clone())
         gather(peers, torch.arange(3) + 10 * rank + 100 * step, addresses(inboxes[turn]))
         gathered.append(inboxes[turn][rank].tolist())
@@ -95,14 +102,17 @@ def rank_steps(rank: int, case: Case, memory: Any, results: mp.Queue) -> None:
         Case(size=2, rows=5, hidden=48, programs=3, two_shot=False),
         Case(size=3, rows=7, hidden=40, programs=2, two_shot=True, seed=1),
         Case(size=2, rows=11, hidden=64, programs=1, two_shot=True, dtype=torch.bfloat16, seed=2),
+        Case(size=3, rows=4, hidden=40, programs=4, pushed=True, seed=3),
+        Case(size=2, rows=3, hidden=64, programs=3, pushed=True, dtype=torch.bfloat16, seed=4),
     ],
-    ids=["one-shot", "two-shot", "bfloat16"],
+    ids=["one-shot", "two-shot", "bfloat16", "pushed", "pushed bfloat16"],
 )
 def test_ranks_get_the_norm_of_the_sum(case):
     shape = FIRST + case.rows, case.hidden
     memory = (
         [shared(case.size, shape, case.dtype) for _ in range(2)],
         [shared(case.size, shape, case.dtype) for _ in range(2)],
+        [shared(case.size, (case.size, *shape), torch.int64) for _ in range(2)],
         shared(case.size, (2, case.programs, case.size), torch.int32),
         [shared(case.size, (case.size, 3), torch.int64) for _ in range(2)],
     )
@@ -128,34 +138,46 @@ def test_ranks_get_the_norm_of_the_sum(case):
         ]
 
 
-def all_reduce_alone(peers: Peers, outputs: list[torch.Tensor], *, two_shot: bool) -> None:
+def all_reduce_alone(peers: Peers, outputs: list[torch.Tensor], inboxes, way: str) -> None:
     parts, residual = [torch.ones(2, 32) for _ in range(2)], torch.ones(2, 32)
-    all_reduce_add_norm(
-        peers, addresses(parts), addresses(outputs), 0, (2, 32), residual, torch.ones(32), EPS, 1,
-        two_shot,
-    )  # fmt: skip
+    weight = torch.ones(32)
+    if way == "pushed":
+        push_add_norm(peers, parts[0], addresses(inboxes), 2, outputs[0], 0, residual, weight, EPS)
+    else:
+        all_reduce_add_norm(
+            peers, addresses(parts), addresses(outputs), 0, (2, 32), residual, weight, EPS, 1,
+            way == "two-shot",
+        )  # fmt: skip
 
 
-@pytest.mark.parametrize("two_shot", [False, True])
-def test_a_wait_ends_and_tells_the_peers(two_shot):
-    counters = [torch.zeros(2, 1, 2, dtype=torch.int32) for _ in range(2)]
-    outputs = [torch.zeros(2, 32) for _ in range(2)]
+def alone() -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """Counters, outputs and inboxes of two ranks."""
+    return (
+        [torch.zeros(2, 2, 2, dtype=torch.int32) for _ in range(2)],
+        [torch.zeros(2, 32) for _ in range(2)],
+        [torch.zeros(2, 2, 32, dtype=torch.int64) for _ in range(2)],
+    )
+
+
+@pytest.mark.parametrize("way", ["one-shot", "two-shot", "pushed"])
+def test_a_wait_ends_and_tells_the_peers(way):
+    counters, *buffers = alone()
     waiting = peers_of(0, counters, polls=3)
-    all_reduce_alone(waiting, outputs, two_shot=two_shot)
+    all_reduce_alone(waiting, *buffers, way)
     assert waiting.expired.item() == 1
-    all_reduce_alone(waiting, outputs, two_shot=two_shot)  # at once, and with a word to rank 1
+    all_reduce_alone(waiting, *buffers, way)  # at once, and with a word to rank 1
     late = peers_of(1, counters, polls=3)
     late.launches.fill_(1)
-    all_reduce_alone(late, outputs, two_shot=two_shot)
+    all_reduce_alone(late, *buffers, way)
     assert late.expired.item() == 1
 
 
-@pytest.mark.parametrize("two_shot", [False, True])
-def test_a_wait_ends_when_it_is_told_to(two_shot):
-    counters = [torch.zeros(2, 1, 2, dtype=torch.int32) for _ in range(2)]
+@pytest.mark.parametrize("way", ["one-shot", "two-shot", "pushed"])
+def test_a_wait_ends_when_it_is_told_to(way):
+    counters, *buffers = alone()
     waiting = peers_of(0, counters)
     thread = threading.Thread(target=lambda: (time.sleep(0.5), waiting.expired.fill_(1)))
     thread.start()
-    all_reduce_alone(waiting, [torch.zeros(2, 32) for _ in range(2)], two_shot=two_shot)
+    all_reduce_alone(waiting, *buffers, way)
     thread.join()
     assert waiting.expired.item() == 1

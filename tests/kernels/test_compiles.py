@@ -120,6 +120,17 @@ def reduce(ranks, two_shot):
     )
 
 
+def push(ranks):
+    constants = dict(
+        HIDDEN=4096, BLOCK=4096, RANK=1, SIZE=int(ranks), CAPACITY=16, THREADS=512,
+    )
+    numbers = dict.fromkeys(["first_row", "polls"], "i32")
+    state = dict.fromkeys(["launches", "expired"], "*i32")
+    return compile(
+        all_reduce._push_kernel, constants, dict(num_warps=16), inboxes="*i64", **numbers, **state
+    )
+
+
 cases = json.loads(sys.argv[1])
 print(json.dumps([globals()[kernel](*arguments) for kernel, arguments in cases]))
 """
@@ -141,6 +152,8 @@ CASES = [
     ("small", ["after", "8"], "mma.sync"),
     ("reduce", ["2", "one-shot"], "ld.global.cg.v4"),
     ("reduce", ["4", "two-shot"], "st.global.v4"),
+    ("push", ["2"], "ld.volatile.global"),
+    ("push", ["4"], "ld.volatile.global"),
 ]
 
 
@@ -169,6 +182,6 @@ def test_a_kernel_compiles_for_hopper(compiled: list[str], place: int) -> None:
     # Until then nothing is written, nor read that the kernel before may have made. Decode reads
     # lengths and tables, and the all-reduce its norm's weights, which are older.
     accesses = ["st.global", "cp.async", "atom.global"]
-    if kernel not in ("decode", "reduce"):
+    if kernel not in ("decode", "reduce", "push"):
         accesses.append("ld.global")
     assert not [access for access in accesses for part in before if access in part]

@@ -24,8 +24,10 @@ from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.layers.sampler import SamplingBatch, sample
 from nanovllm.utils.joined import join, split
 
-# Rows that are copied at a time, to change or to score them.
-MOST_ROWS = 64
+# Rows that are changed or scored at a time: their copies take as much memory as a softmax of all.
+MOST_ROWS = 256
+# Of prompts, whose logits are made for it.
+PROMPT_ROWS = 64
 NOTHING = np.empty(0, np.int32)
 
 
@@ -144,8 +146,9 @@ class Sampler:
             for i in range(0, len(drawn), MOST_ROWS):
                 rows = drawn[i : i + MOST_ROWS]
                 yield logits[rows], tokens[rows]
-            for i in range(0, len(prompt), MOST_ROWS):
-                yield prompt_logits(prompt[i : i + MOST_ROWS]), following[i : i + MOST_ROWS]
+            for i in range(0, len(prompt), PROMPT_ROWS):
+                rows = prompt[i : i + PROMPT_ROWS]
+                yield prompt_logits(rows), following[i : i + PROMPT_ROWS]
 
         scores = [score(*piece, count, self.group, self.shard) for piece in pieces()]
         return Scores(*map(torch.cat, zip(*scores, strict=True)))

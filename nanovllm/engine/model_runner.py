@@ -236,7 +236,7 @@ class ModelRunner:
         seq = replace(seq, params=params, edits=RequestEdits.of(params, (), vocab_size))
         seq.num_pending = 1
         step = Step(True, [Chunk(seq, 0, 1, needs_sample=True)], asks=seq.asks)
-        draws = self.sampler.pack(step, {}, None)
+        draws = self.sampler.pack(step, {}, Scoring.of(step, vocab_size))
         tokens, _, done = self._to_host(*self.sampler.draw(logits, draws, self._prompt_logits))
         if done is not None:
             self.ranks.wait(done)

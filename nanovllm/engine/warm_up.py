@@ -27,8 +27,8 @@ from nanovllm.sampling_params import SamplingParams
 MOST_ROWS = 512
 # One for each way through the sampler, from the model's logits and from changed copies.
 SAMPLING = [
-    replace(params, logit_bias=bias)
-    for bias in (None, {0: 0.0})
+    replace(params, logit_bias=bias, logprobs=scored)
+    for bias, scored in ((None, 1), ({0: 0.0}, None))
     for params in (
         SamplingParams(temperature=0),
         SamplingParams(top_k=1),

@@ -7,14 +7,18 @@ then how many of theirs come before the token in question.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from nanovllm import kernels
 from nanovllm.kernels.reference import NOTHING, key_of, value_of
 from nanovllm.layers.parallel import ParallelGroup, Shard
 
+# Of each rank's part.
+MOST_LIKELY = 32
 _LOW = 0xFFFFFFFF
 
 
@@ -32,25 +36,50 @@ def score(logits: Tensor, tokens: Tensor, count: int, group: ParallelGroup, shar
     Args:
         logits: [R, this rank's part of the vocabulary], any float dtype.
         tokens: int64 [R]; one outside the vocabulary has a meaningless score.
-        count: no more than the vocabulary has.
+        count: no more than MOST_LIKELY, nor than the vocabulary has.
         group: this rank and the others.
         shard: of the vocabulary.
     """
-    values = logits.float()
-    ids = torch.arange(shard.start, shard.start + shard.size, device=logits.device)
-    keys = key_of(values, values.dtype).bitwise_left_shift_(32).bitwise_or_(_LOW - ids)
-    if shard.size < max(count, 1):  # a rank may even have no tokens
-        missing = max(count, 1) - shard.size
-        keys = torch.nn.functional.pad(keys, (0, missing), value=NOTHING)
+    if shard.size < MOST_LIKELY:  # a rank may even have no tokens
+        logits = torch.nn.functional.pad(logits, (0, MOST_LIKELY - shard.size), value=-math.inf)
     places, held = shard.find(tokens)
-    own = torch.where(held, keys.gather(1, places[:, None])[:, 0], NOTHING)
-    log_sum = values.logsumexp(1).double().view(torch.int64)
-    packed = torch.cat([own[:, None], log_sum[:, None], keys.topk(count).values], 1)
-    parts = group.gather(packed)
-    key = parts[..., 0].amax(0)
-    log_sum = parts[..., 1].contiguous().view(torch.float64).logsumexp(0)
-    best = parts[..., 2:].transpose(0, 1).flatten(1).topk(count).values
+    own = _keys(logits.gather(1, places[:, None])[:, 0].float(), tokens)
+    log_sum = logits.float().logsumexp(1).double().view(torch.int64)
+    parts = [torch.where(held, own, NOTHING)[:, None], log_sum[:, None]]
+    if count:
+        parts.append(_likeliest(logits, shard).topk(count).values)
+    everyone = group.gather(torch.cat(parts, 1))
+    key = everyone[..., 0].amax(0)
+    log_sum = everyone[..., 1].contiguous().view(torch.float64).logsumexp(0)
+    best = everyone[..., 2:].transpose(0, 1).flatten(1).topk(count).values
     found = torch.cat([key[:, None], best], 1)
     logprobs = value_of(found >> 32, torch.float32) - log_sum[:, None]
-    above = group.gather((keys > key[:, None]).sum(1)).sum(0)
+    above = group.gather(_above(logits, key, shard)).sum(0)
     return Scores(_LOW - (found & _LOW), logprobs.float(), above + 1)
+
+
+def _keys(values: Tensor, tokens: Tensor) -> Tensor:
+    """int64 that order tokens by their float32 logits, and equal ones by number."""
+    return (key_of(values, torch.float32) << 32) | (_LOW - tokens)
+
+
+def _likeliest(logits: Tensor, shard: Shard) -> Tensor:
+    """Keys of the MOST_LIKELY likeliest tokens of this rank, in any order: [R, MOST_LIKELY]."""
+    rows = torch.arange(len(logits), device=logits.device)
+    lowest = torch.finfo(logits.dtype).min
+    # Tokens of no probability are the last, but are tokens.
+    threshold = kernels.find_threshold(
+        logits := logits.clamp(min=lowest), torch.ones_like(rows, dtype=torch.float32), rows,
+        torch.full_like(rows, MOST_LIKELY), None,
+    )  # fmt: skip
+    values, places = kernels.collect(logits, rows, threshold, MOST_LIKELY)
+    keys = _keys(torch.where(values == lowest, -math.inf, values), places.long() + shard.start)
+    return torch.where((places >= 0) & (places < shard.size), keys, NOTHING)
+
+
+def _above(logits: Tensor, key: Tensor, shard: Shard) -> Tensor:
+    """How many of this rank's tokens come before the one with this key: [R]."""
+    value = value_of(key >> 32, torch.float32).to(logits.dtype)[:, None]
+    last = (_LOW - (key & _LOW)).clamp(max=shard.start + shard.size)[:, None] - shard.start
+    lower = torch.arange(logits.shape[1], device=logits.device) < last
+    return ((logits > value) | ((logits == value) & lower)).sum(1)

@@ -101,6 +101,7 @@ def test_preempted_requests_keep_what_they_know(directory, model, monkeypatch, m
 
 def test_long_prompts_are_scored_in_pieces(llm, model, monkeypatch):
     monkeypatch.setattr(draws, "MOST_ROWS", 4)
+    monkeypatch.setattr(draws, "PROMPT_ROWS", 3)
     outputs = llm.generate(PROMPTS * 2, GREEDY_SCORED, use_tqdm=False)
     for prompt, output in zip(PROMPTS * 2, outputs, strict=True):
         check_output(model, prompt, output, (2, 1))

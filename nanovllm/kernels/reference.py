@@ -9,6 +9,8 @@ Shapes: T tokens, N sequences, Hq query heads, Hkv key/value heads, D head_dim. 
 ``block_id * block_size + offset``.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ SAMPLE_TILE = 4096  # tokens; part of the definition of a draw, not a tuning cho
 _MASK32 = 0xFFFFFFFF
 # Zeros at the end of such a value's float32: ordered keys go without them.
 KEY_SHIFTS = {torch.bfloat16: 16, torch.float16: 13}
+# Keys of a pass of ``narrow``.
+PIVOTS = 16
 # Keys of a draw from a part of the vocabulary: a logit is NaN; no token can be drawn.
 BROKEN, NOTHING = (1 << 63) - 1, -(1 << 63)
 
@@ -238,35 +242,65 @@ def find_threshold(
     return thresholds.index_copy(0, rows, least[:, 0]), tie_ends.index_copy(0, rows, tie_end.int())
 
 
-def weigh(
-    logits: Tensor, temperatures: Tensor, rows: Tensor, peaks: Tensor, keys: Tensor
-) -> Tensor:
-    """How many logits there are from certain keys on, and what they weigh.
+class Search(NamedTuple):
+    """What is known of the keys that a search is for, ``[F]`` each; see ``narrow``."""
+
+    bottom: Tensor  # int64, the key is not below, unless even this is not enough
+    top: Tensor  # int64, it is below
+    above: Tensor  # float32, the sum of the logits from there on
+
+
+def pivots_of(search: Search) -> Tensor:
+    """int64 ``[F, PIVOTS]``."""
+    steps = torch.arange(PIVOTS, device=search.top.device)
+    return search.bottom[:, None] + (search.top - search.bottom)[:, None] * steps // PIVOTS
+
+
+def narrow(
+    logits: Tensor,
+    temperatures: Tensor,
+    rows: Tensor,
+    peaks: Tensor,
+    search: Search,
+    gathered: Tensor | None,
+    target: Tensor,
+    counted: bool,
+) -> tuple[Search, Tensor]:
+    """A pass of a search for the largest key from which on logits add up to a target.
+
+    PIVOTS keys, of which the first is the lowest, divide what is left of the keys.
 
     Args:
         logits: ``[N, V]``.
         temperatures: ``[N]`` float32.
         rows: ``[F]`` int64.
         peaks: ``[F]`` float32, finite; a logit of that height weighs 1.
-        keys: ``[F, P]`` int64, see ``key_of``.
+        search: after the pass before.
+        gathered: ``[R, F, PIVOTS]`` float32, what that pass found in R parts of the vocabulary;
+            None: this is the first.
+        target: ``[F]`` float32.
+        counted: add up ones, else ``exp((logit - peak) / temperature)``.
 
     Returns:
-        float64 ``[F, P, 2]``: number, and sum of ``exp((logit - peak) / temperature)``, of the
-        logits whose key is at least that. NaN and -inf have none.
+        The search after the pass before, and ``[F, PIVOTS]`` float32, the sums of the logits from
+        each pivot on. NaN and -inf are in none.
     """
+    bottom, top, above = search
+    if gathered is not None:
+        pivots = torch.cat([pivots_of(search), top[:, None]], 1)
+        sums = torch.cat([gathered.double().sum(0).float(), above[:, None]], 1)
+        # The last pivot that is enough; beyond the last of all is the top.
+        last = (sums[:, :-1] >= target[:, None]).sum(1, keepdim=True).clamp(min=1) - 1
+        bottom, top = pivots.gather(1, last)[:, 0], pivots.gather(1, last + 1)[:, 0]
+        search = Search(bottom, top, sums.gather(1, last + 1)[:, 0])
     values = logits[rows].float()
     values = torch.where(values.isnan(), float("-inf"), values)
     limit = torch.finfo(torch.float32).max
     scores = values.double().clamp(-limit, limit) - peaks[:, None]
-    weights = (scores / temperatures[rows, None]).exp()
+    weights = (scores / temperatures[rows, None]).exp() if not counted else torch.ones_like(scores)
     own = key_of(values, logits.dtype)
-    return torch.stack(
-        [
-            torch.stack([reached.sum(1).double(), (weights * reached).sum(1)], 1)
-            for reached in (own >= key[:, None] for key in keys.t())
-        ],
-        1,
-    )
+    each = [(weights * (own >= key[:, None])).sum(1) for key in pivots_of(search).t()]
+    return search, torch.stack(each, 1).float()
 
 
 def collect(

@@ -1,6 +1,6 @@
 """What ranks need of their parts of a split vocabulary for top-k and top-p.
 
-Floor: read F V elements. ``weigh`` has a program per row and tile. Where tokens are listed or
+Floor: read F V elements. ``narrow`` has a program per row and tile. Where tokens are listed or
 counted in order, a program takes a whole row.
 """
 
@@ -9,42 +9,72 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.reference import KEY_SHIFTS
+from nanovllm.kernels.reference import KEY_SHIFTS, PIVOTS, Search
 from nanovllm.kernels.top_k_top_p import _LOG2_E, TILE, _load, _value, _weight
 
 ROW_TILE = 4096  # of a program that takes a whole row
 
 
-def weigh(
-    logits: Tensor, temperatures: Tensor, rows: Tensor, peaks: Tensor, keys: Tensor
-) -> Tensor:
-    """See ``reference.weigh``; float32, and rows of the logits may be strided, a row may not."""
-    (count, pivots), vocab = keys.shape, logits.shape[1]
-    tiles = triton.cdiv(vocab, TILE)
-    sums = torch.empty(count, max(tiles, 1), pivots, 2, dtype=torch.float32, device=logits.device)
-    if tiles == 0:
-        return sums.zero_().sum(1)
-    _weigh_kernel[(count, tiles)](
-        logits, temperatures, rows, peaks, keys, sums, logits.stride(0),
-        VOCAB=vocab, TILE=TILE, PIVOTS=pivots, SHIFT=KEY_SHIFTS.get(logits.dtype, 0), num_warps=4,
+def narrow(
+    logits: Tensor,
+    temperatures: Tensor,
+    rows: Tensor,
+    peaks: Tensor,
+    search: Search,
+    gathered: Tensor | None,
+    target: Tensor,
+    counted: bool,
+) -> tuple[Search, Tensor]:
+    """See ``reference.narrow``; rows of the logits may be strided, a row may not."""
+    count, vocab = len(rows), logits.shape[1]
+    tiles = max(triton.cdiv(vocab, TILE), 1)
+    sums = torch.empty(count, tiles, PIVOTS, dtype=torch.float32, device=logits.device)
+    result = Search(*map(torch.empty_like, search))
+    parts = 0 if gathered is None else len(gathered)
+    _narrow_kernel[(count, tiles)](
+        logits, temperatures, rows, peaks, *search, *result, gathered, target, sums,
+        logits.stride(0),
+        VOCAB=vocab, TILE=TILE, PIVOTS=PIVOTS, PARTS=parts, COUNTED=counted,
+        SHIFT=KEY_SHIFTS.get(logits.dtype, 0), num_warps=4,
     )  # fmt: skip
-    return sums.sum(1)
+    return result, sums.sum(1)
 
 
-@triton.jit(do_not_specialize=["temperatures", "rows", "peaks", "keys"])
-def _weigh_kernel(
-    logits, temperatures, rows, peaks, keys, sums, stride,
-    VOCAB: tl.constexpr, TILE: tl.constexpr, PIVOTS: tl.constexpr, SHIFT: tl.constexpr,
+@triton.jit(do_not_specialize=["temperatures", "rows", "target"])
+def _narrow_kernel(
+    logits, temperatures, rows, peaks, bottoms, tops, aboves, new_bottoms, new_tops, new_aboves,
+    gathered, target, sums, stride,
+    VOCAB: tl.constexpr, TILE: tl.constexpr, PIVOTS: tl.constexpr, PARTS: tl.constexpr,
+    COUNTED: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     item, tile = tl.program_id(0), tl.program_id(1)
+    bottom, top, above = tl.load(bottoms + item), tl.load(tops + item), tl.load(aboves + item)
+    pivot = tl.arange(0, PIVOTS)
+    if gathered is not None:
+        weight = tl.zeros([PIVOTS], tl.float64)
+        for part in tl.static_range(PARTS):
+            place = (part * tl.num_programs(0) + item) * PIVOTS
+            weight += tl.load(gathered + place + pivot).to(tl.float64)
+        found = weight.to(tl.float32)
+        key = bottom + (top - bottom) * pivot // PIVOTS
+        enough = found >= tl.load(target + item)
+        above = tl.max(tl.where(enough | (pivot == 0), above, found), axis=0)
+        top = tl.min(tl.where(enough | (pivot == 0), top, key), axis=0)
+        bottom = tl.max(tl.where(enough, key, bottom), axis=0)
+    if tile == 0:
+        tl.store(new_bottoms + item, bottom)
+        tl.store(new_tops + item, top)
+        tl.store(new_aboves + item, above)
     row = tl.load(rows + item)
     value = _load(logits + row * stride, tile * TILE + tl.arange(0, TILE), VOCAB)
-    weight = _weight(value, tl.load(peaks + item), _LOG2_E / tl.load(temperatures + row))
-    place = sums + (item * tl.num_programs(1) + tile) * PIVOTS * 2
-    for pivot in tl.static_range(PIVOTS):
-        reached = (value >= _value(tl.load(keys + item * PIVOTS + pivot), SHIFT)).to(tl.float32)
-        tl.store(place + 2 * pivot, tl.sum(reached, axis=0))
-        tl.store(place + 2 * pivot + 1, tl.sum(reached * weight, axis=0))
+    scale = 0.0 if COUNTED else _LOG2_E / tl.load(temperatures + row)
+    weights = _weight(value, tl.load(peaks + item), scale)
+    place = sums + (item * tl.num_programs(1) + tile) * PIVOTS
+    for step in tl.static_range(PIVOTS):
+        least = _value(bottom + (top - bottom) * step // PIVOTS, SHIFT)
+        # A factor, not a choice: a product and its sum are one instruction.
+        reached = (value >= least).to(tl.float32)
+        tl.store(place + step, tl.sum(reached * weights, axis=0))
 
 
 def collect(

@@ -8,7 +8,7 @@ from nanovllm.kernels.activation import silu_mul
 from nanovllm.kernels.norm import add_rms_norm, rms_norm
 from nanovllm.kernels.rope import qk_norm_rope_store
 from nanovllm.kernels.sampling import sample
-from nanovllm.kernels.split_logits import collect, tie_end, weigh
+from nanovllm.kernels.split_logits import collect, narrow, tie_end
 from nanovllm.kernels.tokens import resolve_tokens
 from nanovllm.kernels.top_k_top_p import find_threshold
 
@@ -17,6 +17,7 @@ __all__ = [
     "collect",
     "find_threshold",
     "fused_gemm",
+    "narrow",
     "qk_norm_rope_store",
     "resolve_tokens",
     "rms_norm",
@@ -24,5 +25,4 @@ __all__ = [
     "silu_mul",
     "small_gemm",
     "tie_end",
-    "weigh",
 ]

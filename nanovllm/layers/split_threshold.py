@@ -3,9 +3,9 @@
 - With a small top-k, every rank gives its own k largest logits to all, and all find the threshold
   among these candidates, as one rank finds it among a whole row.
 - Else the least logit that may be drawn is searched for among ordered keys of floats, as in
-  `kernels.top_k_top_p`: a pass cuts what is left into PIVOTS parts by how many logits, or how much
-  probability, lie from each on. Ranks exchange these sums, so it is exact however flat a
-  distribution is, and takes no more for a large k.
+  `kernels.top_k_top_p`, by how many logits, or how much probability, lie from some keys on. Ranks
+  exchange these sums after each pass, so it is exact however flat a distribution is, and takes no
+  more for a large k.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from nanovllm import kernels
-from nanovllm.kernels.reference import KEY_SHIFTS, key_of, value_of
+from nanovllm.kernels.reference import KEY_SHIFTS, PIVOTS, Search, key_of, value_of
 from nanovllm.layers.parallel import ParallelGroup
 
 # The largest top-k for which ranks exchange candidates.
 MOST_CANDIDATES = 64
-PIVOTS = 16
-_NUMBER, _WEIGHT = 0, 1
 _MAX = torch.finfo(torch.float32).max
 
 
@@ -85,18 +83,19 @@ def _search(
     group: ParallelGroup,
 ) -> tuple[Tensor, Tensor]:
     """Of any rows; [F] each."""
-    search = _Search(logits, temperatures, rows, group)
+    search = _Searcher(logits, temperatures, rows, group)
     bottom, top = search.bottom, search.top
-    stay = torch.full_like(bottom, 1 << 31, dtype=torch.float64)  # of those equal to the threshold
+    stay = torch.full_like(search.peaks, 1 << 30)  # of those equal to the threshold
     if top_k is not None:
-        bottom, above = search.run(_NUMBER, top_k.double(), bottom, top)
+        bottom, above = search.run(top_k.float(), bottom, top, counted=True)
         stay = top_k - above
     if top_p is not None:
         least = bottom
-        from_least, beyond = search.sums(torch.stack([least, least + 1], 1)).unbind(1)
-        ties = torch.minimum(stay, from_least[:, _NUMBER] - beyond[:, _NUMBER])
-        target = top_p * (beyond[:, _WEIGHT] + ties * search.weight(least))
-        found, above = search.run(_WEIGHT, target, least, top)
+        number_from, number_beyond = search.sums(least, counted=True)
+        _, beyond = search.sums(least, counted=False)
+        ties = torch.minimum(stay, number_from - number_beyond)
+        target = top_p * (beyond + ties * search.weight(least))
+        found, above = search.run(target, least, top, counted=False)
         needed = ((target - above) / search.weight(found).clamp(min=1e-37)).ceil().clamp(min=1)
         limited = top_p < 1
         stay = torch.where(limited & (found > least), needed, stay)
@@ -105,10 +104,11 @@ def _search(
     return search.place(bottom, stay)
 
 
-class _Search:
+class _Searcher:
     """Searches rows for the keys from which on logits add up to something.
 
     Attributes:
+        peaks: float32 [F], the highest logit, made finite.
         bottom, top: int64 [F], the key of the least finite logit, and that behind the highest.
     """
 
@@ -127,42 +127,50 @@ class _Search:
         self.bottom = key_of(self.peaks.new_full(highest.shape, -_MAX), self.dtype)
         self.top = torch.maximum(key_of(highest, self.dtype) + 1, self.bottom)
 
-    def sums(self, keys: Tensor) -> Tensor:
-        """Number and weight of the logits from each key [F, P] on, [F, P, 2], of all ranks."""
-        return self.group.gather(self.own_sums(keys)).double().sum(0)  # in rank order, everywhere
-
-    def own_sums(self, keys: Tensor) -> Tensor:
-        """The same of this rank's logits."""
-        return kernels.weigh(self.logits, self.temperatures, self.rows, self.peaks, keys)
+    def sums(self, keys: Tensor, *, counted: bool) -> tuple[Tensor, Tensor]:
+        """Number or weight of the logits from each key [F] on, and of those beyond it, [F] each."""
+        everyone = self.group.gather(self._own_sums(keys, counted))
+        total = everyone.double().sum(0).float()  # in rank order, on every rank
+        return total[:, 0], total[:, 1]
 
     def weight(self, keys: Tensor) -> Tensor:
         """What a logit of each key [F] weighs."""
         values = value_of(keys, self.dtype).double().clamp(-_MAX, _MAX)
-        return ((values - self.peaks) / self.temperatures[self.rows]).exp()
+        return ((values - self.peaks) / self.temperatures[self.rows]).exp().float()
 
-    def run(self, what: int, target: Tensor, bottom: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    def run(
+        self, target: Tensor, bottom: Tensor, top: Tensor, *, counted: bool
+    ) -> tuple[Tensor, Tensor]:
         """The largest keys from `bottom` to `top` - 1 that reach a target, and what is above them.
 
         Where none does, `bottom`.
         """
-        above = torch.zeros_like(target)
-        steps = torch.arange(PIVOTS, device=target.device)
-        for _ in range(-(-(32 - KEY_SHIFTS.get(self.dtype, 0)) // (PIVOTS.bit_length() - 1))):
-            pivots = bottom[:, None] + (top - bottom)[:, None] * steps // PIVOTS
-            got = self.sums(pivots)[..., what]
-            last = (got >= target[:, None]).sum(1, keepdim=True).clamp(min=1) - 1
-            # Beyond the last pivot is the top as it was.
-            pivots = torch.cat([pivots, top[:, None]], 1)
-            got = torch.cat([got, above[:, None]], 1)
-            bottom, top = pivots.gather(1, last)[:, 0], pivots.gather(1, last + 1)[:, 0]
-            above = got.gather(1, last + 1)[:, 0]
-        return bottom, above
+        search, gathered = Search(bottom, top, torch.zeros_like(target)), None
+        bits = 32 - KEY_SHIFTS.get(self.dtype, 0)
+        for _ in range(-(-bits // (PIVOTS.bit_length() - 1))):
+            search, sums = self._narrow(search, gathered, target, counted)
+            gathered = self.group.gather(sums)
+        search, _ = self._narrow(search, gathered, target, counted)
+        return search.bottom, search.above
+
+    def _narrow(
+        self, search: Search, gathered: Tensor | None, target: Tensor, counted: bool
+    ) -> tuple[Search, Tensor]:
+        return kernels.narrow(
+            self.logits, self.temperatures, self.rows, self.peaks, search, gathered, target, counted
+        )
+
+    def _own_sums(self, keys: Tensor, counted: bool) -> Tensor:
+        """As `sums`, of this rank's logits, [F, 2]."""
+        search = Search(keys, keys + PIVOTS, self.peaks)  # so pivots are one apart
+        return self._narrow(search, None, self.peaks, counted)[1][:, :2].contiguous()
 
     def place(self, keys: Tensor, stay: Tensor) -> tuple[Tensor, Tensor]:
         """Thresholds and the last of their ties; the lowest ranks' ties come first."""
-        from_key, beyond = self.own_sums(torch.stack([keys, keys + 1], 1))[..., _NUMBER].unbind(1)
-        counts = (from_key - beyond).double()
-        before = self.group.gather(counts)[: self.group.rank].sum(0)
+        from_key, beyond = self._own_sums(keys, counted=True).unbind(1)
+        counts = from_key - beyond
+        # In float64, as ranks exchange values of 8 bytes.
+        before = self.group.gather(counts.double())[: self.group.rank].sum(0).float()
         own = torch.minimum((stay - before).clamp(min=0), counts)
         threshold = value_of(keys, self.dtype)
         return threshold, kernels.tie_end(self.logits, self.rows, threshold, own.int())

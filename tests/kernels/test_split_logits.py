@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanovllm.kernels import reference, sampling, split_logits
-from nanovllm.kernels.reference import SAMPLE_TILE, key_of, token_of, value_of
+from nanovllm.kernels.reference import SAMPLE_TILE, Search, key_of, token_of, value_of
 from tests.kernels.cases import DEVICE, sampling_case
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -23,19 +23,34 @@ def test_parts_draw_as_their_reference_does(poison, vocab, dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize("vocab", [1, 300, 9000])
-def test_numbers_and_weights_from_keys_on(poison, vocab, dtype):
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("vocab", [0, 1, 300, 9000])
+def test_passes_of_a_search(poison, vocab, counted, dtype):
+    """Two parts of a vocabulary of which one is twice the other, so that sums differ."""
     logits, temperatures, *_ = sampling_case(5, vocab, dtype)
     temperatures = temperatures.clamp(min=0.1)
-    logits[1, :] = float("-inf")
-    logits[2, 0] = float("nan")
+    if vocab:
+        logits[1, :] = float("-inf")
+        logits[2, 0] = float("nan")
     rows = torch.tensor([0, 1, 2, 4], device=DEVICE)
-    peaks = logits[rows].float().nan_to_num(-9.0).amax(1).clamp(min=-1e38)
-    keys = key_of(torch.randn(4, 16, device=DEVICE) * 2, dtype)
-    found = split_logits.weigh(logits, temperatures, rows, peaks, keys).double()
-    expected = reference.weigh(logits, temperatures, rows, peaks, keys)
-    assert torch.equal(found[..., 0], expected[..., 0])
-    torch.testing.assert_close(found[..., 1], expected[..., 1], rtol=1e-4, atol=1e-4)
+    peaks = torch.full((4,), 9.0, device=DEVICE)
+    bottom, top = key_of(torch.tensor([[-9.0], [9.0]], device=DEVICE), dtype).expand(2, 4)
+    search = Search(bottom.clone(), top.clone(), torch.zeros_like(peaks))
+    whole = torch.full_like(bottom, -(2**31) >> reference.KEY_SHIFTS.get(dtype, 0))
+    _, total = reference.narrow(
+        logits, temperatures, rows, peaks, Search(whole, whole + 16, peaks), None, peaks, counted
+    )
+    target = 3 * total[:, 0] * torch.tensor([0.0, 0.5, 1.2, 0.01], device=DEVICE)
+    gathered = None
+    for _ in range(4):
+        now = logits, temperatures, rows, peaks, search, gathered, target, counted
+        search, sums = split_logits.narrow(*now)
+        expected, expected_sums = reference.narrow(*now)
+        assert torch.equal(search.bottom, expected.bottom)
+        assert torch.equal(search.top, expected.top)
+        torch.testing.assert_close(search.above, expected.above, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sums, expected_sums, rtol=1e-4, atol=1e-4)
+        gathered = torch.stack([expected_sums, 2 * expected_sums])
 
 
 @DTYPES

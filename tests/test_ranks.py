@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nanovllm import LLM
+from nanovllm.config import Config
 from nanovllm.engine.parallel.processes import RankDiedError, Workers
 from nanovllm.engine.parallel.ranks import Ranks, devices_for
 from nanovllm.layers.parallel import ParallelGroup, Shard
@@ -73,6 +74,29 @@ def test_what_waits_for_a_rank_is_ended_if_it_is_dead_or_silent_or_the_ranks_par
     guard.join(SECONDS)
     assert waiting.ended == ["peers", "nccl"]
     rank_0.workers.end(patience=0)
+
+
+@pytest.mark.parametrize(
+    ("all_reduce", "reachable", "tokens", "shares", "starts"),
+    [("auto", True, 2048, 1, 0), ("auto", True, 2049, 1, 1), ("auto", False, 10, 1, 1),
+     ("nccl", True, 10, 0, 1)],
+)  # fmt: skip
+def test_nccl_is_started_only_where_it_is_needed(
+    monkeypatch, all_reduce, reachable, tokens, shares, starts
+):
+    ranks, done = Ranks(), []
+
+    def share(*_: object) -> None:
+        done.append("share")
+        if reachable:
+            ranks.group = ParallelGroup(0, 2, peers=Waiting())
+
+    monkeypatch.setattr(ranks, "_share_memory", share)
+    monkeypatch.setattr(ranks, "_start_nccl", lambda: done.append("start"))
+    ranks.device, ranks.group = torch.device("cuda", 0), ParallelGroup(0, 2)
+    config = Config(all_reduce=all_reduce, max_num_batched_tokens=tokens, max_num_seqs=8)
+    ranks.connect(config, torch.bfloat16, 64)
+    assert (done.count("share"), done.count("start")) == (shares, starts)
 
 
 def test_more_ranks_than_devices_are_refused(monkeypatch):

@@ -84,7 +84,7 @@ class ModelRunner:
         checkpoint = None if config.load_format == "dummy" else Checkpoint.open(model_dir)
         stored_dtype = "float32" if checkpoint is None else checkpoint.dtype
         dtype = resolve_dtype(config.dtype, self.model_config.dtype or stored_dtype, device)
-        ranks.connect_peers(config.all_reduce, dtype, self.model_config.hidden_size)
+        ranks.connect(config, dtype, self.model_config.hidden_size)
         heads = self.model_config.rank_heads(ranks.group)
         self.backend = make_backend(config.attention_backend, heads, device, self.block_size)
         self.max_model_len = min(config.max_model_len, self.model_config.usable_length)

@@ -46,7 +46,7 @@ class PeerMemory:
     """The shared buffers of one rank.
 
     Args:
-        group: of the ranks, one a GPU of this host.
+        group: of the ranks, one a GPU of this host; for tensors of the CPU.
         device: this rank's.
         dtype: of hidden states.
         hidden: their width.

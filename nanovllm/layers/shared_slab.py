@@ -36,7 +36,7 @@ class SharedSlab:
 
         Args:
             driver: calls into CUDA.
-            group: of the ranks, one a GPU, whose collectives are on the device.
+            group: of the ranks, one a GPU; its collectives take tensors of the CPU.
             device: this rank's, the current one.
 
         Raises:
@@ -70,7 +70,7 @@ class SharedSlab:
         self.own = torch.as_tensor(_Bytes(self._address, size), device=device)
 
     def _exchange(self, group: dist.ProcessGroup, handle: bytes) -> list[bytes]:
-        own = torch.frombuffer(bytearray(handle), dtype=torch.uint8).to(self._device)
+        own = torch.frombuffer(bytearray(handle), dtype=torch.uint8)
         handles = [torch.empty_like(own) for _ in range(group.size())]
         dist.all_gather(handles, own, group=group)
         return [bytes(handle.tolist()) for handle in handles]

@@ -4,7 +4,8 @@
 
 (Without the option it lists what the driver says of functions that it does not have.) With 2 as an
 argument there are two ranks on two GPUs, which are alike, so that it is enough to watch rank 0:
-`--target-processes application-only`.
+`--target-processes application-only`. Steps are too short for NCCL to be needed: it has so many
+kernels that the checker would take minutes to load them.
 
 The model is small and the graphs are few, as the checker makes everything many times slower.
 """
@@ -50,6 +51,7 @@ def main() -> None:
             max_model_len=128,
             kvcache_block_size=16,
             num_kvcache_blocks=40,
+            max_num_batched_tokens=1024,
             enable_pipeline=True,
             pipeline_mode="green",
             pipeline_strict=True,

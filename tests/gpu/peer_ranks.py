@@ -35,7 +35,7 @@ def run_command(description: str | None, work: Callable[..., None], file: str) -
 def _rank(rank: int, size: int, port: int, work: Callable[..., None], args: Any) -> None:
     torch.cuda.set_device(rank)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group("nccl", store=store, rank=rank, world_size=size)
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=size)
     group = dist.group.WORLD
     assert group is not None
     memory = PeerMemory(group, torch.device("cuda", rank), torch.bfloat16, HIDDEN, timeout=20.0)

@@ -39,7 +39,7 @@ from nanovllm.engine.parallel.process_groups import (
 from nanovllm.engine.parallel.processes import POLL_SECONDS, RankDiedError, Workers, WorkerTask
 from nanovllm.engine.step_inputs import StepLayout
 from nanovllm.layers.parallel import ParallelGroup, complete
-from nanovllm.layers.peer_memory import PeerMemory
+from nanovllm.layers.peer_memory import MOST_ROWS, PeerMemory
 from nanovllm.utils.joined import join, joined_size, split
 
 logger = logging.getLogger(__name__)
@@ -182,15 +182,24 @@ class Ranks:
         integers, flat, *draws = split(message.numpy())
         return StepLayout.from_integers(integers.tolist()), flat, draws
 
-    def connect_peers(self, all_reduce: str, dtype: torch.dtype, hidden: int) -> None:
-        """Lets the model's collectives use the memory of all ranks, if they can reach it.
+    def connect(self, config: Config, dtype: torch.dtype, hidden: int) -> None:
+        """Prepares the model's collectives: by memory that all ranks reach, if they can; by NCCL.
+
+        NCCL takes seconds and memory, so it is left out where nothing needs it.
 
         Args:
-            all_reduce: of the config.
+            config: of the engine.
             dtype, hidden: of hidden states.
         """
-        if self.group.size == 1 or self.device.type != "cuda" or all_reduce == "nccl":
+        if self.group.size == 1 or self.device.type != "cuda":
             return
+        if config.all_reduce != "nccl":
+            self._share_memory(dtype, hidden)
+        rows = max(config.max_num_batched_tokens, config.max_num_seqs)
+        if self.group.peers is None or rows > MOST_ROWS:
+            self._while_workers_live(self._start_nccl)
+
+    def _share_memory(self, dtype: torch.dtype, hidden: int) -> None:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", self.group.size))
         own, size = torch.cuda.current_device(), self.group.size
         first = own - self.group.rank
@@ -201,16 +210,20 @@ class Ranks:
         )
         if not self.minimum(int(reachable)):
             return
-        assert self.groups is not None
         peers = None
         try:
-            peers = PeerMemory(self.groups.model, self.device, dtype, hidden, self.step_timeout)
+            peers = PeerMemory(self.control, self.device, dtype, hidden, self.step_timeout)
         except GreenContextError as error:
             logger.warning("The ranks use NCCL, as they cannot share memory: %s", error)
         if self.minimum(int(peers is not None)):
             self.group = dataclasses.replace(self.group, peers=peers)
         elif peers is not None:
             peers.close()
+
+    def _start_nccl(self) -> None:
+        torch.cuda.set_device(self.device)  # also of the thread that runs this
+        dist.all_reduce(torch.zeros(1, device=self.device), group=self.group.process_group)
+        torch.cuda.synchronize(self.device)
 
     def minimum(self, value: int) -> int:
         """The smallest `value` of all ranks, of which some may still be loading weights."""
@@ -334,9 +347,6 @@ class Ranks:
         if device.type == "cuda":
             self._guard = threading.Thread(target=self._guard_device, daemon=True)
             self._guard.start()
-            # Makes NCCL's communicator, here where `spawn` watches over the workers.
-            dist.all_reduce(torch.zeros(1, device=device), group=groups.model)
-            torch.cuda.synchronize(device)
 
     def _await_workers(self, path: str, size: int) -> None:
         """Waits until all workers have come, before anything that waits for them without end."""

@@ -84,6 +84,32 @@ def test_results_are_completion_objects_of_what_the_engine_says(tmp_path):
     assert len({result["id"] for result in (plain, chat, ids)}) == 3
 
 
+def test_samples_are_the_choices_of_one_answer(tmp_path):
+    """More than the engine has seats for twice, so that lines wait for all of their samples."""
+    count = 600
+    many = request("many", prompt=TEXT, n=count, temperature=1, seed=3, max_tokens=2)
+    two = request("two", messages=CHAT, n=2, temperature=1, seed=3, max_tokens=3)
+    results = {
+        result["custom_id"]: result
+        for result in run(tmp_path, [many, two, many | {"custom_id": "again"}])
+    }
+    with LLM(device="cpu") as llm:
+        right = llm.generate(TEXT, n=count, temperature=1, seed=3, max_tokens=2, use_tqdm=False)
+        answers = llm.chat(
+            CHAT, n=2, temperature=1, seed=3, max_tokens=3, chat_template=TEMPLATE, use_tqdm=False
+        )
+    for key in ("many", "again"):
+        body = results[key]["response"]["body"]
+        assert [choice["index"] for choice in body["choices"]] == list(range(count))
+        assert [choice["text"] for choice in body["choices"]] == [each["text"] for each in right]
+        prompt_tokens = len(right[0]["prompt_token_ids"])
+        tokens = sum(len(each["token_ids"]) for each in right)
+        assert body["usage"]["total_tokens"] == prompt_tokens + tokens
+        assert body["usage"]["completion_tokens"] == tokens
+    choices = results["two"]["response"]["body"]["choices"]
+    assert [choice["message"]["content"] for choice in choices] == [x["text"] for x in answers]
+
+
 def test_log_probabilities_are_in_openais_forms(tmp_path):
     asked = {"logprobs": 2, "prompt_logprobs": 1}
     plain, chat, few, none = run(
@@ -187,7 +213,7 @@ BAD_LINES = [
     (request("plain", prompt="x", add_generation_prompt=True), "add_generation_prompt is for"),
     (request("top_p", prompt="x", top_p=2), "top_p=2.*above 0"),
     (request("unknown", prompt="x", temprature=1), "'temprature'.*'temperature'"),
-    (request("n", prompt="x", n=2), "n=2 is not allowed for a single request: it must be 1"),
+    (request("n", prompt="x", n=0), "n=0 is not allowed"),
     (request("stop", prompt="x", stop=["a", ""]), r"stop=\['a', ''\] is not allowed.*texts"),
     (request("stream", prompt="x", stream=True), "stream=True"),
     (request("logprobs", prompt="x", logprobs=True), "logprobs=True .*from 0 to 20"),
@@ -261,8 +287,8 @@ def test_null_tokens_are_no_limit(tmp_path, field):
 
 def test_logits_that_are_not_numbers_are_the_servers_error():
     line = lines.parse(3, json.dumps(request("a", prompt="x")).encode())
-    broken = {"text": "", "token_ids": [], "finish_reason": "error"}
-    result = lines.answer_line(line, broken, "model")
+    broken = {"text": "", "token_ids": [], "finish_reason": "error", "sample": 0}
+    result = lines.answer_line(line, [broken], "model")
     assert result["response"] is None
     assert result["error"]["code"] == "server_error"
 

@@ -35,6 +35,7 @@ from nanovllm.batch.lines import (
 from nanovllm.batch.results import Results
 from nanovllm.config import Config, ConfigOptions
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.outputs import RequestOutput
 from nanovllm.models import load_config
 from nanovllm.utils.command_line import Parser, in_one_line, number
 from nanovllm.utils.hub import resolve_model
@@ -119,23 +120,26 @@ def answers(
     llm: LLMEngine, lines: Iterator[Line], chat_template: str | None
 ) -> Iterator[list[dict[str, Any]]]:
     """The results of all lines, after each step those of the requests that have ended."""
-    running: dict[int, Line] = {}
+    running: dict[int, tuple[Line, range, list[RequestOutput]]] = {}
     # Enough for the scheduler always to have one waiting; the rest stays in the file.
     most = 2 * llm.config.max_num_seqs
     while True:
-        new = list(islice(lines, most - len(running)))
+        new = list(islice(lines, max(most - len(running), 0)))
         if not new and not running:
             return
         answered = []
         for line in new:
             try:
-                running[submit(llm, line, chat_template)] = line
+                ids = submit(llm, line, chat_template)
+                running |= dict.fromkeys(ids, (line, ids, []))
             except (TypeError, ValueError) as error:
                 answered.append(error_line(line, error))
         if running:
             for output in llm.step():
-                line = running.pop(output["request_id"])
-                answered.append(answer_line(line, output, llm.config.model))
+                line, ids, ended = running.pop(output["request_id"])
+                ended.append(output)
+                if len(ended) == len(ids):
+                    answered.append(answer_line(line, ended, llm.config.model))
         yield answered
 
 

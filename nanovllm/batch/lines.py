@@ -4,8 +4,8 @@
      "body": {"prompt": "Once upon a time", "max_tokens": 20}}
 
 A body for /v1/chat/completions has `messages` in the place of `prompt`. The other fields of a body
-are those of `SamplingParams`, but `n` must be 1. Chats also have `chat_template_kwargs` and
-`add_generation_prompt`, and OpenAI's `logprobs` (true or false) and `top_logprobs`.
+are those of `SamplingParams`. Chats also have `chat_template_kwargs` and `add_generation_prompt`,
+and OpenAI's `logprobs` (true or false) and `top_logprobs`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,8 @@ def parse(number: int, text: bytes) -> Line:
     return Line(number, custom_id, str(url), body, problem)
 
 
-def submit(llm: LLMEngine, line: Line, chat_template: str | None = None) -> int:
-    """Adds the line's request to the engine and returns its id.
+def submit(llm: LLMEngine, line: Line, chat_template: str | None = None) -> range:
+    """Adds the line's request to the engine and returns the ids of its samples.
 
     Raises:
         TypeError, ValueError: it cannot run.
@@ -110,7 +111,8 @@ def submit(llm: LLMEngine, line: Line, chat_template: str | None = None) -> int:
         raise ValueError(f"{', '.join(chat_options)} is for {CHAT} only")
     else:
         ids = llm.texts.encode(prompt, "prompt")
-    return llm.add_request(ids, params)
+    first = llm.add_request(ids, params)
+    return range(first, first + params.n)
 
 
 def _sampling_params(fields: dict[str, Any], defaults: SamplingOptions) -> SamplingParams:
@@ -154,35 +156,21 @@ def error_line(line: Line, message: object, code: str = "invalid_request") -> di
     return _result(line, None, error)
 
 
-def answer_line(line: Line, completion: Completion, model: str) -> dict[str, Any]:
-    """The answer to a line whose request has ended."""
-    reason = completion["finish_reason"]
-    if reason == "error":
+def answer_line(line: Line, completions: Sequence[Completion], model: str) -> dict[str, Any]:
+    """The answer to a line of which all samples have ended; they may be in any order."""
+    completions = sorted(completions, key=itemgetter("sample"))
+    if any(completion["finish_reason"] == "error" for completion in completions):
         message = "logits are not numbers, no token is allowed, or the tokens have no text"
         return error_line(line, message, "server_error")
-    token_ids, logprobs = completion["token_ids"], completion["logprobs"]
-    choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": reason}
-    choice["stop_reason"] = completion["stop_reason"]
-    if line.url == CHAT:
-        prefix, kind = "chatcmpl", "chat.completion"
-        choice["message"] = {"role": "assistant", "content": completion["text"]}
-        if logprobs is not None:
-            count = (line.body or {}).get("top_logprobs") or 0
-            choice["logprobs"] = chat_form(token_ids, logprobs, count)
-    else:
-        prefix, kind = "cmpl", "text_completion"
-        choice["text"] = completion["text"]
-        if logprobs is not None:
-            choice["logprobs"] = text_form(token_ids, logprobs)
-    if completion["prompt_logprobs"] is not None:
-        choice["prompt_logprobs"] = prompt_form(completion["prompt_logprobs"])
-    prompt_tokens, tokens = len(completion["prompt_token_ids"]), len(token_ids)
+    is_chat = line.url == CHAT
+    prompt_tokens = len(completions[0]["prompt_token_ids"])
+    tokens = sum(len(completion["token_ids"]) for completion in completions)
     body = {
-        "id": f"{prefix}-{uuid.uuid4().hex}",
-        "object": kind,
+        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+        "object": "chat.completion" if is_chat else "text_completion",
         "created": int(time.time()),
         "model": model,
-        "choices": [choice],
+        "choices": [_choice(line, completion) for completion in completions],
         "usage": {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": tokens,
@@ -191,6 +179,28 @@ def answer_line(line: Line, completion: Completion, model: str) -> dict[str, Any
     }
     response = {"status_code": 200, "request_id": f"req_{uuid.uuid4().hex}", "body": body}
     return _result(line, response, None)
+
+
+def _choice(line: Line, completion: Completion) -> dict[str, Any]:
+    token_ids, logprobs = completion["token_ids"], completion["logprobs"]
+    choice: dict[str, Any] = {
+        "index": completion["sample"],
+        "logprobs": None,
+        "finish_reason": completion["finish_reason"],
+        "stop_reason": completion["stop_reason"],
+    }
+    if line.url == CHAT:
+        choice["message"] = {"role": "assistant", "content": completion["text"]}
+        if logprobs is not None:
+            count = (line.body or {}).get("top_logprobs") or 0
+            choice["logprobs"] = chat_form(token_ids, logprobs, count)
+    else:
+        choice["text"] = completion["text"]
+        if logprobs is not None:
+            choice["logprobs"] = text_form(token_ids, logprobs)
+    if completion["prompt_logprobs"] is not None:
+        choice["prompt_logprobs"] = prompt_form(completion["prompt_logprobs"])
+    return choice
 
 
 def _result(line: Line, response: object, error: object) -> dict[str, Any]:

@@ -110,7 +110,7 @@ class Replica:
 
     def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
         """The results of a block of lines."""
-        requests: list[tuple[Line, int]] = []
+        requests: list[tuple[Line, range]] = []
         results = []
         for text in block["lines"]:
             line = Line(**json.loads(text))
@@ -119,10 +119,11 @@ class Replica:
             except (TypeError, ValueError) as error:
                 results.append(error_line(line, error))
         self.added.set()
-        for line, request_id in requests:
-            output = self._output(request_id).result()
-            del self.outputs[request_id]
-            results.append(answer_line(line, output, self.llm.config.model))
+        for line, ids in requests:
+            outputs = [self._output(request_id).result() for request_id in ids]
+            for request_id in ids:
+                del self.outputs[request_id]
+            results.append(answer_line(line, outputs, self.llm.config.model))
         return {"results": [json.dumps(result) for result in results]}
 
     def _output(self, request_id: int) -> Future[RequestOutput]:

@@ -117,6 +117,10 @@ class LLMEngine:
             self.model_runner.close()
         self._finalizer.detach()
 
+    def get_tokenizer(self) -> Any:
+        """The model's, of transformers; None if it has none."""
+        return self.tokenizer
+
     def get_default_sampling_params(self) -> SamplingParams:
         """What counts where a call does not say: see `Config.generation_config`."""
         return SamplingParams(**self.request_maker.defaults)
@@ -245,13 +249,15 @@ class LLMEngine:
     ) -> int:
         """Queues one prompt and returns its request id; `step` will return its completion.
 
+        Of n samples it is the first's id, and those of the others follow.
+
         Raises:
             TypeError, ValueError: the prompt or an option is not allowed.
         """
         self.transactions.check_open()
         call = self.request_maker.check_one(prompt, sampling_params, sampling)
-        (seq,) = self.transactions.call(self._queue, call, self.unclaimed)
-        return seq.request_id
+        first, *_ = self.transactions.call(self._queue, call, self.unclaimed)
+        return first.request_id
 
     @taking(SamplingParams)
     def add_computed_request(
@@ -271,11 +277,12 @@ class LLMEngine:
         if self.config.enable_prefix_caching:
             raise ValueError("enable_prefix_caching=True is not allowed with computed requests")
         call = self.request_maker.check_one(token_ids, sampling_params, sampling)
-        asked = call.params[0].prompt_logprobs
-        if asked is not None:
-            raise ValueError(
-                f"prompt_logprobs={asked} is not allowed with computed requests: it must be None"
-            )
+        for name, allowed in (("n", 1), ("prompt_logprobs", None)):
+            asked = getattr(call.params[0], name)
+            if asked != allowed:
+                raise ValueError(
+                    f"{name}={asked} is not allowed with computed requests: it must be {allowed}"
+                )
         return self.transactions.call(self._add_computed, call)
 
     def _add_computed(self, call: CheckedCall) -> int:

@@ -83,11 +83,7 @@ class RequestMaker:
         self, prompt: Prompt, given: SamplingParams | None, fields: SamplingOptions
     ) -> CheckedCall:
         """The same for a request that is added alone."""
-        call = self._check({"prompt": prompt}, given, fields)
-        if call.params[0].n != 1:
-            n = call.params[0].n
-            raise ValueError(f"n={n} is not allowed for a single request: it must be 1")
-        return call
+        return self._check({"prompt": prompt}, given, fields)
 
     def _check(
         self,

@@ -121,6 +121,16 @@ def test_samples_do_not_wait_for_a_first_one_that_was_aborted(directory, samples
         check_empty(engine)
 
 
-def test_a_single_request_has_one_sample(llm):
-    with pytest.raises(ValueError, match=r"^n=2 is not allowed for a single request: .* be 1$"):
-        llm.add_request(PROMPTS[0], n=2)
+def test_samples_of_an_added_request_have_the_ids_after_the_first(llm, samples):
+    first = llm.add_request(PROMPTS[1], THREE)
+    after = llm.add_request(PROMPTS[0], THREE)
+    assert after == first + 3
+    outputs = drain(llm)
+    assert [outputs[first + i] for i in range(6)] == samples[3:6] + samples[:3]
+
+
+def test_a_computed_request_has_one_sample(directory):
+    message = r"^n=3 is not allowed with computed requests: .* 1$"
+    options = {**OPTIONS, "enable_prefix_caching": False}
+    with LLM(directory, **options) as engine, pytest.raises(ValueError, match=message):
+        engine.add_computed_request(PROMPTS[0], THREE)

@@ -67,7 +67,8 @@ class SamplingBatch:
         """The inverse of `pack`, on `device`, without waiting for it."""
         temperatures, seeds, steps, request_index, *limits = split(packed, device)
         filtered, top_k, top_p = (each if len(each) else None for each in limits)
-        num_few = int((split(packed)[-2] <= MOST_CANDIDATES).sum())
+        # Counted on the host.
+        num_few = 0 if top_k is None else int((split(packed)[-2] <= MOST_CANDIDATES).sum())
         return cls(temperatures, seeds, steps, request_index, filtered, top_k, top_p, num_few)
 
 

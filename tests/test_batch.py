@@ -85,13 +85,13 @@ def test_results_are_completion_objects_of_what_the_engine_says(tmp_path):
 
 
 def test_samples_are_the_choices_of_one_answer(tmp_path):
-    """More than the engine has seats for twice, so that lines wait for all of their samples."""
-    count = 600
+    """More than the engine takes at a time, so that lines wait for all of their samples."""
+    count = 128
     many = request("many", prompt=TEXT, n=count, temperature=1, seed=3, max_tokens=2)
     two = request("two", messages=CHAT, n=2, temperature=1, seed=3, max_tokens=3)
+    given = [many, two, many | {"custom_id": "again"}]
     results = {
-        result["custom_id"]: result
-        for result in run(tmp_path, [many, two, many | {"custom_id": "again"}])
+        result["custom_id"]: result for result in run(tmp_path, given, "--max-num-seqs", "16")
     }
     with LLM(device="cpu") as llm:
         right = llm.generate(TEXT, n=count, temperature=1, seed=3, max_tokens=2, use_tqdm=False)
@@ -214,6 +214,7 @@ BAD_LINES = [
     (request("top_p", prompt="x", top_p=2), "top_p=2.*above 0"),
     (request("unknown", prompt="x", temprature=1), "'temprature'.*'temperature'"),
     (request("n", prompt="x", n=0), "n=0 is not allowed"),
+    (request("choices", prompt="x", n=10**9), "n=1000000000 is not allowed.*from 1 to 128"),
     (request("stop", prompt="x", stop=["a", ""]), r"stop=\['a', ''\] is not allowed.*texts"),
     (request("stream", prompt="x", stream=True), "stream=True"),
     (request("logprobs", prompt="x", logprobs=True), "logprobs=True .*from 0 to 20"),

@@ -41,6 +41,12 @@ def test_scores_are_those_of_the_definition_on_any_number_of_ranks(vocab, count,
             torch.testing.assert_close(scores.logprobs, found.logprobs, equal_nan=True)
 
 
+def test_a_row_that_is_broken_names_tokens_of_the_vocabulary():
+    logits = torch.full((1, 300), float("nan"))
+    found = score_part(logits, torch.tensor([5]), 3, ParallelGroup())
+    assert ((found.tokens >= 0) & (found.tokens < 300)).all()
+
+
 def test_two_ranks_say_what_transformers_says(tmp_path):
     """With prompts in chunks, of which some steps draw nothing, preemption and micro-batches."""
     model = OddVocabShape(seed=3).write(tmp_path / "model")

@@ -17,7 +17,6 @@ import argparse
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -124,16 +123,15 @@ def answers(
     # Enough for the scheduler always to have one waiting; the rest stays in the file.
     most = 2 * llm.config.max_num_seqs
     while True:
-        new = list(islice(lines, max(most - len(running), 0)))
-        if not new and not running:
-            return
-        answered = []
-        for line in new:
+        answered: list[dict[str, Any]] = []
+        while len(running) + len(answered) < most and (line := next(lines, None)) is not None:
             try:
                 ids = submit(llm, line, chat_template)
                 running |= dict.fromkeys(ids, (line, ids, []))
             except (TypeError, ValueError) as error:
                 answered.append(error_line(line, error))
+        if not running and not answered:
+            return
         if running:
             for output in llm.step():
                 line, ids, ended = running.pop(output["request_id"])

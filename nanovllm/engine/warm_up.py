@@ -20,6 +20,7 @@ from nanovllm.engine.pipeline_scheduler import hidden_states
 from nanovllm.engine.step_inputs import dummy_chunk, micro_batches
 from nanovllm.engine.step_runner import StepRunner
 from nanovllm.layers.peer_memory import MOST_ROWS as PEER_ROWS
+from nanovllm.layers.split_threshold import MOST_CANDIDATES
 from nanovllm.models.stage import BEFORE_LAYERS
 from nanovllm.sampling_params import SamplingParams
 
@@ -32,6 +33,7 @@ SAMPLING = [
     for params in (
         SamplingParams(temperature=0),
         SamplingParams(top_k=1),
+        SamplingParams(top_k=MOST_CANDIDATES + 1),
         SamplingParams(top_p=0.5),
         SamplingParams(top_k=1, top_p=0.5),
     )

@@ -17,11 +17,12 @@ normalises.
   made**: a rank's residual is right in its own rows only. That is enough, as only this kernel reads
   it, and always for the same rows.
 
-Barriers are counters in each rank's memory, one for each (program, rank, beginning or end), which
-grow by one a launch: nothing is reset, so a captured graph can be replayed. A program waits for the
-same program of its peers and for nothing else. A wait is bounded: after ``max_polls`` looks a
-program notes that in ``expired`` and goes on; whoever else writes there ends it, too. No later
-launch waits again, and the peers are told with their next signal.
+Each program counts its launches, the same on all ranks, and nothing is reset, so a captured graph
+can be replayed. A barrier is a number in each rank's memory for each (program, rank, beginning or
+end): that of the launch which has come there. A program waits for the same program of its peers and
+for nothing else. A wait is bounded: after ``max_polls`` looks a program notes that in ``expired``
+and goes on; whoever else writes there ends it, too. No later launch waits again, and the peers are
+told with their next signal.
 
 NOTE: launch no more programs than run at a time: one that waits must not keep out one waited for.
 NOTE: no barrier protects a partial sum, or what was pushed, from being overwritten while a peer
@@ -57,7 +58,7 @@ class Peers:
         counters: int64 ``[size]``, addresses of each rank's int32 ``[2, max_programs, size]``, zero
             at first.
         launches: int32 ``[max_programs]`` of this rank alone, zero at first: launches that a
-            program has seen.
+            program, or a row that is pushed, has seen.
         expired: int32 ``[1]`` of this rank alone: not 0 once a wait took too long.
         max_programs: the most programs of a launch.
         max_polls: looks at a counter before a wait is given up, 0.35 us each on an H100.
@@ -132,7 +133,7 @@ def push_add_norm(
         inboxes: int64 ``[size]``, addresses of each rank's int64 ``[size, capacity, H]``, zero at
             first. NOTE: see the module for who may write there again.
         output: ``[T, H]``.
-        first: place of the T rows in an inbox.
+        first: place of the T rows in an inbox; all places are below ``peers.max_programs``.
         residual, weight, eps: as there.
     """
     rows, hidden = residual.shape
@@ -159,7 +160,9 @@ def _push_kernel(
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     pdl_wait(PDL)
     pdl_trigger(PDL)
-    launch = tl.load(launches + row) + 1
+    # NOTE: a slot has a counter of its own, so that the numbers written there only grow.
+    counter = launches + first_row + row
+    launch = tl.load(counter) + 1
     given_up = tl.load(expired)
     at = row * HIDDEN + column
     own = tl.load(part + at, mask=inside, other=0.0).to(tl.float32)
@@ -169,7 +172,7 @@ def _push_kernel(
     line = (first_row + row) * HIDDEN + column
     for shift in tl.static_range(1, SIZE):
         theirs = _address(inboxes + (RANK + shift) % SIZE, tl.int64) + RANK * CAPACITY * HIDDEN
-        tl.store(theirs + line, word, mask=inside)
+        tl.store(theirs + line, word, mask=inside, cache_modifier=".wt")
     ours = _address(inboxes + RANK, tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
     for rank in tl.static_range(SIZE):
@@ -181,7 +184,7 @@ def _push_kernel(
             )
             total += value
     tl.debug_barrier()  # all threads have read it
-    tl.store(launches + row, launch)
+    tl.store(counter, launch)
     rounded = (total + added).to(dtype)
     tl.store(residual + at, rounded, mask=inside)
     values = rounded.to(tl.float32)

@@ -8,7 +8,7 @@ guide, "Programmatic Dependent Launch and Synchronization".
 NOTE: every program of a kernel launched this way must wait before it writes, and before it reads
 what the kernel before has made. What is older, as the inputs of a step are, may be read earlier.
 NOTE: `pdl_trigger` belongs behind the main loop: the next kernel takes SMs once all programs have
-called it.
+called it. In a kernel that mostly waits it may come first, but behind `pdl_wait`.
 """
 
 import triton

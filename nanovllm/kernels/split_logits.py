@@ -67,14 +67,13 @@ def _narrow_kernel(
         tl.store(new_aboves + item, above)
     row = tl.load(rows + item)
     value = _load(logits + row * stride, tile * TILE + tl.arange(0, TILE), VOCAB)
-    scale = 0.0 if COUNTED else _LOG2_E / tl.load(temperatures + row)
-    weights = _weight(value, tl.load(peaks + item), scale)
+    weights = _weight(value, tl.load(peaks + item), _LOG2_E / tl.load(temperatures + row))
     place = sums + (item * tl.num_programs(1) + tile) * PIVOTS
     for step in tl.static_range(PIVOTS):
         least = _value(bottom + (top - bottom) * step // PIVOTS, SHIFT)
         # A factor, not a choice: a product and its sum are one instruction.
         reached = (value >= least).to(tl.float32)
-        tl.store(place + step, tl.sum(reached * weights, axis=0))
+        tl.store(place + step, tl.sum(reached if COUNTED else reached * weights, axis=0))
 
 
 def collect(

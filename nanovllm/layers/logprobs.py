@@ -68,8 +68,9 @@ def _likeliest(logits: Tensor, shard: Shard) -> Tensor:
     rows = torch.arange(len(logits), device=logits.device)
     lowest = torch.finfo(logits.dtype).min
     # Tokens of no probability are the last, but are tokens.
+    logits = logits.nan_to_num(nan=lowest, neginf=lowest, posinf=math.inf)
     threshold = kernels.find_threshold(
-        logits := logits.clamp(min=lowest), torch.ones_like(rows, dtype=torch.float32), rows,
+        logits, torch.ones_like(rows, dtype=torch.float32), rows,
         torch.full_like(rows, MOST_LIKELY), None,
     )  # fmt: skip
     values, places = kernels.collect(logits, rows, threshold, MOST_LIKELY)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanovllm.layers.peer_memory import PeerMemory
+from nanovllm.utils.collectives import complete
 
 # torch 2.13 renamed it, and warns about the old name.
 _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -104,20 +104,6 @@ class ParallelGroup:
             work.wait()  # the current stream does
         else:
             complete(work, self.timeout)
-
-
-def complete(work: dist.Work, timeout: float) -> None:
-    """Waits for a collective of CPU tensors, so that Ctrl-C can end it.
-
-    Raises:
-        TimeoutError: it took more than `timeout` seconds.
-    """
-    deadline = time.monotonic() + timeout
-    while not work.is_completed():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"a collective did not end within {timeout:g} s")
-        time.sleep(1e-5)
-    work.wait()  # raises if it failed
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,11 @@ import torch
 import torch.distributed as dist
 
 from green_ctx import Driver, DriverError
+from nanovllm.utils.collectives import complete
 
 HANDLE_BYTES = 64
+# The ranks meet when the slowest has its memory.
+MEETING_SECONDS = 300.0
 ENABLE_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 
 
@@ -41,6 +44,7 @@ class SharedSlab:
 
         Raises:
             DriverError: there is not enough memory, or another rank's cannot be opened.
+            TimeoutError: a rank does not come.
         """
         self._driver, self._device = driver, device
         self._address, self._opened = 0, list[int]()
@@ -72,7 +76,7 @@ class SharedSlab:
     def _exchange(self, group: dist.ProcessGroup, handle: bytes) -> list[bytes]:
         own = torch.frombuffer(bytearray(handle), dtype=torch.uint8)
         handles = [torch.empty_like(own) for _ in range(group.size())]
-        dist.all_gather(handles, own, group=group)
+        complete(dist.all_gather(handles, own, group=group, async_op=True), MEETING_SECONDS)
         return [bytes(handle.tolist()) for handle in handles]
 
     def _open(self, handle: bytes) -> int:

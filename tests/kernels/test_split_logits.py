@@ -32,8 +32,9 @@ def test_passes_of_a_search(poison, vocab, counted, dtype):
     if vocab:
         logits[1, :] = float("-inf")
         logits[2, 0] = float("nan")
+        logits[4, 0] = float("inf")
     rows = torch.tensor([0, 1, 2, 4], device=DEVICE)
-    peaks = torch.full((4,), 9.0, device=DEVICE)
+    peaks = torch.tensor([9.0, 9.0, 9.0, torch.finfo(torch.float32).max], device=DEVICE)
     bottom, top = key_of(torch.tensor([[-9.0], [9.0]], device=DEVICE), dtype).expand(2, 4)
     search = Search(bottom.clone(), top.clone(), torch.zeros_like(peaks))
     whole = torch.full_like(bottom, -(2**31) >> reference.KEY_SHIFTS.get(dtype, 0))

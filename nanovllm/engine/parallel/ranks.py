@@ -38,8 +38,9 @@ from nanovllm.engine.parallel.process_groups import (
 )
 from nanovllm.engine.parallel.processes import POLL_SECONDS, RankDiedError, Workers, WorkerTask
 from nanovllm.engine.step_inputs import StepLayout
-from nanovllm.layers.parallel import ParallelGroup, complete
+from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.layers.peer_memory import MOST_ROWS, PeerMemory
+from nanovllm.utils.collectives import complete
 from nanovllm.utils.joined import join, joined_size, split
 
 logger = logging.getLogger(__name__)

@@ -148,22 +148,29 @@ class _Searcher:
         search, gathered = Search(bottom, top, torch.zeros_like(target)), None
         bits = 32 - KEY_SHIFTS.get(self.dtype, 0)
         for _ in range(-(-bits // (PIVOTS.bit_length() - 1))):
-            search, sums = self._narrow(search, gathered, target, counted)
+            search, sums = self._narrow(self.logits, search, gathered, target, counted)
             gathered = self.group.gather(sums)
-        search, _ = self._narrow(search, gathered, target, counted)
+        no_logits = self.logits[:, :0]  # only what the last pass found is left to see
+        search, _ = self._narrow(no_logits, search, gathered, target, counted)
         return search.bottom, search.above
 
     def _narrow(
-        self, search: Search, gathered: Tensor | None, target: Tensor, counted: bool
+        self,
+        logits: Tensor,
+        search: Search,
+        gathered: Tensor | None,
+        target: Tensor,
+        counted: bool,
     ) -> tuple[Search, Tensor]:
         return kernels.narrow(
-            self.logits, self.temperatures, self.rows, self.peaks, search, gathered, target, counted
+            logits, self.temperatures, self.rows, self.peaks, search, gathered, target, counted
         )
 
     def _own_sums(self, keys: Tensor, counted: bool) -> Tensor:
         """As `sums`, of this rank's logits, [F, 2]."""
         search = Search(keys, keys + PIVOTS, self.peaks)  # so pivots are one apart
-        return self._narrow(search, None, self.peaks, counted)[1][:, :2].contiguous()
+        _, sums = self._narrow(self.logits, search, None, self.peaks, counted)
+        return sums[:, :2].contiguous()
 
     def place(self, keys: Tensor, stay: Tensor) -> tuple[Tensor, Tensor]:
         """Thresholds and the last of their ties; the lowest ranks' ties come first."""

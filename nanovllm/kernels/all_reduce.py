@@ -8,8 +8,8 @@ normalises.
 
 - *Pushed*: every rank does this for all rows, and there is no barrier. Each writes its elements to
   its peers, every one in 8 bytes with the number of the launch, and waits for theirs, as NCCL's
-  protocol LL does (https://docs.nvidia.com/deeplearning/nccl). One way over the link instead of
-  two and a half, for four times the bytes. Best for a handful of rows.
+  protocol LL does (https://docs.nvidia.com/deeplearning/nccl). That is one trip over the link
+  instead of a barrier and then a read, for four times the bytes. Best for a handful of rows.
 - *One-shot*: every rank does this for all rows. Each reads ``(N - 1) T H`` elements from its peers,
   and there is one barrier. Best for few rows.
 - *Two-shot*: rank ``r`` does it for rows ``r, r + N, ...`` and writes the normalised rows to all

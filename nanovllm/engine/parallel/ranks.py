@@ -184,7 +184,7 @@ class Ranks:
         return StepLayout.from_integers(integers.tolist()), flat, draws
 
     def connect(self, config: Config, dtype: torch.dtype, hidden: int) -> None:
-        """Prepares the model's collectives: by memory that all ranks reach, if they can; by NCCL.
+        """Prepares the model's collectives, which go through memory that all ranks reach, or NCCL.
 
         NCCL takes seconds and memory, so it is left out where nothing needs it.
 

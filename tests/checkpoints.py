@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from nanovllm.kernels.reference import SAMPLE_TILE
+from nanovllm.kernels.reference_sampling import SAMPLE_TILE
 from nanovllm.models.architectures import ARCHITECTURES
 from nanovllm.models.rope import COMMON_FIELDS, ROPES
 

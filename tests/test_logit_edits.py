@@ -16,7 +16,7 @@ from nanovllm.engine import draws
 from nanovllm.engine.draws import Draws, Sampler
 from nanovllm.engine.scheduler import Chunk, Step
 from nanovllm.engine.sequence import Sequence
-from nanovllm.kernels.reference import SAMPLE_TILE
+from nanovllm.kernels.reference_sampling import SAMPLE_TILE
 from nanovllm.layers.logit_edits import MASKED_ROWS, RequestEdits, forbid
 from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.utils.joined import KINDS, join, joined_size, split
@@ -42,7 +42,7 @@ def texts(rng: random.Random, vocab: int) -> tuple[list[int], list[int]]:
 
 def make_sampler(rows: int, vocab: int, group=ONE) -> Sampler:
     shard = Shard.of_tiles(vocab, SAMPLE_TILE, group)
-    return Sampler(torch.zeros(rows, dtype=torch.int64), MAX_LEN, group, shard)
+    return Sampler(NotImplemented, torch.zeros(rows, dtype=torch.int64), MAX_LEN, group, shard)
 
 
 def pack(sampler, seqs, masks=None, asks=True) -> Draws:
@@ -168,7 +168,7 @@ def draw(logits, given, group=ONE) -> torch.Tensor:
     rows, vocab = logits.shape
     sampler = make_sampler(rows, vocab, group)
     packed = pack(sampler, sequences(given, vocab))
-    return sampler.draw(logits[:, sampler.shard.span], packed, NotImplemented)[0]
+    return sampler.draw(logits[:, sampler.shard.span], packed)[0]
 
 
 def random_rows(rng: random.Random, count: int, vocab: int):
@@ -256,7 +256,7 @@ def test_a_batch_in_which_no_row_asks_packs_nothing():
 )
 def test_only_penalties_need_a_history(options, width):
     sampler, given = make_sampler(4, 50), [(SamplingParams(0, **options), [1, 2], [3])]
-    sampler.draw(torch.randn(2, 50), pack(sampler, sequences(given, 50)), NotImplemented)
+    sampler.draw(torch.randn(2, 50), pack(sampler, sequences(given, 50)))
     assert sampler.history.tokens.shape == (4, width)
 
 

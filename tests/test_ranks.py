@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import threading
 import time
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 
 from nanovllm import LLM
 from nanovllm.config import Config
+from nanovllm.engine.parallel.guard import Guard
 from nanovllm.engine.parallel.processes import RankDiedError, Workers
 from nanovllm.engine.parallel.ranks import Ranks, devices_for
 from nanovllm.layers.parallel import ParallelGroup, Shard
@@ -61,8 +61,8 @@ def test_what_waits_for_a_rank_is_ended_if_it_is_dead_or_silent_or_the_ranks_par
     rank_0.group = ParallelGroup(0, 2, peers=waiting)
     worker = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
     rank_0.workers.processes.append(worker)
-    guard = threading.Thread(target=rank_0._guard_device)
-    guard.start()
+    guard = Guard(0, rank_0.workers, torch.device("cpu"), SECONDS, rank_0._end_waits)
+    rank_0._guard = guard
     time.sleep(0.2)
     assert waiting.ended == []
     if end == "death":
@@ -70,7 +70,7 @@ def test_what_waits_for_a_rank_is_ended_if_it_is_dead_or_silent_or_the_ranks_par
     elif end == "break":
         rank_0._break()
     else:
-        rank_0._ended.set()
+        guard.part()
     guard.join(SECONDS)
     assert waiting.ended == ["peers", "nccl"]
     rank_0.workers.end(patience=0)

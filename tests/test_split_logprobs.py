@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanovllm.kernels.reference import SAMPLE_TILE
+from nanovllm.kernels.reference_sampling import SAMPLE_TILE
 from nanovllm.layers.logprobs import score
 from nanovllm.layers.parallel import ParallelGroup, Shard
 from tests.checkpoints import OddVocabShape, prompts

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from nanovllm import SamplingParams
-from nanovllm.kernels import reference
-from nanovllm.kernels.reference import SAMPLE_TILE
+from nanovllm.kernels import reference_sampling
+from nanovllm.kernels.reference_sampling import SAMPLE_TILE
 from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.layers.sampler import SamplingBatch, sample
 from tests.thread_ranks import on_ranks, random_logits
@@ -48,5 +48,8 @@ def test_of_equal_keys_the_lowest_token_is_drawn():
     logits = torch.zeros(1, SAMPLE_TILE)
     logits[0, ::2] = -0.0
     greedy = torch.zeros(1), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    keys = [reference.sample(logits, *greedy, None, (n * SAMPLE_TILE, 4096 * 3)) for n in range(3)]
-    assert reference.token_of(torch.stack(keys).amax(0)).tolist() == [0]
+    keys = [
+        reference_sampling.sample(logits, *greedy, None, (n * SAMPLE_TILE, 4096 * 3))
+        for n in range(3)
+    ]
+    assert reference_sampling.token_of(torch.stack(keys).amax(0)).tolist() == [0]

@@ -15,7 +15,7 @@ import pytest
 from transformers import Qwen3Config
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.kernels.reference import SAMPLE_TILE
+from nanovllm.kernels.reference_sampling import SAMPLE_TILE
 from nanovllm.structured import grammars
 from nanovllm.tiny import CHECKPOINT_DIR, PROMPTS
 from tests.checkpoints import Shape

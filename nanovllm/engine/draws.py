@@ -55,6 +55,7 @@ class Sampler:
     """Draws and scores the tokens of one rank's steps.
 
     Args:
+        compute_logits: hidden states [N, hidden size] -> [N, this rank's part of the vocabulary].
         last_tokens: int64 [max_num_seqs], where the last token of each running request goes.
         max_model_len: tokens that a request may have.
         group: this rank and the others.
@@ -62,8 +63,14 @@ class Sampler:
     """
 
     def __init__(
-        self, last_tokens: Tensor, max_model_len: int, group: ParallelGroup, shard: Shard
+        self,
+        compute_logits: Callable[[Tensor], Tensor],
+        last_tokens: Tensor,
+        max_model_len: int,
+        group: ParallelGroup,
+        shard: Shard,
     ) -> None:
+        self.compute_logits = compute_logits
         self.last_tokens, self.device = last_tokens, last_tokens.device
         self.group, self.shard = group, shard
         self.history = TokenHistory(len(last_tokens), max_model_len, self.device)
@@ -94,14 +101,14 @@ class Sampler:
         )
 
     def draw(
-        self, logits: Tensor, draws: Draws, prompt_logits: Callable[[Tensor], Tensor]
+        self, logits: Tensor, draws: Draws, hidden: Tensor | None = None
     ) -> tuple[Tensor, Scores | None]:
         """Tokens [S], which are kept for the next step, and scores; the same on every rank.
 
         Args:
             logits: [S, this rank's part of the vocabulary] or more; they stay as they are.
             draws: from `pack`.
-            prompt_logits: gives the logits of rows among all tokens of the step.
+            hidden: [tokens, hidden size] of the step; needed if prompts are scored.
         """
         if len(draws.sampling):
             batch = SamplingBatch.unpack(draws.sampling, self.device)
@@ -117,7 +124,7 @@ class Sampler:
             tokens = torch.empty(0, dtype=torch.int64)
         scores = None
         if len(draws.scoring):
-            scores = self._score(logits, draws.scoring, tokens, prompt_logits)
+            scores = self._score(logits, hidden, draws.scoring, tokens)
         return tokens, scores
 
     def change(self, logits: Tensor, piece: np.ndarray) -> tuple[EditBatch, SamplingBatch, Tensor]:
@@ -133,11 +140,7 @@ class Sampler:
         return batch, SamplingBatch.unpack(sampling, self.device), changed
 
     def _score(
-        self,
-        logits: Tensor,
-        packed: np.ndarray,
-        tokens: Tensor,
-        prompt_logits: Callable[[Tensor], Tensor],
+        self, logits: Tensor, hidden: Tensor | None, packed: np.ndarray, tokens: Tensor
     ) -> Scores:
         """Scores of the drawn rows, then of those of prompts."""
         _, drawn, prompt, following = split(packed, self.device)
@@ -149,7 +152,8 @@ class Sampler:
                 yield logits[rows], tokens[rows]
             for i in range(0, len(prompt), PROMPT_ROWS):
                 rows = prompt[i : i + PROMPT_ROWS]
-                yield prompt_logits(rows), following[i : i + PROMPT_ROWS]
+                assert hidden is not None
+                yield self.compute_logits(hidden[rows]), following[i : i + PROMPT_ROWS]
 
         scores = [score(*piece, count, self.group, self.shard) for piece in pieces()]
         return Scores(*map(torch.cat, zip(*scores, strict=True)))

@@ -98,8 +98,9 @@ class ModelRunner:
         self.inputs = StepInputs(self.block_size, max_blocks, self.backend)
         self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
         self.sampler = Sampler(
-            self.last_tokens, self.max_model_len, ranks.group, self.model.vocab_shard
-        )
+            self.model.compute_logits, self.last_tokens, self.max_model_len, ranks.group,
+            self.model.vocab_shard,
+        )  # fmt: skip
         self.graph_memory: GraphMemory | None = None
         self._bind_cache(0, dtype)  # for the measurement: the padding block alone
         self.step_runner = self.make_step_runner(config, SEQUENTIAL)
@@ -137,7 +138,7 @@ class ModelRunner:
         self.ranks.close()
         self.closed = True  # only now, so that a close that was interrupted can be repeated
         # The device's memory goes with the last references to it.
-        del self.model, self.step_runner, self.graph_memory
+        del self.model, self.sampler, self.step_runner, self.graph_memory
         if self.device.type == "cuda":
             # cuBLAS keeps a workspace for every stream it has seen, also for those now closed.
             torch._C._cuda_clearCublasWorkspaces()
@@ -190,9 +191,9 @@ class ModelRunner:
             prepared = replace(self.step_runner.prepare(step), draws=draws)
             self._send(prepared)
             self.watch("begin", step)
-            logits = self.step_runner.run(prepared)
+            logits, hidden = self.step_runner.run(prepared)
             self.watch("issued", step)
-            drawn = self.sampler.draw(logits, draws, self._prompt_logits)
+            drawn = self.sampler.draw(logits, draws, hidden)
             launched = LaunchedStep(step, prepared, scoring, *self._to_host(*drawn))
             self.watch("end", step)
             return launched
@@ -221,14 +222,9 @@ class ModelRunner:
             if self.device.type == "cuda":
                 inputs = inputs.pin_memory()  # or the copy could wait for the steps before
             with self.threads():
-                logits = self.step_runner.run(PreparedStep(layout, inputs, draws))
-                self.sampler.draw(logits, draws, self._prompt_logits)
+                logits, hidden = self.step_runner.run(PreparedStep(layout, inputs, draws))
+                self.sampler.draw(logits, draws, hidden)
             self.ranks.watch_step()
-
-    def _prompt_logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """Logits of rows among all tokens of the last step, which is scored."""
-        assert self.step_runner.hidden is not None
-        return self.model.compute_logits(self.step_runner.hidden[rows])
 
     def _try_to_draw(self, logits: torch.Tensor, params: SamplingParams) -> None:
         """Draws the token of one row, and waits for it."""
@@ -237,7 +233,7 @@ class ModelRunner:
         seq.num_pending = 1
         step = Step(True, [Chunk(seq, 0, 1, needs_sample=True)], asks=seq.asks)
         draws = self.sampler.pack(step, {}, Scoring.of(step, vocab_size))
-        tokens, _, done = self._to_host(*self.sampler.draw(logits, draws, self._prompt_logits))
+        tokens, _, done = self._to_host(*self.sampler.draw(logits, draws))
         if done is not None:
             self.ranks.wait(done)
         self.ranks.check_silence(tokens)

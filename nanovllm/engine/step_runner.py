@@ -105,8 +105,6 @@ class StepRunner:
         self.layouts: dict[tuple[int, int, bool], StepLayout] = {}
         self.graphs: dict[StepLayout, tuple[Any, StageTimer | None]] = {}
         self.timer: StageTimer | None = None  # of the last step
-        # Of all its tokens, if it is scored and no graph was replayed.
-        self.hidden: torch.Tensor | None = None
 
     def prepare(self, step: Step) -> PreparedStep:
         """Chooses how a step will run, and fills its inputs."""
@@ -160,16 +158,17 @@ class StepRunner:
         step: PreparedStep,
         logits: torch.Tensor | None = None,
         timer: StageTimer | None = None,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Issues a step, or replays its graph; the other ranks must do the same.
 
         A capture issues the step with `logits` to write and its own `timer`. Returns logits
-        [num_samples, this rank's part of the vocabulary].
+        [num_samples, this rank's part of the vocabulary], and hidden states [tokens, hidden size]
+        if the step is scored and no graph was replayed.
         """
-        layout, self.hidden = step.layout, None
+        layout = step.layout
         if logits is None:
             if self.memory is not None and layout.is_decode:
-                return self._replay(step)
+                return self._replay(step), None
             timer = self.timer = StageTimer(self.device) if layout.timed else None
         if timer:
             timer.begin_step()
@@ -178,17 +177,15 @@ class StepRunner:
         batches, rows = micro_batches(layout, inputs, self.last_tokens, scheduler.workspace)
         scheduler.issue(batches, timer)
         hidden = hidden_states(batches)
-        if len(step.draws.scoring):
-            self.hidden = hidden
         logits = scheduler.model.compute_logits(hidden if rows is None else hidden[rows], logits)
         if timer:
             timer.end_step()
-        return logits
+        return logits, hidden if len(step.draws.scoring) else None
 
     def run_padding(self, size: int) -> torch.Tensor:
-        """Runs a decode step of `size` rows, all of them padding."""
+        """Runs a decode step of `size` rows, all of them padding; returns its logits."""
         choice = self.chooser.choose(size, size)
-        return self.run(self.prepare_decode(choice, [], []))
+        return self.run(self.prepare_decode(choice, [], []))[0]
 
     def finish(self, step: PreparedStep, num_seqs: int) -> None:
         """Counts a decode step, which must be complete, and hands on how long it took.

@@ -1,8 +1,9 @@
 """The model's fused operations, on whichever device their tensors are.
 
 CUDA tensors go to Triton kernels (`triton_ops`), or to cuBLAS where that is faster; all others to
-the plain torch forms in `reference`, which say what each operation is, and to torch's own linear
-layer. A machine without a GPU never imports Triton. An attention back end picks its own kernels.
+the plain torch forms in `reference` and `reference_sampling`, which say what each operation is, and
+to torch's own linear layer. A machine without a GPU never imports Triton. An attention back end
+picks its own kernels.
 """
 
 import functools
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.kernels import reference
+from nanovllm.kernels import reference, reference_sampling
 from nanovllm.kernels.normed import HeadInputs, Normed
 
 _Parameters = ParamSpec("_Parameters")
@@ -29,7 +30,7 @@ def _triton_ops() -> ModuleType:
 
 
 def _by_device(slow: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
-    """A function of `reference`, or the kernel of its name where the first tensor is on CUDA."""
+    """A plain form, or the kernel of its name where the first tensor is on CUDA."""
 
     @functools.wraps(slow)
     def operation(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
@@ -44,11 +45,11 @@ rms_norm = _by_device(reference.rms_norm)
 add_rms_norm = _by_device(reference.add_rms_norm)
 silu_mul = _by_device(reference.silu_mul)
 resolve_tokens = _by_device(reference.resolve_tokens)
-find_threshold = _by_device(reference.find_threshold)
-sample = _by_device(reference.sample)
-narrow = _by_device(reference.narrow)
-collect = _by_device(reference.collect)
-tie_end = _by_device(reference.tie_end)
+find_threshold = _by_device(reference_sampling.find_threshold)
+sample = _by_device(reference_sampling.sample)
+narrow = _by_device(reference_sampling.narrow)
+collect = _by_device(reference_sampling.collect)
+tie_end = _by_device(reference_sampling.tie_end)
 _qk_norm_rope_store = _by_device(reference.qk_norm_rope_store)
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.reference import BROKEN, NOTHING, SAMPLE_TILE
+from nanovllm.kernels.reference_sampling import BROKEN, NOTHING, SAMPLE_TILE
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _BROKEN, _NOTHING = tl.constexpr(BROKEN), tl.constexpr(NOTHING)
@@ -26,7 +26,7 @@ def sample(
     threshold: tuple[Tensor, Tensor] | None = None,
     part: tuple[int, int] | None = None,
 ) -> Tensor:
-    """See ``reference.sample``; rows of the logits may be strided, a row may not."""
+    """See ``reference_sampling.sample``; rows of the logits may be strided, a row may not."""
     rows, vocab = logits.shape
     tiles = triton.cdiv(vocab, SAMPLE_TILE)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
@@ -147,7 +147,7 @@ def _gumbel(seed, step, index):
 
 @triton.jit
 def random_bits(seed, step, index):
-    """32 random bits for every (seed, step, index), as in ``reference.random_bits``."""
+    """32 random bits for every (seed, step, index), as in ``reference_sampling.random_bits``."""
     low = seed.to(tl.uint32)
     high = (seed >> 32).to(tl.uint32)
     step = step.to(tl.uint32)
@@ -158,7 +158,7 @@ def random_bits(seed, step, index):
 
 @triton.jit
 def exponential(bits):
-    """A standard exponential variate of 32 random bits, as in ``reference.exponential``."""
+    """See ``reference_sampling.exponential``."""
     u = tl.minimum((bits.to(tl.float32) + 0.5) * (2.0**-32), 1 - 2.0**-24)
     series = u * (1 + u * (1 / 2 + u * (1 / 3)))
     return tl.where(u < 1 / 64, series, -tl.log(1 - u))

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.reference import KEY_SHIFTS, PIVOTS, Search
+from nanovllm.kernels.reference_sampling import KEY_SHIFTS, PIVOTS, Search
 from nanovllm.kernels.top_k_top_p import _LOG2_E, TILE, _load, _value, _weight
 
 ROW_TILE = 4096  # of a program that takes a whole row
@@ -25,7 +25,7 @@ def narrow(
     target: Tensor,
     counted: bool,
 ) -> tuple[Search, Tensor]:
-    """See ``reference.narrow``; rows of the logits may be strided, a row may not."""
+    """See ``reference_sampling.narrow``; rows of the logits may be strided, a row may not."""
     count, vocab = len(rows), logits.shape[1]
     tiles = max(triton.cdiv(vocab, TILE), 1)
     sums = torch.empty(count, tiles, PIVOTS, dtype=torch.float32, device=logits.device)
@@ -79,7 +79,7 @@ def _narrow_kernel(
 def collect(
     logits: Tensor, rows: Tensor, threshold: tuple[Tensor, Tensor], count: int
 ) -> tuple[Tensor, Tensor]:
-    """See ``reference.collect``; rows of the logits may be strided, a row may not."""
+    """See ``reference_sampling.collect``; rows of the logits may be strided, a row may not."""
     values = torch.empty(len(rows), count, dtype=torch.float32, device=logits.device)
     tokens = torch.empty(len(rows), count, dtype=torch.int32, device=logits.device)
     _collect_kernel[(len(rows),)](
@@ -91,7 +91,7 @@ def collect(
 
 
 def tie_end(logits: Tensor, rows: Tensor, values: Tensor, stay: Tensor) -> Tensor:
-    """See ``reference.tie_end``; rows of the logits may be strided, a row may not."""
+    """See ``reference_sampling.tie_end``; rows of the logits may be strided, a row may not."""
     ends = torch.empty(len(rows), dtype=torch.int32, device=logits.device)
     _tie_end_kernel[(len(rows),)](
         logits, rows, values, stay, ends, logits.stride(0),

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.reference import KEY_SHIFTS
+from nanovllm.kernels.reference_sampling import KEY_SHIFTS
 
 TILE = 8192
 BUCKET = 256
@@ -31,7 +31,7 @@ _MAX = tl.constexpr(3.4028234663852886e38)
 def find_threshold(
     logits: Tensor, temperatures: Tensor, rows: Tensor, top_k: Tensor | None, top_p: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See ``reference.find_threshold``; rows of the logits may be strided, a row may not."""
+    """See ``reference_sampling.find_threshold``; rows may be strided, what is in them may not."""
     device, (num_rows, vocab), stride = logits.device, logits.shape, logits.stride(0)
     thresholds = torch.full((num_rows,), float("-inf"), dtype=torch.float32, device=device)
     tie_ends = torch.full((num_rows,), vocab, dtype=torch.int32, device=device)

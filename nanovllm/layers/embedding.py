@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanovllm.kernels.reference import SAMPLE_TILE
+from nanovllm.kernels.reference_sampling import SAMPLE_TILE
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.parallel import ParallelGroup, Shard, WeightShard, WeightShards
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nanovllm import kernels
-from nanovllm.kernels.reference import NOTHING, key_of, value_of
+from nanovllm.kernels.reference_sampling import NOTHING, key_of, value_of
 from nanovllm.layers.parallel import ParallelGroup, Shard
 
 # Of each rank's part.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from nanovllm import kernels
-from nanovllm.kernels.reference import token_of
+from nanovllm.kernels.reference_sampling import token_of
 from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.layers.split_threshold import MOST_CANDIDATES, find_threshold
 from nanovllm.sampling_params import SamplingParams

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nanovllm import kernels
-from nanovllm.kernels.reference import KEY_SHIFTS, PIVOTS, Search, key_of, value_of
+from nanovllm.kernels.reference_sampling import KEY_SHIFTS, PIVOTS, Search, key_of, value_of
 from nanovllm.layers.parallel import ParallelGroup
 
 # The largest top-k for which ranks exchange candidates.

@@ -24,7 +24,7 @@ if __name__ in ("__main__", "__mp_main__"):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from nanovllm import SamplingParams
-from nanovllm.kernels.reference import SAMPLE_TILE
+from nanovllm.kernels.reference_sampling import SAMPLE_TILE
 from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.layers.peer_memory import PeerMemory
 from nanovllm.layers.sampler import SamplingBatch, sample

@@ -8,17 +8,17 @@ import random
 import pytest
 import torch
 
-from nanovllm.kernels import reference, sampling
+from nanovllm.kernels import reference_sampling, sampling
 from tests.kernels.cases import DEVICE, sampling_case, within
 
-SAMPLERS = pytest.mark.parametrize("sample", [reference.sample, sampling.sample])
+SAMPLERS = pytest.mark.parametrize("sample", [reference_sampling.sample, sampling.sample])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocab", [5, 4096, 10000])
 def test_sample_agrees_with_its_reference(poison, vocab, dtype):
     case = sampling_case(9, vocab, dtype)
-    assert torch.equal(sampling.sample(*case), reference.sample(*case))
+    assert torch.equal(sampling.sample(*case), reference_sampling.sample(*case))
 
 
 @SAMPLERS
@@ -96,7 +96,9 @@ def chi_square(counts, probs):
 
 def test_random_bits_are_uniform_and_uncorrelated():
     seeds = torch.arange(40, device=DEVICE)[:, None] + random.randrange(2**40)
-    bits = reference.random_bits(seeds, torch.zeros_like(seeds), torch.arange(5000, device=DEVICE))
+    bits = reference_sampling.random_bits(
+        seeds, torch.zeros_like(seeds), torch.arange(5000, device=DEVICE)
+    )
     for byte in range(4):
         counts = torch.bincount(((bits >> (8 * byte)) & 255).flatten(), minlength=256).double()
         assert chi_square(counts, torch.full((256,), 1 / 256, device=DEVICE)) < 7
@@ -110,7 +112,7 @@ def test_random_bits_are_uniform_and_uncorrelated():
 def test_exponential_has_fine_tails():
     bits = torch.tensor([0, 1, 2**20, 2**26 - 1, 2**26, 2**31, 2**32 - 1], device=DEVICE)
     exact = -torch.log1p(-(bits.double() + 0.5) / 2**32)
-    actual = reference.exponential(bits)
+    actual = reference_sampling.exponential(bits)
     assert (actual > 0).all()
     assert actual.isfinite().all()
     torch.testing.assert_close(actual[:-1].double(), exact[:-1], rtol=5e-6, atol=0)

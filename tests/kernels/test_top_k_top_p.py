@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanovllm.kernels import reference, top_k_top_p
+from nanovllm.kernels import reference_sampling, top_k_top_p
 from tests.kernels.cases import DEVICE, check_threshold, threshold_case, within
 
-FORMS = {"reference": reference.find_threshold, "kernels": top_k_top_p.find_threshold}
+FORMS = {"reference": reference_sampling.find_threshold, "kernels": top_k_top_p.find_threshold}
 EACH_FORM = pytest.mark.parametrize("find_threshold", FORMS.values(), ids=FORMS)
 LIMITS = pytest.mark.parametrize("limits", ["k", "p", "kp"])
 
@@ -58,7 +58,8 @@ def test_kernels_keep_what_the_reference_keeps(poison, small_tiles, limits):
     temperatures[:] = 1.0
     case = logits, temperatures, rows, top_k, top_p
     kept, expected = (
-        within(logits, f(*case)) for f in (top_k_top_p.find_threshold, reference.find_threshold)
+        within(logits, f(*case))
+        for f in (top_k_top_p.find_threshold, reference_sampling.find_threshold)
     )
     assert torch.equal(kept, expected)
 

@@ -14,7 +14,6 @@ import dataclasses
 import logging
 import os
 import shutil
-import sys
 import tempfile
 import threading
 import zlib
@@ -31,6 +30,7 @@ import torch.distributed as dist
 
 from green_ctx import GreenContextError
 from nanovllm.config import Config
+from nanovllm.engine.parallel.guard import Guard, silence
 from nanovllm.engine.parallel.process_groups import (
     ProcessGroups,
     check_no_default_group,
@@ -70,10 +70,7 @@ class Ranks:
         self.workers = Workers()
         self.meeting = ""
         self.broken = False
-        self._ended = threading.Event()
-        # Of a worker: an event behind all work, and when it was issued.
-        self._issued: tuple[torch.cuda.Event, float] | None = None
-        self._guard: threading.Thread | None = None
+        self._guard: Guard | None = None
 
     @classmethod
     def start(cls, config: Config, model_dir: Path, device: torch.device) -> Ranks:
@@ -254,7 +251,7 @@ class Ranks:
         while not event.query():
             self.workers.check()
             if monotonic() > deadline:
-                raise self._silence()
+                raise silence(self.step_timeout)
         self.workers.check()
 
     def mark_silence(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -265,14 +262,12 @@ class Ranks:
     def check_silence(self, tokens: torch.Tensor) -> None:
         """Raises RankDiedError if a kernel gave up waiting for another rank."""
         if self.group.peers is not None and (tokens == VOID).any():
-            raise self._silence()
+            raise silence(self.step_timeout)
 
     def watch_step(self) -> None:
         """Lets this worker end if what was issued so far does not, within `step_timeout`."""
-        if self.device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record()
-            self._issued = event, monotonic()
+        if self._guard is not None:
+            self._guard.watch_step()
 
     @contextmanager
     def collective_region(self) -> Iterator[None]:
@@ -297,7 +292,7 @@ class Ranks:
                 death = None
             self._break()
             if isinstance(error, TimeoutError):
-                death = death or self._silence()
+                death = death or silence(self.step_timeout)
             if death is None:
                 raise
             raise death from error
@@ -312,8 +307,8 @@ class Ranks:
             return
         if not self.broken:
             self._finish()
-        self._ended.set()
         if self._guard is not None:
+            self._guard.part()
             self._guard.join(END_SECONDS)
         self.workers.end(END_SECONDS)
         groups, self.groups = self.groups, None
@@ -346,8 +341,9 @@ class Ranks:
             config.step_timeout,
         )
         if device.type == "cuda":
-            self._guard = threading.Thread(target=self._guard_device, daemon=True)
-            self._guard.start()
+            self._guard = Guard(
+                self.group.rank, self.workers, device, self.step_timeout, self._end_waits
+            )
 
     def _await_workers(self, path: str, size: int) -> None:
         """Waits until all workers have come, before anything that waits for them without end."""
@@ -384,44 +380,21 @@ class Ranks:
                 raise death from outcome.exception()
         outcome.result()
 
-    def _guard_device(self) -> None:
-        """Ends what the device waits for in vain, when a rank is dead or the ranks part.
-
-        The only place that does so, in a thread of its own: the main thread may be inside a CUDA
-        call that waits for a collective without a peer. Also when the ranks part in order: NCCL
-        lets none leave before all do, and rank 0 leaves when the workers have ended.
-        """
-        while not self._ended.wait(POLL_SECONDS) and self.workers.dead_worker() is None:
-            if self._is_stuck():
-                print(f"rank {self.group.rank}: {self._silence()}", file=sys.stderr, flush=True)
-                os._exit(1)
+    def _end_waits(self) -> None:
         if self.group.peers is not None:
             self.group.peers.expire()
         if self.groups is not None:
             self.groups.abort()
-
-    def _is_stuck(self) -> bool:
-        if self._issued is None:
-            return False
-        event, since = self._issued
-        if monotonic() - since <= self.step_timeout:
-            return False
-        with torch.cuda.device(self.device):  # or the query would make a context on another
-            return not event.query()
 
     @property
     def control(self) -> dist.ProcessGroup:
         assert self.groups is not None
         return self.groups.control
 
-    def _silence(self) -> RankDiedError:
-        return RankDiedError(
-            f"a rank is silent: a step made no progress for step_timeout={self.step_timeout:g} s"
-        )
-
     def _break(self) -> None:
         self.broken = True
-        self._ended.set()
+        if self._guard is not None:
+            self._guard.part()
         self.workers.end(patience=0)
 
     def _finish(self) -> None:

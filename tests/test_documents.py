@@ -70,7 +70,7 @@ def test_a_command_is_understood(
         assert all(f'"{word}"' in source for word in argv if word.startswith("--"))
 
 
-@pytest.mark.parametrize("block", python_blocks(), ids=["chat", "LLM", "Config"])
+@pytest.mark.parametrize("block", python_blocks(), ids=["LLM", "chat", "Config"])
 def test_python_of_the_readme_runs(block: str, capsys: pytest.CaptureFixture[str]) -> None:
     """With the tiny model, which has no chat template, and less to do."""
     program = re.sub(r'"Qwen/[^"]*"', repr(str(CHECKPOINT_DIR)), block)

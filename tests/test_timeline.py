@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib import figure
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.pipeline_statistics import KEPT_STEPS, PipelineStatistics, overlap
@@ -160,11 +162,52 @@ def test_boxes_have_their_times_in_microseconds_and_steps_follow_each_other(step
 
 def test_a_picture_shows_the_last_pipelined_step(steps, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("nanovllm.utils.timeline.draw", lambda spans, path: drawn.append(spans))
+    monkeypatch.setattr(
+        "nanovllm.utils.timeline.draw", lambda spans, *rest: drawn.append((spans, rest))
+    )
     alone = [[span for span in steps[0] if span.micro_batch == 0]]
-    save_timeline([*steps, *alone], "steps.png")
-    save_timeline(alone, "steps.png")
-    assert drawn == [steps[-1], alone[0]]
+    save_timeline([*steps, *alone], "steps.png", "tiny")
+    save_timeline(alone, "steps.png", ordinary=alone)
+    assert drawn == [
+        (steps[-1], ("steps.png", "tiny", [])),
+        (alone[0], ("steps.png", "", alone[0])),
+    ]
+
+
+def test_labels_of_a_picture_lie_within_their_boxes(steps, tmp_path, monkeypatch):
+    figures = []
+    save = figure.Figure.savefig
+    monkeypatch.setattr(
+        figure.Figure, "savefig", lambda self, *a, **o: (figures.append(self), save(self, *a, **o))
+    )
+    rows = [("attention", 0), ("ffn", 1)]
+    regular = [
+        Span(lane, batch, (("attention", layer),), 10 * layer + start, 10 * layer + start + 5)
+        for layer in range(8)
+        for start, (lane, batch) in zip((0, 5), rows, strict=True)
+    ]
+    narrow = Span("ffn", 0, (("mlp", -1), ("qkv", 0)), 0.0, 0.4)
+    short = Span("ffn", 0, (("mlp", 0), ("qkv", 1)), 0.5, 2.5)  # for one line of two
+    path = tmp_path / "steps.png"
+    save_timeline([[narrow, short, *regular]], str(path), "8B on a GPU", [regular])
+    (drawn,) = figures
+    axes = drawn.axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["ordinary", "FFN", "attention"]
+    assert axes.get_title() == "8B on a GPU: first 6 layers of a decode step"
+    texts = [text.get_text() for text in axes.texts if text.get_text()]
+    assert sorted(texts) == sorted(
+        [f"{prefix}{layer}\nattention" for layer in range(6) for prefix in ("", "", "A", "B")]
+        + ["A0"]
+    )
+    renderer = FigureCanvasAgg(drawn).get_renderer()
+    places = [text.get_window_extent(renderer) for text in axes.texts if text.get_text()]
+    boxes = [box.get_window_extent(renderer) for box in axes.patches]
+    assert all(
+        any(
+            box.x0 <= p.x0 and p.x1 <= box.x1 and box.y0 <= p.y0 and p.y1 <= box.y1 for box in boxes
+        )
+        for p in places
+    )
 
 
 def test_without_profiled_steps_there_is_nothing_to_draw(tmp_path):

@@ -61,7 +61,12 @@ def run(args: argparse.Namespace) -> Iterator[Record]:
                     arm |= reading | {"joules_per_step": joules}
             yield record | {"arms": records}
         if args.timeline is not None:
-            save_timeline(profile_steps(engine, arms[-1], workload), str(args.timeline))
+            title = (
+                f"{record['model']['name']} on {record['device'].get('name', 'CPU')}, {args.batch} "
+                f"sequences of {args.context} tokens, {arms[-1].label}"
+            )
+            first, last = (profile_steps(engine, arm, workload) for arm in (arms[0], arms[-1]))
+            save_timeline(last, str(args.timeline), title, first if len(arms) > 1 else None)
 
 
 def describe_arm(arm: Arm, record: Record, times: Record | None, reference_ms: float) -> Record:

@@ -4,6 +4,9 @@
         outputs = engine.generate(["Hello, world!"], max_tokens=50)
 
 request -> Scheduler (which tokens next?) -> ModelRunner (compute them) -> Scheduler (what now?)
+
+Inside ModelRunner: StepRunner (by which plan, in which graph) -> PipelineScheduler (the model's
+stages on their lanes) -> Sampler (draw).
 """
 
 from __future__ import annotations

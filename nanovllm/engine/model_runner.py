@@ -2,6 +2,8 @@
 
 - rank 0: `launch` issues a step, from the scheduler's plan to the drawn tokens; `collect` waits
 - other ranks: `serve` runs what rank 0 sends until it stops
+
+CUDA graphs are captured in step_runner.py; graph_memory.py has their buffers.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanovllm.layers.peer_memory import PeerMemory
-from nanovllm.utils.collectives import complete
+from nanovllm.utils.waiting import complete
 
 # torch 2.13 renamed it, and warns about the old name.
 _gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)

@@ -1,4 +1,9 @@
-"""Draws the next tokens: temperature, top-k, top-p, and a seed of its own for every row."""
+"""Draws the next tokens: temperature, top-k, top-p, and a seed of its own for every row.
+
+Top-k and top-p become a threshold: the least logit that may be drawn. kernels/top_k_top_p.py finds
+it on one GPU, split_threshold.py where ranks share a vocabulary, and kernels/sampling.py draws.
+What they compute is said in kernels/reference_sampling.py.
+"""
 
 from __future__ import annotations
 

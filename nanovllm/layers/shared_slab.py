@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from green_ctx import Driver, DriverError
-from nanovllm.utils.collectives import complete
+from nanovllm.utils.waiting import complete
 
 HANDLE_BYTES = 64
 # The ranks meet when the slowest has its memory.

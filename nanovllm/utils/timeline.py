@@ -21,10 +21,22 @@ GAP_MS = 0.05
 # A picture shows this much of the last step: enough layers to see the pattern, few enough to read.
 DRAWN_LAYERS = 6
 COLORS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52")
+# Of a step that is drawn to compare with: attention, and the rest.
+PLAIN_COLORS = ("#555555", "#8c8c8c")
+# A letter of a label is at most this share of the picture's width.
+LETTER_SHARE = 0.007
 
 
-def save_timeline(steps: list[list[Span]], path: str) -> None:
+def save_timeline(
+    steps: list[list[Span]], path: str, title: str = "", ordinary: list[list[Span]] | None = None
+) -> None:
     """Writes `steps`, the spans of each, as a picture if `path` ends in .png, else as a trace.
+
+    Args:
+        steps: of which a picture shows the last that has several micro-batches, if one has.
+        path: of the file.
+        title: of a picture, beside what it shows.
+        ordinary: steps of ordinary decode; a picture has the last one beneath.
 
     Raises:
         ValueError: there are no steps.
@@ -37,7 +49,7 @@ def save_timeline(steps: list[list[Span]], path: str) -> None:
         )
     if path.endswith(".png"):
         pipelined = [spans for spans in steps if any(span.micro_batch for span in spans)]
-        draw((pipelined or steps)[-1], path)
+        draw((pipelined or steps)[-1], path, title, ordinary[-1] if ordinary else [])
     else:
         Path(path).write_text(json.dumps({"traceEvents": trace_events(steps)}), encoding="utf-8")
 
@@ -77,31 +89,50 @@ def letter(span: Span) -> str:
     return chr(ord("A") + span.micro_batch)
 
 
-def label(span: Span) -> str:
-    """Micro-batch and first layer, such as "A3", or "A in" before all layers; then the stages."""
-    names, first = " ".join(stage for stage, _ in span.stages), span.stages[0][1]
-    return f"{letter(span)}{first if first >= 0 else ' in'}\n{names}"
-
-
-def draw(spans: list[Span], path: str) -> None:
-    """Draws the first layers of one step."""
+def draw(spans: list[Span], path: str, title: str, ordinary: list[Span]) -> None:
+    """Draws the first layers of one step, a row for each lane, and of an ordinary one in a row."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("a picture needs matplotlib: pip install matplotlib") from error
-    rows = lanes_of(spans)[::-1]
-    figure = Figure(figsize=(13, 1.2 + 0.7 * len(rows)), layout="constrained")
+    # By name, and the box, color and label of each span. The first row is the lowest.
+    rows: dict[str, list[tuple[Span, str, str]]] = {}
+    if ordinary:
+        rows["ordinary"] = [
+            (span, PLAIN_COLORS[span.lane != "attention"], label(span, "")) for span in ordinary
+        ]
+    for lane in lanes_of(spans)[::-1]:
+        rows["FFN" if lane == "ffn" else lane] = [
+            (span, COLORS[span.micro_batch % len(COLORS)], label(span, letter(span)))
+            for span in spans
+            if span.lane == lane
+        ]
+    drawn = {name: [box for box in row if is_drawn(box[0])] for name, row in rows.items()}
+    last_ms = max(span.end_ms for row in drawn.values() for span, _, _ in row)
+    figure = Figure(figsize=(9, 0.9 + 0.6 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
-    for span in spans:
-        if span.stages[0][1] < DRAWN_LAYERS:
-            row, width = rows.index(span.lane), span.end_ms - span.start_ms
-            color = COLORS[span.micro_batch % len(COLORS)]
-            bars = axes.barh(row, width, 0.8, span.start_ms, color=color, edgecolor="white")
-            axes.bar_label(bars, [label(span)], label_type="center", fontsize=6, color="white")
-    axes.set_yticks(range(len(rows)), [lane if lane != "ffn" else "FFN" for lane in rows])
+    for place, row in enumerate(drawn.values()):
+        for span, color, text in row:
+            width = span.end_ms - span.start_ms
+            bars = axes.barh(place, width, 0.85, span.start_ms, color=color, edgecolor="white")
+            longest = width / last_ms / LETTER_SHARE
+            fitting = "\n".join(line for line in text.splitlines() if len(line) <= longest)
+            axes.bar_label(bars, [fitting], label_type="center", fontsize=6.5, color="white")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlim(0, last_ms)
     axes.set_xlabel("ms from the beginning of the step")
-    axes.set_title(
-        f"One decode step, first {DRAWN_LAYERS} layers: a color for each micro-batch", fontsize=10
-    )
+    shown = f"First {DRAWN_LAYERS} layers of a decode step"
+    axes.set_title(f"{title}: {shown.lower()}" if title else shown, fontsize=8.5)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=200)
+
+
+def label(span: Span, prefix: str) -> str:
+    """First layer of a span, such as "A3" with its micro-batch, or "in" before all; its stages."""
+    layer = span.stages[0][1]
+    names = " ".join(stage for stage, _ in span.stages)
+    return f"{prefix}{layer if layer >= 0 else ' in'}\n{names}"
+
+
+def is_drawn(span: Span) -> bool:
+    return span.stages[0][1] < DRAWN_LAYERS

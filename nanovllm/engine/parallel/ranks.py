@@ -40,8 +40,8 @@ from nanovllm.engine.parallel.processes import POLL_SECONDS, RankDiedError, Work
 from nanovllm.engine.step_inputs import StepLayout
 from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.layers.peer_memory import MOST_ROWS, PeerMemory
-from nanovllm.utils.collectives import complete
 from nanovllm.utils.joined import join, joined_size, split
+from nanovllm.utils.waiting import complete
 
 logger = logging.getLogger(__name__)
 

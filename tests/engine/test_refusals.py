@@ -46,7 +46,9 @@ BAD_PROMPTS = [
 
 
 @pytest.mark.parametrize(
-    ("prompt", "kind", "words"), BAD_PROMPTS, ids=lambda value: repr(value)[:30]
+    ("prompt", "kind", "words"),
+    BAD_PROMPTS,
+    ids=lambda value: repr(value).partition(" at 0x")[0][:30],
 )
 def test_a_bad_prompt_is_refused_alone(llm, expected, prompt, kind, words):
     queued = [llm.add_request(good, GREEDY) for good in PROMPTS]

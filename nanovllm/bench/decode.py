@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> Iterator[Record]:
             yield record | {"arms": records}
         if args.timeline is not None:
             title = (
-                f"{record['model']['name']} on {record['device'].get('name', 'CPU')}, {args.batch} "
+                f"{record['model']['name']} on {record['device']['name']}, {args.batch} "
                 f"sequences of {args.context} tokens, {arms[-1].label}"
             )
             first, last = (profile_steps(engine, arm, workload) for arm in (arms[0], arms[-1]))

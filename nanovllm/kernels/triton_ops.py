@@ -1,4 +1,4 @@
-"""The Triton kernels, each function under the name that its form in `reference` has.
+"""The Triton kernels, each function under the name of its plain form, see `kernels`.
 
 NOTE: `nanovllm.kernels` has functions of these names, too, so no module may bear one of them.
 """

@@ -95,30 +95,22 @@ def draw(spans: list[Span], path: str, title: str, ordinary: list[Span]) -> None
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("a picture needs matplotlib: pip install matplotlib") from error
-    # By name, and the box, color and label of each span. The first row is the lowest.
-    rows: dict[str, list[tuple[Span, str, str]]] = {}
+    rows = lanes_of(spans)[::-1]  # the lowest first
     if ordinary:
-        rows["ordinary"] = [
-            (span, PLAIN_COLORS[span.lane != "attention"], label(span, "")) for span in ordinary
-        ]
-    for lane in lanes_of(spans)[::-1]:
-        rows["FFN" if lane == "ffn" else lane] = [
-            (span, COLORS[span.micro_batch % len(COLORS)], label(span, letter(span)))
-            for span in spans
-            if span.lane == lane
-        ]
-    drawn = {name: [box for box in row if is_drawn(box[0])] for name, row in rows.items()}
-    last_ms = max(span.end_ms for row in drawn.values() for span, _, _ in row)
+        rows.insert(0, "ordinary")
+    boxes = [(s.lane, s, COLORS[s.micro_batch % len(COLORS)], letter(s)) for s in spans]
+    boxes += [("ordinary", s, PLAIN_COLORS[s.lane != "attention"], "") for s in ordinary]
+    boxes = [box for box in boxes if box[1].stages[0][1] < DRAWN_LAYERS]
+    last_ms = max(span.end_ms for _, span, _, _ in boxes)
     figure = Figure(figsize=(9, 0.9 + 0.6 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
-    for place, row in enumerate(drawn.values()):
-        for span, color, text in row:
-            width = span.end_ms - span.start_ms
-            bars = axes.barh(place, width, 0.85, span.start_ms, color=color, edgecolor="white")
-            longest = width / last_ms / LETTER_SHARE
-            fitting = "\n".join(line for line in text.splitlines() if len(line) <= longest)
-            axes.bar_label(bars, [fitting], label_type="center", fontsize=6.5, color="white")
-    axes.set_yticks(range(len(rows)), rows)
+    for row, span, color, prefix in boxes:
+        place, width = rows.index(row), span.end_ms - span.start_ms
+        bars = axes.barh(place, width, 0.85, span.start_ms, color=color, edgecolor="white")
+        longest = width / last_ms / LETTER_SHARE
+        fitting = "\n".join(line for line in label(span, prefix) if len(line) <= longest)
+        axes.bar_label(bars, [fitting], label_type="center", fontsize=6.5, color="white")
+    axes.set_yticks(range(len(rows)), [row if row != "ffn" else "FFN" for row in rows])
     axes.set_xlim(0, last_ms)
     axes.set_xlabel("ms from the beginning of the step")
     shown = f"First {DRAWN_LAYERS} layers of a decode step"
@@ -127,12 +119,8 @@ def draw(spans: list[Span], path: str, title: str, ordinary: list[Span]) -> None
     figure.savefig(path, dpi=200)
 
 
-def label(span: Span, prefix: str) -> str:
-    """First layer of a span, such as "A3" with its micro-batch, or "in" before all; its stages."""
+def label(span: Span, prefix: str) -> tuple[str, str]:
+    """Two lines: its first layer, such as "A3" with the prefix "A" or "A in"; its stages."""
     layer = span.stages[0][1]
     names = " ".join(stage for stage, _ in span.stages)
-    return f"{prefix}{layer if layer >= 0 else ' in'}\n{names}"
-
-
-def is_drawn(span: Span) -> bool:
-    return span.stages[0][1] < DRAWN_LAYERS
+    return f"{prefix}{layer if layer >= 0 else ' in'}", names

@@ -43,20 +43,21 @@ def find_threshold(
     _survey_kernel[(count, tiles)](
         logits, rows, maxima, stride, VOCAB=vocab, TILE=TILE, BUCKET=BUCKET, num_warps=8
     )
+    # So many passes leave one of 2^(32 - shift) keys.
+    passes = 0 if top_p is None else triton.cdiv(32 - shift, _PIVOTS.bit_length() - 1)
+    # A limit that no row has is filled in: kernels without it would have to be compiled, too.
+    top_k = torch.full_like(rows, vocab) if top_k is None else top_k
+    top_p = temperatures.new_ones(count) if top_p is None else top_p
     row_inputs = (logits, temperatures, rows, top_k, top_p, maxima)
     sizes = {
         "VOCAB": vocab, "SHIFT": shift, "PIVOTS": _PIVOTS,
         "TILES": tiles, "TILES_PAD": triton.next_power_of_2(tiles),
         "BUCKETS": buckets, "BUCKETS_PAD": triton.next_power_of_2(buckets),
     }  # fmt: skip
-    passes, ends, above, sums = 0, None, None, None
-    if top_p is not None:
-        peaks = torch.empty(count, dtype=torch.float32, device=device)
-        # So many passes leave one of 2^(32 - shift) keys.
-        passes = triton.cdiv(32 - shift, _PIVOTS.bit_length() - 1)
-        ends = torch.empty(passes, count, 2, dtype=torch.int64, device=device)
-        above = torch.empty(passes, count, dtype=torch.float32, device=device)
-        sums = torch.empty(passes, count, tiles, _PIVOTS, dtype=torch.float32, device=device)
+    peaks = torch.empty(count, dtype=torch.float32, device=device)
+    ends = torch.empty(passes, count, 2, dtype=torch.int64, device=device)
+    above = torch.empty(passes, count, dtype=torch.float32, device=device)
+    sums = torch.empty(passes, count, tiles, _PIVOTS, dtype=torch.float32, device=device)
     for step in range(passes):
         _narrow_kernel[(count, tiles)](
             *row_inputs, peaks, ends, above, sums, step, stride, TILE=TILE, **sizes, num_warps=4
@@ -94,9 +95,7 @@ def _narrow_kernel(
 ):  # fmt: skip
     """A tile's part of a pass: the probability, but for a factor, from each pivot on."""
     item, tile = tl.program_id(0), tl.program_id(1)
-    limit = tl.load(top_p + item)
-    if top_k is not None:
-        limit = tl.where(tl.load(top_k + item) < VOCAB, 1.0, limit)
+    limit = tl.where(tl.load(top_k + item) < VOCAB, 1.0, tl.load(top_p + item))
     if limit >= 1:
         return
     row = tl.load(rows + item)
@@ -132,12 +131,7 @@ def _threshold_kernel(
     TILES_PAD: tl.constexpr, BUCKETS: tl.constexpr, BUCKETS_PAD: tl.constexpr, BUCKET: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
-    k = tl.full([], VOCAB, tl.int64)
-    p = tl.full([], 1.0, tl.float32)
-    if top_k is not None:
-        k = tl.minimum(tl.load(top_k + item), k)
-    if top_p is not None:
-        p = tl.minimum(tl.load(top_p + item), p)
+    k, p = tl.load(top_k + item), tl.load(top_p + item)
     if (k >= VOCAB) & (p >= 1):
         return
     row = tl.load(rows + item)
@@ -151,7 +145,7 @@ def _threshold_kernel(
     least, target, weight_above = bottom, stay, stay
     if k < VOCAB:
         bottom = _kth_largest(maximum, k, bottom, top, SHIFT)
-    elif top_p is not None:
+    else:
         bottom, top, weight_above, total = _ends(
             ends, above, sums, passes, item, highest, p, PIVOTS, TILES, TILES_PAD, SHIFT
         )

@@ -8,7 +8,8 @@ for among keys, by how much (tokens, or probability) lies at and above some of t
   among the k largest can hold one of the k. The search for top-k, and for top-p of what it has
   left, reads nothing else.
 - ``_narrow_kernel`` serves rows with top-p alone, which may need most of the vocabulary. All SMs
-  share a pass over a row; a pass leaves an eighth of the keys.
+  share a pass over a row. The first divides the logits near the peak evenly, each other one leaves
+  an eighth of the keys, and those that come after the key is found do nothing.
 - ``_threshold_kernel``, one program a row, does the rest.
 
 Sums over a row are added up in the same order whatever the batch.
@@ -43,7 +44,7 @@ def find_threshold(
     _survey_kernel[(count, tiles)](
         logits, rows, maxima, stride, VOCAB=vocab, TILE=TILE, BUCKET=BUCKET, num_warps=8
     )
-    # So many passes leave one of 2^(32 - shift) keys.
+    # So many passes leave one of 2^(32 - shift) keys, or nearly (what is left, `_search` finds).
     passes = 0 if top_p is None else triton.cdiv(32 - shift, _PIVOTS.bit_length() - 1)
     # A limit that no row has is filled in: kernels without it would have to be compiled, too.
     top_k = torch.full_like(rows, vocab) if top_k is None else top_k
@@ -55,16 +56,17 @@ def find_threshold(
         "BUCKETS": buckets, "BUCKETS_PAD": triton.next_power_of_2(buckets),
     }  # fmt: skip
     peaks = torch.empty(count, dtype=torch.float32, device=device)
-    ends = torch.empty(passes, count, 2, dtype=torch.int64, device=device)
+    # Keys of a pass: its pivots, the first is the least searched, and the end of its range.
+    keys = torch.empty(passes, count, _PIVOTS + 1, dtype=torch.int64, device=device)
     above = torch.empty(passes, count, dtype=torch.float32, device=device)
     sums = torch.empty(passes, count, tiles, _PIVOTS, dtype=torch.float32, device=device)
     for step in range(passes):
         _narrow_kernel[(count, tiles)](
-            *row_inputs, peaks, ends, above, sums, step, stride, TILE=TILE, **sizes, num_warps=4
+            *row_inputs, peaks, keys, above, sums, step, stride, TILE=TILE, **sizes, num_warps=4
         )
     listed = torch.empty(count, buckets, dtype=torch.int32, device=device)
     _threshold_kernel[(count,)](
-        *row_inputs, ends, above, sums, passes, listed, thresholds, tie_ends, stride,
+        *row_inputs, keys, above, sums, passes, listed, thresholds, tie_ends, stride,
         BUCKET=BUCKET, **sizes, num_warps=16,
     )  # fmt: skip
     return thresholds, tie_ends
@@ -89,7 +91,7 @@ def _survey_kernel(
 
 @triton.jit(do_not_specialize=["temperatures", "rows", "top_k", "top_p", "step"])
 def _narrow_kernel(
-    logits, temperatures, rows, top_k, top_p, maxima, peaks, ends, above, sums, step, stride,
+    logits, temperatures, rows, top_k, top_p, maxima, peaks, keys, above, sums, step, stride,
     VOCAB: tl.constexpr, SHIFT: tl.constexpr, PIVOTS: tl.constexpr, TILES: tl.constexpr,
     TILES_PAD: tl.constexpr, BUCKETS: tl.constexpr, BUCKETS_PAD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -98,34 +100,44 @@ def _narrow_kernel(
     limit = tl.where(tl.load(top_k + item) < VOCAB, 1.0, tl.load(top_p + item))
     if limit >= 1:
         return
-    row = tl.load(rows + item)
-    value = _load(logits + row * stride, tile * TILE + tl.arange(0, TILE), VOCAB)
     if step == 0:
         highest = tl.max(_maxima(maxima, item, BUCKETS, BUCKETS_PAD), axis=0)
     else:
         highest = tl.load(peaks + item)
-    bottom, top, weight_above, _ = _ends(
-        ends, above, sums, step, item, highest, limit, PIVOTS, TILES, TILES_PAD, SHIFT
+    bottom, top, weight_above, _ = _range(
+        keys, above, sums, step, item, highest, limit, PIVOTS, TILES, TILES_PAD, SHIFT
     )
+    place = step * tl.num_programs(0) + item
+    keys += place * (PIVOTS + 1)
     if tile == 0:
-        if step == 0:
-            tl.store(peaks + item, highest)
-        place = step * tl.num_programs(0) + item
-        tl.store(ends + 2 * place, bottom)
-        tl.store(ends + 2 * place + 1, top)
+        tl.store(peaks + item, highest)
         tl.store(above + place, weight_above)
-    weight = _weight(value, _finite(highest), _LOG2_E / tl.load(temperatures + row))
-    place = sums + ((step * tl.num_programs(0) + item) * TILES + tile) * PIVOTS
+        tl.store(keys, bottom)
+        tl.store(keys + PIVOTS, top)
+    if (step > 0) & (top - bottom <= 1):
+        return  # the key is found
+    row = tl.load(rows + item)
+    value = _load(logits + row * stride, tile * TILE + tl.arange(0, TILE), VOCAB)
+    scale = _LOG2_E / tl.load(temperatures + row)
+    weight = _weight(value, _finite(highest), scale)
+    # All logits that are further below the peak weigh less than 1 - limit of the whole row.
+    reach = tl.log2(VOCAB / (1 - limit)) / scale
     for pivot in tl.static_range(PIVOTS):
         key = bottom + (top - bottom) * pivot // PIVOTS
+        if (step == 0) & (pivot > 0):
+            near = _finite(highest) - reach * ((PIVOTS - pivot) / (PIVOTS - 1))
+            key = tl.maximum(_key(_finite(near), SHIFT), bottom)
+        if tile == 0:
+            tl.store(keys + pivot, key)
         # A factor, not a choice: a product and its sum are one instruction.
         reached = (value >= _value(key, SHIFT)).to(tl.float32)
-        tl.store(place + pivot, tl.sum(reached * weight, axis=0))
+        part = tl.sum(reached * weight, axis=0)
+        tl.store(sums + (place * TILES + tile) * PIVOTS + pivot, part)
 
 
 @triton.jit(do_not_specialize=["temperatures", "rows", "top_k", "top_p", "passes"])
 def _threshold_kernel(
-    logits, temperatures, rows, top_k, top_p, maxima, ends, above, sums, passes,
+    logits, temperatures, rows, top_k, top_p, maxima, keys, above, sums, passes,
     listed, thresholds, tie_ends, stride,
     VOCAB: tl.constexpr, SHIFT: tl.constexpr, PIVOTS: tl.constexpr, TILES: tl.constexpr,
     TILES_PAD: tl.constexpr, BUCKETS: tl.constexpr, BUCKETS_PAD: tl.constexpr, BUCKET: tl.constexpr,
@@ -142,12 +154,13 @@ def _threshold_kernel(
     peak = _finite(highest)
     bottom, top = _all_keys(highest, SHIFT)
     stay = tl.full([], VOCAB, tl.float32)  # how many of the logits equal to the threshold
-    least, target, weight_above = bottom, stay, stay
+    none = tl.zeros([], tl.float32)
+    least, target, weight_above = bottom, stay, none
     if k < VOCAB:
         bottom = _kth_largest(maximum, k, bottom, top, SHIFT)
     else:
-        bottom, top, weight_above, total = _ends(
-            ends, above, sums, passes, item, highest, p, PIVOTS, TILES, TILES_PAD, SHIFT
+        bottom, top, weight_above, total = _range(
+            keys, above, sums, passes, item, highest, p, PIVOTS, TILES, TILES_PAD, SHIFT
         )
         target = p * total
 
@@ -161,17 +174,17 @@ def _threshold_kernel(
     if k < VOCAB:
         target = k.to(tl.float32)
         bottom, weight_above = _search(
-            source, listed, count, target, bottom, top, peak, 0.0, VOCAB, BUCKET, SHIFT
+            source, listed, count, target, bottom, top, none, peak, 0.0, VOCAB, BUCKET, SHIFT
         )
-        stay = target - weight_above
+        least, stay, weight_above = bottom, target - weight_above, none
         if p < 1:
-            least = bottom
             more = _weight_from(source, listed, count, least + 1, peak, scale, VOCAB, BUCKET, SHIFT)
             target = p * (more + stay * _weight(_value(least, SHIFT), peak, scale))
-            bottom, weight_above = _search(
-                source, listed, count, target, least, top, peak, scale, VOCAB, BUCKET, SHIFT
-            )
     if p < 1:
+        bottom, weight_above = _search(
+            source, listed, count, target, bottom, top, weight_above, peak, scale,
+            VOCAB, BUCKET, SHIFT,
+        )  # fmt: skip
         one = tl.maximum(_weight(_value(bottom, SHIFT), peak, scale), 1e-37)
         needed = tl.ceil((target - weight_above) / one)
         stay = tl.where(bottom == least, tl.minimum(needed, stay), needed)
@@ -186,8 +199,8 @@ def _threshold_kernel(
 
 
 @triton.jit
-def _ends(
-    ends, above, sums, step, item, highest, limit,
+def _range(
+    keys, above, sums, step, item, highest, limit,
     PIVOTS: tl.constexpr, TILES: tl.constexpr, TILES_PAD: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """Before pass `step`: the key searched for is one from `bottom` to `top` - 1.
@@ -199,29 +212,33 @@ def _ends(
     total = tl.zeros([], tl.float32)
     if step > 0:
         place = (step - 1) * tl.num_programs(0) + item
-        bottom, top = tl.load(ends + 2 * place), tl.load(ends + 2 * place + 1)
+        keys += place * (PIVOTS + 1)
+        bottom, top = tl.load(keys), tl.load(keys + PIVOTS)
         weight_above = tl.load(above + place)
         tile, pivot = tl.arange(0, TILES_PAD), tl.arange(0, PIVOTS)
         # The first pivot of the first pass is below all logits.
         first = sums + (item * TILES + tile) * PIVOTS
         total = tl.sum(tl.load(first, mask=tile < TILES, other=0.0), axis=0)
-        part = sums + (place * TILES + tile[:, None]) * PIVOTS + pivot[None, :]
-        weight = tl.sum(tl.load(part, mask=tile[:, None] < TILES, other=0.0), axis=0)
-        key = bottom + (top - bottom) * pivot // PIVOTS
-        enough = weight >= limit * total
-        weight_above = tl.max(tl.where(enough, weight_above, weight), axis=0)
-        bottom = tl.max(tl.where(enough, key, bottom), axis=0)
-        top = tl.min(tl.where(enough, top, key), axis=0)
+        if top - bottom > 1:
+            part = sums + (place * TILES + tile[:, None]) * PIVOTS + pivot[None, :]
+            weight = tl.sum(tl.load(part, mask=tile[:, None] < TILES, other=0.0), axis=0)
+            key = tl.load(keys + pivot)
+            enough = weight >= limit * total
+            weight_above = tl.max(tl.where(enough, weight_above, weight), axis=0)
+            bottom = tl.max(tl.where(enough, key, bottom), axis=0)
+            top = tl.min(tl.where(enough, top, key), axis=0)
     return bottom, top, weight_above, total
 
 
 @triton.jit
 def _search(
-    source, listed, count, limit, bottom, top, peak, scale,
+    source, listed, count, limit, bottom, top, weight_above, peak, scale,
     VOCAB: tl.constexpr, BUCKET: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """The largest key from which on listed logits weigh `limit`, and the weight above it."""
-    weight_above = tl.zeros([], tl.float32)
+    """The largest key from which on listed logits weigh `limit`, and the weight above it.
+
+    `weight_above` is the weight from `top` on.
+    """
     while top - bottom > 1:
         half = bottom + (top - bottom) // 2
         weight = _weight_from(source, listed, count, half, peak, scale, VOCAB, BUCKET, SHIFT)

@@ -48,6 +48,17 @@ def test_threshold_of_odd_rows(poison, small_tiles, find_threshold, limits):
     check_threshold(find_threshold(logits, *rest), logits, *rest)
 
 
+@EACH_FORM
+@LIMITS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threshold_among_logits_around_zero(poison, small_tiles, find_threshold, dtype, limits):
+    """Most keys of floats are near 0, so passes that divide the keys leave more than one."""
+    logits, *rest = threshold_case(8, 600, dtype, limits)
+    logits[::2] *= 1e-30
+    logits[1::4, ::2] *= 1e-20
+    check_threshold(find_threshold(logits, *rest), logits, *rest)
+
+
 @LIMITS
 def test_kernels_keep_what_the_reference_keeps(poison, small_tiles, limits):
     """Probabilities so far apart that no rounding decides."""

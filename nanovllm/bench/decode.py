@@ -61,12 +61,15 @@ def run(args: argparse.Namespace) -> Iterator[Record]:
                     arm |= reading | {"joules_per_step": joules}
             yield record | {"arms": records}
         if args.timeline is not None:
+            last, path = arms[-1], str(args.timeline)
             title = (
-                f"{record['model']['name']} on {record['device']['name']}, {args.batch} "
-                f"sequences of {args.context} tokens, {arms[-1].label}"
+                f"{record['model']['name']} on {record['device']['name']}, {args.batch} sequences "
+                f"of {args.context} tokens, {last.label} on {report.sms(records[-1])} SMs"
             )
-            first, last = (profile_steps(engine, arm, workload) for arm in (arms[0], arms[-1]))
-            save_timeline(last, str(args.timeline), title, first if len(arms) > 1 else None)
+            steps, ordinary = profile_steps(engine, last, workload), None
+            if len(arms) > 1 and path.endswith(".png"):
+                ordinary = profile_steps(engine, arms[0], workload)
+            save_timeline(steps, path, title, ordinary)
 
 
 def describe_arm(arm: Arm, record: Record, times: Record | None, reference_ms: float) -> Record:

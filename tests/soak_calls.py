@@ -36,7 +36,7 @@ ENGINE = str(Path(nanovllm.__file__).parent / "engine")
 PARTS = ("calls", "faults", "engines", "interrupts", "threads")
 CANARY_TOKENS = 24
 LIVING: tuple[dict[str, Any], ...] = (
-    {"max_num_seqs": 8},
+    {"max_num_seqs": 8, "num_kvcache_blocks": 100},
     {"num_kvcache_blocks": 9, "enable_pipeline": True, "pipeline_mode": "microbatch"},
 )
 BAD_CALLS: tuple[Callable[[LLM], object], ...] = (

@@ -16,7 +16,7 @@ try:
     from nanovllm import LLM, Config, SamplingParams
     from nanovllm.config import PIPELINE_MODES
     from nanovllm.tiny import CHECKPOINT_DIR, PROMPTS
-    from nanovllm.utils.command_line import Parser, check_output, in_one_line
+    from nanovllm.utils.command_line import Parser, in_one_line, output
 except KeyboardInterrupt:  # torch takes its time
     sys.exit(130)
 
@@ -35,14 +35,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--ffn-sms", type=int, default=default.pipeline_ffn_sm_count, metavar="N",
         help="SMs of the FFN lane in mode green")  # fmt: skip
     add("--enforce-eager", action="store_true", help="without CUDA graphs")
-    add("--timeline", type=Path, metavar="FILE",
+    add("--timeline", type=output(".png", ".json"), metavar="FILE",
         help="draw (.png) or trace (.json) the stages of the last steps")  # fmt: skip
     args = parser.parse_args()
-    if args.timeline is not None:
-        try:
-            check_output(args.timeline, ".png", ".json")
-        except ValueError as error:
-            parser.error(f"--timeline {error}")
     if "" in (args.prompt or ()):
         parser.error("--prompt is empty")
     return args

@@ -23,14 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nanovllm.batch import replicas
-from nanovllm.batch.lines import (
-    Key,
-    Line,
-    answer_line,
-    error_line,
-    read_lines,
-    submit,
-)
+from nanovllm.batch.lines import Key, Line, answer_line, error_line, read_lines, submit
 from nanovllm.batch.results import Results
 from nanovllm.config import Config, ConfigOptions
 from nanovllm.engine.llm_engine import LLMEngine

@@ -38,11 +38,7 @@ IGNORED = ("model", "user", "metadata")
 # Of these null says that there is no limit; of all others, that the field is not given.
 LIMITS = {"max_tokens", "max_completion_tokens"}
 # What OpenAI's clients may send along, and the only value that is allowed.
-FIXED = {
-    "best_of": 1,
-    "stream": False,
-    "echo": False,
-}
+FIXED = {"best_of": 1, "stream": False, "echo": False}
 
 
 @dataclass(frozen=True)

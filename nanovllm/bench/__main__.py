@@ -26,15 +26,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from nanovllm.bench import (
-    BenchError,
-    curves,
-    decode,
-    gain_map,
-    growing,
-    report,
-    throughput,
-)
+from nanovllm.bench import BenchError, curves, decode, gain_map, growing, report, throughput
 from nanovllm.bench.options import PROGRAM, parse
 from nanovllm.utils.command_line import in_one_line
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from nanovllm.bench.requests import REQUEST_SETS
 from nanovllm.bench.shapes import SIZES, TINY
 from nanovllm.bench.turns import SHORTEST_OUTPUT
 from nanovllm.config import PIPELINE_MODES, Config
-from nanovllm.utils.command_line import Parser, check_output, number
+from nanovllm.utils.command_line import Parser, number, output
 from nanovllm.utils.device import resolve_device
 
 PROGRAM = "python -m nanovllm.bench"
@@ -25,19 +25,6 @@ def split(text: str) -> Split:
     if match is None:
         raise argparse.ArgumentTypeError(f"{text} is not of the form A+F, such as 36+96")
     return int(match[1]), int(match[2])
-
-
-def output(*endings: str) -> Callable[[str], Path]:
-    """An argument type: a file that can be written."""
-
-    def convert(text: str) -> Path:
-        try:
-            check_output(Path(text), *endings)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        return Path(text)
-
-    return convert
 
 
 MODES = (SEQUENTIAL, MICROBATCH, "streams", GREEN, "auto")

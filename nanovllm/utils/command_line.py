@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import os
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,30 +42,34 @@ def number(kind: type, least: float = 1) -> Callable[[str], Any]:
     def convert(text: str) -> Any:
         value = kind(text)
         if not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not allowed: it must be at least {least}")
+            raise ArgumentTypeError(f"{text} is not allowed: it must be at least {least}")
         return value
 
     convert.__name__ = kind.__name__
     return convert
 
 
-def check_output(path: Path, *endings: str) -> None:
-    """Finds out at once what would fail only after everything has run.
+def output(*endings: str) -> Callable[[str], Path]:
+    """An argument type: a file to write; refuses at once what would fail only at the end.
 
-    Raises:
-        ValueError: a file cannot be written there, its name ends in none of `endings`, or it is a
-            picture and matplotlib is not installed.
+    Its name must end in one of `endings`, if there are any; a picture needs matplotlib.
     """
-    if path.is_dir():
-        raise ValueError(f"{path} is a directory")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: there is no directory {path.parent} for a file")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"{path} must not be written")
-    if endings and path.suffix not in endings:
-        raise ValueError(f"{path}: the name must end in {' or '.join(endings)}")
-    if path.suffix == ".png" and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError(f"{path}: a picture needs matplotlib: pip install matplotlib")
+
+    def convert(text: str) -> Path:
+        path = Path(text)
+        if path.is_dir():
+            raise ArgumentTypeError(f"{path} is a directory")
+        if not path.parent.is_dir():
+            raise ArgumentTypeError(f"{path}: there is no directory {path.parent} for a file")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ArgumentTypeError(f"{path} must not be written")
+        if endings and path.suffix not in endings:
+            raise ArgumentTypeError(f"{path}: the name must end in {' or '.join(endings)}")
+        if path.suffix == ".png" and importlib.util.find_spec("matplotlib") is None:
+            raise ArgumentTypeError(f"{path}: a picture needs matplotlib: pip install matplotlib")
+        return path
+
+    return convert
 
 
 @contextmanager

@@ -135,7 +135,7 @@ def test_idle_time_of_a_device_that_runs_dry(seed: int, monkeypatch: pytest.Monk
     runner: Any = SimpleNamespace(
         device=SimpleNamespace(type="cuda"), graph_memory=object(), synchronize=lambda: None
     )
-    monkeypatch.setattr("torch.cuda.Event", lambda enable_timing: device.event())
+    monkeypatch.setattr("torch.cuda.Event", lambda **options: device.event())
     monkeypatch.setattr("nanovllm.bench.step_log.time.perf_counter", lambda: device.now)
     decode: Any = SimpleNamespace(is_decode=True, chunks=[])
     log = StepLog(runner)

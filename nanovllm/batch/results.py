@@ -10,9 +10,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from nanovllm.batch.lines import Key
 
@@ -33,16 +34,16 @@ class Results:
     """
 
     def __init__(self, path: Path, keys: Collection[Key]) -> None:
-        self.path = path
-        self.file: BinaryIO = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-        try:
-            self._lock()
-            self.done, size = self._read(keys)
+        with ExitStack() as on_error:
+            self.file = on_error.enter_context(path.open("a+b"))
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{path}: another process writes its results there") from None
+            self.file.seek(0)
+            self.done, size = read_done(path, self.file, keys)
             self.file.truncate(size)
-            self.file.seek(size)
-        except BaseException:
-            self.file.close()
-            raise
+            on_error.pop_all()
 
     def __enter__(self) -> Results:
         return self
@@ -60,29 +61,24 @@ class Results:
             self.file.flush()
             os.fsync(self.file.fileno())
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{self.path}: another process writes its results there") from None
 
-    def _read(self, keys: Collection[Key]) -> tuple[set[Key], int]:
-        """The requests that have a result, and the bytes of the file up to a torn line."""
-        done: set[Key] = set()
-        size = 0
-        for number, text in enumerate(self.file, start=1):
-            where = f"{self.path}, line {number}"
-            if not (text.startswith(START) or START.startswith(text)):
-                raise ValueError(f"{where} is no result of a batch: name another file for them")
-            if not text.endswith(b"\n"):
-                break
-            key = _key(text, where)
-            if key not in keys or key in done:
-                fault = "a second result" if key in done else "a result of another job"
-                raise ValueError(f"{where} is {fault}: {key!r}")
-            done.add(key)
-            size += len(text)
-        return done, size
+def read_done(path: Path, file: Iterable[bytes], keys: Collection[Key]) -> tuple[set[Key], int]:
+    """The requests that have a result, and the bytes of the file up to a torn line."""
+    done: set[Key] = set()
+    size = 0
+    for number, text in enumerate(file, start=1):
+        where = f"{path}, line {number}"
+        if not (text.startswith(START) or START.startswith(text)):
+            raise ValueError(f"{where} is no result of a batch: name another file for them")
+        if not text.endswith(b"\n"):
+            break
+        key = _key(text, where)
+        if key not in keys or key in done:
+            fault = "a second result" if key in done else "a result of another job"
+            raise ValueError(f"{where} is {fault}: {key!r}")
+        done.add(key)
+        size += len(text)
+    return done, size
 
 
 def _key(text: bytes, where: str) -> Key:

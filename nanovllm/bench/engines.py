@@ -61,22 +61,20 @@ def start_engine(
         except (ValueError, FileNotFoundError) as error:
             raise BenchError(str(error)) from error
         seconds = time.perf_counter() - start
-        runner = engine.model_runner
+        config, weights = engine.model_runner.model_config, engine.model_runner.model.parameters()
         model = {
             "name": name,
-            "layers": runner.model_config.num_hidden_layers,
-            "parameters": runner.model_config.num_weights,
-            "dtype": str(next(runner.model.parameters()).dtype).removeprefix("torch."),
+            "layers": config.num_hidden_layers,
+            "parameters": config.num_weights,
+            "dtype": str(next(weights).dtype).removeprefix("torch."),
         }
-        yield (
-            engine,
-            {
-                "model": model,
-                "ranks": args.tensor_parallel_size,
-                "options": dataclasses.asdict(engine.config) | {"model": name},
-                "startup_seconds": seconds,
-            },
-        )
+        about = {
+            "model": model,
+            "ranks": args.tensor_parallel_size,
+            "options": dataclasses.asdict(engine.config) | {"model": name},
+            "startup_seconds": seconds,
+        }
+        yield engine, about
 
 
 def kv_blocks(sequences: int, tokens: int, block_size: int) -> int:

@@ -31,10 +31,7 @@ def describe_machine(device: torch.device, benchmark: str) -> Record:
         "benchmark": benchmark,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": {"type": device.type, "name": name, "sms": sm_count(device) or None},
-        "versions": {
-            **{package: installed.get(package) for package in PACKAGES},
-            "driver": driver_version(),
-        },
+        "versions": {name: installed.get(name) for name in PACKAGES} | {"driver": driver_version()},
     }
 
 

@@ -23,12 +23,11 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
 
 from nanovllm.bench.report import Record
 from nanovllm.engine.model_runner import ModelRunner, ignore
 from nanovllm.engine.scheduler import Step
-from nanovllm.engine.stage_times import ClockEvent
+from nanovllm.engine.stage_times import StageTimer
 
 
 @dataclass
@@ -58,6 +57,7 @@ class StepLog:
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
         self.on_gpu = runner.device.type == "cuda"
+        self.mark = StageTimer(runner.device).mark
         self.has_graphs = runner.graph_memory is not None
         self.steps: list[LoggedStep] = []
         self.collected = 0
@@ -76,7 +76,7 @@ class StepLog:
             self.steps[self.collected].tokens_at = time.perf_counter()
             self.collected += 1
         elif moment == "begin":
-            self.steps.append(LoggedStep(step.is_decode, self._event()))
+            self.steps.append(LoggedStep(step.is_decode, self.mark()))
             self.began = time.perf_counter()
         elif moment == "issued":
             is_graph = self.has_graphs and step.is_decode
@@ -84,15 +84,10 @@ class StepLog:
                 self.steps[-1].launch_seconds = time.perf_counter() - self.began
         else:  # the device has work now, so the host has time
             logged = self.steps[-1]
-            logged.end = self._event()
+            logged.end = self.mark()
             logged.drawn = [c.seq.request_id for c in step.chunks if c.needs_sample]
             if not step.is_decode:
                 logged.chunks = [(c.seq.request_id, c.start, c.end) for c in step.chunks]
-
-    def _event(self) -> Any:
-        event = torch.cuda.Event(enable_timing=True) if self.on_gpu else ClockEvent()
-        event.record()
-        return event
 
     def totals(self) -> Record:
         """Sums over all steps so far; waits for the last one. See also `count_tokens`.

@@ -168,8 +168,8 @@ def step_times(turns: Iterable[Turn]) -> dict[str, Record]:
 
 
 def rounds_of_block(num_arms: int) -> int:
-    """Rounds until all is balanced: an even number, and a multiple of the arms, twice if odd."""
-    return math.lcm(2, num_arms if num_arms % 2 == 0 else 2 * num_arms)
+    """Rounds until all is balanced: an even number, and a multiple of the arms."""
+    return math.lcm(2, num_arms)
 
 
 def count_rounds(seconds: float, turn_seconds: float, num_arms: int) -> int:

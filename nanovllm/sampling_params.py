@@ -25,17 +25,10 @@ from nanovllm.utils.options import (
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:
-    ids = token_ids(tuple(value) if isinstance(value, Set) else value)
+    ids = [] if value is None else token_ids(tuple(value) if isinstance(value, Set) else value)
     if ids is None or min(ids, default=0) < 0:
-        raise ValueError("a sequence of token ids, integers of at least 0")
+        raise ValueError("None or a sequence of token ids, integers of at least 0")
     return tuple(ids)
-
-
-def _stop_token_ids(value: Any) -> tuple[int, ...]:
-    try:
-        return () if value is None else _token_ids(value)
-    except ValueError as allowed:
-        raise ValueError(f"None or {allowed}") from None
 
 
 def _none_or_whole(low: int, high: float, words: str) -> Rule:
@@ -142,7 +135,7 @@ class SamplingParams:
     top_p: float = option(1.0, number(0, 1, open_low=True))
     max_tokens: int | None = option(64, _none_or_whole(1, math.inf, "of at least 1"))
     ignore_eos: bool = option(False, boolean)
-    stop_token_ids: Collection[int] | None = option((), _stop_token_ids)
+    stop_token_ids: Collection[int] | None = option((), _token_ids)
     seed: int | None = option(None, _none_or_whole(0, 2**63 - 1, "from 0 to 2**63 - 1"))
     presence_penalty: float = option(0.0, number(-2, 2))
     frequency_penalty: float = option(0.0, number(-2, 2))

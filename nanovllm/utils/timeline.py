@@ -32,11 +32,8 @@ def save_timeline(
 ) -> None:
     """Writes `steps`, the spans of each, as a picture if `path` ends in .png, else as a trace.
 
-    Args:
-        steps: of which a picture shows the last that has several micro-batches, if one has.
-        path: of the file.
-        title: of a picture, beside what it shows.
-        ordinary: steps of ordinary decode; a picture has the last one beneath.
+    A picture has the last step with several micro-batches, if one has, and beneath it the last of
+    `ordinary`, steps of ordinary decode; `title` stands beside what it shows.
 
     Raises:
         ValueError: there are no steps.
@@ -108,7 +105,10 @@ def draw(spans: list[Span], path: str, title: str, ordinary: list[Span]) -> None
         place, width = rows.index(row), span.end_ms - span.start_ms
         bars = axes.barh(place, width, 0.85, span.start_ms, color=color, edgecolor="white")
         longest = width / last_ms / LETTER_SHARE
-        fitting = "\n".join(line for line in label(span, prefix) if len(line) <= longest)
+        layer = span.stages[0][1]
+        name = f"{prefix}{layer if layer >= 0 else ' in'}"  # A3, or "A in" before the first layer
+        lines = name, " ".join(stage for stage, _ in span.stages)
+        fitting = "\n".join(line for line in lines if len(line) <= longest)
         axes.bar_label(bars, [fitting], label_type="center", fontsize=6.5, color="white")
     axes.set_yticks(range(len(rows)), [row if row != "ffn" else "FFN" for row in rows])
     axes.set_xlim(0, last_ms)
@@ -117,10 +117,3 @@ def draw(spans: list[Span], path: str, title: str, ordinary: list[Span]) -> None
     axes.set_title(f"{title}: {shown.lower()}" if title else shown, fontsize=8.5)
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.savefig(path, dpi=200)
-
-
-def label(span: Span, prefix: str) -> tuple[str, str]:
-    """Two lines: its first layer, such as "A3" with the prefix "A" or "A in"; its stages."""
-    layer = span.stages[0][1]
-    names = " ".join(stage for stage, _ in span.stages)
-    return f"{prefix}{layer if layer >= 0 else ' in'}", names

@@ -1,10 +1,5 @@
 """The arms of a comparison: pipeline modes beside each other, on one engine's weights and KV cache.
 
-    specs = {"sequential": ("sequential", None), "green 36+96": ("green", (36, 96))}
-    with open_arms(engine, specs) as arms:
-        arms[1].activate()
-        engine.step()
-
 An arm that falls back is not timed, as that would be sequential decode once more; its record says
 why it fell back. What falling back costs is measured by the arm "fallback", a pipeline on more SMs
 than there are.
@@ -36,7 +31,6 @@ SEQUENTIAL, MICROBATCH, GREEN, AUTO = "sequential", "microbatch", "green", "auto
 LANES3, FALLBACK = plans.LANES3.mode, "fallback"
 # The FFN's part of all SMs where nothing is said.
 FFN_SHARE = 0.72
-
 
 # What arms are to be, by their labels in tables and records: a value of `Config.pipeline_mode`,
 # "lanes3" or "fallback", and the SMs of attention and FFN; None: the defaults of `Config`.

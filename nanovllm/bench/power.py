@@ -1,9 +1,5 @@
 """Power and SM clock of a GPU while each arm's steps run.
 
-    with sampling(device) as file:
-        for turns in measure(engine, arms, workload, seconds): ...
-        read_samples(file, turns)  # by label
-
 nvidia-smi samples in a process of its own, so that it takes no time of the engine's, and says when
 it took each sample; those count that fall into an arm's turns.
 """

@@ -1,9 +1,5 @@
 """Arms in turn: decode steps at a given batch and context, without the prefill before them.
 
-    workload = DecodeWorkload(batch=256, context=1024, output=64)
-    for turns in measure(engine, arms, workload, seconds=2.0):
-        step_times(turns)["green"]["step_ms"]["median"]
-
 In a turn of an arm, N requests whose prompts count as computed run `output` decode steps, from
 scheduling to the tokens on the host; every turn begins at the same context again. Each has KV
 blocks of its own, which hold random numbers.

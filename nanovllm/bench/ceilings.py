@@ -6,16 +6,20 @@ same device in the same run: every step reads all weights once and the KV cache 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+from statistics import median
 
 import torch
-from torch.utils.benchmark import Timer
 
 from nanovllm.bench.report import Record
 from nanovllm.bench.turns import DecodeWorkload
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.models import ModelConfig
 
+# The first calls of all may compile kernels.
+FIRST_CALLS, FEWEST_CALLS, MOST_CALLS = 3, 6, 5000
 # Many times any L2 cache, and small enough for the memory that an engine leaves free.
 COPY_BYTES = 1 << 29
 COPY_SECONDS = 0.01
@@ -25,12 +29,25 @@ PEAK_SECONDS = 0.5
 
 
 def steady_seconds(call: Callable[[], object], seconds: float) -> float:
-    """Median seconds of a call among so many that they take `seconds`, after some to warm up.
+    """Median seconds of a call among as many in a row as take `seconds`, so that no GPU idles.
 
-    They are issued in a row, so that the GPU never idles.
+    `call` issues its work on the current stream. The first third of the calls does not count:
+    clocks and power settle meanwhile.
     """
-    timer = Timer("call()", globals={"call": call})
-    return timer.blocked_autorange(min_run_time=seconds).median
+    once = median(time_calls(call, FIRST_CALLS))
+    count = min(max(math.ceil(seconds / once), FEWEST_CALLS), MOST_CALLS)
+    return median(time_calls(call, count)[count // 3 :])
+
+
+def time_calls(call: Callable[[], object], count: int) -> list[float]:
+    """Seconds from the end of each call's work to the end of the next one's, `count` of them."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    events[-1].synchronize()
+    return [begin.elapsed_time(end) * 1e-3 for begin, end in pairwise(events)]
 
 
 def copy_bandwidth(device: torch.device) -> float:

@@ -17,6 +17,7 @@ https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__GREEN__CONTEXTS.html
 
 from __future__ import annotations
 
+import argparse
 import logging
 import operator
 import sys
@@ -383,4 +384,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=main.__doc__).parse_args()
     sys.exit(main())

@@ -48,6 +48,7 @@ class Config:
         max_num_batched_tokens: tokens of one prefill step; longer prompts are prefilled in chunks.
         max_num_seqs: sequences that may run at a time, hence the largest decode batch.
         max_model_len: longest sequence in tokens, prompt and output; the model's own limit caps it.
+            A prompt as long as that still gets one token.
         gpu_memory_utilization: share of the device's memory the engine may fill (CUDA only).
         tensor_parallel_size: ranks over which weights and KV heads are split.
         enforce_eager: decode without CUDA graphs.
@@ -78,7 +79,7 @@ class Config:
 
     model: str = option(str(CHECKPOINT_DIR), _model)
     max_num_batched_tokens: int = option(16384, integer(1))
-    max_num_seqs: int = option(512, integer(1))
+    max_num_seqs: int = option(512, integer(1, maximum=2**20))
     max_model_len: int = option(4096, integer(2))
     gpu_memory_utilization: float = option(0.9, number(0, 1, open_low=True))
     tensor_parallel_size: int = option(1, integer(1))

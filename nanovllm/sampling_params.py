@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from nanovllm.structured.patterns import MAX_REGEX, text_pattern
+from nanovllm.structured.patterns import MAX_REGEX, check_characters, text_pattern
 from nanovllm.structured.schemas import check_schema
 from nanovllm.utils.options import (
     Rule,
@@ -80,8 +80,10 @@ def _regex(value: Any) -> str | None:
 
 
 def _grammar(value: Any) -> str | None:
-    if len(_text(value) or "") > MAX_REGEX:
+    text = _text(value) or ""
+    if len(text) > MAX_REGEX:
         raise ValueError(f"a grammar of at most {MAX_REGEX} characters")
+    check_characters(text)
     return value
 
 

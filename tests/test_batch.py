@@ -224,6 +224,15 @@ BAD_LINES = [
     (request("format", prompt="x", response_format={"type": "xml"}), "response_format=.*'text'"),
     (
         request(
+            "null",
+            prompt="x",
+            response_format={"type": "json_schema", "json_schema": {"schema": None}},
+        ),
+        "response_format=.*'schema': None",
+    ),
+    (request("self", prompt="x", self=1), "no option 'self'"),
+    (
+        request(
             "schema",
             prompt="x",
             response_format={"type": "json_schema", "json_schema": {"schema": {"not": {}}}},
@@ -321,6 +330,8 @@ def test_a_job_that_cannot_be_is_refused_before_anything_is_loaded(tmp_path, cap
         ((source, tmp_path), [str(tmp_path)]),
         ((source, tmp_path / "nowhere" / "out.jsonl"), ["nowhere"]),
         ((source, source), ["is the input"]),
+        (("/dev/null", new), ["/dev/null", "no pipe"]),
+        ((source, "/dev/null"), ["/dev/null", "no pipe"]),
         ((source, twice), ["twice.jsonl, line 1", "no result"]),
         ((source, torn), ["torn.jsonl, line 1", "no result"]),
         ((source, other), ["other.jsonl, line 2", "another job", "'c'"]),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +124,23 @@ class TestGains:
         assert best == "  1.250 at 8B batch 8 context 128, by streams"
         # Old maps know no plans.
         assert [row.split()[-2] for row in rows if row.startswith("8 ")][1:3] == ["!", "streams"]
+
+
+def test_a_record_goes_where_a_link_points_and_a_pipe_stays_one(tmp_path: Path) -> None:
+    file, link, pipe = (tmp_path / name for name in ("record.json", "link.json", "pipe"))
+    file.write_text("old")
+    link.symlink_to(file)
+    os.mkfifo(pipe)
+    report.write_record({"benchmark": "map"}, link)
+    assert link.is_symlink()
+    assert json.loads(file.read_text()) == {"benchmark": "map"}
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
+    read: list[str] = []
+    reader.start()
+    report.write_record({"benchmark": "map"}, pipe)
+    reader.join(10)
+    assert pipe.is_fifo()
+    assert json.loads(read[0]) == {"benchmark": "map"}
 
 
 class TestJoin:

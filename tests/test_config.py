@@ -27,7 +27,7 @@ NOT_BOOLEANS = (0, 1, "yes", None)
 BAD_CONFIG = {
     "model": ("a directory or a hub id", ("", None, 5, True, b"dir", ["dir"])),
     "max_num_batched_tokens": (POSITIVE, NOT_POSITIVE),
-    "max_num_seqs": (POSITIVE, NOT_POSITIVE),
+    "max_num_seqs": (f"{POSITIVE} and at most 1048576", (2**20 + 1, *NOT_POSITIVE)),
     "max_model_len": ("an integer of at least 2", (1, *NOT_POSITIVE)),
     "gpu_memory_utilization": ("a number above 0 to 1", (0, 1.01, math.nan, True, "0.9", None)),
     "tensor_parallel_size": (POSITIVE, NOT_POSITIVE),
@@ -245,6 +245,8 @@ NO_NUMBERS = [
     *(np.array([8]), np.array([]), np.float64("nan"), np.float32("inf"), np.complex64(1)),
     *(torch.tensor([8]), torch.tensor([[8.0]]), torch.tensor(float("nan")), torch.tensor(1j)),
     *(np.str_("8"), "8", b"8", [8], {8}, object(), int, Path("8"), -(10**400), "x" * 10**6),
+    # Python refuses to print these.
+    *(-(10**5000), [10**5000]),
 ]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections import ChainMap
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -157,6 +159,13 @@ def test_annotations_change_nothing():
         ("[^z-a]", "is none"),
         ("[^é]", "does not escape"),
         (r"[^\s!-~]", "some ASCII character"),
+        (r"^(?=.*[0-9])[a-z0-9]{4}$", r"without \(\?"),
+        ("(?!a)[ab]", r"without \(\?"),
+        ("(?<=a)b", r"without \(\?"),
+        ("(?i)a", r"without \(\?"),
+        ("a(?", r"without \(\?"),
+        ("a**", "repeats what is repeated"),
+        ("a{2}{2}", "repeats what is repeated"),
     ],
 )
 def test_a_pattern_that_would_match_something_else_is_refused(pattern, words):
@@ -164,7 +173,19 @@ def test_a_pattern_that_would_match_something_else_is_refused(pattern, words):
         SamplingParams(json_schema={**TEXT, "pattern": pattern})
 
 
-@pytest.mark.parametrize("pattern", [r"^\d{4}-\d{2}$", r"[\w.\-]+@[\w\-]+(\.\w{2,8}){1,3}", "a|b"])
+def test_a_schema_may_be_any_mapping():
+    schema = {**TEXT, "maxLength": 3}
+    for mapping in (MappingProxyType(schema), ChainMap(schema)):
+        assert SamplingParams(json_schema=mapping) == SamplingParams(json_schema=schema)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"^\d{4}-\d{2}$", r"[\w.\-]+@[\w\-]+(\.\w{2,8}){1,3}", "a|b", "(?:a)(?<name>b)",
+        r"\(?=a[(?=]", "a*?b??c{2}?",
+    ],
+)  # fmt: skip
 def test_a_pattern_of_plain_characters_stays_as_it_is(pattern):
     assert string_pattern(pattern) == pattern
 

@@ -75,6 +75,7 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(params, vary):
         SamplingParams(top_k=1),
         SamplingParams(temperature=100, top_k=1),
         SamplingParams(top_p=1e-9),
+        SamplingParams(top_p=1e-300),
         SamplingParams(temperature=1e-3),
         SamplingParams(temperature=1e-30),
         SamplingParams(temperature=1e-44),

@@ -63,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = {name: getattr(args, name) for name in ConfigOptions.__annotations__}
         config = Config(args.model, **options)
         template = args.chat_template and args.chat_template.read_text(encoding="utf-8")
+        for path in (args.input, args.output):
+            if path.exists() and not path.is_file():  # the input is read twice
+                raise ValueError(f"{path} is not allowed: it must be a file, and no pipe or device")
         keys = find_keys(args.input)
         if args.output.exists() and args.output.samefile(args.input):
             raise ValueError(f"{args.output} is the input: name another file for the results")

@@ -142,7 +142,7 @@ def _structure(response_format: Any) -> dict[str, Any]:
             return {}
         case {"type": "json_object"}:
             return {"json_schema": {"type": "object"}}
-        case {"type": "json_schema", "json_schema": {"schema": schema}}:
+        case {"type": "json_schema", "json_schema": {"schema": schema}} if schema is not None:
             return {"json_schema": schema}
     raise ValueError(
         f"response_format={short(response_format)} is not allowed: its type must be 'text', "

@@ -90,9 +90,13 @@ def write_record(record: Record, path: Path | None) -> Record | None:
     """
     if path is None:
         return None
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    part.replace(path)
+    text, path = json.dumps(record) + "\n", path.resolve()
+    if path.exists() and not path.is_file():  # a pipe or a device, which must stay one
+        path.write_text(text, encoding="utf-8")
+    else:
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
     return record
 
 

@@ -23,6 +23,8 @@ from nanovllm.utils.joined import join, split
 # Below it a draw is greedy: the likeliest token has all the probability that float32 can tell, and
 # logits divided by much less would overflow.
 LOWEST_TEMPERATURE = 1e-5
+# What is less is 0 in float32, and would leave no token.
+LEAST_TOP_P = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class SamplingBatch:
         ]
         rows.sort(key=lambda i: not 0 < params[i].top_k <= MOST_CANDIDATES)
         top_k = [k if 0 < (k := params[i].top_k) < vocab_size else vocab_size for i in rows]
-        top_p = [params[i].top_p for i in rows]
+        top_p = [max(params[i].top_p, LEAST_TOP_P) for i in rows]
         has_k, has_p = min(top_k, default=vocab_size) < vocab_size, min(top_p, default=1.0) < 1
         integers = seeds, steps, request_index, rows, top_k if has_k else []
         return join(

@@ -1,8 +1,9 @@
 r"""Regular expressions that xgrammar reads as they are meant; all others are refused.
 
-They are JavaScript's, whose \w and \d are ASCII, and match a whole text. In JSON's strings xgrammar
-takes one apart to single bytes. So there it must not need an escape, and characters beyond ASCII
-come from classes that are written out here: xgrammar's own let in bytes that are no characters.
+They are JavaScript's, with \w, \d and \s of ASCII, and match a whole text. In JSON's strings
+xgrammar takes one apart to single bytes. So there it must not need an escape, and characters beyond
+ASCII come from classes that are written out here: xgrammar's own let in bytes that are no
+characters.
 """
 
 from __future__ import annotations
@@ -20,17 +21,25 @@ _PLAIN = [c for c in map(chr, range(0x20, 0x7F)) if c not in '"\\']
 # All that "." means, but for the line separators among them.
 _BEYOND_ASCII = r"|[\u0080-\u07ff]|[\u0800-\u2027\u202a-\ud7ff\ue000-\uffff]|[\u{10000}-\u{10ffff}]"
 _TOKEN = re.compile(r"\\.|\[\^?(?:\\.|[^\]\\])*\]|\{[^}]*\}|.", re.DOTALL)
+_GROUP = re.compile(r"\?(:|<[A-Za-z_]\w*>)")
+_CHARACTER = r"\\u\{[0-9a-fA-F]+\}|\\u[0-9a-fA-F]{4}|\\U[0-9a-fA-F]{8}|\\x[0-9a-fA-F]{2}|\\.|."
+_RANGE = re.compile(f"({_CHARACTER})(?:-({_CHARACTER}))?", re.DOTALL)
+_FIRST_SURROGATE, _LAST_SURROGATE = 0xD800, 0xDFFF
 
 
 def text_pattern(text: str) -> str:
     """A regex of a whole text for xgrammar; raises ValueError with what is allowed instead."""
     tokens = _tokens(text, "dDwWsSnrtfvxu")
+    check_characters(text)
+    if any(token.startswith("[\\^") for token in tokens):
+        raise ValueError("without \\^ at the beginning of a class: xgrammar would read [^")
     return "".join("[^\\n\\r\u2028\u2029]" if token == "." else token for token in tokens)
 
 
 def string_pattern(text: str) -> str:
     """A regex of the inside of a JSON string; raises ValueError with what is allowed instead."""
     tokens = _tokens(text, "dwsnrtfv")
+    _check_groups(tokens)
     _check_size(tokens)
     return "".join(map(_in_string, tokens))
 
@@ -46,10 +55,34 @@ def _tokens(text: str, letters: str) -> list[str]:
     return tokens
 
 
+def check_characters(text: str) -> None:
+    """Refuses surrogates in a regex or a grammar: xgrammar makes bytes of them that are no text."""
+    for first, last in _RANGE.findall(text):
+        if _code(last or first) >= _FIRST_SURROGATE and _code(first) <= _LAST_SURROGATE:
+            raise ValueError(
+                f"without {first}{last and f'-{last}'}: surrogates, U+D800 to U+DFFF, are no "
+                "characters"
+            )
+
+
+def _code(character: str) -> int:
+    escape = re.fullmatch(r"\\[uUx]\{?([0-9a-fA-F]+)\}?", character)
+    return int(escape[1], 16) if escape else ord(character[-1])
+
+
 def _check_escapes(text: str, letters: str) -> None:
     for escape in re.findall(r"\\.", text, re.DOTALL):
         if escape[1].isalnum() and escape[1] not in letters:
             raise ValueError(f"without {escape}: escapes with letters are {', '.join(letters)}")
+
+
+def _check_groups(tokens: list[str]) -> None:
+    """Refuses what xgrammar knows of a text, and ignores in a string of JSON."""
+    for place, (token, after) in enumerate(pairwise(tokens)):
+        if token == "(" and after == "?" and not _GROUP.match("".join(tokens[place + 1 :])):
+            raise ValueError("without (? but for (?: and (?<name>: xgrammar would ignore it")
+        if token[0] in "*+{" and after[0] in "*+{":
+            raise ValueError(f"a regular expression; {token}{after} repeats what is repeated")
 
 
 def _check_size(tokens: list[str]) -> None:

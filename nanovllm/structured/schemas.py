@@ -70,7 +70,7 @@ def check_schema(value: Any) -> str | None:
     if not isinstance(value, (str, Mapping)):
         raise ValueError("a JSON schema, as a dict or as JSON text")
     try:
-        text = value if isinstance(value, str) else json.dumps(value)
+        text = value if isinstance(value, str) else json.dumps(dict(value))
         if len(text) > MAX_TEXT:
             raise ValueError(f"its text is longer than {MAX_TEXT} characters")
         schema = json.loads(text, parse_int=_integer, parse_constant=_no_number)

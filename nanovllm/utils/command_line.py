@@ -61,7 +61,11 @@ def output(*endings: str) -> Callable[[str], Path]:
             raise ArgumentTypeError(f"{path} is a directory")
         if not path.parent.is_dir():
             raise ArgumentTypeError(f"{path}: there is no directory {path.parent} for a file")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
+        target = path.resolve()
+        written = [target] if target.exists() else []
+        if not written or target.is_file():  # which may be written beside it, and then replace it
+            written.append(target.parent)
+        if not all(os.access(place, os.W_OK) for place in written):
             raise ArgumentTypeError(f"{path} must not be written")
         if endings and path.suffix not in endings:
             raise ArgumentTypeError(f"{path}: the name must end in {' or '.join(endings)}")

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Set
@@ -53,7 +54,7 @@ def hinting(cls: type[T]) -> type[T]:
     init = cls.__init__
 
     @functools.wraps(init)
-    def __init__(self: T, *args: Any, **options: Any) -> None:
+    def __init__(self: T, /, *args: Any, **options: Any) -> None:
         for name in options:
             rule_of(cls, name)
         init(self, *args, **options)
@@ -96,9 +97,17 @@ def _attributes(cls: type) -> str:
     return (inspect.getdoc(cls) or "").partition("Attributes:\n")[2]
 
 
+class _Abridged(Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        try:
+            return super().repr_int(x, level)
+        except ValueError:  # Python refuses to print more than some thousand digits
+            return f"<an integer of {x.bit_length()} bits>"
+
+
 def short(value: object) -> str:
     """What `repr` says of a value, abridged."""
-    abridged = Repr()
+    abridged = _Abridged()
     abridged.maxstring = abridged.maxother = abridged.maxlong = 80
     return abridged.repr(value)
 
@@ -138,15 +147,20 @@ def whole(value: Any) -> int | None:
         return None
 
 
-def integer(minimum: int, also: int | None = None, multiple_of: int = 1) -> Rule:
-    """Whole numbers from `minimum` up, multiples of `multiple_of`; `also` is one more value."""
+def integer(
+    minimum: int, also: int | None = None, multiple_of: int = 1, maximum: float = math.inf
+) -> Rule:
+    """Whole numbers in a range, multiples of `multiple_of`; `also` is one more value."""
     words = f"an integer of at least {minimum}"
+    words += f" and at most {maximum}" if maximum < math.inf else ""
     words += f" and a multiple of {multiple_of}" if multiple_of > 1 else ""
     words += f", or {also}" if also is not None else ""
 
     def rule(value: Any) -> int:
         found = whole(value)
-        if found is not None and (found == also or (found >= minimum and found % multiple_of == 0)):
+        if found is not None and (
+            found == also or (minimum <= found <= maximum and found % multiple_of == 0)
+        ):
             return found
         raise ValueError(words)
 

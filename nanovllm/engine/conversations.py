@@ -69,5 +69,10 @@ def template_options(
     further = dict(chat_template_kwargs or {})
     if clashes := sorted(CHAT_ARGUMENTS & set(further)):
         raise TypeError(f"chat_template_kwargs must not hold {', '.join(map(repr, clashes))}")
-    own = {"chat_template": chat_template, "add_generation_prompt": add_generation_prompt}
-    return own | further
+    return {
+        "chat_template": chat_template,
+        "add_generation_prompt": add_generation_prompt,
+        "tokenize": True,
+        "return_dict": False,
+        **further,
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, TypedDict
 
 from nanovllm.engine.conversations import check_messages, template_options
@@ -73,14 +74,8 @@ class TextProcessor:
                 "chat_template in tokenizer_config.json: give chat_template=..., or use generate"
             )
         try:
-            ids = exclusive(
-                self.lock,
-                self.tokenizer.apply_chat_template,
-                conversation,
-                tokenize=True,
-                return_dict=False,
-                **options,
-            )
+            apply = partial(self.tokenizer.apply_chat_template, conversation, **options)
+            ids = exclusive(self.lock, apply)
         except Exception as error:  # of the template, which comes with the checkpoint
             raise ValueError(f"{name} does not fit the chat template: {error!r}") from error
         return self._check(list(ids), name)
@@ -104,16 +99,13 @@ class TextProcessor:
         """The text of `token_ids`; raises UndecodableError if the tokenizer fails."""
         if self.tokenizer is None:
             return ""
-        return exclusive(self.lock, self._decode, token_ids, skip_special_tokens)
-
-    def _decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         options = {
             "skip_special_tokens": skip_special_tokens,
             # It changes spaces of the text so far when a comma follows.
             "clean_up_tokenization_spaces": False,
         }
         try:
-            return str(self.tokenizer.decode(token_ids, **options))  # type: ignore[union-attr]
+            return str(exclusive(self.lock, self.tokenizer.decode, token_ids, **options))
         except Exception as error:
             raise UndecodableError(repr(error)) from error
 

@@ -32,6 +32,14 @@ def chat(engine, messages, **options):
         ({"add_generation_prompt": False}, TEXT),
         ({"chat_template_kwargs": {"prefix": "Tom"}}, TEXT + "Tom: "),
         ({"chat_template": "{{ messages[1]['content'] }}"}, "Who is Tom?"),
+        # Names of parameters on the way to the template.
+        (
+            {
+                "chat_template": "{{ function }} {{ lock }}",
+                "chat_template_kwargs": {"function": "Who", "lock": "is"},
+            },
+            "Who is",
+        ),
     ],
 )
 def test_a_conversation_is_the_text_that_the_template_makes_of_it(tiny, options, text):

@@ -39,8 +39,8 @@ def text_pattern(text: str) -> str:
 def string_pattern(text: str) -> str:
     """A regex of the inside of a JSON string; raises ValueError with what is allowed instead."""
     tokens = _tokens(text, "dwsnrtfv")
-    _check_groups(tokens)
     _check_size(tokens)
+    _check_groups(tokens)
     return "".join(map(_in_string, tokens))
 
 

@@ -1,9 +1,9 @@
 """JSON schemas of which xgrammar enforces every keyword; all others are refused, by name and place.
 
 xgrammar ignores what it does not know, and some of what it knows where it stands beside something
-else. So nothing is handed on: a schema is translated, keyword by keyword of the tables
-below, into one that xgrammar takes to the letter. A translation may allow less than the
-schema (objects have no properties but those that are named), never more.
+else. So nothing is handed on: a schema is translated, keyword by keyword of the tables below, into
+one that xgrammar takes to the letter. A translation may allow less than the schema (objects have no
+properties but those that are named), never more.
 """
 
 from __future__ import annotations

@@ -154,6 +154,7 @@ def _threshold_kernel(
     peak = _finite(highest)
     bottom, top = _all_keys(highest, SHIFT)
     stay = tl.full([], VOCAB, tl.float32)  # how many of the logits equal to the threshold
+    # NOTE: a plain 0.0 is a constant, and its type would change within a loop.
     none = tl.zeros([], tl.float32)
     least, target, weight_above = bottom, stay, none
     if k < VOCAB:

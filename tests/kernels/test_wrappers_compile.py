@@ -11,7 +11,6 @@ import pytest
 from tests import scripts
 
 SCRIPT = """
-import sys
 import torch
 from triton import compile
 from triton.backends.compiler import GPUTarget

@@ -323,6 +323,8 @@ def test_a_job_that_cannot_be_is_refused_before_anything_is_loaded(tmp_path, cap
     strange = write(tmp_path / "strange.jsonl", [{"id": "batch_req_5", "custom_id": [1]}])
     torn = tmp_path / "torn.jsonl"
     torn.write_text("no line end")
+    latin = tmp_path / "latin.jinja"
+    latin.write_bytes(b"caf\xe9")
     new = tmp_path / "new.jsonl"
     cases = [
         ((twice, new), ["lines 1 and 3", "custom_id 'a'"]),
@@ -341,6 +343,7 @@ def test_a_job_that_cannot_be_is_refused_before_anything_is_loaded(tmp_path, cap
         ((source, new, "--max-num-seqs", "0"), ["max_num_seqs=0"]),
         ((source, new, "--replicas", "0"), ["--replicas", "at least 1"]),
         ((source, new, "--chat-template", tmp_path / "none.jinja"), ["none.jinja"]),
+        ((source, new, "--chat-template", latin), ["--chat-template", "latin.jinja", "UTF-8"]),
     ]
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for paths, words in cases:

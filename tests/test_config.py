@@ -32,8 +32,14 @@ BAD_CONFIG = {
     "gpu_memory_utilization": ("a number above 0 to 1", (0, 1.01, math.nan, True, "0.9", None)),
     "tensor_parallel_size": (POSITIVE, NOT_POSITIVE),
     "enforce_eager": (BOOLEAN, NOT_BOOLEANS),
-    "kvcache_block_size": ("an integer of at least 16 and a multiple of 16", (8, 17, 100, 256.0)),
-    "num_kvcache_blocks": ("an integer of at least 1, or -1", (0, -2, True, 1.0, "8", None)),
+    "kvcache_block_size": (
+        "an integer of at least 16 and at most 1048576 and a multiple of 16",
+        (8, 17, 100, 256.0, 2**21, 16 * 10**30),
+    ),
+    "num_kvcache_blocks": (
+        "an integer of at least 1 and at most 2147483647, or -1",
+        (0, -2, True, 1.0, "8", None, 2**31, 10**30),
+    ),
     "device": ("'auto', 'cpu', 'cuda' or 'cuda:N'", ("", "gpu", "cuda:", "cuda:x", "CPU", 0, None)),
     "dtype": ("one of 'auto', 'float32', 'bfloat16', 'float16'", ("", "float64", 32, None)),
     "load_format": ("one of 'auto', 'dummy'", ("", "gguf", "Auto", None)),

@@ -37,6 +37,7 @@ NOT_ENFORCED = [
     ({**TEXT, "pattern": "^a", "maxLength": 3}, "maxLength"),
     ({**TEXT, "format": "date", "minLength": 3}, "minLength"),
     ({**TEXT, "contentEncoding": "base64"}, "contentEncoding"),
+    ({**TEXT, "minLength": 5, "maxLength": 3}, "minLength"),
     ({**TEXT, "maxLenght": 3}, "maxLenght"),
     ({**INTEGER, "maxLength": 3}, "maxLength"),
     ({**INTEGER, "not": {"const": 3}}, "not"),
@@ -109,7 +110,9 @@ def test_a_schema_that_is_none_is_refused(schema, words):
         SamplingParams(json_schema=json.dumps(schema))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[" * 10**5, '{"const": NaN}', '{"a": 1} x'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[" * 10**5, '{"const": NaN}', '{"const": 1e400}', '{"a": 1} x']
+)
 def test_a_text_that_is_no_json_is_refused(text):
     with pytest.raises(ValueError, match=r"^json_schema="):
         SamplingParams(json_schema=text)

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -107,8 +108,9 @@ def test_an_interrupt_ends_a_script_without_a_traceback(script: str, moment: str
         while LIBRARY_IS_LOADED not in Path(f"/proc/{process.pid}/maps").read_text():
             assert process.poll() is None
     else:
-        while not re.search(r"Generating|Measuring.*\| [1-9]\d+/", err):
+        while not re.search(r"Generating.*\]|Measuring.*\| [1-9]\d+/", err):
             err += process.stderr.read(1)
+        time.sleep(0.1)  # tqdm has still to finish a bar that is shown for the first time
     process.send_signal(signal.SIGINT)
     out, rest = process.communicate(timeout=60)
     assert process.returncode == INTERRUPTED

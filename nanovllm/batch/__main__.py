@@ -57,12 +57,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--chat-template {path} is no text in UTF-8: {error}") from None
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     with in_one_line(PROG, ValueError, OSError, MemoryError):
         options = {name: getattr(args, name) for name in ConfigOptions.__annotations__}
         config = Config(args.model, **options)
-        template = args.chat_template and args.chat_template.read_text(encoding="utf-8")
+        template = args.chat_template and read_template(args.chat_template)
         for path in (args.input, args.output):
             if path.exists() and not path.is_file():  # the input is read twice
                 raise ValueError(f"{path} is not allowed: it must be a file, and no pipe or device")

@@ -38,7 +38,7 @@ from nanovllm.sampling_params import SamplingOptions, SamplingParams
 from nanovllm.structured.grammars import Grammars
 from nanovllm.utils.hub import resolve_model
 from nanovllm.utils.locks import exclusive
-from nanovllm.utils.options import taking
+from nanovllm.utils.options import taking, whole
 from nanovllm.utils.tokenizer import load_tokenizer
 
 
@@ -330,11 +330,12 @@ class LLMEngine:
         return self.transactions.call(self._abort, request_id, within)
 
     def _abort(self, request_id: int, within: bool) -> bool:
-        if not 0 <= request_id < self.next_request_id:
+        found = whole(request_id)
+        if found is None or not 0 <= found < self.next_request_id:
             raise KeyError(
                 f"request_id={request_id!r} is unknown: ids so far are below {self.next_request_id}"
             )
-        seq = self.requests.get(request_id)
+        seq = self.requests.get(found)
         if seq is None or seq.finish_reason is not None:
             return False
         if within:  # in the middle of a change: the next step makes all anew

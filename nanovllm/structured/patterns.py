@@ -122,4 +122,4 @@ def _in_string(token: str) -> str:
 
 
 def _any_of(characters: list[str], beyond: str) -> str:
-    return "([" + "".join(c if c.isalnum() else f"\\{c}" for c in characters) + f"]{beyond})"
+    return "([" + "".join(f"\\{c}" if c in "\\]^-[" else c for c in characters) + f"]{beyond})"

@@ -73,7 +73,7 @@ def check_schema(value: Any) -> str | None:
         text = value if isinstance(value, str) else json.dumps(dict(value))
         if len(text) > MAX_TEXT:
             raise ValueError(f"its text is longer than {MAX_TEXT} characters")
-        schema = json.loads(text, parse_int=_integer, parse_constant=_no_number)
+        schema = json.loads(text, parse_int=_integer, parse_float=_float, parse_constant=_no_number)
         translate(schema)
         json.dumps(schema, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -241,6 +241,14 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
+def _float(text: str) -> float:
+    """A number that has a value: JSON allows 1e999, which Python reads as infinity."""
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text:.40} has more than 64 bits")
+    return value
+
+
 def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
 
@@ -271,8 +279,11 @@ def pattern(keywords: dict[str, Any], place: str) -> str:
     given = [name for name in ("pattern", "format") if name in keywords]
     if given and (others := [*given[1:], *lengths]):
         refuse(others[0], place, f"is not enforced beside {given[0]}")
+    least, most = lengths.get("minLength", 0), lengths.get("maxLength")
+    if most is not None and least > most:
+        refuse("minLength", place, f"must be at most maxLength={most}")
     if lengths:  # xgrammar itself lets in characters that JSON escapes
-        repeated = f"{{{lengths.get('minLength', 0)},{lengths.get('maxLength', '')}}}"
+        repeated = f"{{{least},{'' if most is None else most}}}"
         is_long = max(lengths.values()) > MANY_CHARACTERS
         return f"^{_CHARACTER}{repeated}$" if is_long else string_pattern(f"^.{repeated}$")
     if "format" in keywords:

@@ -306,7 +306,7 @@ def test_abort_of_the_last_request_leaves_the_engine_idle(llm):
 
 
 def test_abort_of_an_unknown_request_is_an_error(llm):
-    for unknown in (-1, llm.next_request_id, llm.next_request_id + 5):
+    for unknown in (-1, llm.next_request_id, llm.next_request_id + 5, 0.0, True, None):
         with pytest.raises(KeyError, match=f"request_id={unknown} is unknown: ids so far are bel"):
             llm.abort(unknown)
 

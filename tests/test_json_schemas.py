@@ -28,6 +28,7 @@ def tagged(*values: object) -> dict[str, Any]:
 NOT_ENFORCED = [
     ({"type": "array", "items": INTEGER, "uniqueItems": True}, "uniqueItems"),
     ({"type": "array", "contains": INTEGER}, "contains"),
+    ({"type": "array", "minItems": 5, "maxItems": 3}, "minItems"),
     ({"type": "array", "minContains": 2}, "minContains"),
     ({"type": "array", "unevaluatedItems": False}, "unevaluatedItems"),
     ({**INTEGER, "multipleOf": 5}, "multipleOf"),

@@ -73,9 +73,9 @@ def check_schema(value: Any) -> str | None:
         text = value if isinstance(value, str) else json.dumps(dict(value))
         if len(text) > MAX_TEXT:
             raise ValueError(f"its text is longer than {MAX_TEXT} characters")
-        schema = json.loads(text, parse_int=_integer, parse_float=_float, parse_constant=_no_number)
+        schema = json.loads(text, parse_int=_integer)
+        json.dumps(schema, ensure_ascii=False, allow_nan=False).encode()
         translate(schema)
-        json.dumps(schema, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError("a JSON schema of whole characters, without lone surrogates") from None
     except (ValueError, TypeError) as error:
@@ -241,18 +241,6 @@ def _integer(digits: str) -> int:
     return int(digits)
 
 
-def _float(text: str) -> float:
-    """A number that has a value: JSON allows 1e999, which Python reads as infinity."""
-    value = float(text)
-    if math.isinf(value):
-        raise ValueError(f"{text:.40} has more than 64 bits")
-    return value
-
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
-
-
 def refuse(keyword: str, place: str, reason: str) -> NoReturn:
     raise ValueError(f"{keyword!r} at {place} {reason}")
 
@@ -265,11 +253,13 @@ def entries(value: Any, place: str) -> list[Any]:
 
 
 def counts(keywords: dict[str, Any], names: tuple[str, ...], place: str) -> dict[str, int]:
-    """Those of these names that are there: lengths and numbers of items."""
+    """Lengths and numbers of items: those of `names`, the least before the most, that are there."""
     found = {name: keywords[name] for name in names if name in keywords}
     for name, count in found.items():
         if type(count) is not int or not 0 <= count < 2**31:
             refuse(name, place, "must be an integer from 0 to 2**31 - 1")
+    if found.get(names[0], 0) > found.get(names[-1], math.inf):
+        refuse(names[0], place, f"must be at most {names[-1]}={found[names[-1]]}")
     return found
 
 
@@ -279,11 +269,8 @@ def pattern(keywords: dict[str, Any], place: str) -> str:
     given = [name for name in ("pattern", "format") if name in keywords]
     if given and (others := [*given[1:], *lengths]):
         refuse(others[0], place, f"is not enforced beside {given[0]}")
-    least, most = lengths.get("minLength", 0), lengths.get("maxLength")
-    if most is not None and least > most:
-        refuse("minLength", place, f"must be at most maxLength={most}")
     if lengths:  # xgrammar itself lets in characters that JSON escapes
-        repeated = f"{{{least},{'' if most is None else most}}}"
+        repeated = f"{{{lengths.get('minLength', 0)},{lengths.get('maxLength', '')}}}"
         is_long = max(lengths.values()) > MANY_CHARACTERS
         return f"^{_CHARACTER}{repeated}$" if is_long else string_pattern(f"^.{repeated}$")
     if "format" in keywords:

@@ -58,6 +58,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_template(path: Path) -> str:
+    """The text of --chat-template; ValueError names the file if it is none."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

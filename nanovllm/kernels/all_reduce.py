@@ -41,10 +41,11 @@ from torch import Tensor
 
 from nanovllm.kernels.pdl import pdl_options, pdl_trigger, pdl_wait
 
-# Rows that a program works on at a time, if it has many.
-ROWS = 4
 GATHER_BLOCK = 1024
 ELEMENTS = 8  # of a row a thread holds
+# Of an SM, which has registers for so many threads with REGISTERS each.
+MOST_THREADS = 1024
+REGISTERS = 64
 # Added to a counter by a rank that gave up waiting.
 POISON = tl.constexpr(1 << 30)
 
@@ -73,6 +74,15 @@ class Peers:
     max_polls: int
 
 
+def programs_per_sm(hidden: int) -> int:
+    """How many programs of `all_reduce_add_norm` an SM runs at a time; ``hidden``: of a row."""
+    return MOST_THREADS // (32 * _num_warps(hidden))
+
+
+def _num_warps(hidden: int) -> int:
+    return min(max(triton.next_power_of_2(hidden) // ELEMENTS, 32), MOST_THREADS) // 32
+
+
 def all_reduce_add_norm(
     peers: Peers,
     parts: Tensor,
@@ -98,19 +108,17 @@ def all_reduce_add_norm(
         residual: ``[T, H]``, updated in place: in all rows (one-shot), or in this rank's rows
             (two-shot).
         weight, eps: of the norm.
-        programs: how many to launch, at most ``peers.max_programs``; the same on all ranks.
+        programs: how many to launch, at most ``peers.max_programs``, and `programs_per_sm` for
+            each SM that they get; the same on all ranks.
         two_shot: see the module; the same on all ranks, and for all launches of a step.
     """
     rows, hidden = shape
-    block = triton.next_power_of_2(hidden)
-    own = triton.cdiv(rows, peers.size) if two_shot else rows
-    each = ROWS if own >= ROWS * programs else 1
     _all_reduce_kernel[(programs,)](
         parts, outputs, residual, weight, peers.counters, peers.launches, peers.expired,
         first, rows, eps, peers.max_polls,
-        HIDDEN=hidden, BLOCK=block, ROWS=each, RANK=peers.rank, SIZE=peers.size,
+        HIDDEN=hidden, BLOCK=triton.next_power_of_2(hidden), RANK=peers.rank, SIZE=peers.size,
         MAX_PROGRAMS=peers.max_programs, TWO_SHOT=two_shot,
-        num_warps=min(max(each * block // ELEMENTS // 32, 1), 16), **pdl_options(),
+        num_warps=_num_warps(hidden), maxnreg=REGISTERS, **pdl_options(),
     )  # fmt: skip
 
 
@@ -137,13 +145,12 @@ def push_add_norm(
         residual, weight, eps: as there.
     """
     rows, hidden = residual.shape
-    block = triton.next_power_of_2(hidden)
-    warps = min(max(block // ELEMENTS // 32, 1), 16)
+    warps = min(_num_warps(hidden), 16)
     _push_kernel[(rows,)](
         part, inboxes, output, residual, weight, peers.launches, peers.expired,
         first, eps, peers.max_polls,
-        HIDDEN=hidden, BLOCK=block, RANK=peers.rank, SIZE=peers.size, CAPACITY=capacity,
-        THREADS=32 * warps, num_warps=warps, **pdl_options(),
+        HIDDEN=hidden, BLOCK=triton.next_power_of_2(hidden), RANK=peers.rank, SIZE=peers.size,
+        CAPACITY=capacity, THREADS=32 * warps, num_warps=warps, **pdl_options(),
     )  # fmt: skip
 
 
@@ -249,13 +256,14 @@ def _meet(counters, at, launch, expired, polls, RANK: tl.constexpr, SIZE: tl.con
 def _all_reduce_kernel(
     parts, outputs, residual, weight, counters, launches, expired,
     first_row, rows, eps, polls,
-    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr,
-    SIZE: tl.constexpr, MAX_PROGRAMS: tl.constexpr, TWO_SHOT: tl.constexpr, PDL: tl.constexpr,
+    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr,
+    MAX_PROGRAMS: tl.constexpr, TWO_SHOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     dtype = residual.dtype.element_ty
     program, programs = tl.program_id(0), tl.num_programs(0)
-    column = tl.arange(0, BLOCK)[None, :]
-    scale = tl.load(weight + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
+    column = tl.arange(0, BLOCK)
+    inside = column < HIDDEN
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     pdl_wait(PDL)
     pdl_trigger(PDL)  # most of the time is waiting
     launch = tl.load(launches + program) + 1
@@ -263,13 +271,11 @@ def _all_reduce_kernel(
     tl.store(launches + program, launch)  # all threads have read it
 
     share: tl.constexpr = SIZE if TWO_SHOT else 1
-    first = program * ROWS * share + (RANK if TWO_SHOT else 0)
-    for start in range(first, rows, programs * ROWS * share):
-        row = (start + tl.arange(0, ROWS) * share)[:, None]
-        inside = (row < rows) & (column < HIDDEN)
+    first = program * share + (RANK if TWO_SHOT else 0)
+    for row in range(first, rows, programs * share):
         at = row * HIDDEN + column
         shared = at + first_row * HIDDEN
-        total = tl.zeros([ROWS, BLOCK], tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
         for rank in tl.static_range(SIZE):
             part = _address(parts + rank, dtype)
             # NOTE: not cached: a line of a peer's memory in L1 would be of the launch before.
@@ -280,8 +286,8 @@ def _all_reduce_kernel(
         rounded = total.to(dtype)
         tl.store(residual + at, rounded, mask=inside)
         values = rounded.to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(values * values, axis=1) / HIDDEN + eps)
-        normed = (values * inverse[:, None] * scale).to(dtype)
+        inverse = tl.rsqrt(tl.sum(values * values, axis=0) / HIDDEN + eps)
+        normed = (values * inverse * scale).to(dtype)
         if TWO_SHOT:
             for shift in tl.static_range(SIZE):
                 tl.store(

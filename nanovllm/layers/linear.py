@@ -72,7 +72,7 @@ class RowLinear(nn.Module):
             y, total = self.group.add_norm(
                 lambda out: self._part(x, out), self.turn, first, residual, norm
             )
-            return kernels.Normed(y), total
+            return kernels.Normed(y, awaited=True), total
         if not may_defer:
             y, total = norm.add(self(x), residual)
             return kernels.Normed(y), total

@@ -70,7 +70,8 @@ class PeerMemory:
         self.kernels = all_reduce
         self.group, self.device = group, device
         self.rank, self.size = group.rank(), group.size()
-        programs = torch.cuda.get_device_properties(device).multi_processor_count
+        sms = torch.cuda.get_device_properties(device).multi_processor_count
+        programs = sms * all_reduce.programs_per_sm(hidden)
         rows = [((MOST_ROWS, hidden), dtype)] * (2 * TURNS)
         pushed = [((self.size, PUSHED_ROWS, hidden), torch.int64)] * TURNS
         inboxes = [((self.size, MOST_VALUES), torch.int64)] * 2
@@ -132,6 +133,9 @@ class PeerMemory:
             return output
         two_shot = rows * hidden * part.element_size() > ONE_SHOT_BYTES.get(self.size, 0)
         own = -(-rows // self.size) if two_shot else rows
+        full = self.kernels.programs_per_sm(hidden)
+        # One-shot is only reads, and half of what fits an SM reads them faster.
+        each = full if two_shot else -(-full // 2)
         self.kernels.all_reduce_add_norm(
             self.peers,
             self.parts[turn].addresses,
@@ -141,7 +145,7 @@ class PeerMemory:
             residual,
             weight,
             eps,
-            min(own, usable_sms(self.device)),
+            min(own, usable_sms(self.device) * each),
             two_shot,
         )
         return output

@@ -116,7 +116,7 @@ class DecoderForCausalLM(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.backend = backend
+        self.backend, self.group = backend, group
         self.model = Decoder(config, backend.heads, group)
         self.lm_head = (
             None
@@ -249,7 +249,9 @@ class DecoderForCausalLM(nn.Module):
     def _project(self, layer: int, batch: MicroBatch) -> None:
         block, inputs = self.model.layers[layer], batch.inputs
         batch.q = block.self_attn.project(
-            kernels.Normed(batch.x, batch.x_squares, block.input_layernorm.eps),
+            kernels.Normed(
+                batch.x, batch.x_squares, block.input_layernorm.eps, self.group.size > 1
+            ),
             inputs.positions,
             inputs.metadata.slot_mapping,
             self.model.cos_sin,

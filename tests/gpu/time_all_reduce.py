@@ -2,9 +2,9 @@
 
     python tests/gpu/time_all_reduce.py --ranks 4 --json all_reduce.json
 
-For messages of 8 KB to 16 MB, and 4 to 132 programs of a kernel that holds an SM each: NCCL and
-torch's symmetric memory, with a norm kernel after each, and ours, from replays of a graph; then how
-fast bytes come from a peer in the same run.
+For messages of 8 KB to 16 MB, and as many programs as fill 4 to 132 SMs: NCCL and torch's symmetric
+memory, with a norm kernel after each, and ours, from replays of a graph; then how fast bytes come
+from a peer in the same run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.gpu.peer_ranks import HIDDEN
 CALLS = 20
 REPLAYS = 5
 ROWS = [1, 8, 32, 64, 128, 256, 512, 1024, 2048]
-PROGRAMS = [4, 8, 16, 32, 64, 132]
+SMS = [4, 8, 16, 32, 64, 132]
 EPS = 1e-6
 
 
@@ -89,8 +89,10 @@ def time_rows(memory: PeerMemory, rows: int) -> dict[str, float]:
     if rows <= PUSHED_ROWS:
         times["pushed"] = microseconds(pushed)
     for two_shot in (False, True):
-        for programs in PROGRAMS:
+        for sms in SMS:
             turns = [0]
+            own = -(-rows // memory.size) if two_shot else rows
+            programs = min(own, sms * memory.kernels.programs_per_sm(HIDDEN))
 
             def ours(two_shot: bool = two_shot, programs: int = programs, turns=turns) -> None:
                 turns[0] ^= 1  # neighbours use different buffers
@@ -100,7 +102,7 @@ def time_rows(memory: PeerMemory, rows: int) -> dict[str, float]:
                     programs, two_shot,
                 )  # fmt: skip
 
-            times[f"{'two' if two_shot else 'one'}-shot, {programs} SMs"] = microseconds(ours)
+            times[f"{'two' if two_shot else 'one'}-shot, {sms} SMs"] = microseconds(ours)
     return times
 
 

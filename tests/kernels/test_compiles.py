@@ -97,11 +97,11 @@ def heads(*without):
 
 def small(side, tokens):
     constants = dict(
-        INNER=1024, TOKENS=int(tokens), ROWS=8, SPLIT=4, BLOCK=64, GATED=side == "after",
-        FEATURES=3072, NUM_SUM_SQ=128, SUM_SQ_BLOCK=128,
+        INNER=1024, TOKENS=int(tokens), ROWS=8, SPLIT=4, BLOCK=64, GATED=side != "before",
+        FEATURES=3072, NUM_SUM_SQ=128, SUM_SQ_BLOCK=128, PREFETCH=512 * (side == "awaited"),
     )
     without = ["bias", "x_sum_sq"]
-    if side == "after":
+    if side != "before":
         without = ["residual", "norm_weight", "scaled", "sum_sq"]
     options = dict(num_warps=4, num_stages=5)
     return compile(small_gemm._linear_kernel, constants, options, without)
@@ -109,14 +109,15 @@ def small(side, tokens):
 
 def reduce(ranks, two_shot):
     constants = dict(
-        HIDDEN=4096, BLOCK=4096, ROWS=1, RANK=1, SIZE=int(ranks), MAX_PROGRAMS=132,
+        HIDDEN=4096, BLOCK=4096, RANK=1, SIZE=int(ranks), MAX_PROGRAMS=264,
         TWO_SHOT=two_shot == "two-shot",
     )
     tables = dict.fromkeys(["parts", "outputs", "counters"], "*i64")
     numbers = dict.fromkeys(["first_row", "rows", "polls"], "i32")
     state = dict.fromkeys(["launches", "expired"], "*i32")
     return compile(
-        all_reduce._all_reduce_kernel, constants, dict(num_warps=16), **tables, **numbers, **state
+        all_reduce._all_reduce_kernel, constants, dict(num_warps=16, maxnreg=64),
+        **tables, **numbers, **state,
     )
 
 
@@ -150,6 +151,7 @@ CASES = [
     ("heads", ["q_weight", "k_weight"], "st.global"),
     ("small", ["before", "1"], "mma.sync"),
     ("small", ["after", "8"], "mma.sync"),
+    ("small", ["awaited", "8"], "cp.async.bulk.prefetch.L2.global"),
     ("reduce", ["2", "one-shot"], "ld.global.cg.v4"),
     ("reduce", ["4", "two-shot"], "st.global.v4"),
     ("push", ["2"], "ld.volatile.global"),
@@ -181,7 +183,7 @@ def test_a_kernel_compiles_for_hopper(compiled: list[str], place: int) -> None:
     assert len(before) == (2 if kernel == "decode" else 1), "a way through the kernel does not wait"
     # Until then nothing is written, nor read that the kernel before may have made. Decode reads
     # lengths and tables, and the all-reduce its norm's weights, which are older.
-    accesses = ["st.global", "cp.async", "atom.global"]
+    accesses = ["st.global", "cp.async.cg", "cp.async.bulk.tensor", "atom.global"]
     if kernel not in ("decode", "reduce", "push"):
         accesses.append("ld.global")
     assert not [access for access in accesses for part in before if access in part]

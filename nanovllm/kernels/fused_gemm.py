@@ -32,6 +32,7 @@ from nanovllm.kernels.rope import inverse_rms, rotate
 _MAX_WEIGHT_BYTES = 16 * 2**20
 _MAX_ROWS_SILU = 256
 _MAX_ROWS_HEADS = 512
+_MAX_INPUT_HEADS = 512 * 1024  # elements: with more, cuBLAS has enough to do
 _MAX_ROWS_SPLIT = 256
 
 _FEATURES = 64  # rows of weight in a tile
@@ -59,8 +60,8 @@ def supports_silu_mul(x: Tensor, weight: Tensor) -> bool:
 
 def supports_heads(x: Tensor, weight: Tensor, inputs: HeadInputs) -> bool:
     """Whether `linear_norm_rope_store` takes these and is fast for them."""
-    fits = inputs.cos_sin.shape[1] == _PAIR and x.shape[0] <= _MAX_ROWS_HEADS
-    return fits and _beats_cublas(weight, _PAIRED)
+    few = x.shape[0] <= _MAX_ROWS_HEADS and x.numel() <= _MAX_INPUT_HEADS
+    return few and inputs.cos_sin.shape[1] == _PAIR and _beats_cublas(weight, _PAIRED)
 
 
 def supports_add_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

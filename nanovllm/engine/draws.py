@@ -33,19 +33,14 @@ NOTHING = np.empty(0, np.int32)
 
 
 class Draws(NamedTuple):
-    """What all ranks make of a step's logits, as int32 arrays; by default nothing.
+    """What all ranks make of a step's logits, as int32 arrays; by default nothing."""
 
-    Attributes:
-        sampling: how tokens are drawn, see `SamplingBatch.pack`.
-        edits: how logits are changed before. Joined pieces of up to MOST_ROWS rows; of each, the
-            fields of an `EditBatch`, the sampling of its rows, and for each request whose tokens
-            the device lacks its request_index and these.
-        scoring: which rows are scored, see `Scoring.packed`.
-    """
-
-    sampling: np.ndarray = NOTHING
+    sampling: np.ndarray = NOTHING  # how tokens are drawn, see `SamplingBatch.pack`
+    # How logits are changed before. Joined pieces of up to MOST_ROWS rows; of each, the fields of
+    # an `EditBatch`, the sampling of its rows, and for each request whose tokens the device lacks
+    # its request_index and these.
     edits: np.ndarray = NOTHING
-    scoring: np.ndarray = NOTHING
+    scoring: np.ndarray = NOTHING  # which rows are scored, see `Scoring.packed`
 
 
 NO_DRAWS = Draws()

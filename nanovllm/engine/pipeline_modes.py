@@ -45,17 +45,11 @@ class PipelineUnavailable(RuntimeError):
 
 @dataclass
 class Pipelines:
-    """Plans that are ready to run.
+    """Plans that are ready to run."""
 
-    Attributes:
-        schedulers: one for each plan; the first is sequential, and alone after a fallback.
-        statistics: says what there is, or why not.
-        partitions: to be closed in the end, once no graph uses them.
-    """
-
-    schedulers: list[PipelineScheduler]
-    statistics: PipelineStatistics
-    partitions: ExitStack
+    schedulers: list[PipelineScheduler]  # the first is sequential, and alone after a fallback
+    statistics: PipelineStatistics  # says what there is, or why not
+    partitions: ExitStack  # to be closed in the end, once no graph uses them
 
 
 def wanted_plan(config: Config) -> Plan:

@@ -55,20 +55,13 @@ class FixedChooser:
 
 @dataclass(frozen=True)
 class PreparedStep:
-    """A step that is ready to run.
-
-    Attributes:
-        layout: of `flat`.
-        flat: its inputs, int32 [layout.size].
-        draws: what is made of its logits.
-        prediction: what its time is told to, with it.
-        events: recorded before and after it; None: nobody wants to know its time.
-    """
+    """A step that is ready to run."""
 
     layout: StepLayout
-    flat: torch.Tensor
-    draws: Draws = NO_DRAWS
-    prediction: Any = None
+    flat: torch.Tensor  # its inputs, int32 [layout.size]
+    draws: Draws = NO_DRAWS  # what is made of its logits
+    prediction: Any = None  # of its time, which is told to the chooser
+    # Recorded before and after it; None: nobody wants to know its time.
     events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
 

@@ -33,26 +33,16 @@ class RankDiedError(RuntimeError):
 
 @dataclass(frozen=True)
 class WorkerTask:
-    """What rank 0 tells a worker, as one line of JSON.
-
-    Attributes:
-        rank, size: which rank the worker is, and of how many.
-        parent: process id of rank 0.
-        meeting: file at which the ranks meet.
-        model_dir: directory of the checkpoint.
-        device: as torch spells it.
-        num_threads: for torch on the CPU.
-        config: fields of `Config`.
-    """
+    """What rank 0 tells a worker, as one line of JSON."""
 
     rank: int
     size: int
-    parent: int
-    meeting: str
+    parent: int  # process id of rank 0
+    meeting: str  # file at which the ranks meet
     model_dir: str
-    device: str
-    num_threads: int
-    config: dict[str, Any]
+    device: str  # as torch spells it
+    num_threads: int  # for torch on the CPU
+    config: dict[str, Any]  # fields of `Config`
 
 
 class Workers:

@@ -3,6 +3,10 @@
 All rows are drawn as the model's logits say. Rows of requests that change their logits are then
 drawn again, a few at a time, from changed copies (`layers/logit_edits.py`). So without such
 requests there is nothing to do, and with them memory is bounded.
+
+Penalties need the tokens so far, of which the host does not know the newest when it launches a
+step. So all tokens of a request are written to the device once, when its first token since its
+admission is drawn and the host knows all others; from then on the device appends what it draws.
 """
 
 from __future__ import annotations
@@ -17,11 +21,11 @@ from torch import Tensor
 from nanovllm.engine.scheduler import Step
 from nanovllm.engine.scoring import Scoring
 from nanovllm.engine.sequence import Sequence as EngineSequence
-from nanovllm.engine.token_history import TokenHistory
 from nanovllm.layers.logit_edits import EditBatch, edit
 from nanovllm.layers.logprobs import Scores, score
 from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.layers.sampler import SamplingBatch, sample
+from nanovllm.utils.device import to_device
 from nanovllm.utils.joined import join, split
 
 # Rows that are changed or scored at a time. They take some 10 bytes a logit in between; the peak
@@ -68,7 +72,9 @@ class Sampler:
         self.compute_logits = compute_logits
         self.last_tokens, self.device = last_tokens, last_tokens.device
         self.group, self.shard = group, shard
-        self.history = TokenHistory(len(last_tokens), max_model_len, self.device)
+        self.max_model_len = max_model_len
+        # The tokens of running requests, by request_index; rows grow with the longest.
+        self.history = torch.empty(len(last_tokens), 0, dtype=torch.int32, device=self.device)
 
     def pack(self, step: Step, masks: Mapping[int, np.ndarray], scoring: Scoring | None) -> Draws:
         """What `step` asks for, whose tokens are pending already; all ranks must `draw` it.
@@ -113,7 +119,7 @@ class Sampler:
                 drawn = sample(changed, options, self.group, self.shard)
                 tokens[edits.rows] = drawn
                 drawn = drawn[: len(edits.lengths)]
-                self.history.append(edits.request_index, edits.lengths, drawn)
+                self.history[edits.request_index, edits.lengths] = drawn.int()
             self.last_tokens[batch.request_index] = tokens
         else:
             tokens = torch.empty(0, dtype=torch.int64)
@@ -126,11 +132,15 @@ class Sampler:
         """What a piece of `Draws.edits` says, and changed copies of its rows, float32."""
         edits, sampling, *uploads = split(piece)
         longest = int(EditBatch(*split(edits)).lengths.max(initial=-1)) + 1
-        self.history.reserve(longest)
+        width = self.history.shape[1]
+        if longest > width:
+            wanted = max(longest, min(2 * width, self.max_model_len))
+            self.history = torch.nn.functional.pad(self.history, (0, wanted - width))
         for upload in uploads:
-            self.history.write(int(upload[0]), upload[1:])
+            row, tokens = int(upload[0]), upload[1:]
+            self.history[row, : len(tokens)] = to_device(tokens, self.device)
         batch = EditBatch(*split(edits, self.device))
-        history = self.history.read(batch.request_index, longest)
+        history = self.history[:, :longest][batch.request_index]
         changed = edit(logits, batch, history, self.group, self.shard)
         return batch, SamplingBatch.unpack(sampling, self.device), changed
 

@@ -58,14 +58,14 @@ class PipelineScheduler:
         self.statistics = statistics or PipelineStatistics(mode=plan.mode)
         own: Sequence[Any] = streams or [None] * len(plan.lanes)
         self.lanes = {
-            lane.name: Lane(lane.name, stream, lane.sms, device_sms)
+            lane.name: Lane(stream, lane.sms or device_sms, device_sms)
             for lane, stream in zip(plan.lanes, own, strict=True)
         }
         self.orders: dict[int, list[Work]] = {}  # by number of micro-batches
 
     def issue(self, batches: Sequence[MicroBatch], timer: StageTimer | None = None) -> None:
         """Issues all layers of all micro-batches between the current stream and itself."""
-        main = Lane(MAIN, torch.cuda.current_stream() if self.plan.streams else None)
+        main = Lane(torch.cuda.current_stream() if self.plan.streams else None)
         lanes = {MAIN: main, **self.lanes}
         events = [main.record()] * len(batches)  # behind the last work of each
         for work in self.order(len(batches)):

@@ -137,13 +137,13 @@ class TextProcessor:
             raise ValueError(f"{name}={prompt!r:.80} cannot be encoded: {error!r}") from error
 
 
-def list_prompts(prompts: Any) -> list[Prompt]:
-    """The prompts of one call, still to be checked; TypeError: neither a prompt nor a list."""
+def name_prompts(prompts: Any) -> dict[str, Prompt]:
+    """The prompts of one call by their names, unchecked; TypeError: neither a prompt nor a list."""
     single = isinstance(prompts, (str, Mapping))
     listed: list[Any] | None = [prompts] if single else as_list(prompts)
     if listed is None:
         raise TypeError(f"prompts={prompts!r:.80} is neither a text nor a list of prompts")
-    return listed
+    return {f"prompts[{i}]": prompt for i, prompt in enumerate(listed)}
 
 
 def _unwrap(prompt: Mapping[str, Any], name: str) -> Any:

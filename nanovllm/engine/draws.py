@@ -12,6 +12,7 @@ admission is drawn and the host knows all others; from then on the device append
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -50,38 +51,26 @@ class Draws(NamedTuple):
 NO_DRAWS = Draws()
 
 
+@dataclass
 class Sampler:
-    """Draws and scores the tokens of one rank's steps.
+    """Draws and scores the tokens of one rank's steps."""
 
-    Args:
-        compute_logits: hidden states [N, hidden size] -> [N, this rank's part of the vocabulary].
-        last_tokens: int64 [max_num_seqs], where the last token of each running request goes.
-        max_model_len: tokens that a request may have.
-        group: this rank and the others.
-        shard: of the vocabulary.
-    """
+    # Hidden states [N, hidden size] -> logits [N, this rank's part of the vocabulary].
+    compute_logits: Callable[[Tensor], Tensor]
+    last_tokens: Tensor  # int64 [max_num_seqs], where that of each running request goes
+    max_model_len: int
+    group: ParallelGroup
+    shard: Shard  # of the vocabulary
 
-    def __init__(
-        self,
-        compute_logits: Callable[[Tensor], Tensor],
-        last_tokens: Tensor,
-        max_model_len: int,
-        group: ParallelGroup,
-        shard: Shard,
-    ) -> None:
-        self.compute_logits = compute_logits
-        self.last_tokens, self.device = last_tokens, last_tokens.device
-        self.group, self.shard = group, shard
-        self.max_model_len = max_model_len
+    def __post_init__(self) -> None:
+        self.device = self.last_tokens.device
         # The tokens of running requests, by request_index; rows grow with the longest.
-        self.history = torch.empty(len(last_tokens), 0, dtype=torch.int32, device=self.device)
+        self.history = torch.empty(len(self.last_tokens), 0, dtype=torch.int32, device=self.device)
 
     def pack(self, step: Step, masks: Mapping[int, np.ndarray], scoring: Scoring | None) -> Draws:
         """What `step` asks for, whose tokens are pending already; all ranks must `draw` it.
 
-        Args:
-            masks: by row of logits, the tokens that may be drawn, see `logit_edits.forbid`.
-            scoring: of the step.
+        `masks`: by row of logits, the tokens that may be drawn, see `logit_edits.forbid`.
         """
         seqs = [chunk.seq for chunk in step.chunks if chunk.needs_sample]
         sampling = self._pack_sampling(seqs) if seqs else NOTHING

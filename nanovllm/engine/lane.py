@@ -17,8 +17,7 @@ class Lane:
     """Issues in order; lanes are ordered among each other by events alone.
 
     NOTE: torch's allocator hands memory that was freed to the next allocation on the same stream at
-    once, so a tensor that another lane reads must be held until its own lane has waited for that
-    reader. engine/pipeline_scheduler.py says how that is done.
+    once. engine/pipeline_scheduler.py says why no other lane still reads it.
 
     Without a stream work goes to the caller's, so there is nothing to wait for.
     """

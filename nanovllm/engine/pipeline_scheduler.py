@@ -34,27 +34,18 @@ from nanovllm.models.throwaway_cache import throwaway_cache
 
 
 class PipelineScheduler:
-    """Issues steps of `model`, whose KV cache is bound, as `plan` says.
-
-    Args:
-        streams: of the plan's lanes, in order; none, where it has no streams.
-        workspace: scratch memory of attention on its lane.
-        statistics: of steps run by `decode_token`.
-        device_sms: SMs of the device.
-    """
+    """Issues steps of `model`, whose KV cache is bound, as `plan` says."""
 
     def __init__(
         self,
         model: Model,
         plan: Plan = MICROBATCH,
-        streams: Sequence[torch.cuda.Stream] = (),
-        workspace: Any = None,
-        statistics: PipelineStatistics | None = None,
+        streams: Sequence[torch.cuda.Stream] = (),  # of its lanes, in order, if it has streams
+        workspace: Any = None,  # scratch memory of attention on its lane
+        statistics: PipelineStatistics | None = None,  # of steps run by `decode_token`
         device_sms: int = 0,
     ) -> None:
-        self.model = model
-        self.plan = plan
-        self.workspace = workspace
+        self.model, self.plan, self.workspace = model, plan, workspace
         self.statistics = statistics or PipelineStatistics(mode=plan.mode)
         own: Sequence[Any] = streams or [None] * len(plan.lanes)
         self.lanes = {

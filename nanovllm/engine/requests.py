@@ -79,14 +79,11 @@ class RequestMaker:
     ) -> list[EngineSequence]:
         """One for each sample of each prompt, in the order in which they are to run.
 
+        Their ids begin with `first_id`, and their completions are to go to `results`.
+
         The first sample of a prompt is to be computed before the others, which then find its
         blocks in the prefix cache. So the first samples of as many prompts as run at a time come
         first, then the second ones, and so on.
-
-        Args:
-            first_id: request id of the first sequence.
-            call: what is to be done.
-            results: where the completions are to go.
         """
         block_size = self.config.kvcache_block_size
         most = max((params.n for params in call.params), default=1)

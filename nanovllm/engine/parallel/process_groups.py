@@ -24,9 +24,8 @@ NCCL_TIMEOUT = timedelta(minutes=10)
 class ProcessGroups:
     """The groups of one engine, on one of its ranks.
 
-    Attributes:
-        control: gloo, for steps; may stay silent for days.
-        model: of the model's collectives: NCCL on CUDA, else gloo, too.
+    `control` is for steps: gloo, may stay silent for days. `model` is for the model's collectives:
+    NCCL on CUDA, else gloo, too.
     """
 
     def __init__(self, device: torch.device, *, one_machine: bool) -> None:

@@ -157,15 +157,9 @@ class Ranks:
         return self.group.rank == 0
 
     def send_step(self, layout: StepLayout, flat: np.ndarray, draws: Sequence[np.ndarray]) -> None:
-        """Gives the other ranks a step to run; its plan goes as a number.
+        """Gives the other ranks a step to run; RankDiedError: one of them has died.
 
-        Args:
-            layout: of `flat`.
-            flat: the inputs, int32.
-            draws: what is made of the logits, int32.
-
-        Raises:
-            RankDiedError: one of them has died.
+        Its inputs `flat` and what is made of its logits, `draws`, are int32.
         """
         if self.group.size > 1:
             self.workers.check()

@@ -27,8 +27,6 @@ from nanovllm.structured.grammars import Grammars
 
 logger = logging.getLogger(__name__)
 
-GivenParams = SamplingParams | Sequence[SamplingParams] | None
-
 
 class CheckedCall(NamedTuple):
     """What a call asks for, checked: token ids and options of each prompt.
@@ -54,7 +52,7 @@ class RequestMaker:
     def check(
         self,
         prompts: dict[str, Prompt],
-        given: GivenParams,
+        given: SamplingParams | Sequence[SamplingParams] | None,
         fields: SamplingOptions,
         deltas: bool = False,
     ) -> CheckedCall:

@@ -190,10 +190,8 @@ def tokens_to_measure(
     A pipelined step takes at least as long as the dense work of both micro-batches, one after the
     other, and as attention. It gains most where the two take equally long.
 
-    Args:
-        size, longest: fewest and most tokens of the batch.
-        dense, end: seconds of sequential decode at these.
-        halves: of two steps of half the size, at the fewest tokens.
+    `size` and `longest` are the fewest and most tokens of the batch, `dense` and `end` the seconds
+    of sequential decode at these, `halves` those of two steps of half the size at the fewest.
     """
     attention = (end - dense) / max(longest - size, 1)  # of a token
     if attention <= 0:

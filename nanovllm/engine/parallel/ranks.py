@@ -344,7 +344,7 @@ class Ranks:
             )
 
     def _wait_until(self, done: Callable[[], bool], what: str) -> None:
-        """Waits until it is `done`, as long as all workers live; `what` the ranks do meanwhile."""
+        """Waits until it is `done`, as long as all workers live; errors call it `what`."""
         deadline = monotonic() + JOIN_SECONDS
         while not done():
             self.workers.check()

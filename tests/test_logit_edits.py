@@ -257,7 +257,7 @@ def test_a_batch_in_which_no_row_asks_packs_nothing():
 def test_only_penalties_need_a_history(options, width):
     sampler, given = make_sampler(4, 50), [(SamplingParams(0, **options), [1, 2], [3])]
     sampler.draw(torch.randn(2, 50), pack(sampler, sequences(given, 50)))
-    assert sampler.history.tokens.shape == (4, width)
+    assert sampler.history.shape == (4, width)
 
 
 # ------------------------------------------------------------------ how it travels

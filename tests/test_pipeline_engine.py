@@ -184,10 +184,10 @@ def test_auto_is_green_where_green_contexts_can_be_had(fake_gpu, caplog):
 
 def test_a_third_lane_has_a_partition_of_its_own(fake_gpu):
     built = build(plan=LANES3.with_sms((36, 80, 16)), pipeline_strict=True)
-    lanes = built.schedulers[1].lanes.values()
-    sms = [fake_gpu.sms_of(lane.stream) for lane in lanes]
-    assert [lane.name for lane in lanes] == ["attention", "ffn", "qkv"]
-    assert [lane.sms for lane in lanes] == list(map(len, sms)) == [36, 80, 16]
+    lanes = built.schedulers[1].lanes
+    sms = [fake_gpu.sms_of(lane.stream) for lane in lanes.values()]
+    assert list(lanes) == ["attention", "ffn", "qkv"]
+    assert [lane.sms for lane in lanes.values()] == list(map(len, sms)) == [36, 80, 16]
     assert len(set().union(*sms)) == 132
     assert built.schedulers[1].workspace == "for 36 SMs"
     built.partitions.close()

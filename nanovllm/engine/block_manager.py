@@ -34,32 +34,25 @@ class Prefix(NamedTuple):
 
 
 class BlockManager:
-    """Owns the numbers of blocks 1 to `num_blocks`; the memory itself is the runner's.
-
-    Attributes:
-        ref_counts: sequences that own each block.
-        prefixes: what the registered blocks hold.
-        by_key: of blocks that hold the same, the one to be found.
-        free: blocks that nobody owns: first those that hold no known prefix, then the longest
-            unused.
-    """
+    """Owns the numbers of blocks 1 to `num_blocks`; the memory itself is the runner's."""
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self.prefixes: dict[int, Prefix] = {}
+        self.prefixes: dict[int, Prefix] = {}  # what the registered blocks hold
         self.new_numbers = count(ROOT + 1)
         self.reset()
 
     def reset(self) -> None:
         """Takes back all blocks, whoever owns them; the prefix cache keeps what it knows."""
         block_ids = range(PADDING_BLOCK + 1, PADDING_BLOCK + 1 + self.num_blocks)
-        self.ref_counts = dict.fromkeys(block_ids, 0)
-        self.by_key: dict[Key, int] = {}
+        self.ref_counts = dict.fromkeys(block_ids, 0)  # sequences that own each block
+        self.by_key: dict[Key, int] = {}  # of blocks that hold the same, the one to be found
         for block_id, prefix in self.prefixes.items():
             self.by_key.setdefault(prefix.key, block_id)
         by_use = sorted(block_ids, key=self.prefixes.__contains__)
+        # Nobody owns these: first those that hold no known prefix, then the longest unused.
         self.free: OrderedDict[int, None] = OrderedDict.fromkeys(by_use)
 
     def blocks_for(self, num_tokens: int) -> int:

@@ -24,33 +24,21 @@ WINDOW = 16
 
 
 class Progress(NamedTuple):
-    """How far the tokens of a request have been read; replaced as a whole, so never half new.
+    """How far the tokens of a request have been read; replaced as a whole, so never half new."""
 
-    Attributes:
-        begin: the first token of the window.
-        settled: the first token that the next window must have.
-        end: the first token that has not been read.
-        known: characters of the window that are in `text`.
-        text: so far, up to the stop text.
-        stop: the stop text that has been found.
-    """
-
-    begin: int
-    settled: int
-    end: int
-    known: int = 0
-    text: str = ""
-    stop: str | None = None
+    begin: int  # the first token of the window
+    settled: int  # the first token that the next window must have
+    end: int  # the first token that has not been read
+    known: int = 0  # characters of the window that are in `text`
+    text: str = ""  # so far, up to the stop text
+    stop: str | None = None  # the stop text that has been found
 
 
 class Detokenizer:
-    """Reads the tokens of one request.
+    """Reads the tokens of one request, from `first` on, by `decode`, which gives their text.
 
-    Args:
-        decode: the text of tokens; raises UndecodableError.
-        first: the request's first token that is not of the prompt.
-        params: say which texts end the request, whether these belong to the text, and how many
-            tokens there must be before.
+    `params` say which texts end the request, whether these belong to the text, and how many tokens
+    there must be before.
     """
 
     def __init__(

@@ -3,11 +3,16 @@
 All rows are drawn as the model's logits say. Rows of requests that change their logits are then
 drawn again, a few at a time, from changed copies (`layers/logit_edits.py`). So without such
 requests there is nothing to do, and with them memory is bounded.
+
+Penalties need the tokens so far, of which the host does not know the newest when it launches a
+step. So all tokens of a request are written to the device once, when its first token since its
+admission is drawn and the host knows all others; from then on the device appends what it draws.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -17,11 +22,11 @@ from torch import Tensor
 from nanovllm.engine.scheduler import Step
 from nanovllm.engine.scoring import Scoring
 from nanovllm.engine.sequence import Sequence as EngineSequence
-from nanovllm.engine.token_history import TokenHistory
 from nanovllm.layers.logit_edits import EditBatch, edit
 from nanovllm.layers.logprobs import Scores, score
 from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.layers.sampler import SamplingBatch, sample
+from nanovllm.utils.device import to_device
 from nanovllm.utils.joined import join, split
 
 # Rows that are changed or scored at a time. They take some 10 bytes a logit in between; the peak
@@ -33,54 +38,39 @@ NOTHING = np.empty(0, np.int32)
 
 
 class Draws(NamedTuple):
-    """What all ranks make of a step's logits, as int32 arrays; by default nothing.
+    """What all ranks make of a step's logits, as int32 arrays; by default nothing."""
 
-    Attributes:
-        sampling: how tokens are drawn, see `SamplingBatch.pack`.
-        edits: how logits are changed before. Joined pieces of up to MOST_ROWS rows; of each, the
-            fields of an `EditBatch`, the sampling of its rows, and for each request whose tokens
-            the device lacks its request_index and these.
-        scoring: which rows are scored, see `Scoring.packed`.
-    """
-
-    sampling: np.ndarray = NOTHING
+    sampling: np.ndarray = NOTHING  # how tokens are drawn, see `SamplingBatch.pack`
+    # How logits are changed before. Joined pieces of up to MOST_ROWS rows; of each, the fields of
+    # an `EditBatch`, the sampling of its rows, and for each request whose tokens the device lacks
+    # its request_index and these.
     edits: np.ndarray = NOTHING
-    scoring: np.ndarray = NOTHING
+    scoring: np.ndarray = NOTHING  # which rows are scored, see `Scoring.packed`
 
 
 NO_DRAWS = Draws()
 
 
+@dataclass
 class Sampler:
-    """Draws and scores the tokens of one rank's steps.
+    """Draws and scores the tokens of one rank's steps."""
 
-    Args:
-        compute_logits: hidden states [N, hidden size] -> [N, this rank's part of the vocabulary].
-        last_tokens: int64 [max_num_seqs], where the last token of each running request goes.
-        max_model_len: tokens that a request may have.
-        group: this rank and the others.
-        shard: of the vocabulary.
-    """
+    # Hidden states [N, hidden size] -> logits [N, this rank's part of the vocabulary].
+    compute_logits: Callable[[Tensor], Tensor]
+    last_tokens: Tensor  # int64 [max_num_seqs], where that of each running request goes
+    max_model_len: int
+    group: ParallelGroup
+    shard: Shard  # of the vocabulary
 
-    def __init__(
-        self,
-        compute_logits: Callable[[Tensor], Tensor],
-        last_tokens: Tensor,
-        max_model_len: int,
-        group: ParallelGroup,
-        shard: Shard,
-    ) -> None:
-        self.compute_logits = compute_logits
-        self.last_tokens, self.device = last_tokens, last_tokens.device
-        self.group, self.shard = group, shard
-        self.history = TokenHistory(len(last_tokens), max_model_len, self.device)
+    def __post_init__(self) -> None:
+        self.device = self.last_tokens.device
+        # The tokens of running requests, by request_index; rows grow with the longest.
+        self.history = torch.empty(len(self.last_tokens), 0, dtype=torch.int32, device=self.device)
 
     def pack(self, step: Step, masks: Mapping[int, np.ndarray], scoring: Scoring | None) -> Draws:
         """What `step` asks for, whose tokens are pending already; all ranks must `draw` it.
 
-        Args:
-            masks: by row of logits, the tokens that may be drawn, see `logit_edits.forbid`.
-            scoring: of the step.
+        `masks`: by row of logits, the tokens that may be drawn, see `logit_edits.forbid`.
         """
         seqs = [chunk.seq for chunk in step.chunks if chunk.needs_sample]
         sampling = self._pack_sampling(seqs) if seqs else NOTHING
@@ -118,7 +108,7 @@ class Sampler:
                 drawn = sample(changed, options, self.group, self.shard)
                 tokens[edits.rows] = drawn
                 drawn = drawn[: len(edits.lengths)]
-                self.history.append(edits.request_index, edits.lengths, drawn)
+                self.history[edits.request_index, edits.lengths] = drawn.int()
             self.last_tokens[batch.request_index] = tokens
         else:
             tokens = torch.empty(0, dtype=torch.int64)
@@ -131,11 +121,15 @@ class Sampler:
         """What a piece of `Draws.edits` says, and changed copies of its rows, float32."""
         edits, sampling, *uploads = split(piece)
         longest = int(EditBatch(*split(edits)).lengths.max(initial=-1)) + 1
-        self.history.reserve(longest)
+        width = self.history.shape[1]
+        if longest > width:
+            wanted = max(longest, min(2 * width, self.max_model_len))
+            self.history = torch.nn.functional.pad(self.history, (0, wanted - width))
         for upload in uploads:
-            self.history.write(int(upload[0]), upload[1:])
+            row, tokens = int(upload[0]), upload[1:]
+            self.history[row, : len(tokens)] = to_device(tokens, self.device)
         batch = EditBatch(*split(edits, self.device))
-        history = self.history.read(batch.request_index, longest)
+        history = self.history[:, :longest][batch.request_index]
         changed = edit(logits, batch, history, self.group, self.shard)
         return batch, SamplingBatch.unpack(sampling, self.device), changed
 

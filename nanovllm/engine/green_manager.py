@@ -23,12 +23,6 @@ logger = logging.getLogger(__name__)
 class Partitions(GreenContexts):
     """Owner of one SM partition for each lane of a CUDA device; `sms` are those granted.
 
-    Args:
-        device: the device.
-        counts: SMs wanted for each lane. Fewer than 16 are too few for cuBLAS.
-        names: what errors call the counts.
-        driver: default: the real one.
-
     Raises:
         ValueError: an argument that cannot be; nothing was created.
         GreenContextError: no driver, no such split, or a refused call; it is logged.
@@ -37,9 +31,9 @@ class Partitions(GreenContexts):
     def __init__(
         self,
         device: torch.device,
-        counts: Sequence[int],
-        names: Sequence[str] = (),
-        driver: Driver | None = None,
+        counts: Sequence[int],  # SMs wanted for each lane; fewer than 16 are too few for cuBLAS
+        names: Sequence[str] = (),  # what errors call the counts
+        driver: Driver | None = None,  # default: the real one
     ) -> None:
         if device.type != "cuda":
             raise ValueError(f"device={str(device)!r} is not allowed: it must be a CUDA device")

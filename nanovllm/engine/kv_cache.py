@@ -43,22 +43,14 @@ def allocate(
 
 def count_blocks(
     config: Config,
-    block_bytes: int,
+    block_bytes: int,  # of all layers of this rank
     max_model_len: int,
     device: torch.device,
-    run_largest_step: Callable[[], None],
+    run_largest_step: Callable[[], None],  # its need of memory is measured on CUDA
 ) -> int:
     """Blocks to allocate: as configured, or as many as memory allows (on the CPU, as are useful).
 
-    Args:
-        config: num_kvcache_blocks, gpu_memory_utilization and so on.
-        block_bytes: bytes of one block over all layers of this rank.
-        max_model_len: longest sequence in tokens.
-        device: where the cache will be.
-        run_largest_step: runs the step that needs most memory, which is measured on CUDA.
-
-    Raises:
-        MemoryError: not even one block fits.
+    Raises MemoryError if not even one block fits.
     """
     if config.num_kvcache_blocks > 0:
         return config.num_kvcache_blocks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,30 +12,19 @@ import torch
 from nanovllm.kernels.gpu import cublas_sm_limit
 
 
+@dataclass
 class Lane:
     """Issues in order; lanes are ordered among each other by events alone.
 
     NOTE: torch's allocator hands memory that was freed to the next allocation on the same stream at
-    once, so a tensor that another lane reads must be held until its own lane has waited for that
-    reader. engine/pipeline_scheduler.py says how that is done.
+    once. engine/pipeline_scheduler.py says why no other lane still reads it.
 
-    Args:
-        name: in timelines and statistics.
-        stream: None: work goes to the caller's stream, so there is nothing to wait for.
-        sms: of its partition, which matrix products are planned for; None: all `device_sms`.
+    Without a stream work goes to the caller's, so there is nothing to wait for.
     """
 
-    def __init__(
-        self,
-        name: str,
-        stream: torch.cuda.Stream | None = None,
-        sms: int | None = None,
-        device_sms: int = 0,
-    ) -> None:
-        self.name = name
-        self.stream = stream
-        self.sms = device_sms if sms is None else sms
-        self.device_sms = device_sms
+    stream: torch.cuda.Stream | None = None
+    sms: int = 0  # which matrix products are planned for, of `device_sms`
+    device_sms: int = 0
 
     @contextmanager
     def use(self) -> Iterator[None]:

@@ -26,7 +26,7 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.conversations import Conversation, list_conversations
 from nanovllm.engine.model_runner import LaunchedStep, start_runner
 from nanovllm.engine.outputs import Completion, Delta, DeltaMaker, RequestOutput, progress_bar
-from nanovllm.engine.prompts import Prompt, Prompts, TextProcessor
+from nanovllm.engine.prompts import Prompt, Prompts, TextProcessor, name_prompts
 from nanovllm.engine.requests import CheckedCall, RequestMaker
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence as EngineSequence
@@ -153,7 +153,7 @@ class LLMEngine:
             RuntimeError: the engine has exited, or exits meanwhile.
         """
         self.transactions.check_open()
-        call = self.request_maker.check(prompts, sampling_params, sampling)
+        call = self.request_maker.check(name_prompts(prompts), sampling_params, sampling)
         count = sum(params.n for params in call.params)
         outputs = []
         with closing(self._run(call)) as completions, progress_bar(count, use_tqdm) as advance:
@@ -203,7 +203,8 @@ class LLMEngine:
         The other arguments, and the errors, are those of `generate`.
         """
         self.transactions.check_open()
-        return self._run(self.request_maker.check(prompts, sampling_params, sampling, deltas))
+        named = name_prompts(prompts)
+        return self._run(self.request_maker.check(named, sampling_params, sampling, deltas))
 
     @taking(SamplingParams)
     def chat(
@@ -258,7 +259,7 @@ class LLMEngine:
             TypeError, ValueError: the prompt or an option is not allowed.
         """
         self.transactions.check_open()
-        call = self.request_maker.check_one(prompt, sampling_params, sampling)
+        call = self.request_maker.check({"prompt": prompt}, sampling_params, sampling)
         first, *_ = self.transactions.call(self._queue, call, self.unclaimed)
         return first.request_id
 
@@ -279,7 +280,7 @@ class LLMEngine:
         """
         if self.config.enable_prefix_caching:
             raise ValueError("enable_prefix_caching=True is not allowed with computed requests")
-        call = self.request_maker.check_one(token_ids, sampling_params, sampling)
+        call = self.request_maker.check({"prompt": token_ids}, sampling_params, sampling)
         for name, allowed in (("n", 1), ("prompt_logprobs", None)):
             asked = getattr(call.params[0], name)
             if asked != allowed:

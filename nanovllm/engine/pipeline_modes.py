@@ -30,13 +30,7 @@ logger = logging.getLogger(__name__)
 
 # On fewer SMs some cuBLAS kernels fail: there is no room for their clusters of thread blocks.
 MIN_FFN_SMS = 16
-MODES = {
-    "sequential": SEQUENTIAL,
-    "microbatch": MICROBATCH,
-    "streams": STREAMS,
-    "green": GREEN,
-    "auto": GREEN,
-}
+MODES = {plan.mode: plan for plan in (SEQUENTIAL, MICROBATCH, STREAMS, GREEN)} | {"auto": GREEN}
 
 
 class PipelineUnavailable(RuntimeError):
@@ -45,17 +39,11 @@ class PipelineUnavailable(RuntimeError):
 
 @dataclass
 class Pipelines:
-    """Plans that are ready to run.
+    """Plans that are ready to run."""
 
-    Attributes:
-        schedulers: one for each plan; the first is sequential, and alone after a fallback.
-        statistics: says what there is, or why not.
-        partitions: to be closed in the end, once no graph uses them.
-    """
-
-    schedulers: list[PipelineScheduler]
-    statistics: PipelineStatistics
-    partitions: ExitStack
+    schedulers: list[PipelineScheduler]  # the first is sequential, and alone after a fallback
+    statistics: PipelineStatistics  # says what there is, or why not
+    partitions: ExitStack  # to be closed in the end, once no graph uses them
 
 
 def wanted_plan(config: Config) -> Plan:
@@ -68,20 +56,13 @@ def wanted_plan(config: Config) -> Plan:
 
 def build_pipelines(
     config: Config,
-    model: Model,
+    model: Model,  # its KV cache bound
     device: torch.device,
     device_sms: int,
-    plan: Plan | None = None,
-    more: Sequence[Plan] = (),
+    plan: Plan | None = None,  # default: what `config` names
+    more: Sequence[Plan] = (),  # to choose from beside it; what cannot be made is left out
 ) -> Pipelines:
     """Builds sequential decode and what `config` asks for; logs why and falls back if it must.
-
-    Args:
-        config: the mode, its SMs, and whether to fall back.
-        model: its KV cache bound.
-        device, device_sms: where, and its SMs.
-        plan: default: what `config` names.
-        more: plans to choose from beside it; those that cannot be made are left out.
 
     Raises:
         RuntimeError, ValueError: instead of falling back, with `pipeline_strict`.

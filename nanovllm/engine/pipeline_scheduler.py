@@ -34,38 +34,29 @@ from nanovllm.models.throwaway_cache import throwaway_cache
 
 
 class PipelineScheduler:
-    """Issues steps of `model`, whose KV cache is bound, as `plan` says.
-
-    Args:
-        streams: of the plan's lanes, in order; none, where it has no streams.
-        workspace: scratch memory of attention on its lane.
-        statistics: of steps run by `decode_token`.
-        device_sms: SMs of the device.
-    """
+    """Issues steps of `model`, whose KV cache is bound, as `plan` says."""
 
     def __init__(
         self,
         model: Model,
         plan: Plan = MICROBATCH,
-        streams: Sequence[torch.cuda.Stream] = (),
-        workspace: Any = None,
-        statistics: PipelineStatistics | None = None,
+        streams: Sequence[torch.cuda.Stream] = (),  # of its lanes, in order, if it has streams
+        workspace: Any = None,  # scratch memory of attention on its lane
+        statistics: PipelineStatistics | None = None,  # of steps run by `decode_token`
         device_sms: int = 0,
     ) -> None:
-        self.model = model
-        self.plan = plan
-        self.workspace = workspace
+        self.model, self.plan, self.workspace = model, plan, workspace
         self.statistics = statistics or PipelineStatistics(mode=plan.mode)
         own: Sequence[Any] = streams or [None] * len(plan.lanes)
         self.lanes = {
-            lane.name: Lane(lane.name, stream, lane.sms, device_sms)
+            lane.name: Lane(stream, lane.sms or device_sms, device_sms)
             for lane, stream in zip(plan.lanes, own, strict=True)
         }
         self.orders: dict[int, list[Work]] = {}  # by number of micro-batches
 
     def issue(self, batches: Sequence[MicroBatch], timer: StageTimer | None = None) -> None:
         """Issues all layers of all micro-batches between the current stream and itself."""
-        main = Lane(MAIN, torch.cuda.current_stream() if self.plan.streams else None)
+        main = Lane(torch.cuda.current_stream() if self.plan.streams else None)
         lanes = {MAIN: main, **self.lanes}
         events = [main.record()] * len(batches)  # behind the last work of each
         for work in self.order(len(batches)):

@@ -17,32 +17,23 @@ KEPT_STEPS = 32
 
 @dataclass
 class PipelineStatistics:
-    """Counts and times of the decode steps of one engine.
+    """Counts and times of the decode steps of one engine."""
 
-    Attributes:
-        mode: how steps are issued, one of `Config.pipeline_mode`'s values.
-        lane_sms: SMs granted to each lane, by name; empty without partitions, and with several.
-        device_sms: of the device; None where `lane_sms` is empty.
-        fallback_reason: why there is no pipeline although one was asked for.
-        planner: chooses how each step is issued, in mode "auto".
-        steps, tokens: of pipelined and of sequential decode steps.
-        profiled_steps: steps whose works were timed.
-        lane_ms, total_ms, overlap_ms: sums over the profiled steps: the works of each lane, the
-            whole step, and the time in which more than one lane worked.
-        recent: the works of the last profiled steps.
-    """
-
-    mode: str = "sequential"
+    mode: str = "sequential"  # how steps are issued, one of `Config.pipeline_mode`'s values
+    # SMs granted to each lane, by name; empty without partitions, and with several splits.
     lane_sms: dict[str, int] = field(default_factory=dict)
-    device_sms: int | None = None
-    fallback_reason: str | None = None
-    planner: Planner | None = None
+    device_sms: int | None = None  # None where `lane_sms` is empty
+    fallback_reason: str | None = None  # why there is no pipeline although one was asked for
+    planner: Planner | None = None  # in mode "auto"
     steps: dict[str, int] = field(default_factory=lambda: {"pipelined": 0, "sequential": 0})
     tokens: dict[str, int] = field(default_factory=lambda: {"pipelined": 0, "sequential": 0})
+    # Sums over the profiled steps: the works of each lane, the whole step, and the time in which
+    # more than one lane worked.
     profiled_steps: int = 0
     lane_ms: dict[str, float] = field(default_factory=dict)
     total_ms: float = 0.0
     overlap_ms: float = 0.0
+    # The works of the last profiled steps.
     recent: deque[list[Span]] = field(default_factory=lambda: deque(maxlen=KEPT_STEPS))
 
     def count_step(self, num_tokens: int, *, pipelined: bool) -> None:

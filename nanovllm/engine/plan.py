@@ -32,19 +32,12 @@ class PlannedLane:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a step is issued.
+    """How a step is issued."""
 
-    Attributes:
-        mode: a value of `Config.pipeline_mode`, or one of the benchmarks' own.
-        micro_batches: of a step; one with fewer sequences is issued by another plan.
-        lanes: at most one of them names no stages.
-        streams: whether each lane has a stream; else all work is issued on the caller's.
-    """
-
-    mode: str
-    micro_batches: int
-    lanes: tuple[PlannedLane, ...]
-    streams: bool = False
+    mode: str  # a value of `Config.pipeline_mode`, or one of the benchmarks' own
+    micro_batches: int  # a step with fewer sequences is issued by another plan
+    lanes: tuple[PlannedLane, ...]  # at most one of them names no stages
+    streams: bool = False  # whether each lane has a stream; else all work goes to the caller's
 
     @cached_property
     def name(self) -> str:
@@ -77,33 +70,22 @@ LANES3 = Plan("lanes3", 3, (*TWO_LANES, PlannedLane("qkv", ("qkv",))), streams=T
 
 
 class Choice(NamedTuple):
-    """How a decode step runs: the number of its plan, and its rows with padding.
+    """How a decode step runs."""
 
-    If there is a `prediction`, the step's time is told to the chooser, with it.
-    """
-
-    plan: int
-    size: int
-    prediction: Any = None
+    plan: int  # its number
+    size: int  # rows, with padding
+    prediction: Any = None  # if there is one, the step's time is told to the chooser, with it
 
 
 @dataclass(frozen=True)
 class Work:
-    """Neighbouring stages of one micro-batch on one lane.
-
-    Attributes:
-        lane: its name.
-        micro_batch: its index.
-        stages: in order; none on the main lane, which only waits.
-        waits: whether the lane first waits for the event behind the micro-batch's last work.
-        records: whether somebody waits for the end of this work.
-    """
+    """Neighbouring stages of one micro-batch on one lane."""
 
     lane: str
     micro_batch: int
-    stages: tuple[Stage, ...] = ()
-    waits: bool = False
-    records: bool = False
+    stages: tuple[Stage, ...] = ()  # in order; none on the main lane, which only waits
+    waits: bool = False  # whether the lane first waits for the micro-batch's last work
+    records: bool = False  # whether somebody waits for the end of this work
 
 
 def make_order(stages: Iterable[Stage], plan: Plan, micro_batches: int) -> list[Work]:

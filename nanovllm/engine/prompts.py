@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypedDict
 
@@ -34,21 +35,20 @@ Prompt = str | Sequence[int] | TextPrompt | TokensPrompt
 Prompts = str | TextPrompt | TokensPrompt | Sequence[Prompt]
 
 
+@dataclass
 class TextProcessor:
     """Turns prompts into token ids that an engine can run, and token ids into text.
 
-    Without a tokenizer prompts are token ids, and texts are empty. `limits` are the most tokens of
-    a prompt, by what sets the limit.
+    Without a tokenizer prompts are token ids, and texts are empty.
     """
 
-    def __init__(
-        self, model: str, tokenizer: Any | None, vocab_size: int, limits: dict[str, int]
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.vocab_size = vocab_size
-        self.limits = limits
-        self.max_len = min(limits.values())
+    model: str
+    tokenizer: Any | None
+    vocab_size: int
+    limits: dict[str, int]  # the most tokens of a prompt, by what sets the limit
+
+    def __post_init__(self) -> None:
+        self.max_len = min(self.limits.values())
         self.lock = threading.RLock()  # a tokenizer is for one thread at a time
         self.token_texts: dict[int, str] = {}
 
@@ -137,13 +137,13 @@ class TextProcessor:
             raise ValueError(f"{name}={prompt!r:.80} cannot be encoded: {error!r}") from error
 
 
-def list_prompts(prompts: Any) -> list[Prompt]:
-    """The prompts of one call, still to be checked; TypeError: neither a prompt nor a list."""
+def name_prompts(prompts: Any) -> dict[str, Prompt]:
+    """The prompts of one call by their names, unchecked; TypeError: neither a prompt nor a list."""
     single = isinstance(prompts, (str, Mapping))
     listed: list[Any] | None = [prompts] if single else as_list(prompts)
     if listed is None:
         raise TypeError(f"prompts={prompts!r:.80} is neither a text nor a list of prompts")
-    return listed
+    return {f"prompts[{i}]": prompt for i, prompt in enumerate(listed)}
 
 
 def _unwrap(prompt: Mapping[str, Any], name: str) -> Any:

@@ -6,19 +6,14 @@ import logging
 import random
 import time
 from collections.abc import Sequence, Set
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 from nanovllm.config import Config
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.outputs import Completion, Logprobs, PromptLogprobs
-from nanovllm.engine.prompts import (
-    Prompt,
-    Prompts,
-    TextProcessor,
-    UndecodableError,
-    list_prompts,
-)
+from nanovllm.engine.prompts import Prompt, TextProcessor, UndecodableError
 from nanovllm.engine.sequence import Sequence as EngineSequence
 from nanovllm.layers.logit_edits import RequestEdits
 from nanovllm.logprobs import Position
@@ -32,8 +27,6 @@ from nanovllm.structured.grammars import Grammars
 
 logger = logging.getLogger(__name__)
 
-GivenParams = SamplingParams | Sequence[SamplingParams] | None
-
 
 class CheckedCall(NamedTuple):
     """What a call asks for, checked: token ids and options of each prompt.
@@ -46,53 +39,27 @@ class CheckedCall(NamedTuple):
     deltas: bool = False
 
 
+@dataclass
 class RequestMaker:
-    """Knows what all requests of an engine have in common.
+    """Knows what all requests of an engine have in common."""
 
-    Args:
-        config: of the engine.
-        texts: turns texts into tokens, and back.
-        grammars: of what requests have to follow.
-        defaults: of options that a call does not give.
-        eos_ids: tokens that end a request, unless it ignores them.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        texts: TextProcessor,
-        grammars: Grammars,
-        defaults: SamplingOptions,
-        eos_ids: Set[int],
-    ) -> None:
-        self.config, self.texts, self.grammars = config, texts, grammars
-        self.defaults, self.eos_ids = defaults, eos_ids
+    config: Config
+    texts: TextProcessor
+    grammars: Grammars  # of what requests have to follow
+    defaults: SamplingOptions  # of options that a call does not give
+    eos_ids: Set[int]  # tokens that end a request, unless it ignores them
 
     def check(
         self,
-        prompts: Prompts,
-        given: GivenParams,
-        fields: SamplingOptions,
-        deltas: bool = False,
-    ) -> CheckedCall:
-        """Raises TypeError or ValueError if this model cannot do what a call asks for."""
-        named = {f"prompts[{i}]": prompt for i, prompt in enumerate(list_prompts(prompts))}
-        return self._check(named, given, fields, deltas)
-
-    def check_one(
-        self, prompt: Prompt, given: SamplingParams | None, fields: SamplingOptions
-    ) -> CheckedCall:
-        """The same for a request that is added alone."""
-        return self._check({"prompt": prompt}, given, fields)
-
-    def _check(
-        self,
         prompts: dict[str, Prompt],
-        given: GivenParams,
+        given: SamplingParams | Sequence[SamplingParams] | None,
         fields: SamplingOptions,
         deltas: bool = False,
     ) -> CheckedCall:
-        """`prompts` are by the names that errors give them."""
+        """Raises TypeError or ValueError if this model cannot do what a call asks for.
+
+        `prompts` are by the names that errors give them.
+        """
         params = params_per_prompt(given, len(prompts), fields, self.defaults)
         check_token_ids(params, self.texts.vocab_size)
         for each in params:
@@ -110,14 +77,11 @@ class RequestMaker:
     ) -> list[EngineSequence]:
         """One for each sample of each prompt, in the order in which they are to run.
 
+        Their ids begin with `first_id`, and their completions are to go to `results`.
+
         The first sample of a prompt is to be computed before the others, which then find its
         blocks in the prefix cache. So the first samples of as many prompts as run at a time come
         first, then the second ones, and so on.
-
-        Args:
-            first_id: request id of the first sequence.
-            call: what is to be done.
-            results: where the completions are to go.
         """
         block_size = self.config.kvcache_block_size
         most = max((params.n for params in call.params), default=1)
@@ -172,10 +136,9 @@ class RequestMaker:
             logprobs = prompt_logprobs = None
         else:
             if reason == "error":
-                name = seq.request_id
                 logger.warning(
                     "Request %d ends in error: its logits are not numbers, or no token is allowed",
-                    name,
+                    seq.request_id,
                 )
         return Completion(
             text=text,

@@ -109,10 +109,9 @@ class Scheduler:
     def schedule(self, *, ahead: bool = False) -> Step | None:
         """Plans the next step; None if nothing is left to do.
 
-        Args:
-            ahead: plan before `update` has the tokens of the last step: sequences go on as if these
-                would not end them, and none is preempted. Those with a matcher, which needs the
-                tokens, are left out. None then means that the last step has to be updated first.
+        With `ahead` it is planned before `update` has the tokens of the last step: sequences go on
+        as if these would not end them, and none is preempted. Those with a matcher, which needs the
+        tokens, are left out. None then means that the last step has to be updated first.
         """
         prefilling, decodable = self._split_running()
         if self.prefill_streak < MAX_PREFILL_STREAK or not decodable:

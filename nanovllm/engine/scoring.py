@@ -24,16 +24,12 @@ class Share(NamedTuple):
 
 
 class Scoring(NamedTuple):
-    """What a step scores; it is as `of` found it when the step was launched.
+    """What a step scores; it is as `of` found it when the step was launched."""
 
-    Attributes:
-        packed: for all ranks. Joined: how many of the likeliest tokens; rows among those that are
-            drawn; rows of prompts, among all tokens of the step; the tokens behind these.
-        shares: of the drawn rows, then of the rows of prompts.
-    """
-
+    # For all ranks. Joined: how many of the likeliest tokens; rows among those that are drawn;
+    # rows of prompts, among all tokens of the step; the tokens behind these.
     packed: np.ndarray
-    shares: list[Share]
+    shares: list[Share]  # of the drawn rows, then of the rows of prompts
 
     @classmethod
     def of(cls, step: Step, vocab_size: int) -> Scoring | None:

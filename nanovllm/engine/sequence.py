@@ -16,70 +16,46 @@ from nanovllm.sampling_params import SamplingParams
 class Sequence:
     """A request, which waits, runs or has finished.
 
-    Attributes:
-        request_id: unique in its engine, rising with arrival.
-        token_ids: the prompt, then what was generated.
-        stop_ids: tokens that end it.
-        max_len: length in tokens at which it ends, whatever it says.
-        seed: of its random draws.
-        results: where the engine puts its completion.
-        edits: what it changes of its logits; None: nothing.
-        index: place of its prompt in the call.
-        sample: which of the prompt's n samples it is.
-        leader: a sequence of the same prompt to be computed before, so that this finds its blocks
-            in the prefix cache.
-        detokenizer: reads its tokens as they come, if somebody asks for their text.
-        queued_time: of `time.perf_counter()`, as the next.
-        first_token_time: when the host had its first token.
-        end_len: length in tokens at which it ends, by `max_tokens` or `max_len`; always at least
-            one token after the prompt.
-        block_table: ids of the KV blocks it owns a share of, in order.
-        num_computed: tokens whose keys and values are cached.
-        num_scheduled: those, and the ones that steps in flight compute.
-        num_pending: tokens that steps in flight draw, so that their values are not known yet.
-        request_index: where the device keeps its last token while it runs; else -1.
-        has_history: whether the device has its tokens, for `edits`.
-        num_registered: leading blocks that the prefix cache knows.
-        logprobs: of the generated tokens, if asked for; one more than these at the most.
-        prompt_logprobs: of the prompt's tokens from the second on, as far as known, if asked for.
-        finish_reason: "stop", "length", "abort" or "error" once finished.
-        matcher: says which tokens may follow, an `xgrammar.GrammarMatcher` that has been told all
-            that were generated; None: any may.
+    Lengths are in tokens, times those of `time.perf_counter()`.
     """
 
-    request_id: int
-    token_ids: list[int]
+    request_id: int  # unique in its engine, rising with arrival
+    token_ids: list[int]  # the prompt, then what was generated
     params: SamplingParams
-    stop_ids: frozenset[int]
-    max_len: int
-    seed: int
-    results: dict[int, Any] = field(default_factory=dict)
-    edits: RequestEdits | None = None
-    index: int = 0
-    sample: int = 0
+    stop_ids: frozenset[int]  # tokens that end it
+    max_len: int  # length at which it ends, whatever it says
+    seed: int  # of its random draws
+    results: dict[int, Any] = field(default_factory=dict)  # where the engine puts its completion
+    edits: RequestEdits | None = None  # what it changes of its logits
+    index: int = 0  # place of its prompt in the call
+    sample: int = 0  # which of the prompt's n samples it is
+    # A sequence of the same prompt to be computed before, so that this finds its blocks cached.
     leader: Sequence | None = None
-    detokenizer: Detokenizer | None = None
-    queued_time: float = field(default_factory=time.perf_counter)
-    first_token_time: float | None = None
-    prompt_len: int = field(init=False)
-    end_len: int = field(init=False)
-    block_table: list[int] = field(default_factory=list)
-    num_computed: int = 0
-    num_scheduled: int = 0
-    num_pending: int = 0
-    request_index: int = -1
-    has_history: bool = False
-    num_registered: int = 0
-    logprobs: list[Position] = field(default_factory=list)
-    prompt_logprobs: list[Position] = field(default_factory=list)
-    finish_reason: str | None = None
+    detokenizer: Detokenizer | None = None  # reads its tokens as they come, if somebody asks
+    # An `xgrammar.GrammarMatcher` that has been told all that was generated; None: any may follow.
     matcher: Any | None = None
+    queued_time: float = field(default_factory=time.perf_counter)
+    first_token_time: float | None = None  # when the host had its first token
+    prompt_len: int = field(init=False)
+    end_len: int = field(init=False)  # at which it ends, by `max_tokens` or `max_len`
+    block_table: list[int] = field(default_factory=list)  # KV blocks it owns a share of, in order
+    num_computed: int = 0  # tokens whose keys and values are cached
+    num_scheduled: int = 0  # those, and the ones that steps in flight compute
+    num_pending: int = 0  # tokens that steps in flight draw: their values are not known yet
+    num_registered: int = 0  # leading blocks that the prefix cache knows
+    request_index: int = -1  # where the device keeps its last token while it runs
+    has_history: bool = False  # whether the device has its tokens, for `edits`
+    # Of the generated tokens, if asked for; one more than these at the most.
+    logprobs: list[Position] = field(default_factory=list)
+    # Of the prompt's tokens from the second on, as far as known, if asked for.
+    prompt_logprobs: list[Position] = field(default_factory=list)
+    finish_reason: str | None = None  # "stop", "length", "abort" or "error"
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.token_ids)
         most = self.params.max_tokens
         end_len = self.max_len if most is None else min(self.prompt_len + most, self.max_len)
-        self.end_len = max(end_len, self.prompt_len + 1)
+        self.end_len = max(end_len, self.prompt_len + 1)  # at least one token is drawn
 
     @property
     def length(self) -> int:

@@ -34,21 +34,13 @@ from nanovllm.sampling_params import SamplingParams
 
 
 class RowsLayout(NamedTuple):
-    """Sizes of one micro-batch.
+    """Sizes of one micro-batch."""
 
-    Attributes:
-        decode_rows: rows that decode, with padding.
-        prompts: sequences of which more than one token is read.
-        prompt_tokens: tokens of those, together.
-        longest_prompt: most tokens of one.
-        plan_size: integers of the attention back end's own part.
-    """
-
-    decode_rows: int
-    prompts: int
-    prompt_tokens: int
-    longest_prompt: int
-    plan_size: int
+    decode_rows: int  # with padding
+    prompts: int  # sequences of which more than one token is read
+    prompt_tokens: int  # of those, together
+    longest_prompt: int  # most tokens of one
+    plan_size: int  # integers of the attention back end's own part
 
     @property
     def num_tokens(self) -> int:
@@ -61,23 +53,14 @@ class RowsLayout(NamedTuple):
 
 @dataclass(frozen=True)
 class StepLayout:
-    """Sizes of a step: what a rank must know to run it.
+    """Sizes of a step: what a rank must know to run it."""
 
-    Attributes:
-        plan: number of its plan.
-        is_decode: whether it is one token of each sequence, and all are sampled.
-        timed: whether its works are timed, which takes a graph of its own.
-        num_samples: rows that are sampled.
-        max_blocks: width of the block tables.
-        micro_batches: at least one.
-    """
-
-    plan: int
-    is_decode: bool
-    timed: bool
-    num_samples: int
-    max_blocks: int
-    micro_batches: tuple[RowsLayout, ...]
+    plan: int  # its number
+    is_decode: bool  # whether it is one token of each sequence, and all are sampled
+    timed: bool  # whether its works are timed, which takes a graph of its own
+    num_samples: int  # rows that are sampled
+    max_blocks: int  # width of the block tables
+    micro_batches: tuple[RowsLayout, ...]  # at least one
 
     @classmethod
     def from_integers(cls, integers: Sequence[int]) -> StepLayout:

@@ -55,52 +55,33 @@ class FixedChooser:
 
 @dataclass(frozen=True)
 class PreparedStep:
-    """A step that is ready to run.
-
-    Attributes:
-        layout: of `flat`.
-        flat: its inputs, int32 [layout.size].
-        draws: what is made of its logits.
-        prediction: what its time is told to, with it.
-        events: recorded before and after it; None: nobody wants to know its time.
-    """
+    """A step that is ready to run."""
 
     layout: StepLayout
-    flat: torch.Tensor
-    draws: Draws = NO_DRAWS
-    prediction: Any = None
+    flat: torch.Tensor  # its inputs, int32 [layout.size]
+    draws: Draws = NO_DRAWS  # what is made of its logits
+    prediction: Any = None  # of its time, which is told to the chooser
+    # Recorded before and after it; None: nobody wants to know its time.
     events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
 
 class StepRunner:
-    """Runs the steps of a `ModelRunner`.
-
-    Args:
-        config: pipeline_enable_profiling is looked up at every step.
-        pipelines: its partitions are closed with the runner, after the graphs.
-        last_tokens: the last token of each running request, on the device.
-        memory: for CUDA graphs; None: run eagerly.
-        inputs: lays steps out and fills them.
-        send: gives a step to the other ranks, which then run it, too.
-    """
+    """Runs the steps of a `ModelRunner`."""
 
     def __init__(
         self,
-        config: Config,
-        pipelines: Pipelines,
-        last_tokens: torch.Tensor,
-        memory: GraphMemory | None,
-        inputs: StepInputs,
-        send: Callable[[PreparedStep], None],
+        config: Config,  # pipeline_enable_profiling is looked up at every step
+        pipelines: Pipelines,  # its partitions are closed with the runner, after the graphs
+        last_tokens: torch.Tensor,  # of each running request, on the device
+        memory: GraphMemory | None,  # for CUDA graphs; None: run eagerly
+        inputs: StepInputs,  # lays steps out and fills them
+        send: Callable[[PreparedStep], None],  # to the other ranks, which then run it, too
     ) -> None:
-        self.config = config
+        self.config, self.memory, self.inputs, self.send = config, memory, inputs, send
         self.schedulers, self.statistics = pipelines.schedulers, pipelines.statistics
         self.partitions = pipelines.partitions
         self.chooser = FixedChooser(self.schedulers, memory)
         self.last_tokens, self.device = last_tokens, last_tokens.device
-        self.memory = memory
-        self.inputs = inputs
-        self.send = send
         # Of decode, by plan, size, and whether it is timed.
         self.layouts: dict[tuple[int, int, bool], StepLayout] = {}
         self.graphs: dict[StepLayout, tuple[Any, StageTimer | None]] = {}
@@ -131,10 +112,8 @@ class StepRunner:
         parts = balance(lengths, layout)
         events = None
         if choice.prediction is not None:
-            events = (
-                torch.cuda.Event(enable_timing=True),
-                torch.cuda.Event(enable_timing=True),
-            )
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            events = begin, end
         flat = self._fill(layout, chunks, parts)
         return PreparedStep(layout, flat, prediction=choice.prediction, events=events)
 

@@ -24,19 +24,14 @@ EXIT_SECONDS = 10.0
 
 
 class Transactions:
-    """The lock of an engine, and what it says of the state.
-
-    Attributes:
-        closed: the engine has exited.
-        unfinished: changes that have begun and not come to their end.
-    """
+    """The lock of an engine, and what it says of the state."""
 
     def __init__(self) -> None:
         self.process_id = os.getpid()
         self.lock = threading.RLock()
         self.callers: set[object] = set()  # of `call`, which have the lock or wait for it
-        self.closed = False
-        self.unfinished = 0
+        self.closed = False  # whether the engine has exited
+        self.unfinished = 0  # changes that have begun and not come to their end
 
     def call(self, function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         """Calls `function` while no other thread is in one."""

@@ -75,25 +75,16 @@ def measured_sizes(largest: int) -> list[int]:
 
 
 class Calibration:
-    """Fills the cost `table` of one engine.
-
-    Args:
-        timer: measures a step.
-        largest: the largest batch.
-        capacity: tokens that the KV cache holds.
-        max_len: of the longest sequence.
-        key: what the times depend on beside these; see `calibration_key`.
-        cache: where they are kept; default: the user's cache folder.
-    """
+    """Fills the cost `table` of one engine."""
 
     def __init__(
         self,
         timer: StepTimer,
-        largest: int,
-        capacity: int,
-        max_len: int,
-        key: Mapping[str, Any],
-        cache: DiskCache | None = None,
+        largest: int,  # batch
+        capacity: int,  # tokens that the KV cache holds
+        max_len: int,  # tokens of the longest sequence
+        key: Mapping[str, Any],  # what the times depend on beside these; see `calibration_key`
+        cache: DiskCache | None = None,  # of times; default: the user's
     ) -> None:
         self.timer = timer
         self.largest = largest
@@ -107,8 +98,7 @@ class Calibration:
     def run(self, plans: Sequence[Plan], *, show_progress: bool) -> list[list[int]]:
         """Fills the table from the log on disk, or else by measuring; the first plan is sequential.
 
-        Returns:
-            Of each plan, the sizes at which it gains something somewhere; none of sequential.
+        Returns of each plan the sizes at which it gains something somewhere; none of sequential.
         """
         if pipelined_sizes(self.largest):
             key = self.key | {"plans": [plan.name for plan in plans]}
@@ -185,10 +175,8 @@ class Calibration:
         measured = {tokens for curve in self.table.curves(plan).values() for tokens, _ in curve}
 
         def gains(size: int, tokens: int) -> bool:
-            pipelined, sequential = (
-                self.table.seconds(number, size, tokens) for number in (plan, SEQUENTIAL_NUMBER)
-            )
-            return LEAST_GAIN * pipelined <= sequential
+            sequential = self.table.seconds(SEQUENTIAL_NUMBER, size, tokens)
+            return LEAST_GAIN * self.table.seconds(plan, size, tokens) <= sequential
 
         sizes = [size for size in pipelined_sizes(self.largest) if self.table.covers(plan, size)]
         return [size for size in sizes if any(gains(size, tokens) for tokens in measured)]
@@ -202,10 +190,8 @@ def tokens_to_measure(
     A pipelined step takes at least as long as the dense work of both micro-batches, one after the
     other, and as attention. It gains most where the two take equally long.
 
-    Args:
-        size, longest: fewest and most tokens of the batch.
-        dense, end: seconds of sequential decode at these.
-        halves: of two steps of half the size, at the fewest tokens.
+    `size` and `longest` are the fewest and most tokens of the batch, `dense` and `end` the seconds
+    of sequential decode at these, `halves` those of two steps of half the size at the fewest.
     """
     attention = (end - dense) / max(longest - size, 1)  # of a token
     if attention <= 0:

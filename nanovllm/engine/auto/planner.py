@@ -60,18 +60,18 @@ class PlanRecord:
         return (text if self.timed else "{steps} steps, not measured").format(**self.as_dict())
 
 
+@dataclass(eq=False)
 class Planner:
     """Chooses among plans, of which sequential decode is the first, with graphs of these sizes."""
 
-    def __init__(
-        self, table: CostTable, plans: Sequence[Plan], sizes: Sequence[Sequence[int]]
-    ) -> None:
-        self.table = table
-        self.plans = plans
-        self.sizes = sizes
-        self.current: int | None = None  # the plan of the last step
-        self.switches = 0
-        self.records = [PlanRecord() for _ in plans]
+    table: CostTable
+    plans: Sequence[Plan]
+    sizes: Sequence[Sequence[int]]
+    current: int | None = None  # the plan of the last step
+    switches: int = 0
+
+    def __post_init__(self) -> None:
+        self.records = [PlanRecord() for _ in self.plans]
         self.dropped: set[tuple[int, int]] = set()  # plans at sizes
         self._slow_steps: Counter[tuple[int, int]] = Counter()  # in a row, of plans at sizes
 

@@ -24,22 +24,16 @@ class Guard:
     """A thread of a rank that watches the others; the only place that ends a wait on the GPU.
 
     The main thread cannot: it may be inside a CUDA call that waits for a collective without a peer.
-
-    Args:
-        rank: this one.
-        workers: whose death ends the waits.
-        device: of this rank.
-        step_timeout: seconds after which a worker ends if what it issued has not.
-        end_waits: called once, when a worker is dead or the ranks part; also when they part in
-            order, as NCCL lets none leave before all do, and rank 0 leaves when the workers have.
+    `end_waits` is called once, when a worker is dead or the ranks part; also when they part in
+    order, as NCCL lets none leave before all do, and rank 0 leaves when the workers have.
     """
 
     def __init__(
         self,
-        rank: int,
-        workers: Workers,
+        rank: int,  # this one
+        workers: Workers,  # whose death ends the waits
         device: torch.device,
-        step_timeout: float,
+        step_timeout: float,  # seconds after which a worker ends if what it issued has not
         end_waits: Callable[[], None],
     ) -> None:
         self.rank, self.workers, self.end_waits = rank, workers, end_waits

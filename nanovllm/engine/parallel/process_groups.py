@@ -24,14 +24,13 @@ NCCL_TIMEOUT = timedelta(minutes=10)
 class ProcessGroups:
     """The groups of one engine, on one of its ranks.
 
-    Attributes:
-        control: gloo, for steps; may stay silent for days.
-        model: of the model's collectives: NCCL on CUDA, else gloo, too.
+    `control` is for steps: gloo, may stay silent for days. `model` is for the model's collectives:
+    NCCL on CUDA, else gloo, too.
     """
 
     def __init__(self, device: torch.device, *, one_machine: bool) -> None:
         """Forms them among the ranks of torch's default group, which all do the same."""
-        with _environment(**loopback() if one_machine else {}):
+        with environment(**loopback() if one_machine else {}):
             self.control = dist.new_group(backend="gloo", timeout=PATIENCE)
             if device.type == "cuda":
                 self.model = dist.new_group(backend="nccl", timeout=NCCL_TIMEOUT)
@@ -44,7 +43,7 @@ class ProcessGroups:
         """Forms them with the other ranks of this machine, which meet at a file."""
         store = dist.FileStore(path, size)
         store.set(f"here/{rank}", "")
-        with _environment(**loopback()):
+        with environment(**loopback()):
             dist.init_process_group(
                 "gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE
             )
@@ -69,7 +68,7 @@ class ProcessGroups:
         """
         one_machine = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
         if not dist.is_initialized():
-            with _environment(**loopback() if one_machine else {}):
+            with environment(**loopback() if one_machine else {}):
                 dist.init_process_group("gloo", timeout=PATIENCE)
         return cls(device, one_machine=one_machine)
 
@@ -106,14 +105,7 @@ def loopback() -> dict[str, str]:
 
 
 @contextmanager
-def surviving_nccl_errors() -> Iterator[None]:
-    """NCCL groups made within do not end the whole process when a rank is lost."""
-    with _environment(TORCH_NCCL_ASYNC_ERROR_HANDLING="0"):
-        yield
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
+def environment(**variables: str) -> Iterator[None]:
     """Sets environment variables that the user has not set."""
     new = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(new)

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -33,26 +33,16 @@ class RankDiedError(RuntimeError):
 
 @dataclass(frozen=True)
 class WorkerTask:
-    """What rank 0 tells a worker, as one line of JSON.
-
-    Attributes:
-        rank, size: which rank the worker is, and of how many.
-        parent: process id of rank 0.
-        meeting: file at which the ranks meet.
-        model_dir: directory of the checkpoint.
-        device: as torch spells it.
-        num_threads: for torch on the CPU.
-        config: fields of `Config`.
-    """
+    """What rank 0 tells a worker, as one line of JSON."""
 
     rank: int
     size: int
-    parent: int
-    meeting: str
+    parent: int  # process id of rank 0
+    meeting: str  # file at which the ranks meet
     model_dir: str
-    device: str
-    num_threads: int
-    config: dict[str, Any]
+    device: str  # as torch spells it
+    num_threads: int  # for torch on the CPU
+    config: dict[str, Any]  # fields of `Config`
 
 
 class Workers:
@@ -64,19 +54,12 @@ class Workers:
 
     def start(self, tasks: Iterable[WorkerTask]) -> None:
         """Starts the workers, all of them, from a thread that lives as long as they are wanted."""
-        outcome: Future[None] = Future()
 
-        def run() -> None:
-            try:
-                for task in tasks:
-                    self._start(task)
-                outcome.set_result(None)
-            except BaseException as error:
-                outcome.set_exception(error)
-            self._unwanted.wait()
+        def start_all() -> None:
+            for task in tasks:
+                self._start(task)
 
-        threading.Thread(target=run, daemon=True).start()
-        outcome.result()
+        run_in_thread(start_all, then=self._unwanted.wait).result()
 
     def _start(self, task: WorkerTask) -> None:
         # Modules are found where this process finds them, and nowhere else first.
@@ -132,6 +115,24 @@ class Workers:
                 process.stdin.close()
         self.processes = []
         self._unwanted.set()
+
+
+def run_in_thread(
+    task: Callable[[], None], then: Callable[[], object] = lambda: None
+) -> Future[None]:
+    """The outcome of `task`, which a daemon thread runs, and `then` behind it."""
+    outcome: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            task()
+            outcome.set_result(None)
+        except BaseException as error:
+            outcome.set_exception(error)
+        then()
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome
 
 
 def end_with(parent: int) -> None:

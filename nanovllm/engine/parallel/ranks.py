@@ -15,12 +15,11 @@ import logging
 import os
 import shutil
 import tempfile
-import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -34,9 +33,15 @@ from nanovllm.engine.parallel.guard import Guard, silence
 from nanovllm.engine.parallel.process_groups import (
     ProcessGroups,
     check_no_default_group,
-    surviving_nccl_errors,
+    environment,
 )
-from nanovllm.engine.parallel.processes import POLL_SECONDS, RankDiedError, Workers, WorkerTask
+from nanovllm.engine.parallel.processes import (
+    POLL_SECONDS,
+    RankDiedError,
+    Workers,
+    WorkerTask,
+    run_in_thread,
+)
 from nanovllm.engine.step_inputs import StepLayout
 from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.layers.peer_memory import MOST_ROWS, PeerMemory
@@ -93,19 +98,22 @@ class Ranks:
         devices = devices_for(device, size)
         check_no_default_group()
         threads = max(torch.get_num_threads() // size, 1)
-        ranks.meeting = meeting = tempfile.mkdtemp(prefix="nanovllm-")  # only this user's
+        ranks.meeting = tempfile.mkdtemp(prefix="nanovllm-")  # only this user's
+        path = f"{ranks.meeting}/ranks"
         tasks = [
             WorkerTask(
-                rank, size, os.getpid(), f"{meeting}/ranks", str(model_dir), str(devices[rank]),
-                threads, dataclasses.asdict(config),
+                rank, size, os.getpid(), path, str(model_dir), str(devices[rank]), threads,
+                dataclasses.asdict(config),
             )
             for rank in range(1, size)
         ]  # fmt: skip
         try:
             ranks.workers.start(tasks)
-            ranks._await_workers(tasks[0].meeting, size)
-            with surviving_nccl_errors():
-                ranks._while_workers_live(lambda: ranks._meet(tasks[0].meeting, 0, config, device))
+            # Before anything that waits for the workers without end.
+            ranks._wait_until(partial(ProcessGroups.workers_are_here, path, size), "come")
+            # Or NCCL would end the whole process when a rank is lost.
+            with environment(TORCH_NCCL_ASYNC_ERROR_HANDLING="0"):
+                ranks._while_workers_live(partial(ranks._meet, path, 0, config, device))
         except BaseException:
             ranks._break()
             ranks.close()
@@ -149,15 +157,9 @@ class Ranks:
         return self.group.rank == 0
 
     def send_step(self, layout: StepLayout, flat: np.ndarray, draws: Sequence[np.ndarray]) -> None:
-        """Gives the other ranks a step to run; its plan goes as a number.
+        """Gives the other ranks a step to run; RankDiedError: one of them has died.
 
-        Args:
-            layout: of `flat`.
-            flat: the inputs, int32.
-            draws: what is made of the logits, int32.
-
-        Raises:
-            RankDiedError: one of them has died.
+        Its inputs `flat` and what is made of its logits, `draws`, are int32.
         """
         if self.group.size > 1:
             self.workers.check()
@@ -184,10 +186,7 @@ class Ranks:
         """Prepares the model's collectives, which go through memory that all ranks reach, or NCCL.
 
         NCCL takes seconds and memory, so it is left out where nothing needs it.
-
-        Args:
-            config: of the engine.
-            dtype, hidden: of hidden states.
+        `dtype` and `hidden` size are those of hidden states.
         """
         if self.group.size == 1 or self.device.type != "cuda":
             return
@@ -284,12 +283,11 @@ class Ranks:
         except BaseException as error:
             if self.group.size == 1:
                 raise
-            # A collective fails a moment before the worker that broke it is seen dead.
+            death = None
             unexplained = isinstance(error, (RuntimeError, TimeoutError))
             if unexplained and not isinstance(error, RankDiedError):
+                # A collective fails a moment before the worker that broke it is seen dead.
                 death = self.workers.await_dead_worker(DEATH_SECONDS)
-            else:
-                death = None
             self._break()
             if isinstance(error, TimeoutError):
                 death = death or silence(self.step_timeout)
@@ -345,13 +343,13 @@ class Ranks:
                 self.group.rank, self.workers, device, self.step_timeout, self._end_waits
             )
 
-    def _await_workers(self, path: str, size: int) -> None:
-        """Waits until all workers have come, before anything that waits for them without end."""
+    def _wait_until(self, done: Callable[[], bool], what: str) -> None:
+        """Waits until it is `done`, as long as all workers live; errors call it `what`."""
         deadline = monotonic() + JOIN_SECONDS
-        while not ProcessGroups.workers_are_here(path, size):
+        while not done():
             self.workers.check()
             if monotonic() > deadline:
-                raise RankDiedError(f"the ranks did not come within {JOIN_SECONDS:.0f} s")
+                raise RankDiedError(f"the ranks did not {what} within {JOIN_SECONDS:.0f} s")
             sleep(POLL_SECONDS)
 
     def _while_workers_live(self, task: Callable[[], None]) -> None:
@@ -359,21 +357,8 @@ class Ranks:
 
         If one has, the thread that waits is left behind: nothing can wake it.
         """
-        outcome: Future[None] = Future()
-
-        def run() -> None:
-            try:
-                task()
-                outcome.set_result(None)
-            except BaseException as error:
-                outcome.set_exception(error)
-
-        threading.Thread(target=run, daemon=True).start()
-        deadline = monotonic() + JOIN_SECONDS
-        while not wait([outcome], POLL_SECONDS).done:
-            self.workers.check()
-            if monotonic() > deadline:
-                raise RankDiedError(f"the ranks did not meet within {JOIN_SECONDS:.0f} s")
+        outcome = run_in_thread(task)
+        self._wait_until(outcome.done, "meet")
         if outcome.exception() is not None:
             death = self.workers.await_dead_worker(DEATH_SECONDS)
             if death is not None:

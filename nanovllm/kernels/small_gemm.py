@@ -38,12 +38,12 @@ def _fits(x: Tensor) -> bool:
 def linear(
     x: Normed, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """See ``reference.linear``, for N up to MAX_ROWS; in ``out`` if it is given."""
+    """See ``kernels.linear``, for N up to MAX_ROWS; in ``out`` if it is given."""
     return _launch(x, weight, bias, out=out)
 
 
 def linear_silu_mul(x: Normed, gate_up_weight: Tensor) -> Tensor:
-    """See ``reference.linear_silu_mul``, for N up to MAX_ROWS."""
+    """See ``kernels.linear_silu_mul``, for N up to MAX_ROWS."""
     return _launch(x, gate_up_weight, None, gated=True)
 
 
@@ -55,7 +55,7 @@ def linear_add_norm(
     norm_weight: Tensor,
     eps: float,
 ) -> tuple[Normed, Tensor]:
-    """See ``reference.linear_add_norm``; the norm's division is still due.
+    """See ``kernels.linear_add_norm``; the norm's division is still due.
 
     NOTE: until then ``s * norm_weight`` is stored in x's dtype, and float16 ends at 65504.
     """

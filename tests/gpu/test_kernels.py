@@ -21,13 +21,13 @@ from nanovllm.kernels import (
     paged_decode,
     paged_prefill,
     pdl,
-    reference,
     reference_sampling,
     rope,
     sampling,
     small_gemm,
 )
 from nanovllm.kernels.normed import HeadInputs, Normed
+from tests.kernels import reference
 from tests.kernels.cases import (
     EPS,
     check_threshold,

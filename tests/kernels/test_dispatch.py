@@ -12,12 +12,12 @@ from nanovllm.kernels import (
     activation,
     gpu,
     norm,
-    reference,
     reference_sampling,
     sampling,
     small_gemm,
 )
 from nanovllm.kernels.normed import HeadInputs, Normed
+from tests.kernels import reference
 from tests.kernels.cases import (
     DEVICE,
     EPS,

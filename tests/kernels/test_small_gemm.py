@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanovllm.kernels import reference, small_gemm
+from nanovllm.kernels import small_gemm
 from nanovllm.kernels.normed import Normed
+from tests.kernels import reference
 from tests.kernels.cases import EPS, HALF, close, randn
 
 

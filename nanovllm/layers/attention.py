@@ -1,10 +1,8 @@
 """The attention interface: what a step tells attention, and what a back end must do with it.
 
-attention_torch.py      the readable reference, on any device
+attention_backends.py   the readable reference, on any device, and the choice by name
 attention_triton.py     our kernels, the default on CUDA
 attention_flash.py      the flash-attn package, if it is installed and asked for
-attention_backends.py   picks one of them by name
-
 """
 
 from __future__ import annotations

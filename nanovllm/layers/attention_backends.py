@@ -1,10 +1,35 @@
-"""Picks an attention back end; each is imported only when chosen, for what its package needs."""
+"""Attention in plain torch, and the choice of a back end.
+
+Each other back end is imported only when chosen, for what its package needs.
+"""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from nanovllm.layers.attention import AttentionBackend, HeadShape
+from nanovllm.kernels import reference
+from nanovllm.layers.attention import (
+    AttentionBackend,
+    DecodeMetadata,
+    HeadShape,
+    KVCache,
+    PrefillMetadata,
+)
+
+
+class TorchBackend(AttentionBackend):
+    """The slow and obvious reference that the other back ends are tested against."""
+
+    def decode(self, q: Tensor, cache: KVCache, metadata: DecodeMetadata, out: Tensor) -> None:
+        m, scale = metadata, self.heads.scale
+        out[:] = reference.paged_decode_attention(q, *cache, m.block_tables, m.context_lens, scale)
+
+    def prefill(self, q: Tensor, cache: KVCache, metadata: PrefillMetadata, out: Tensor) -> None:
+        m, scale = metadata, self.heads.scale
+        out[:] = reference.paged_prefill_attention(
+            q, *cache, m.block_tables, m.cu_seqlens_q, m.context_lens, m.max_seqlen_q, scale
+        )
 
 
 def make_backend(
@@ -18,7 +43,9 @@ def make_backend(
     """
     if name == "auto":
         name = "triton" if device.type == "cuda" else "torch"
-    if name != "torch" and device.type != "cuda":
+    if name == "torch":
+        return TorchBackend(heads)
+    if device.type != "cuda":
         raise ValueError(
             f"attention_backend={name!r} is not allowed on device {device}: it needs CUDA; "
             "use 'auto' or 'torch'"
@@ -27,10 +54,6 @@ def make_backend(
         from nanovllm.layers.attention_triton import TritonBackend
 
         return TritonBackend(heads)
-    if name == "flash_attn":
-        from nanovllm.layers.attention_flash import FlashAttnBackend
+    from nanovllm.layers.attention_flash import FlashAttnBackend
 
-        return FlashAttnBackend(heads, block_size)
-    from nanovllm.layers.attention_torch import TorchBackend
-
-    return TorchBackend(heads)
+    return FlashAttnBackend(heads, block_size)

@@ -36,6 +36,6 @@ class TritonBackend(AttentionBackend):
 
     def prefill(self, q: Tensor, cache: KVCache, metadata: PrefillMetadata, out: Tensor) -> None:
         m, scale = metadata, self.heads.scale
-        keys, values = cache
-        rows = m.block_tables, m.cu_seqlens_q, m.context_lens, m.max_seqlen_q
-        paged_prefill_attention(q, keys, values, *rows, scale, out)
+        paged_prefill_attention(
+            q, *cache, m.block_tables, m.cu_seqlens_q, m.context_lens, m.max_seqlen_q, scale, out
+        )

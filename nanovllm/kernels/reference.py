@@ -78,19 +78,6 @@ def qk_norm_rope_store(qkv: Tensor, inputs: HeadInputs) -> Tensor:
 # ------------------------------------------------------------------ attention
 
 
-def paged_decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    context_lens: Tensor,
-    scale: float,
-) -> Tensor:
-    """Prefill with one new token per sequence: ``q [N, Hq, D]``, ``context_lens`` at least 1."""
-    starts, caches = torch.arange(len(q) + 1), (k_cache, v_cache)
-    return paged_prefill_attention(q, *caches, block_tables, starts, context_lens, 1, scale)
-
-
 def paged_prefill_attention(
     q: Tensor,
     k_cache: Tensor,

@@ -22,8 +22,9 @@ class TorchBackend(AttentionBackend):
     """The slow and obvious reference that the other back ends are tested against."""
 
     def decode(self, q: Tensor, cache: KVCache, metadata: DecodeMetadata, out: Tensor) -> None:
-        m, scale = metadata, self.heads.scale
-        out[:] = reference.paged_decode_attention(q, *cache, m.block_tables, m.context_lens, scale)
+        starts = torch.arange(len(q) + 1)
+        rows = PrefillMetadata(metadata.block_tables, metadata.context_lens, starts, 1)
+        self.prefill(q, cache, rows, out)
 
     def prefill(self, q: Tensor, cache: KVCache, metadata: PrefillMetadata, out: Tensor) -> None:
         m, scale = metadata, self.heads.scale

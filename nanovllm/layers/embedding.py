@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,13 +38,11 @@ class VocabEmbedding(nn.Module):
             x = self.forward(token_ids)
             return norm(x), x
         residual = self.weight.new_zeros(len(token_ids), self.weight.shape[1])
-        return self.group.add_norm(
-            lambda out: self._own_rows(token_ids, out), TURN, first, residual, norm
-        )
+        return self.group.add_norm(partial(self._own_rows, token_ids), TURN, first, residual, norm)
 
-    def logits(self, hidden_states: Tensor, out: Tensor) -> None:
-        """[T, hidden_size] to `out` [T, this rank's part of the vocabulary]."""
-        torch.mm(hidden_states, self.weight.t(), out=out)
+    def logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
+        """[T, hidden_size] to [T, this rank's part of the vocabulary], in `out` if it is given."""
+        return torch.mm(hidden_states, self.weight.t(), out=out)
 
     def weight_shards(self, path: str) -> WeightShards:
         yield f"{path}.weight", WeightShard(self.weight, self.shard)

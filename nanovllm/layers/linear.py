@@ -6,6 +6,8 @@ a row-parallel one needs a single all-reduce.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -68,13 +70,8 @@ class RowLinear(nn.Module):
         `first`, and what becomes of the residual: see `ParallelGroup.add_norm`. `may_defer`: the
         norm's division may be left to who uses it.
         """
-        if self.group.size > 1:
-            y, total = self.group.add_norm(
-                lambda out: self._part(x, out), self.turn, first, residual, norm
-            )
-            return kernels.Normed(y), total
-        if not may_defer:
-            y, total = norm.add(self(x), residual)
+        if self.group.size > 1 or not may_defer:
+            y, total = self.group.add_norm(partial(self._part, x), self.turn, first, residual, norm)
             return kernels.Normed(y), total
         return kernels.linear_add_norm(x, self.weight, self.bias, residual, norm.weight, norm.eps)
 

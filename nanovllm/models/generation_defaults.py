@@ -26,9 +26,7 @@ FIELDS = {
 def sampling_defaults(directory: Path, source: str) -> SamplingOptions:
     """The fields of `SamplingParams` that the checkpoint in `directory` sets.
 
-    Args:
-        directory: may hold a generation_config.json.
-        source: of `Config.generation_config`; "none": there are no such fields.
+    `source` is that of `Config.generation_config`; "none": there are no such fields.
 
     Raises:
         UnsupportedModelError: the file cannot be read, or holds a value that is not allowed.

@@ -13,18 +13,14 @@ GIB = 1 << 30
 
 def check_fits(num_bytes: int, device: torch.device, what: str) -> None:
     """Raises MemoryError if `device` has less memory in all than `num_bytes` for `what`."""
-    total = total_memory(device)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if num_bytes > total:
         raise MemoryError(
             f"{what} take {num_bytes / GIB:.1f} GiB, but {device} has {total / GIB:.1f} GiB in all"
         )
-
-
-def total_memory(device: torch.device) -> int:
-    """Bytes of memory that a device has, free or not."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @contextmanager

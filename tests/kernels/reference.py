@@ -1,12 +1,18 @@
-"""``nanovllm.kernels.reference``, and linear layers that round once, to hold kernels against."""
+"""``nanovllm.kernels.reference``, and what else kernels are held against."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from nanovllm.kernels.normed import HeadInputs
 from nanovllm.kernels.reference import *  # noqa: F403
-from nanovllm.kernels.reference import add_rms_norm, qk_norm_rope_store, silu_mul
+from nanovllm.kernels.reference import (
+    add_rms_norm,
+    paged_prefill_attention,
+    qk_norm_rope_store,
+    silu_mul,
+)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -37,3 +43,16 @@ def linear_norm_rope_store(
 ) -> Tensor:
     """``qk_norm_rope_store(linear(x, weight, bias), inputs)``."""
     return qk_norm_rope_store(linear(x, weight, bias), inputs)
+
+
+def paged_decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+) -> Tensor:
+    """Prefill with one new token per sequence: ``q [N, Hq, D]``, ``context_lens`` at least 1."""
+    starts, caches = torch.arange(len(q) + 1), (k_cache, v_cache)
+    return paged_prefill_attention(q, *caches, block_tables, starts, context_lens, 1, scale)

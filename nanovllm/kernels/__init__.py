@@ -55,10 +55,16 @@ _qk_norm_rope_store = _by_device(reference.qk_norm_rope_store, "rope")
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+    x: Normed, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
     """``x @ weight.T + bias`` of ``x [N, K]`` and ``weight [M, K]``; in `out` if it is given."""
-    return _linear(Normed(x), weight, bias, out)
+    if x.values.is_cuda and _module("small_gemm").supports(x.values):
+        return _module("small_gemm").linear(x, weight, bias, out)
+    if out is None:
+        return F.linear(x.materialize(), weight, bias)
+    if bias is None:
+        return torch.mm(x.materialize(), weight.t(), out=out)
+    return torch.addmm(bias, x.materialize(), weight.t(), out=out)
 
 
 def linear_silu_mul(x: Normed, gate_up_weight: Tensor) -> Tensor:
@@ -66,7 +72,7 @@ def linear_silu_mul(x: Normed, gate_up_weight: Tensor) -> Tensor:
     if x.values.is_cuda:
         small_gemm, fused_gemm = _module("small_gemm"), _module("fused_gemm")
         if small_gemm.supports(x.values):
-            return small_gemm.linear_silu_mul(x, gate_up_weight)
+            return small_gemm.linear(x, gate_up_weight, gated=True)
         if fused_gemm.supports_silu_mul(x.values, gate_up_weight):
             return fused_gemm.linear_silu_mul(x.materialize(), gate_up_weight)
     return silu_mul(F.linear(x.materialize(), gate_up_weight))
@@ -112,14 +118,4 @@ def linear_norm_rope_store(
         fused_gemm = _module("fused_gemm")
         if fused_gemm.supports_heads(values, weight, inputs):
             return fused_gemm.linear_norm_rope_store(x.materialize(), weight, bias, inputs)
-    return _qk_norm_rope_store(_linear(x, weight, bias), inputs)
-
-
-def _linear(x: Normed, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    if x.values.is_cuda and _module("small_gemm").supports(x.values):
-        return _module("small_gemm").linear(x, weight, bias, out)
-    if out is None:
-        return F.linear(x.materialize(), weight, bias)
-    if bias is None:
-        return torch.mm(x.materialize(), weight.t(), out=out)
-    return torch.addmm(bias, x.materialize(), weight.t(), out=out)
+    return _qk_norm_rope_store(linear(x, weight, bias), inputs)

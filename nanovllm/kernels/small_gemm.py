@@ -36,15 +36,35 @@ def _fits(x: Tensor) -> bool:
 
 
 def linear(
-    x: Normed, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+    x: Normed,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    *,
+    gated: bool = False,
+    norm: tuple[Tensor | None, ...] = (None,) * 4,
 ) -> Tensor:
-    """See ``kernels.linear``, for N up to MAX_ROWS; in ``out`` if it is given."""
-    return _launch(x, weight, bias, out=out)
+    """See ``kernels.linear``, or if `gated` ``kernels.linear_silu_mul``, for N up to MAX_ROWS.
 
-
-def linear_silu_mul(x: Normed, gate_up_weight: Tensor) -> Tensor:
-    """See ``kernels.linear_silu_mul``, for N up to MAX_ROWS."""
-    return _launch(x, gate_up_weight, None, gated=True)
+    `norm`: the kernel's arguments from `residual` to `sum_sq`, if one follows the layer.
+    """
+    assert _fits(x.values)
+    tokens, inner = x.values.shape
+    features = weight.shape[0] // (2 if gated else 1)
+    values, weight = x.values.contiguous(), weight.contiguous()
+    if out is None:
+        out = torch.empty(tokens, features, dtype=values.dtype, device=values.device)
+    if tokens > 0:
+        rows = _rows(features, gated)
+        num_sum_sq = 0 if x.sum_sq is None else x.sum_sq.shape[1]
+        _linear_kernel[(triton.cdiv(features, rows),)](
+            values, x.sum_sq, weight, bias, out, *norm, x.eps, tokens,
+            FEATURES=features, INNER=inner, TOKENS=triton.next_power_of_2(tokens), ROWS=rows,
+            NUM_SUM_SQ=num_sum_sq, SUM_SQ_BLOCK=triton.next_power_of_2(num_sum_sq),
+            SPLIT=_WARPS, BLOCK=_BLOCK, GATED=gated,
+            num_warps=_WARPS, num_stages=_STAGES, **pdl_options(),
+        )  # fmt: skip
+    return out
 
 
 def linear_add_norm(
@@ -65,41 +85,13 @@ def linear_add_norm(
         len(x), triton.cdiv(features, _rows(features)), dtype=torch.float32, device=x.device
     )
     norm = residual.contiguous(), norm_weight, values, sum_sq
-    total = _launch(Normed(x), weight, bias, norm=norm)
+    total = linear(Normed(x), weight, bias, norm=norm)
     return Normed(values, sum_sq, eps), total
 
 
 def _rows(features: int, gated: bool = False) -> int:
     """Features of a program: so few that an SM has two programs, but not below 8."""
     return 8 if features <= 2048 or gated else 16
-
-
-def _launch(
-    x: Normed,
-    weight: Tensor,
-    bias: Tensor | None,
-    gated: bool = False,
-    norm: tuple[Tensor | None, ...] = (None,) * 4,
-    out: Tensor | None = None,
-) -> Tensor:
-    """`norm`: the kernel's arguments from `residual` to `sum_sq`, if one follows the layer."""
-    assert _fits(x.values)
-    tokens, inner = x.values.shape
-    features = weight.shape[0] // (2 if gated else 1)
-    values, weight = x.values.contiguous(), weight.contiguous()
-    if out is None:
-        out = torch.empty(tokens, features, dtype=values.dtype, device=values.device)
-    if tokens > 0:
-        rows = _rows(features, gated)
-        num_sum_sq = 0 if x.sum_sq is None else x.sum_sq.shape[1]
-        _linear_kernel[(triton.cdiv(features, rows),)](
-            values, x.sum_sq, weight, bias, out, *norm, x.eps, tokens,
-            FEATURES=features, INNER=inner, TOKENS=triton.next_power_of_2(tokens), ROWS=rows,
-            NUM_SUM_SQ=num_sum_sq, SUM_SQ_BLOCK=triton.next_power_of_2(num_sum_sq),
-            SPLIT=_WARPS, BLOCK=_BLOCK, GATED=gated,
-            num_warps=_WARPS, num_stages=_STAGES, **pdl_options(),
-        )  # fmt: skip
-    return out
 
 
 @triton.jit(do_not_specialize=["tokens"])

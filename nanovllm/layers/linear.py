@@ -78,7 +78,7 @@ class RowLinear(nn.Module):
     def _part(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         # One rank alone adds the bias, so that it enters the sum once.
         bias = self.bias if self.group.rank == 0 else None
-        return kernels.linear(x, self.weight, bias, out)
+        return kernels.linear(kernels.Normed(x), self.weight, bias, out)
 
     def weight_shards(self, path: str) -> WeightShards:
         yield f"{path}.weight", WeightShard(self.weight, self.shard, dim=1)

@@ -20,8 +20,9 @@ from nanovllm.layers.attention import (
     DecodeMetadata,
     HeadShape,
     PrefillMetadata,
+    TorchBackend,
+    make_backend,
 )
-from nanovllm.layers.attention_backends import TorchBackend, make_backend
 from nanovllm.layers.attention_flash import FlashAttnBackend
 from tests.checkpoints import Shape, prompts
 from tests.engine.cases import tokens

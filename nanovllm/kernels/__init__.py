@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,7 @@ from torch import Tensor
 from nanovllm.kernels import reference, reference_sampling
 from nanovllm.kernels.normed import HeadInputs, Normed
 
-_Parameters = ParamSpec("_Parameters")
-_Result = TypeVar("_Result")
+_Operation = TypeVar("_Operation", bound=Callable[..., Any])
 
 
 @functools.cache
@@ -30,16 +29,15 @@ def _module(name: str) -> ModuleType:
     return import_module(f"nanovllm.kernels.{name}")
 
 
-def _by_device(slow: Callable[_Parameters, _Result], module: str) -> Callable[_Parameters, _Result]:
+def _by_device(slow: _Operation, module: str) -> _Operation:
     """A plain form, or the kernel of its name in `module` where the first tensor is on CUDA."""
 
     @functools.wraps(slow)
-    def operation(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
-        on_cuda = args[0].is_cuda  # type: ignore[attr-defined]
-        run = getattr(_module(module), slow.__name__) if on_cuda else slow
+    def operation(*args: Any, **kwargs: Any) -> Any:
+        run = getattr(_module(module), slow.__name__) if args[0].is_cuda else slow
         return run(*args, **kwargs)
 
-    return operation
+    return operation  # type: ignore[return-value]
 
 
 rms_norm = _by_device(reference.rms_norm, "norm")

@@ -18,9 +18,8 @@ class TritonBackend(AttentionBackend):
     """
 
     def make_workspace(self, device: torch.device, num_sms: int) -> DecodeWorkspace:
-        heads = self.heads
-        sizes = heads.num_q_heads, heads.num_kv_heads, heads.head_dim
-        return DecodeWorkspace(num_sms, *sizes, device)
+        h = self.heads
+        return DecodeWorkspace(num_sms, h.num_q_heads, h.num_kv_heads, h.head_dim, device)
 
     def plan_size(self, num_seqs: int) -> int:
         return num_seqs + 1

@@ -18,8 +18,7 @@ TURN = 2  # see ParallelGroup.add_norm
 class VocabEmbedding(nn.Module):
     """One row of `hidden_size` per token; each rank holds a range of whole tiles of a draw.
 
-    The same matrix reads tokens in (`forward`) and writes logits out (`logits`), so a model with
-    tied embeddings has one of these, any other model two.
+    A model whose output head is tied to it has one of these, any other model two.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, group: ParallelGroup) -> None:
@@ -39,10 +38,6 @@ class VocabEmbedding(nn.Module):
             return norm(x), x
         residual = self.weight.new_zeros(len(token_ids), self.weight.shape[1])
         return self.group.add_norm(partial(self._own_rows, token_ids), TURN, first, residual, norm)
-
-    def logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
-        """[T, hidden_size] to [T, this rank's part of the vocabulary], in `out` if it is given."""
-        return torch.mm(hidden_states, self.weight.t(), out=out)
 
     def weight_shards(self, path: str) -> WeightShards:
         yield f"{path}.weight", WeightShard(self.weight, self.shard)

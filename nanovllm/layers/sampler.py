@@ -58,13 +58,9 @@ class SamplingBatch:
         top_p = [max(params[i].top_p, LEAST_TOP_P) for i in rows]
         has_k, has_p = min(top_k, default=vocab_size) < vocab_size, min(top_p, default=1.0) < 1
         integers = seeds, steps, request_index, rows, top_k if has_k else []
-        return join(
-            [
-                np.array(values, np.float32),
-                *(np.array(each, np.int64) for each in integers),
-                np.array(top_p if has_p else [], np.float32),
-            ]
-        )
+        whole = (np.array(each, np.int64) for each in integers)
+        nucleus = np.array(top_p if has_p else [], np.float32)
+        return join([np.array(values, np.float32), *whole, nucleus])
 
     @classmethod
     def unpack(cls, packed: np.ndarray, device: torch.device) -> SamplingBatch:

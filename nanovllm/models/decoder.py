@@ -27,7 +27,7 @@ from nanovllm.layers.rotary_embedding import cos_sin_table
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.stage import BEFORE_LAYERS, MicroBatch, Stage, StepTensors
 from nanovllm.models.throwaway_cache import throwaway_cache
-from nanovllm.utils.memory import cpu_memory_errors
+from nanovllm.utils.device import cpu_memory_errors
 
 
 class Attention(nn.Module):
@@ -186,7 +186,7 @@ class DecoderForCausalLM(nn.Module):
         return self.model.norm(hidden_states) if block is self.model.layers[-1] else hidden_states
 
     def compute_logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
-        return self.head.logits(hidden_states, out)
+        return torch.mm(hidden_states, self.head.weight.t(), out=out)
 
     @property
     def head(self) -> VocabEmbedding:

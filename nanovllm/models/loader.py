@@ -23,8 +23,8 @@ from nanovllm.layers.parallel import ParallelGroup, WeightShard
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.decoder import make_model
 from nanovllm.models.stage import Model
+from nanovllm.utils.device import check_fits
 from nanovllm.utils.json_files import check_file, is_there, naming, read_object
-from nanovllm.utils.memory import check_fits
 
 logger = logging.getLogger(__name__)
 
@@ -128,8 +128,8 @@ def load_model(
 
     Args:
         checkpoint: of the weights; None: random ones, for benchmarks.
-        device, max_length: see `DecoderForCausalLM.allocate`.
-        show_progress: whether to show a progress bar.
+        max_length: see `DecoderForCausalLM.allocate`.
+        show_progress: by a bar.
         on_tensor: called after every tensor; what it raises ends the loading.
 
     Raises:

@@ -37,19 +37,11 @@ Bias = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class RequestEdits:
-    """What one request changes of its logits.
+    """What one request changes of its logits; a structure has masks for its tokens beside these."""
 
-    Attributes:
-        penalties: of repetition, frequency and presence; None: none.
-        margin: what is so far below the highest logit, a number up to 0, is too unlikely.
-        min_tokens: until so many tokens are generated, `first_bias` is added, then `bias`.
-
-    Beside these there may be a mask for each token, of a request that is to follow a structure.
-    """
-
-    penalties: tuple[float, float, float] | None
-    margin: float
-    min_tokens: int
+    penalties: tuple[float, float, float] | None  # of repetition, frequency and presence
+    margin: float  # what is so far below the highest logit, a number up to 0, is too unlikely
+    min_tokens: int  # until so many tokens are generated, `first_bias` is added, then `bias`
     first_bias: Bias
     bias: Bias
 

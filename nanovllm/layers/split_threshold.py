@@ -102,12 +102,7 @@ def _search(
 
 
 class _Searcher:
-    """Searches rows for the keys from which on logits add up to something.
-
-    Attributes:
-        peaks: float32 [F], the highest logit, made finite.
-        bottom, top: int64 [F], the key of the least finite logit, and that behind the highest.
-    """
+    """Searches rows for the keys from which on logits add up to something."""
 
     def __init__(
         self, logits: Tensor, temperatures: Tensor, rows: Tensor, group: ParallelGroup
@@ -120,7 +115,8 @@ class _Searcher:
         else:
             own = rows.new_full(rows.shape, float("-inf"), dtype=torch.float64)
         highest = group.gather(own).amax(0).float()
-        self.peaks = highest.clamp(-_MAX, _MAX)
+        self.peaks = highest.clamp(-_MAX, _MAX)  # float32 [F]
+        # int64 [F]: the keys of the least finite logit, and behind that of the highest.
         self.bottom = key_of(self.peaks.new_full(highest.shape, -_MAX), self.dtype)
         self.top = torch.maximum(key_of(highest, self.dtype) + 1, self.bottom)
 

@@ -373,10 +373,8 @@ def main() -> int:
         print(f"groups of {sizes.minimum} SMs or more, in multiples of {sizes.alignment}")
         for count in (1, 12, 16, 36, total * 3 // 4):
             if sizes.round_up(count) <= total:
-                (group,) = device.split([count])
-                print(
-                    f"{count:>6} asked {group.sm_count:>6} granted {total - group.sm_count:>6} left"
-                )
+                granted = device.split([count])[0].sm_count
+                print(f"{count:>6} asked {granted:>6} granted {total - granted:>6} left")
     except GreenContextError as error:
         print(f"green contexts are not available: {error}", file=sys.stderr)
         return 1

@@ -12,9 +12,13 @@ import torch
 import transformers
 
 from nanovllm.engine import kv_cache
-from nanovllm.layers.attention import AttentionMetadata, DecodeMetadata, PrefillMetadata
-from nanovllm.layers.attention_backends import make_backend
-from nanovllm.layers.attention_torch import TorchBackend
+from nanovllm.layers.attention import (
+    AttentionMetadata,
+    DecodeMetadata,
+    PrefillMetadata,
+    TorchBackend,
+    make_backend,
+)
 from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.models import make_model, parse_config
 from nanovllm.models.decoder import DecoderForCausalLM

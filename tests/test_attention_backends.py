@@ -20,10 +20,10 @@ from nanovllm.layers.attention import (
     DecodeMetadata,
     HeadShape,
     PrefillMetadata,
+    TorchBackend,
+    make_backend,
 )
-from nanovllm.layers.attention_backends import make_backend
 from nanovllm.layers.attention_flash import FlashAttnBackend
-from nanovllm.layers.attention_torch import TorchBackend
 from tests.checkpoints import Shape, prompts
 from tests.engine.cases import tokens
 from tests.kernels.cases import new_seed

@@ -11,8 +11,7 @@ import torch
 from nanovllm import LLM
 from nanovllm.engine import kv_cache
 from nanovllm.layers.attention import HeadShape
-from nanovllm.utils.device import single_thread
-from nanovllm.utils.memory import GIB
+from nanovllm.utils.device import GIB, single_thread
 
 
 def resident_bytes() -> int:

@@ -114,7 +114,7 @@ def test_rows_of_one_batch_keep_their_own_options():
 @pytest.mark.parametrize("top_k", [-1, 0, 50, 51, 10**9])
 def test_a_top_k_of_the_whole_vocabulary_or_more_is_no_limit(top_k):
     batch = batch_of([SamplingParams(top_k=top_k)], [0], [0], 50)
-    assert batch.filtered is None
+    assert batch.limits is None
 
 
 def test_only_the_limits_that_rows_have_are_looked_for():
@@ -125,10 +125,9 @@ def test_only_the_limits_that_rows_have_are_looked_for():
         count = len(params)
         ids = list(range(count))
         batch = batch_of(list(params), ids, ids, 50)
-        fields = (batch.filtered, batch.top_k, batch.top_p)
-        return [None if x is None else x.tolist() for x in fields]
+        return batch.limits and [None if x is None else x.tolist() for x in batch.limits]
 
-    assert limits(plain) == [None, None, None]
+    assert limits(plain) is None
     assert limits(plain, few) == [[1], [5], None]
     assert limits(nucleus, plain) == [[0], None, [0.5]]
     assert limits(few, plain, nucleus) == [[0, 2], [5, 50], [1.0, 0.5]]

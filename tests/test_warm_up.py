@@ -80,7 +80,8 @@ def test_all_kinds_of_limits_are_drawn_with():
         batch = SamplingBatch.unpack(
             SamplingBatch.pack([params], [0], [0], [0], 50), torch.device("cpu")
         )
-        kinds.add((batch.top_k is not None, batch.top_p is not None))
+        _, *limits = batch.limits or (None,) * 3
+        kinds.add(tuple(limit is not None for limit in limits))
     assert kinds == {(False, False), (True, False), (False, True), (True, True)}
 
 

@@ -10,7 +10,7 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.layers.attention import HeadShape
-from nanovllm.utils.memory import GIB, check_fits, cpu_memory_errors
+from nanovllm.utils.device import GIB, check_fits, cpu_memory_errors
 
 # On the CPU memory is shared with everything else, so the default is small.
 CPU_LIMIT = 1 * GIB

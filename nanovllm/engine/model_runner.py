@@ -32,7 +32,7 @@ from nanovllm.engine.scoring import Scoring
 from nanovllm.engine.step_inputs import StepInputs, dummy_chunk
 from nanovllm.engine.step_runner import FixedChooser, PreparedStep, StepRunner
 from nanovllm.engine.warm_up import SAMPLING, warm_up
-from nanovllm.layers.attention_backends import make_backend
+from nanovllm.layers.attention import make_backend
 from nanovllm.layers.logit_edits import RequestEdits
 from nanovllm.layers.logprobs import Scores
 from nanovllm.models import Checkpoint, load_config, load_model

@@ -1,15 +1,18 @@
 """The model's fused operations, on whichever device their tensors are.
 
-CUDA tensors go to Triton kernels (`triton_ops`), or to cuBLAS where that is faster; all others to
-the plain torch forms in `reference` and `reference_sampling`, which say what each operation is, and
-to torch's own linear layer. A machine without a GPU never imports Triton. An attention back end
-picks its own kernels.
+CUDA tensors go to Triton kernels, or to cuBLAS where that is faster; all others to the plain torch
+forms in `reference` and `reference_sampling`, which say what each operation is, and to torch's own
+linear layer. A machine without a GPU never imports Triton. An attention back end picks its own
+kernels.
+
+NOTE: no module here may bear the name of one of these functions.
 """
 
 import functools
 from collections.abc import Callable
+from importlib import import_module
 from types import ModuleType
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,56 +21,58 @@ from torch import Tensor
 from nanovllm.kernels import reference, reference_sampling
 from nanovllm.kernels.normed import HeadInputs, Normed
 
-_Parameters = ParamSpec("_Parameters")
-_Result = TypeVar("_Result")
+_Operation = TypeVar("_Operation", bound=Callable[..., Any])
 
 
 @functools.cache
-def _triton_ops() -> ModuleType:
-    from nanovllm.kernels import triton_ops
-
-    return triton_ops
+def _module(name: str) -> ModuleType:
+    return import_module(f"nanovllm.kernels.{name}")
 
 
-def _by_device(slow: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
-    """A plain form, or the kernel of its name where the first tensor is on CUDA."""
+def _by_device(slow: _Operation, module: str) -> _Operation:
+    """A plain form, or the kernel of its name in `module` where the first tensor is on CUDA."""
 
     @functools.wraps(slow)
-    def operation(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
-        on_cuda = args[0].is_cuda  # type: ignore[attr-defined]
-        run = getattr(_triton_ops(), slow.__name__) if on_cuda else slow
+    def operation(*args: Any, **kwargs: Any) -> Any:
+        run = getattr(_module(module), slow.__name__) if args[0].is_cuda else slow
         return run(*args, **kwargs)
 
-    return operation
+    return operation  # type: ignore[return-value]
 
 
-rms_norm = _by_device(reference.rms_norm)
-add_rms_norm = _by_device(reference.add_rms_norm)
-silu_mul = _by_device(reference.silu_mul)
-resolve_tokens = _by_device(reference.resolve_tokens)
-find_threshold = _by_device(reference_sampling.find_threshold)
-sample = _by_device(reference_sampling.sample)
-narrow = _by_device(reference_sampling.narrow)
-collect = _by_device(reference_sampling.collect)
-tie_end = _by_device(reference_sampling.tie_end)
-_qk_norm_rope_store = _by_device(reference.qk_norm_rope_store)
+rms_norm = _by_device(reference.rms_norm, "norm")
+add_rms_norm = _by_device(reference.add_rms_norm, "norm")
+silu_mul = _by_device(reference.silu_mul, "activation")
+resolve_tokens = _by_device(reference.resolve_tokens, "tokens")
+find_threshold = _by_device(reference_sampling.find_threshold, "top_k_top_p")
+sample = _by_device(reference_sampling.sample, "sampling")
+narrow = _by_device(reference_sampling.narrow, "split_logits")
+collect = _by_device(reference_sampling.collect, "split_logits")
+tie_end = _by_device(reference_sampling.tie_end, "split_logits")
+_qk_norm_rope_store = _by_device(reference.qk_norm_rope_store, "rope")
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+    x: Normed, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """See `reference.linear`; in `out` if it is given."""
-    return _linear(Normed(x), weight, bias, out)
+    """``x @ weight.T + bias`` of ``x [N, K]`` and ``weight [M, K]``; in `out` if it is given."""
+    if x.values.is_cuda and _module("small_gemm").supports(x.values):
+        return _module("small_gemm").linear(x, weight, bias, out)
+    if out is None:
+        return F.linear(x.materialize(), weight, bias)
+    if bias is None:
+        return torch.mm(x.materialize(), weight.t(), out=out)
+    return torch.addmm(bias, x.materialize(), weight.t(), out=out)
 
 
 def linear_silu_mul(x: Normed, gate_up_weight: Tensor) -> Tensor:
-    """See `reference.linear_silu_mul`."""
+    """``silu_mul(linear(x, gate_up_weight))`` of ``gate_up_weight [2I, K]`` -> ``[N, I]``."""
     if x.values.is_cuda:
-        ops = _triton_ops()
-        if ops.small_gemm.supports(x.values):
-            return ops.small_gemm.linear_silu_mul(x, gate_up_weight)
-        if ops.fused_gemm.supports_silu_mul(x.values, gate_up_weight):
-            return ops.fused_gemm.linear_silu_mul(x.materialize(), gate_up_weight)
+        small_gemm, fused_gemm = _module("small_gemm"), _module("fused_gemm")
+        if small_gemm.supports(x.values):
+            return small_gemm.linear(x, gate_up_weight, gated=True)
+        if fused_gemm.supports_silu_mul(x.values, gate_up_weight):
+            return fused_gemm.linear_silu_mul(x.materialize(), gate_up_weight)
     return silu_mul(F.linear(x.materialize(), gate_up_weight))
 
 
@@ -79,17 +84,19 @@ def linear_add_norm(
     norm_weight: Tensor,
     eps: float,
 ) -> tuple[Normed, Tensor]:
-    """See `reference.linear_add_norm`; the norm's division may be left to the next layer.
+    """``add_rms_norm(linear(x, weight, bias), residual, norm_weight, eps)``.
+
+    The norm's division may be left to the next layer.
 
     NOTE: `residual` is used up: on CUDA, the sum may be written over it.
     """
     if x.is_cuda:
-        ops = _triton_ops()
+        small_gemm, fused_gemm = _module("small_gemm"), _module("fused_gemm")
         # What is not divided yet needs bfloat16's range: float16 ends at 65504.
-        if ops.small_gemm.supports(x) and x.dtype == torch.bfloat16:
-            return ops.small_gemm.linear_add_norm(x, weight, bias, residual, norm_weight, eps)
-        if ops.fused_gemm.supports_add_norm(x, weight, bias):
-            y, total = ops.fused_gemm.linear_add_norm(x, weight, residual, norm_weight, eps)
+        if small_gemm.supports(x) and x.dtype == torch.bfloat16:
+            return small_gemm.linear_add_norm(x, weight, bias, residual, norm_weight, eps)
+        if fused_gemm.supports_add_norm(x, weight, bias):
+            y, total = fused_gemm.linear_add_norm(x, weight, residual, norm_weight, eps)
             return Normed(y), total
         if bias is None:
             # cuBLAS adds the residual while its result is in registers: the norm reads one matrix
@@ -103,22 +110,10 @@ def linear_add_norm(
 def linear_norm_rope_store(
     x: Normed, weight: Tensor, bias: Tensor | None, inputs: HeadInputs
 ) -> Tensor:
-    """See `reference.linear_norm_rope_store`."""
+    """``qk_norm_rope_store(linear(x, weight, bias), inputs)``; see `reference`."""
     values = x.values
-    if values.is_cuda:
-        ops = _triton_ops()
-        if not ops.small_gemm.supports(values) and ops.fused_gemm.supports_heads(
-            values, weight, inputs
-        ):
-            return ops.fused_gemm.linear_norm_rope_store(x.materialize(), weight, bias, inputs)
-    return _qk_norm_rope_store(_linear(x, weight, bias), inputs)
-
-
-def _linear(x: Normed, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    if x.values.is_cuda and _triton_ops().small_gemm.supports(x.values):
-        return _triton_ops().small_gemm.linear(x, weight, bias, out)
-    if out is None:
-        return F.linear(x.materialize(), weight, bias)
-    if bias is None:
-        return torch.mm(x.materialize(), weight.t(), out=out)
-    return torch.addmm(bias, x.materialize(), weight.t(), out=out)
+    if values.is_cuda and not _module("small_gemm").supports(values):
+        fused_gemm = _module("fused_gemm")
+        if fused_gemm.supports_heads(values, weight, inputs):
+            return fused_gemm.linear_norm_rope_store(x.materialize(), weight, bias, inputs)
+    return _qk_norm_rope_store(linear(x, weight, bias), inputs)

@@ -104,7 +104,7 @@ def _fits(weight: Tensor, multiples: tuple[int, int]) -> bool:
 
 
 def linear_silu_mul(x: Tensor, weight: Tensor) -> Tensor:
-    """See ``reference.linear_silu_mul``."""
+    """See ``kernels.linear_silu_mul``."""
     assert _fits(weight, _PAIRED)
     (rows, inner), inter = x.shape, weight.shape[0] // 2
     out = torch.empty(rows, inter, dtype=x.dtype, device=x.device)
@@ -121,7 +121,7 @@ def linear_silu_mul(x: Tensor, weight: Tensor) -> Tensor:
 def linear_norm_rope_store(
     x: Tensor, weight: Tensor, bias: Tensor | None, inputs: HeadInputs
 ) -> Tensor:
-    """See ``reference.linear_norm_rope_store``; a head has 128 elements."""
+    """See ``kernels.linear_norm_rope_store``; a head has 128 elements."""
     head_dim = inputs.cos_sin.shape[1]
     assert _fits(weight, _PAIRED)
     assert head_dim == _PAIR
@@ -143,7 +143,7 @@ def linear_norm_rope_store(
 def linear_add_norm(
     x: Tensor, weight: Tensor, residual: Tensor, norm_weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """See ``reference.linear_add_norm``; no bias."""
+    """See ``kernels.linear_add_norm``; no bias."""
     return norm.add_parts_rms_norm(linear_parts(x, weight), residual, norm_weight, eps)
 
 

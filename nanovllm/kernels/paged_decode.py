@@ -121,7 +121,9 @@ def paged_decode_attention(
     workspace: DecodeWorkspace,
     out: Tensor | None = None,
 ) -> Tensor:
-    """See ``reference.paged_decode_attention``; the caches and `out` are contiguous.
+    """``reference.paged_prefill_attention`` of one row a sequence, ``q [N, Hq, D]``.
+
+    The caches and `out` are contiguous.
 
     NOTE: tables, lengths and offsets must not come from the kernel issued just before. They are
     read before it has ended; see ``pdl``.

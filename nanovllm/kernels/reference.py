@@ -1,8 +1,8 @@
 """The slow, obvious form of the model's kernels, in plain torch on any device.
 
 Each function has the name of its fast counterpart, which the tests hold against it. The CPU engine
-runs on these, but for ``linear``, where it takes torch's. Arithmetic is in float32 and rounded on
-the way out. Attention loops over sequences, so that none depends on the others of its batch.
+runs on these. Arithmetic is in float32 and rounded on the way out. Attention loops over sequences,
+so that none depends on the others of its batch.
 
 Shapes: T tokens, N sequences, Hq query heads, Hkv key/value heads, D head_dim. A layer's cache is
 ``k_cache, v_cache [num_blocks, Hkv, block_size, D]``; a token's slot is
@@ -35,39 +35,6 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 def _rms_norm32(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x32 = x.float()
     return x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps) * weight.float()
-
-
-# ------------------------------------------------------------------ linear layers
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` of ``x [N, K]`` and ``weight [M, K]``, rounded once."""
-    out = x.float() @ weight.float().T
-    return (out if bias is None else out + bias.float()).to(x.dtype)
-
-
-def linear_silu_mul(x: Tensor, weight: Tensor) -> Tensor:
-    """``silu_mul(linear(x, weight))`` of ``weight [2I, K]``, rounded once -> ``[N, I]``."""
-    return silu_mul(x.float() @ weight.float().T).to(x.dtype)
-
-
-def linear_add_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """``add_rms_norm(linear(x, weight, bias), residual, norm_weight, eps)``."""
-    return add_rms_norm(linear(x, weight, bias), residual, norm_weight, eps)
-
-
-def linear_norm_rope_store(
-    x: Tensor, weight: Tensor, bias: Tensor | None, inputs: HeadInputs
-) -> Tensor:
-    """``qk_norm_rope_store(linear(x, weight, bias), inputs)``."""
-    return qk_norm_rope_store(linear(x, weight, bias), inputs)
 
 
 # ------------------------------------------------------------------ between QKV and attention
@@ -109,19 +76,6 @@ def qk_norm_rope_store(qkv: Tensor, inputs: HeadInputs) -> Tensor:
 
 
 # ------------------------------------------------------------------ attention
-
-
-def paged_decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    context_lens: Tensor,
-    scale: float,
-) -> Tensor:
-    """Prefill with one new token per sequence: ``q [N, Hq, D]``, ``context_lens`` at least 1."""
-    starts, caches = torch.arange(len(q) + 1), (k_cache, v_cache)
-    return paged_prefill_attention(q, *caches, block_tables, starts, context_lens, 1, scale)
 
 
 def paged_prefill_attention(

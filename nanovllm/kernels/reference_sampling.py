@@ -90,9 +90,7 @@ def narrow(
     PIVOTS keys, of which the first is the lowest, divide what is left of the keys.
 
     Args:
-        logits: ``[N, V]``.
-        temperatures: ``[N]`` float32.
-        rows: ``[F]`` int64.
+        logits, temperatures, rows: as in ``find_threshold``.
         peaks: ``[F]`` float32, finite; a logit of that height weighs 1.
         search: after the pass before.
         gathered: ``[R, F, PIVOTS]`` float32, what that pass found in R parts of the vocabulary;
@@ -128,9 +126,7 @@ def collect(
     """The logits that stay in some rows, in the order of their tokens.
 
     Args:
-        logits: ``[N, V]``.
-        rows: ``[F]`` int64.
-        threshold: see ``find_threshold``.
+        logits, rows, threshold: see ``find_threshold``.
         count: at most so many stay.
 
     Returns:
@@ -152,11 +148,7 @@ def collect(
 def tie_end(logits: Tensor, rows: Tensor, values: Tensor, stay: Tensor) -> Tensor:
     """The last of the first `stay` tokens whose logits equal a value, ``[F]`` int32; -1 for none.
 
-    Args:
-        logits: ``[N, V]``.
-        rows: ``[F]`` int64.
-        values: ``[F]`` float32.
-        stay: ``[F]`` int32.
+    Of logits ``[N, V]``; `rows`, `values` and `stay` are ``[F]``, int64, float32 and int32.
     """
     ties = logits[rows].float() == values[:, None]
     wanted = ties & (ties.cumsum(1) <= stay[:, None])

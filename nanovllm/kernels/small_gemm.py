@@ -42,61 +42,18 @@ def _fits(x: Tensor) -> bool:
 
 
 def linear(
-    x: Normed, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
-) -> Tensor:
-    """See ``reference.linear``, for N up to MAX_ROWS; in ``out`` if it is given."""
-    return _launch(x, weight, bias, out=out)
-
-
-def linear_silu_mul(x: Normed, gate_up_weight: Tensor) -> Tensor:
-    """See ``reference.linear_silu_mul``, for N up to MAX_ROWS."""
-    return _launch(x, gate_up_weight, None, gated=True)
-
-
-def linear_add_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-) -> tuple[Normed, Tensor]:
-    """See ``reference.linear_add_norm``; the norm's division is still due.
-
-    NOTE: until then ``s * norm_weight`` is stored in x's dtype, and float16 ends at 65504.
-    """
-    features = weight.shape[0]
-    values = torch.empty(len(x), features, dtype=x.dtype, device=x.device)
-    sum_sq = torch.empty(
-        len(x), triton.cdiv(features, _rows(features)), dtype=torch.float32, device=x.device
-    )
-    norm = residual.contiguous(), norm_weight, values, sum_sq
-    total = _launch(Normed(x), weight, bias, norm=norm)
-    return Normed(values, sum_sq, eps), total
-
-
-def _rows(features: int, gated: bool = False) -> int:
-    """Features of a program: so few that an SM has two programs, but not below 8."""
-    return 8 if features <= 2048 or gated else 16
-
-
-def _prefetch(weight: Tensor) -> int:
-    """Inner elements of all rows of a weight to ask for; a power of 2, or 0."""
-    rows, inner = weight.shape
-    most = min(inner, _PREFETCH_BYTES // (rows * weight.element_size()))
-    # Less is not worth it, and an address must be a multiple of 16 bytes.
-    return 0 if most < _WARPS * _BLOCK else 1 << (most.bit_length() - 1)
-
-
-def _launch(
     x: Normed,
     weight: Tensor,
-    bias: Tensor | None,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    *,
     gated: bool = False,
     norm: tuple[Tensor | None, ...] = (None,) * 4,
-    out: Tensor | None = None,
 ) -> Tensor:
-    """`norm`: the kernel's arguments from `residual` to `sum_sq`, if one follows the layer."""
+    """See ``kernels.linear``, or if `gated` ``kernels.linear_silu_mul``, for N up to MAX_ROWS.
+
+    `norm`: the kernel's arguments from `residual` to `sum_sq`, if one follows the layer.
+    """
     assert _fits(x.values)
     tokens, inner = x.values.shape
     features = weight.shape[0] // (2 if gated else 1)
@@ -115,6 +72,41 @@ def _launch(
             num_warps=_WARPS, num_stages=_STAGES, **pdl_options(),
         )  # fmt: skip
     return out
+
+
+def linear_add_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+) -> tuple[Normed, Tensor]:
+    """See ``kernels.linear_add_norm``; the norm's division is still due.
+
+    NOTE: until then ``s * norm_weight`` is stored in x's dtype, and float16 ends at 65504.
+    """
+    features = weight.shape[0]
+    values = torch.empty(len(x), features, dtype=x.dtype, device=x.device)
+    sum_sq = torch.empty(
+        len(x), triton.cdiv(features, _rows(features)), dtype=torch.float32, device=x.device
+    )
+    norm = residual.contiguous(), norm_weight, values, sum_sq
+    total = linear(Normed(x), weight, bias, norm=norm)
+    return Normed(values, sum_sq, eps), total
+
+
+def _rows(features: int, gated: bool = False) -> int:
+    """Features of a program: so few that an SM has two programs, but not below 8."""
+    return 8 if features <= 2048 or gated else 16
+
+
+def _prefetch(weight: Tensor) -> int:
+    """Inner elements of all rows of a weight to ask for; a power of 2, or 0."""
+    rows, inner = weight.shape
+    most = min(inner, _PREFETCH_BYTES // (rows * weight.element_size()))
+    # Less is not worth it, and an address must be a multiple of 16 bytes.
+    return 0 if most < _WARPS * _BLOCK else 1 << (most.bit_length() - 1)
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -1,10 +1,8 @@
 """The attention interface: what a step tells attention, and what a back end must do with it.
 
-attention_torch.py      the readable reference, on any device
-attention_triton.py     our kernels, the default on CUDA
-attention_flash.py      the flash-attn package, if it is installed and asked for
-attention_backends.py   picks one of them by name
-
+Here are also the plain back end and the choice of one by name. The others are imported only when
+chosen: attention_triton.py has our kernels, the default on CUDA, and attention_flash.py takes the
+flash-attn package, if it is installed and asked for.
 """
 
 from __future__ import annotations
@@ -16,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from nanovllm.kernels import reference
 
 # Keys and values of a layer, each [num_blocks, num_kv_heads, block_size, head_dim]: the tokens of
 # one head in one block are contiguous. Block 0 is padding: it belongs to no sequence.
@@ -107,3 +107,45 @@ class AttentionBackend(ABC):
     @abstractmethod
     def prefill(self, q: Tensor, cache: KVCache, metadata: PrefillMetadata, out: Tensor) -> None:
         """Several new tokens per sequence: writes `out` for q, both [tokens, heads, head_dim]."""
+
+
+class TorchBackend(AttentionBackend):
+    """The slow and obvious reference that the other back ends are tested against."""
+
+    def decode(self, q: Tensor, cache: KVCache, metadata: DecodeMetadata, out: Tensor) -> None:
+        starts = torch.arange(len(q) + 1)
+        rows = PrefillMetadata(metadata.block_tables, metadata.context_lens, starts, 1)
+        self.prefill(q, cache, rows, out)
+
+    def prefill(self, q: Tensor, cache: KVCache, metadata: PrefillMetadata, out: Tensor) -> None:
+        m, scale = metadata, self.heads.scale
+        out[:] = reference.paged_prefill_attention(
+            q, *cache, m.block_tables, m.cu_seqlens_q, m.context_lens, m.max_seqlen_q, scale
+        )
+
+
+def make_backend(
+    name: str, heads: HeadShape, device: torch.device, block_size: int
+) -> AttentionBackend:
+    """Builds back end `name`; "auto" is "triton" on CUDA and "torch" elsewhere.
+
+    Raises:
+        ValueError: the back end cannot run on this device, or with this block size.
+        ImportError: its package is not installed.
+    """
+    if name == "auto":
+        name = "triton" if device.type == "cuda" else "torch"
+    if name == "torch":
+        return TorchBackend(heads)
+    if device.type != "cuda":
+        raise ValueError(
+            f"attention_backend={name!r} is not allowed on device {device}: it needs CUDA; "
+            "use 'auto' or 'torch'"
+        )
+    if name == "triton":
+        from nanovllm.layers.attention_triton import TritonBackend
+
+        return TritonBackend(heads)
+    from nanovllm.layers.attention_flash import FlashAttnBackend
+
+    return FlashAttnBackend(heads, block_size)

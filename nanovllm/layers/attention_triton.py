@@ -18,9 +18,8 @@ class TritonBackend(AttentionBackend):
     """
 
     def make_workspace(self, device: torch.device, num_sms: int) -> DecodeWorkspace:
-        heads = self.heads
-        sizes = heads.num_q_heads, heads.num_kv_heads, heads.head_dim
-        return DecodeWorkspace(num_sms, *sizes, device)
+        h = self.heads
+        return DecodeWorkspace(num_sms, h.num_q_heads, h.num_kv_heads, h.head_dim, device)
 
     def plan_size(self, num_seqs: int) -> int:
         return num_seqs + 1
@@ -36,6 +35,6 @@ class TritonBackend(AttentionBackend):
 
     def prefill(self, q: Tensor, cache: KVCache, metadata: PrefillMetadata, out: Tensor) -> None:
         m, scale = metadata, self.heads.scale
-        keys, values = cache
-        rows = m.block_tables, m.cu_seqlens_q, m.context_lens, m.max_seqlen_q
-        paged_prefill_attention(q, keys, values, *rows, scale, out)
+        paged_prefill_attention(
+            q, *cache, m.block_tables, m.cu_seqlens_q, m.context_lens, m.max_seqlen_q, scale, out
+        )

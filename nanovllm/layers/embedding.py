@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,8 +18,7 @@ TURN = 2  # see ParallelGroup.add_norm
 class VocabEmbedding(nn.Module):
     """One row of `hidden_size` per token; each rank holds a range of whole tiles of a draw.
 
-    The same matrix reads tokens in (`forward`) and writes logits out (`logits`), so a model with
-    tied embeddings has one of these, any other model two.
+    A model whose output head is tied to it has one of these, any other model two.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, group: ParallelGroup) -> None:
@@ -36,13 +37,7 @@ class VocabEmbedding(nn.Module):
             x = self.forward(token_ids)
             return norm(x), x
         residual = self.weight.new_zeros(len(token_ids), self.weight.shape[1])
-        return self.group.add_norm(
-            lambda out: self._own_rows(token_ids, out), TURN, first, residual, norm
-        )
-
-    def logits(self, hidden_states: Tensor, out: Tensor) -> None:
-        """[T, hidden_size] to `out` [T, this rank's part of the vocabulary]."""
-        torch.mm(hidden_states, self.weight.t(), out=out)
+        return self.group.add_norm(partial(self._own_rows, token_ids), TURN, first, residual, norm)
 
     def weight_shards(self, path: str) -> WeightShards:
         yield f"{path}.weight", WeightShard(self.weight, self.shard)

@@ -6,6 +6,8 @@ a row-parallel one needs a single all-reduce.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -68,20 +70,15 @@ class RowLinear(nn.Module):
         `first`, and what becomes of the residual: see `ParallelGroup.add_norm`. `may_defer`: the
         norm's division may be left to who uses it.
         """
-        if self.group.size > 1:
-            y, total = self.group.add_norm(
-                lambda out: self._part(x, out), self.turn, first, residual, norm
-            )
-            return kernels.Normed(y, awaited=True), total
-        if not may_defer:
-            y, total = norm.add(self(x), residual)
-            return kernels.Normed(y), total
+        if self.group.size > 1 or not may_defer:
+            y, total = self.group.add_norm(partial(self._part, x), self.turn, first, residual, norm)
+            return kernels.Normed(y, awaited=self.group.size > 1), total
         return kernels.linear_add_norm(x, self.weight, self.bias, residual, norm.weight, norm.eps)
 
     def _part(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         # One rank alone adds the bias, so that it enters the sum once.
         bias = self.bias if self.group.rank == 0 else None
-        return kernels.linear(x, self.weight, bias, out)
+        return kernels.linear(kernels.Normed(x), self.weight, bias, out)
 
     def weight_shards(self, path: str) -> WeightShards:
         yield f"{path}.weight", WeightShard(self.weight, self.shard, dim=1)

@@ -37,19 +37,11 @@ Bias = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class RequestEdits:
-    """What one request changes of its logits.
+    """What one request changes of its logits; a structure has masks for its tokens beside these."""
 
-    Attributes:
-        penalties: of repetition, frequency and presence; None: none.
-        margin: what is so far below the highest logit, a number up to 0, is too unlikely.
-        min_tokens: until so many tokens are generated, `first_bias` is added, then `bias`.
-
-    Beside these there may be a mask for each token, of a request that is to follow a structure.
-    """
-
-    penalties: tuple[float, float, float] | None
-    margin: float
-    min_tokens: int
+    penalties: tuple[float, float, float] | None  # of repetition, frequency and presence
+    margin: float  # what is so far below the highest logit, a number up to 0, is too unlikely
+    min_tokens: int  # until so many tokens are generated, `first_bias` is added, then `bias`
     first_bias: Bias
     bias: Bias
 
@@ -60,16 +52,17 @@ class RequestEdits:
         """Those that `params` asks for, if any; `end_ids` are the tokens that end the request."""
         repetition = max(params.repetition_penalty, float(np.finfo(np.float32).tiny))
         penalties = repetition, params.frequency_penalty, params.presence_penalty
+        penalised = penalties != (1, 0, 0)
         bias = dict(params.logit_bias or ())
         limited = params.min_p > 0 and params.temperature > 0
         structured = params.structure is not None
         # Of a structured request the end is the only token that may be drawn where it may be.
         min_tokens = 0 if structured else params.min_tokens
-        if penalties == (1, 0, 0) and not (bias or limited or min_tokens or structured):
+        if not (penalised or bias or limited or min_tokens or structured):
             return None
         ends = {token: -math.inf for token in end_ids if token < vocab_size}
         return cls(
-            penalties if penalties != (1, 0, 0) else None,
+            penalties if penalised else None,
             math.log(params.min_p) * params.temperature if limited else -math.inf,
             min_tokens,
             _bias_of(bias | ends),
@@ -110,15 +103,11 @@ class EditBatch(NamedTuple):
 def edit(
     logits: Tensor, batch: EditBatch, history: Tensor, group: ParallelGroup, shard: Shard
 ) -> Tensor:
-    """Changed copies of some rows.
+    """Changed copies of rows of `logits` [S, this rank's part of the vocabulary].
 
     Args:
-        logits: [S, this rank's part of the vocabulary].
-        batch: which rows, and how they change.
         history: integer [P, longest], the tokens of the rows with penalties; what is behind the
             length of a row is not looked at.
-        group: this rank and the others.
-        shard: of the vocabulary.
 
     Returns:
         float32 [E, this rank's part], a view of rows that are SPARE longer.
@@ -159,11 +148,10 @@ def forbid(logits: Tensor, rows: Tensor, masks: Tensor, shard: Shard) -> None:
     """Makes logits of tokens that are not allowed -inf.
 
     Args:
-        logits: [S, this rank's part of the vocabulary, and columns behind it].
+        logits: [S, this rank's part of the vocabulary, or more].
         rows: int64 [R], those that have a mask.
         masks: int32 [R, W], for each row W = ceil(V / 32) integers with a bit a token, 1 if it is
             allowed: token t is bit t % 32 of integer t // 32.
-        shard: of the vocabulary.
     """
     tokens = torch.arange(shard.start, shard.start + shard.size, device=logits.device)
     for some, own in zip(rows.split(MASKED_ROWS), masks.split(MASKED_ROWS), strict=True):

@@ -37,8 +37,6 @@ def score(logits: Tensor, tokens: Tensor, count: int, group: ParallelGroup, shar
         logits: [R, this rank's part of the vocabulary], any float dtype.
         tokens: int64 [R]; one outside the vocabulary has a meaningless score.
         count: no more than MOST_LIKELY, nor than the vocabulary has.
-        group: this rank and the others.
-        shard: of the vocabulary.
     """
     if shard.size < MOST_LIKELY:  # a rank may even have no tokens
         logits = torch.nn.functional.pad(logits, (0, MOST_LIKELY - shard.size), value=-math.inf)

@@ -16,7 +16,7 @@ import torch
 from nanovllm import kernels
 from nanovllm.kernels.reference_sampling import token_of
 from nanovllm.layers.parallel import ParallelGroup, Shard
-from nanovllm.layers.split_threshold import MOST_CANDIDATES, find_threshold
+from nanovllm.layers.split_threshold import MOST_CANDIDATES, Limits, find_threshold
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.joined import join, split
 
@@ -35,11 +35,8 @@ class SamplingBatch:
     seeds: torch.Tensor  # int64 [S]
     steps: torch.Tensor  # int64 [S], tokens that the request has drawn before
     request_index: torch.Tensor  # int64 [S], place among the last tokens of all requests
-    # Of the rows with a top-k or top-p; None if there are none. First those with a small top-k.
-    filtered: torch.Tensor | None = None  # int64 [F], which rows
-    top_k: torch.Tensor | None = None  # int64 [F], the vocabulary's size where there is no limit
-    top_p: torch.Tensor | None = None  # float32 [F], 1 where there is no limit
-    num_few: int = 0  # rows with a top-k of at most MOST_CANDIDATES
+    limits: Limits | None = None  # None if no row has a top-k or top-p
+    num_few: int = 0  # the first of these rows, with a top-k of at most MOST_CANDIDATES
 
     @staticmethod
     def pack(
@@ -61,50 +58,37 @@ class SamplingBatch:
         top_p = [max(params[i].top_p, LEAST_TOP_P) for i in rows]
         has_k, has_p = min(top_k, default=vocab_size) < vocab_size, min(top_p, default=1.0) < 1
         integers = seeds, steps, request_index, rows, top_k if has_k else []
-        return join(
-            [
-                np.array(values, np.float32),
-                *(np.array(each, np.int64) for each in integers),
-                np.array(top_p if has_p else [], np.float32),
-            ]
-        )
+        whole = (np.array(each, np.int64) for each in integers)
+        nucleus = np.array(top_p if has_p else [], np.float32)
+        return join([np.array(values, np.float32), *whole, nucleus])
 
     @classmethod
     def unpack(cls, packed: np.ndarray, device: torch.device) -> SamplingBatch:
         """The inverse of `pack`, on `device`, without waiting for it."""
         temperatures, seeds, steps, request_index, *limits = split(packed, device)
-        filtered, top_k, top_p = (each if len(each) else None for each in limits)
+        rows, top_k, top_p = (each if len(each) else None for each in limits)
+        if rows is None:
+            return cls(temperatures, seeds, steps, request_index)
         # Counted on the host.
         num_few = 0 if top_k is None else int((split(packed)[-2] <= MOST_CANDIDATES).sum())
-        return cls(temperatures, seeds, steps, request_index, filtered, top_k, top_p, num_few)
+        options = temperatures, seeds, steps, request_index
+        return cls(*options, Limits(rows, top_k, top_p), num_few)
 
 
 def sample(
     logits: torch.Tensor, batch: SamplingBatch, group: ParallelGroup, shard: Shard
 ) -> torch.Tensor:
-    """Draws a token from each row, the same on all ranks.
+    """Draws a token from each row of [S, this rank's `shard` of the vocabulary]: int64 [S].
 
-    Args:
-        logits: [S, this rank's part of the vocabulary].
-        batch: options of the rows.
-        group: this rank and the others.
-        shard: of the vocabulary.
-
-    Returns:
-        int64 [S].
+    All ranks of `group` draw the same.
     """
     options = batch.temperatures, batch.seeds, batch.steps
-    threshold = None
+    limits, threshold = batch.limits, None
     if group.size == 1:
-        if batch.filtered is not None:
-            threshold = kernels.find_threshold(
-                logits, batch.temperatures, batch.filtered, batch.top_k, batch.top_p
-            )
+        if limits is not None:
+            threshold = kernels.find_threshold(logits, batch.temperatures, *limits)
         return kernels.sample(logits, *options, threshold)
-    if batch.filtered is not None:
-        threshold = find_threshold(
-            logits, batch.temperatures, batch.filtered, batch.top_k, batch.top_p, batch.num_few,
-            group,
-        )  # fmt: skip
+    if limits is not None:
+        threshold = find_threshold(logits, batch.temperatures, limits, batch.num_few, group)
     keys = kernels.sample(logits, *options, threshold, (shard.start, shard.full))
     return token_of(group.gather(keys).amax(0))

@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -22,44 +24,43 @@ MOST_CANDIDATES = 64
 _MAX = torch.finfo(torch.float32).max
 
 
+class Limits(NamedTuple):
+    """Top-k and top-p of F rows."""
+
+    rows: Tensor  # int64 [F], which rows
+    top_k: Tensor | None  # int64 [F], the vocabulary's size where there is no limit; None: nowhere
+    top_p: Tensor | None  # float32 [F], 1 where there is no limit; None: nowhere
+
+    def part(self, items: slice) -> Limits:
+        k, p = (None if limit is None else limit[items] for limit in (self.top_k, self.top_p))
+        return Limits(self.rows[items], k, p)
+
+
 def find_threshold(
-    logits: Tensor,
-    temperatures: Tensor,
-    rows: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    num_few: int,
-    group: ParallelGroup,
+    logits: Tensor, temperatures: Tensor, limits: Limits, num_few: int, group: ParallelGroup
 ) -> tuple[Tensor, Tensor]:
     """As `kernels.find_threshold`, where the logits are this rank's, [N, part of V].
 
-    Args:
-        num_few: in so many rows, the first of `rows`, top_k is at most MOST_CANDIDATES.
-
-    Returns:
-        The same thresholds on all ranks; of the tokens equal to it the last that stays is counted
-        within the rank's part: -1 where none of them does.
+    In the first `num_few` of the limited rows, top_k is at most MOST_CANDIDATES. The thresholds are
+    the same on all ranks; of the tokens equal to it the last that stays is counted within the
+    rank's part: -1 where none of them does.
     """
     thresholds = logits.new_full((len(logits),), float("-inf"), dtype=torch.float32)
     ends = torch.full_like(thresholds, logits.shape[1], dtype=torch.int32)
-    for part, find in ((slice(num_few), _among_candidates), (slice(num_few, None), _search)):
-        if len(rows[part]):
-            k, p = (None if limit is None else limit[part] for limit in (top_k, top_p))
-            threshold, end = find(logits, temperatures, rows[part], k, p, group)
-            thresholds.index_copy_(0, rows[part], threshold)
-            ends.index_copy_(0, rows[part], end)
+    for items, find in ((slice(num_few), _among_candidates), (slice(num_few, None), _search)):
+        part = limits.part(items)
+        if len(part.rows):
+            threshold, end = find(logits, temperatures, part, group)
+            thresholds.index_copy_(0, part.rows, threshold)
+            ends.index_copy_(0, part.rows, end)
     return thresholds, ends
 
 
 def _among_candidates(
-    logits: Tensor,
-    temperatures: Tensor,
-    rows: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    group: ParallelGroup,
+    logits: Tensor, temperatures: Tensor, limits: Limits, group: ParallelGroup
 ) -> tuple[Tensor, Tensor]:
     """Of rows with a small top-k; [F] each."""
+    rows, top_k, top_p = limits
     if logits.shape[1] > 0:
         own = kernels.find_threshold(logits, temperatures, rows, top_k, None)
     else:
@@ -75,14 +76,10 @@ def _among_candidates(
 
 
 def _search(
-    logits: Tensor,
-    temperatures: Tensor,
-    rows: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    group: ParallelGroup,
+    logits: Tensor, temperatures: Tensor, limits: Limits, group: ParallelGroup
 ) -> tuple[Tensor, Tensor]:
     """Of any rows; [F] each."""
+    rows, top_k, top_p = limits
     search = _Searcher(logits, temperatures, rows, group)
     bottom, top = search.bottom, search.top
     stay = torch.full_like(search.peaks, 1 << 30)  # of those equal to the threshold
@@ -105,12 +102,7 @@ def _search(
 
 
 class _Searcher:
-    """Searches rows for the keys from which on logits add up to something.
-
-    Attributes:
-        peaks: float32 [F], the highest logit, made finite.
-        bottom, top: int64 [F], the key of the least finite logit, and that behind the highest.
-    """
+    """Searches rows for the keys from which on logits add up to something."""
 
     def __init__(
         self, logits: Tensor, temperatures: Tensor, rows: Tensor, group: ParallelGroup
@@ -123,7 +115,8 @@ class _Searcher:
         else:
             own = rows.new_full(rows.shape, float("-inf"), dtype=torch.float64)
         highest = group.gather(own).amax(0).float()
-        self.peaks = highest.clamp(-_MAX, _MAX)
+        self.peaks = highest.clamp(-_MAX, _MAX)  # float32 [F]
+        # int64 [F]: the keys of the least finite logit, and behind that of the highest.
         self.bottom = key_of(self.peaks.new_full(highest.shape, -_MAX), self.dtype)
         self.top = torch.maximum(key_of(highest, self.dtype) + 1, self.bottom)
 
@@ -154,17 +147,8 @@ class _Searcher:
         search, _ = self._narrow(no_logits, search, gathered, target, counted)
         return search.bottom, search.above
 
-    def _narrow(
-        self,
-        logits: Tensor,
-        search: Search,
-        gathered: Tensor | None,
-        target: Tensor,
-        counted: bool,
-    ) -> tuple[Search, Tensor]:
-        return kernels.narrow(
-            logits, self.temperatures, self.rows, self.peaks, search, gathered, target, counted
-        )
+    def _narrow(self, logits: Tensor, *state: Any) -> tuple[Search, Tensor]:
+        return kernels.narrow(logits, self.temperatures, self.rows, self.peaks, *state)
 
     def _own_sums(self, keys: Tensor, counted: bool) -> Tensor:
         """As `sums`, of this rank's logits, [F, 2]."""

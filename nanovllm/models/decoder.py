@@ -27,7 +27,7 @@ from nanovllm.layers.rotary_embedding import cos_sin_table
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.stage import BEFORE_LAYERS, MicroBatch, Stage, StepTensors
 from nanovllm.models.throwaway_cache import throwaway_cache
-from nanovllm.utils.memory import cpu_memory_errors
+from nanovllm.utils.device import cpu_memory_errors
 
 
 class Attention(nn.Module):
@@ -118,11 +118,9 @@ class DecoderForCausalLM(nn.Module):
         self.config = config
         self.backend, self.group = backend, group
         self.model = Decoder(config, backend.heads, group)
-        self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else VocabEmbedding(config.vocab_size, config.hidden_size, group)
-        )
+        self.lm_head: VocabEmbedding | None = None
+        if not config.tie_word_embeddings:
+            self.lm_head = VocabEmbedding(config.vocab_size, config.hidden_size, group)
         self.max_length = 0  # until `allocate`
         self.bind_kv_cache(torch.empty(config.num_hidden_layers, 2, 0))
 
@@ -163,13 +161,8 @@ class DecoderForCausalLM(nn.Module):
         more and leave in attention only what reads the KV cache; where nothing is fused, as on the
         CPU, both give the same bits.
 
-        Args:
-            x: token ids, integer [T], at layer 0; hidden states [T, hidden_size] after it.
-            positions, metadata: as in `forward`.
-            layer: from 0.
-
-        Returns:
-            (hidden_states, residual), both [T, hidden_size].
+        `x`: token ids, integer [T], at layer 0; hidden states [T, hidden_size] after it. Positions
+        and metadata are as in `forward`. Returns (hidden_states, residual), both [T, hidden_size].
         """
         if metadata is None:
             with throwaway_cache(self, positions) as metadata:
@@ -193,10 +186,7 @@ class DecoderForCausalLM(nn.Module):
         return self.model.norm(hidden_states) if block is self.model.layers[-1] else hidden_states
 
     def compute_logits(self, hidden_states: Tensor, out: Tensor | None = None) -> Tensor:
-        if out is None:
-            out = hidden_states.new_empty(len(hidden_states), self.vocab_shard.size)
-        self.head.logits(hidden_states, out)
-        return out
+        return torch.mm(hidden_states, self.head.weight.t(), out=out)
 
     @property
     def head(self) -> VocabEmbedding:
@@ -223,12 +213,8 @@ class DecoderForCausalLM(nn.Module):
     def allocate(self, device: torch.device, max_length: int | None = None) -> None:
         """Gives the weights memory, not yet filled, on `device`, and rope a table.
 
-        Args:
-            device: of both.
-            max_length: positions that the model will see; None: all that it was made for.
-
-        Raises:
-            MemoryError: they do not fit into the CPU's memory.
+        `max_length`: positions that the model will see; None: all that it was made for. Raises
+        MemoryError if they do not fit into the CPU's memory.
         """
         config = self.config
         self.max_length = max_length or config.usable_length
@@ -248,13 +234,10 @@ class DecoderForCausalLM(nn.Module):
 
     def _project(self, layer: int, batch: MicroBatch) -> None:
         block, inputs = self.model.layers[layer], batch.inputs
+        eps, several = block.input_layernorm.eps, self.group.size > 1
+        x = kernels.Normed(batch.x, batch.x_squares, eps, awaited=several)
         batch.q = block.self_attn.project(
-            kernels.Normed(
-                batch.x, batch.x_squares, block.input_layernorm.eps, self.group.size > 1
-            ),
-            inputs.positions,
-            inputs.metadata.slot_mapping,
-            self.model.cos_sin,
+            x, inputs.positions, inputs.metadata.slot_mapping, self.model.cos_sin
         )
 
     def _attend(self, layer: int, batch: MicroBatch) -> None:
@@ -263,12 +246,9 @@ class DecoderForCausalLM(nn.Module):
 
     def _feed_forward(self, layer: int, batch: MicroBatch) -> None:
         """From attention's output to the next layer's `x`, or the hidden states."""
-        block = self.model.layers[layer]
+        block, out = self.model.layers[layer], batch.attn_out.flatten(1)
         x, residual = block.self_attn.o_proj.add_norm(
-            batch.attn_out.flatten(1),
-            batch.residual,
-            block.post_attention_layernorm,
-            batch.first_token,
+            out, batch.residual, block.post_attention_layernorm, batch.first_token
         )
         is_last = layer == len(self.model.layers) - 1
         norm = self.model.norm if is_last else self.model.layers[layer + 1].input_layernorm

@@ -26,9 +26,7 @@ FIELDS = {
 def sampling_defaults(directory: Path, source: str) -> SamplingOptions:
     """The fields of `SamplingParams` that the checkpoint in `directory` sets.
 
-    Args:
-        directory: may hold a generation_config.json.
-        source: of `Config.generation_config`; "none": there are no such fields.
+    `source` is that of `Config.generation_config`; "none": there are no such fields.
 
     Raises:
         UnsupportedModelError: the file cannot be read, or holds a value that is not allowed.
@@ -36,16 +34,17 @@ def sampling_defaults(directory: Path, source: str) -> SamplingOptions:
     path = directory / FILE
     if source == "none" or not is_there(path):
         return {}
-    given, options = read_object(path, UnsupportedModelError), SamplingParams()
+    given = read_object(path, UnsupportedModelError)
     defaults: dict[str, Any] = {}
     for name, there in FIELDS.items():
         value = given.get(there)
-        if value is not None and hasattr(options, name):
-            try:
-                defaults[name] = rule_of(SamplingParams, name)(value)
-            except ValueError as allowed:
-                raise UnsupportedModelError(
-                    f"{path}: {there}={short(value)} is not allowed: it must be {allowed}; "
-                    "generation_config='none' would ignore it"
-                ) from None
+        if value is None:
+            continue
+        try:
+            defaults[name] = rule_of(SamplingParams, name)(value)
+        except ValueError as allowed:
+            raise UnsupportedModelError(
+                f"{path}: {there}={short(value)} is not allowed: it must be {allowed}; "
+                "generation_config='none' would ignore it"
+            ) from None
     return SamplingOptions(**defaults)  # type: ignore[typeddict-item]

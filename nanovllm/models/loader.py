@@ -23,8 +23,8 @@ from nanovllm.layers.parallel import ParallelGroup, WeightShard
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.decoder import make_model
 from nanovllm.models.stage import Model
+from nanovllm.utils.device import check_fits
 from nanovllm.utils.json_files import check_file, is_there, naming, read_object
-from nanovllm.utils.memory import check_fits
 
 logger = logging.getLogger(__name__)
 
@@ -128,8 +128,8 @@ def load_model(
 
     Args:
         checkpoint: of the weights; None: random ones, for benchmarks.
-        device, max_length: see `DecoderForCausalLM.allocate`.
-        show_progress: whether to show a progress bar.
+        max_length: see `DecoderForCausalLM.allocate`.
+        show_progress: by a bar.
         on_tensor: called after every tensor; what it raises ends the loading.
 
     Raises:
@@ -190,18 +190,19 @@ def _weight_map(directory: Path) -> dict[str, Path]:
 
 def _read_index(directory: Path) -> dict[str, Path]:
     index = directory / INDEX
+    wrong = f"{index} is not a safetensors index"
     try:
         weight_map = read_object(index, WeightsError).get("weight_map")
     except WeightsError as error:
-        raise WeightsError(f"{index} is not a safetensors index: {error}") from error
+        raise WeightsError(f"{wrong}: {error}") from error
     if not isinstance(weight_map, dict) or not weight_map:
-        raise WeightsError(f"{index} is not a safetensors index: weight_map is no object")
+        raise WeightsError(f"{wrong}: weight_map is no object")
     for tensor, name in weight_map.items():
         # NOTE: a path would lead out of the directory, and another kind of file may be a pickle.
         if not isinstance(name, str) or not re.fullmatch(r"[^/\\\x00]+\.safetensors", name):
             raise WeightsError(
-                f"{index} is not a safetensors index: weight_map[{tensor!r:.200}]={name!r:.200} "
-                "is no name of a safetensors file in this directory"
+                f"{wrong}: weight_map[{tensor!r:.200}]={name!r:.200} is no name of a safetensors "
+                "file in this directory"
             )
     return {tensor: directory / name for tensor, name in weight_map.items()}
 
@@ -261,13 +262,8 @@ def _fill(shard: WeightShard, file: safe_open, tensor: StoredTensor) -> None:
     target = shard.target
     target.copy_(file.get_slice(tensor.name)[shard.index])
     if target.numel() and not all(end.isfinite() for end in target.aminmax()):
-        logger.warning(
-            "%s: tensor %r holds NaN or infinity (as %s): requests may end with finish reason "
-            "'error'",
-            tensor.path,
-            tensor.name,
-            target.dtype,
-        )
+        what = f"tensor {tensor.name!r} holds NaN or infinity (as {target.dtype})"
+        logger.warning("%s: %s: requests may end with finish reason 'error'", tensor.path, what)
 
 
 def _check_tied(shard: WeightShard, head: StoredTensor) -> None:

@@ -22,9 +22,7 @@ def throwaway_cache(model: Model, positions: Tensor) -> Iterator[AttentionMetada
     The layers share one layer's memory: a layer has read its keys and values before the next layer
     of the same sequence writes its own.
 
-    Args:
-        model: any cache that is bound to it stays as it is.
-        positions: integer [T]; each 0 begins a sequence. Yielded is the metadata of these tokens.
+    Yields the metadata of the tokens at `positions`, integer [T]; each 0 begins a sequence.
 
     Raises:
         ValueError: positions that do not count up from 0 in each sequence, or go too far.

@@ -1,9 +1,5 @@
 """Small JSON values kept on disk between runs: what was measured once on this machine.
 
-    cache = DiskCache("plans")
-    cache.write({"device": "NVIDIA H200", "torch": "2.11.0"}, [1, 2, 3])
-    cache.read({"device": "NVIDIA H200", "torch": "2.11.0"})  # [1, 2, 3]
-
 A value belongs to a key, an object that says what the value depends on. The key's hash is in the
 file's name and the key itself in the file, where it is compared. A cache may always be lost: what
 cannot be read is not there, what cannot be written is not kept, and either is only a warning.

@@ -21,13 +21,13 @@ from nanovllm.kernels import (
     paged_decode,
     paged_prefill,
     pdl,
-    reference,
     reference_sampling,
     rope,
     sampling,
     small_gemm,
 )
 from nanovllm.kernels.normed import HeadInputs, Normed
+from tests.kernels import reference
 from tests.kernels.cases import (
     EPS,
     check_threshold,
@@ -96,7 +96,12 @@ def test_small_gemm(tokens, inner, features):
     normed = Normed(x)
     check(small_gemm.linear(normed, weight), reference.linear(x, weight))
     check(small_gemm.linear(normed, weight, bias), reference.linear(x, weight, bias))
-    check(small_gemm.linear_silu_mul(normed, weight), reference.linear_silu_mul(x, weight))
+    check(small_gemm.linear(normed, weight, gated=True), reference.linear_silu_mul(x, weight))
+    awaited = Normed(x, awaited=True)
+    assert small_gemm._prefetch(weight) > 0
+    for gated in (False, True):
+        same = [small_gemm.linear(each, weight, gated=gated) for each in (normed, awaited)]
+        assert torch.equal(*same)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5, 8])
@@ -113,7 +118,7 @@ def test_a_norm_between_two_small_layers(tokens, inner, hidden):
     after = (randn(6144, hidden) * hidden**-0.5).to(BF16)
     check(small_gemm.linear(normed, after), reference.linear(expected, after))
     gated = reference.linear_silu_mul(expected, after)
-    check(small_gemm.linear_silu_mul(normed, after), gated)
+    check(small_gemm.linear(normed, after, gated=True), gated)
 
 
 @pytest.mark.parametrize("tokens", [9, 16, 40, 100, 200, 256])
@@ -151,13 +156,13 @@ def test_linear_picks_the_kernel_for_few_rows_in_16_bits():
     weight, bias = (randn(512, 1024) / 32).to(BF16), randn(512, dtype=BF16)
     x = randn(300, 1024, dtype=BF16)
     few, some = Normed(x[:8]), Normed(x[:9])
-    assert torch.equal(kernels.linear(x[:8], weight, bias), small_gemm.linear(few, weight, bias))
-    expected = small_gemm.linear_silu_mul(few, weight)
+    assert torch.equal(kernels.linear(few, weight, bias), small_gemm.linear(few, weight, bias))
+    expected = small_gemm.linear(few, weight, gated=True)
     assert torch.equal(kernels.linear_silu_mul(few, weight), expected)
     expected = fused_gemm.linear_silu_mul(some.values, weight)
     assert torch.equal(kernels.linear_silu_mul(some, weight), expected)
     for y, w, b in ((x, weight, bias), (x[:1].float(), weight.float(), bias.float())):
-        assert torch.equal(kernels.linear(y, w, b), F.linear(y, w, b))
+        assert torch.equal(kernels.linear(Normed(y), w, b), F.linear(y, w, b))
         expected = activation.silu_mul(F.linear(y, w))
         assert torch.equal(kernels.linear_silu_mul(Normed(y), w), expected)
 

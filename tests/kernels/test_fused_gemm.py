@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanovllm.kernels import fused_gemm, reference
+from nanovllm.kernels import fused_gemm
 from nanovllm.kernels.normed import HeadInputs
+from tests.kernels import reference
 from tests.kernels.cases import (
     EPS,
     HALF,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanovllm.kernels import paged_prefill, reference
+from nanovllm.kernels import paged_prefill
+from tests.kernels import reference
 from tests.kernels.cases import HALF, close
 from tests.kernels.paged_case import PagedCase
 

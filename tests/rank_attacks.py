@@ -184,12 +184,10 @@ def wait_for(what: Callable[[], bool], seconds: float) -> float | None:
     return None
 
 
-def attack(case: Attack, directory: Path, model: Path, device: str, tokens: str) -> str:
+def attack(case: Attack, model: Path, device: str, tokens: str) -> str:
     """Runs one; returns what came of it, which begins with "WRONG" if it is not right."""
-    script = directory / "run.py"
-    script.write_text(RUN)
     fork_at = case.moment if case.what == "fork" else ""
-    run = Run(scripts.start(script, device, model, STEP_TIMEOUT, fork_at))
+    run = Run(scripts.start("-c", RUN, device, model, STEP_TIMEOUT, fork_at))
     run.read_until(case.moment)
     if case.moment == "start":
         wait_for(lambda: bool(run.workers()), 30)
@@ -262,17 +260,14 @@ def main() -> None:
         cases += [Attack(what, 0, at) for what in ("fork", "strangers") for at in MOMENTS]
     wrong = 0
     with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        model = directory / "model"
+        model = Path(name)
         Shape(heads=8, kv_heads=2, seed=1).write(model)
         os.environ["PYTHONHASHSEED"] = "0"
-        script = directory / "run.py"
-        script.write_text(RUN)
-        plain = scripts.run(script, arguments.device, model, STEP_TIMEOUT, "", timeout=120)
-        tokens = plain.stdout.splitlines()[-1]
-        assert tokens.startswith("tokens"), plain.stderr
+        options = arguments.device, model, STEP_TIMEOUT, ""
+        *_, tokens = scripts.output_of("-c", RUN, *options, timeout=120)
+        assert tokens.startswith("tokens")
         for case in cases:
-            outcome = attack(case, directory, model, arguments.device, tokens)
+            outcome = attack(case, model, arguments.device, tokens)
             wrong += outcome.startswith("WRONG")
             print(f"{case.what:9} rank {case.target} at {case.moment:8} {outcome}", flush=True)
     print(json.dumps({"attacks": len(cases), "wrong": wrong}))

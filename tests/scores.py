@@ -76,11 +76,8 @@ def run_script(directory: Path, task: dict[str, Any]) -> tuple[list[Any], int]:
     `task` has "options" of `LLM`, "prompts", and "sampling", the fields of each.
     """
     (directory / "task.json").write_text(json.dumps(task))
-    script = directory / "script.py"
-    script.write_text(SCRIPT)
-    result = scripts.run(script, directory / "task.json", timeout=240)
-    assert result.returncode == 0, result.stderr
-    outputs, preemptions = json.loads(result.stdout)
+    (said,) = scripts.output_of("-c", SCRIPT, directory / "task.json", timeout=240)
+    outputs, preemptions = json.loads(said)
     for output in outputs:
         for field in ("logprobs", "prompt_logprobs"):
             output[field] = output[field] and [_from_json(place) for place in output[field]]

@@ -8,12 +8,16 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 ROOT = str(Path(__file__).resolve().parents[1])
 
 
 def start(script: Path | str, *args: object, processes: int = 0) -> subprocess.Popen[str]:
-    """Starts `script`, or with "-m" a module; with `processes`, as that many under torchrun."""
+    """Starts `script`; with `processes`, a file as that many under torchrun.
+
+    With "-c" or "-m" instead of it, a program or a module comes next.
+    """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     path = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
@@ -36,6 +40,13 @@ def run(
         process.kill()
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def output_of(script: Path | str, *args: object, **options: Any) -> list[str]:
+    """The lines that `script` prints, which must end without an error."""
+    done = run(script, *args, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 def is_running(pid: int) -> bool:

@@ -95,9 +95,8 @@ class Sweep:
         (self.directory / "cases.json").write_text(json.dumps(cases))
         script = self.directory / "sweep.py"
         script.write_text(SWEEP)
-        result = scripts.run(script, self.directory / "cases.json", processes=self.ranks)
-        assert result.returncode == 0, result.stderr
-        return json.loads(result.stdout)
+        (said,) = scripts.output_of(script, self.directory / "cases.json", processes=self.ranks)
+        return json.loads(said)
 
 
 def on_one_rank(case: dict) -> list:
@@ -161,9 +160,7 @@ llm, worker = engine()
 def test_plain_script_ends_its_workers_however_it_drops_the_engine(tmp_path):
     """Engines one after the other: one garbage-collected, one left to the interpreter's exit."""
     Shape().write(tmp_path)
-    script = tmp_path / "plain.py"
-    script.write_text(PLAIN)
-    result = scripts.run(script, tmp_path)
+    result = scripts.run("-c", PLAIN, tmp_path)
     assert result.returncode == 0, result.stderr
     with LLM(str(tmp_path), device="cpu", max_model_len=64) as llm:
         outputs = llm.generate([[5, 6, 7]], temperature=0, max_tokens=4, use_tqdm=False)
@@ -327,18 +324,13 @@ print(tokens[0] == tokens[1], steps["pipelined"] > 3)
 """
 
 
-def test_the_plan_of_a_step_reaches_the_other_ranks(model, tmp_path):
+def test_the_plan_of_a_step_reaches_the_other_ranks(model):
     """They run the same micro-batches, or the collectives of the two would not fit."""
-    script = tmp_path / "pipelined.py"
-    script.write_text(PLANS)
-    result = scripts.run(script, model)
-    assert result.stdout.split() == ["True", "True"], result.stderr
+    assert scripts.output_of("-c", PLANS, model) == ["True True"]
 
 
-def test_workers_end_with_rank_0(model, tmp_path):
-    script = tmp_path / "endless.py"
-    script.write_text(ENDLESS)
-    rank_0 = scripts.start(script, model)
+def test_workers_end_with_rank_0(model):
+    rank_0 = scripts.start("-c", ENDLESS, model)
     assert rank_0.stdout is not None
     workers = [int(pid) for pid in rank_0.stdout.readline().split()]
     assert len(workers) == 1

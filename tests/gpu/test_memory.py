@@ -181,24 +181,16 @@ with shape_directory(sys.argv[1]) as directory:
 """
 
 
-def start_process(script: Path) -> dict[str, Any]:
-    result = scripts.run(script, SHAPE, timeout=280)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
-
-
 @pytest.mark.timeout(600)
 class TestStartUp:
     @pytest.fixture(scope="class")
     def processes(self, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         """Two, one after the other, with a kernel cache of their own that is empty at first."""
         free_memory()
-        directory = tmp_path_factory.mktemp("start")
-        script = directory / "start.py"
-        script.write_text(START, encoding="utf-8")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_CACHE_DIR", str(directory / "kernels"))
-            return [start_process(script) for _ in range(2)]
+            patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
+            said = [scripts.output_of("-c", START, SHAPE, timeout=280) for _ in range(2)]
+        return [json.loads(lines[-1]) for lines in said]
 
     def test_first_requests_leave_no_kernel_to_compile(
         self, processes: list[dict[str, Any]]

@@ -84,9 +84,8 @@ def run_engines(directory: Path, source: str, engines: list[dict], processes: in
     engines = [{"model": str(directory / "model"), **options} for options in engines]
     tasks = {"prompts": prompts(7, count=6), "sampling": SAMPLING, "engines": engines}
     task.write_text(json.dumps(tasks))
-    result = scripts.run(script, task, saved, processes=processes, timeout=60 + 60 * len(engines))
-    assert result.returncode == 0, result.stderr
-    return [json.loads(line) for line in result.stdout.splitlines()], saved
+    more = {"processes": processes, "timeout": 60 + 60 * len(engines)}
+    return [*map(json.loads, scripts.output_of(script, task, saved, **more))], saved
 
 
 def logits_of(directory: Path, size: int, **options: object) -> torch.Tensor:
@@ -168,15 +167,10 @@ for _ in range(2):
 
 def test_engines_one_after_the_other_end_cleanly(tmp_path):
     SHAPES[0].write(tmp_path / "model")
-    script = tmp_path / "engines.py"
-    script.write_text(ENGINES)
-    result = scripts.run(script, tmp_path / "model", timeout=240)
-    assert result.returncode == 0, result.stderr
-    runs = [line.split() for line in result.stdout.splitlines()]
-    assert len(runs) == 2
-    for pid, status in runs:
+    first, second = scripts.output_of("-c", ENGINES, tmp_path / "model", timeout=240)
+    for pid, status in (first.split(), second.split()):
         assert not scripts.is_running(int(pid))
-        assert status == "0", result.stderr  # it was not killed when patience ended
+        assert status == "0"  # it was not killed when patience ended
 
 
 # Prints the error.
@@ -213,15 +207,13 @@ def test_killed_worker_ends_rank_0(tmp_path, place, call, eager):
     Where it does not end, `scripts.run` raises; NCCL's own patience is ten minutes.
     """
     SHAPES[0].write(tmp_path / "model")
-    script = tmp_path / "death.py"
-    script.write_text(DEATH)
     interpreter = scripts.broken_interpreter(tmp_path, place, scripts.KILL, call)
     mode = "eager" if eager else "graphs"
     # Memory is measured only where the measuring rank dies, as others may use the device, too.
     blocks = -1 if place.endswith("_run_largest_step") else 64
-    result = scripts.run(script, tmp_path / "model", interpreter, mode, blocks, timeout=90)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("rank 1 of 2 was killed by SIGKILL")
+    arguments = tmp_path / "model", interpreter, mode, blocks
+    said, *_ = scripts.output_of("-c", DEATH, *arguments, timeout=90)
+    assert said.startswith("rank 1 of 2 was killed by SIGKILL")
 
 
 PROFILING = """
@@ -244,10 +236,7 @@ with LLM(config) as llm:
 def test_profiling_can_be_switched_with_graphs_captured(tmp_path):
     """A timed step has a graph of its own, and every rank has to capture it at the same step."""
     SHAPES[0].write(tmp_path / "model")
-    script = tmp_path / "profiling.py"
-    script.write_text(PROFILING)
-    result = scripts.run(script, tmp_path / "model", timeout=240)
-    assert result.returncode == 0, result.stderr
-    plain, profiled, again = (line.split() for line in result.stdout.splitlines())
+    lines = scripts.output_of("-c", PROFILING, tmp_path / "model", timeout=240)
+    plain, profiled, again = map(str.split, lines)
     assert plain[:-1] == profiled[:-1] == again[:-1]
     assert [plain[-1], profiled[-1], again[-1]] == ["0", "4", "4"]

@@ -10,11 +10,6 @@ import torch
 
 from green_ctx import DEFAULT_STREAM, Driver, GreenContextUnavailable, GreenDevice
 from nanovllm.engine.green_manager import GreenContextManager, Partitions
-
-if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA GPU", allow_module_level=True)
-pytest.importorskip("triton", reason="needs Triton")
-
 from tests.gpu.recorded_sms import DEVICE, launch, new_records, sms_used
 
 

@@ -7,9 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    pytest.skip("no CUDA device", allow_module_level=True)
-
 from tests.checkpoints import OddVocabShape, prompts
 from tests.scores import check_output, run_script
 

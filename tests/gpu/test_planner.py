@@ -9,10 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    pytest.skip("no CUDA device", allow_module_level=True)
 
 from nanovllm import LLM
 from nanovllm.bench.shapes import shape_directory

@@ -60,6 +60,16 @@ def distribution(changed: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     return scores[0].softmax(0)
 
 
+def check_frequencies(drawn: torch.Tensor, probabilities: torch.Tensor) -> None:
+    """Tokens are drawn about as often as they should be, and never if they should not be."""
+    counts = torch.bincount(drawn, minlength=len(probabilities)).double()
+    possible = probabilities > 0
+    assert counts[~possible].sum() == 0
+    expected, freedom = probabilities[possible] * len(drawn), int(possible.sum()) - 1
+    chi_square = ((counts[possible] - expected) ** 2 / expected).sum().item()
+    assert chi_square <= freedom + 4 * (2 * freedom) ** 0.5 + 4 * (freedom > 0)
+
+
 @torch.inference_mode()
 def greedy(
     model: PreTrainedModel, prompt: list[int], params: SamplingParams, eos_ids: Collection[int]

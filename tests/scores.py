@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from nanovllm import Logprob
 from tests import scripts
+from tests.checkpoints import OddVocabShape
 
 Asked = tuple[int | None, int | None]  # logprobs, prompt_logprobs
 
@@ -70,18 +72,44 @@ def check_output(
             check_place(place, ids[i], count, right[i - 1], tolerance)
 
 
-def run_script(directory: Path, task: dict[str, Any]) -> tuple[list[Any], int]:
-    """Completions of an engine in a process of its own, and how often it preempted a request.
+def check_outputs(
+    model: PreTrainedModel,
+    given: Sequence[list[int]],
+    outputs: Sequence[Any],
+    asked: Sequence[Asked],
+    tolerance: float = 1e-4,
+) -> None:
+    """The same of several; `given` are their prompts."""
+    for prompt, output, counts in zip(given, outputs, asked, strict=True):
+        check_output(model, prompt, output, counts, tolerance)
 
-    `task` has "options" of `LLM`, "prompts", and "sampling", the fields of each.
+
+def check_process(
+    directory: Path,
+    given: list[list[int]],
+    asked: Sequence[Asked],
+    options: dict[str, Any],
+    tolerance: float = 1e-4,
+    **fields: Any,
+) -> int:
+    """Checks completions of an engine in a process of its own; how often it preempted a request.
+
+    `options` are those of `LLM`, `fields` of all `SamplingParams`; each request has its own seed.
     """
+    model = OddVocabShape(seed=6).write(directory / "model")
+    sampling = [
+        {"seed": i, "logprobs": a, "prompt_logprobs": b, **fields} for i, (a, b) in enumerate(asked)
+    ]
+    options = {"model": str(directory / "model"), "kvcache_block_size": 16, **options}
+    task = {"options": options, "prompts": given, "sampling": sampling}
     (directory / "task.json").write_text(json.dumps(task))
     (said,) = scripts.output_of("-c", SCRIPT, directory / "task.json", timeout=240)
     outputs, preemptions = json.loads(said)
     for output in outputs:
         for field in ("logprobs", "prompt_logprobs"):
             output[field] = output[field] and [_from_json(place) for place in output[field]]
-    return outputs, preemptions
+    check_outputs(model, given, outputs, asked, tolerance)
+    return preemptions
 
 
 def _from_json(place: dict[str, list[Any]] | None) -> dict[int, Logprob] | None:

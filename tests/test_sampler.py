@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
 from nanovllm import SamplingParams
 from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.layers.sampler import SamplingBatch, sample
+from tests.logit_oracle import check_frequencies, distribution
 
 CPU = torch.device("cpu")
 ONE = ParallelGroup()
@@ -32,15 +31,6 @@ def batch_of(params, seeds, steps, vocab_size):
     return SamplingBatch.unpack(packed, CPU)
 
 
-def distribution(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """The probability of each token, by the definition, in float64."""
-    top_k = params.top_k if params.top_k > 0 else len(logits)
-    scores, order = (logits.double() / params.temperature).sort(descending=True)
-    weights = scores[:top_k].softmax(0)
-    likely = weights * (weights.cumsum(0) - weights < params.top_p)
-    return torch.zeros_like(scores).index_copy(0, order[:top_k], likely / likely.sum())
-
-
 @pytest.mark.parametrize(
     "params",
     [
@@ -58,13 +48,7 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(params, vary):
     count = 4000
     seeds, steps = (range(count), None) if vary == "seed" else ([7] * count, range(count))
     drawn = draw(logits.repeat(count, 1), params, seeds, steps)
-    counts = torch.bincount(torch.tensor(drawn), minlength=20).double()
-    expected = distribution(logits, params) * count
-    assert counts[expected == 0].sum() == 0
-    counts, expected = counts[expected > 0], expected[expected > 0]
-    chi_square = ((counts - expected) ** 2 / expected).sum().item()
-    freedom = len(counts) - 1
-    assert chi_square < freedom + 4 * math.sqrt(2 * freedom) + 4
+    check_frequencies(torch.tensor(drawn), distribution(logits, params))
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,12 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.engine.parallel.processes import RankDiedError
 from tests import scripts
 from tests.checkpoints import TABLE, OddVocabShape, Shape, prompts
+from tests.engine.cases import PIPELINED
 
 LISTEN = "0A"  # in /proc/net/tcp
 SECONDS = 10.0  # "within seconds", on a busy machine
 NO_HANG = pytest.mark.timeout(60)  # collectives themselves have half an hour
 
-PIPELINED = {"enable_pipeline": True, "pipeline_mode": "microbatch", "pipeline_strict": True}
 OPTIONS = [
     {"kvcache_block_size": 16},
     {"kvcache_block_size": 16, **PIPELINED},

@@ -26,6 +26,7 @@ from tests.engine.cases import (
     drain,
     said,
     scheduled,
+    steps,
     tokens,
     whatever_the_scheduler_does,
 )
@@ -276,9 +277,7 @@ def test_requests_step_by_step(llm, expected):
     ids = [llm.add_request(prompt, GREEDY) for prompt in PROMPTS]
     assert ids == sorted(set(ids))
     assert not llm.is_finished()
-    outputs = []
-    while not llm.is_finished():
-        outputs += llm.step()
+    outputs = list(steps(llm))
     assert [set(output) for output in outputs] == [set(get_type_hints(RequestOutput))] * 4
     assert {(output["index"], output["sample"]) for output in outputs} == {(0, 0)}
     assert {out["request_id"]: out["token_ids"] for out in outputs} == dict(
@@ -286,10 +285,10 @@ def test_requests_step_by_step(llm, expected):
     )
 
 
-@pytest.mark.parametrize("steps", [0, 1, 3])
-def test_abort_drops_a_request_and_no_other(llm, expected, steps):
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_abort_drops_a_request_and_no_other(llm, expected, count):
     ids = [llm.add_request(prompt, GREEDY) for prompt in PROMPTS]
-    for _ in range(steps):
+    for _ in range(count):
         assert llm.step() == []
     assert llm.abort(ids[1]) is True
     assert llm.abort(ids[1]) is False

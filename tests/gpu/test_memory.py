@@ -85,7 +85,7 @@ def host_rss() -> int:
 
 
 class TestRunningEngine:
-    def test_memory_is_filled_as_far_as_allowed(self, engine: LLM) -> None:
+    def test_memory_is_filled_as_far_as_allowed(self, engine):
         """The share counts everything on the device, also what was there before the engine."""
         _, total = torch.cuda.mem_get_info()
         wanted = Config.gpu_memory_utilization * total
@@ -97,7 +97,7 @@ class TestRunningEngine:
         engine.generate(prompts, temperature=0.8, top_p=0.9, max_tokens=4, use_tqdm=False)
         assert used_memory() == pytest.approx(wanted, rel=0.02), "after the largest steps"
 
-    def test_nothing_grows_in_2000_decode_steps(self, engine: LLM) -> None:
+    def test_nothing_grows_in_2000_decode_steps(self, engine):
         """Requests come and go in rounds of equal lengths and different tokens.
 
         Equal, as the allocator may need more for lengths that it has not seen before; between two
@@ -189,17 +189,15 @@ class TestStartUp:
             said = [scripts.output_of("-c", START, SHAPE, timeout=280) for _ in range(2)]
         return [json.loads(lines[-1]) for lines in said]
 
-    def test_first_requests_leave_no_kernel_to_compile(
-        self, processes: list[dict[str, Any]]
-    ) -> None:
+    def test_first_requests_leave_no_kernel_to_compile(self, processes):
         cold = processes[0]
         assert any(name.endswith(".cubin") for name in cold["first"])
         assert set(cold["end"]) - set(cold["first"]) == set()
 
-    def test_no_request_compiles_a_kernel(self, processes: list[dict[str, Any]]) -> None:
+    def test_no_request_compiles_a_kernel(self, processes):
         cold = processes[0]
         assert set(cold["end"]) - set(cold["started"]) == set()
 
-    def test_a_second_process_compiles_nothing(self, processes: list[dict[str, Any]]) -> None:
+    def test_a_second_process_compiles_nothing(self, processes):
         cold, warm = processes
         assert set(warm["end"]) - set(cold["end"]) == set()

@@ -78,7 +78,7 @@ for dtype, head_dim, longest in (
 @pytest.mark.parametrize(("calls", "kernels"), [
     (DRAW, "survey narrow threshold weigh draw collect tie_end resolve"), (PREFILL, "prefill"),
 ], ids=["draw", "prefill"])  # fmt: skip
-def test_what_is_launched_compiles_for_hopper(calls, kernels, tmp_path, monkeypatch) -> None:
+def test_what_is_launched_compiles_for_hopper(calls, kernels, tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     (launched,) = scripts.output_of("-c", SCRIPT + calls + "print(*launched)", timeout=240)

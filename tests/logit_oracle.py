@@ -1,7 +1,5 @@
 """What a request's changes of its logits mean: transformers' processors, and OpenAI's formula."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Collection
 from typing import Any

@@ -1,7 +1,5 @@
 """What log-probabilities must be, by transformers or by the definition, and how to compare."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

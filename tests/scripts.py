@@ -1,7 +1,5 @@
 """Runs user scripts as processes of their own, plainly or under torchrun, and breaks workers."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """`python -m nanovllm.batch`: answers, refusals, and jobs that are killed and go on."""
 
-from __future__ import annotations
-
 import json
 import math
 import multiprocessing

@@ -1,7 +1,5 @@
 """`python -m nanovllm.batch --replicas`: the same job on Ray, where replicas and drivers die."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

@@ -1,7 +1,5 @@
 """`python -m nanovllm.bench` on the CPU with the embedded model: what it measures and prints."""
 
-from __future__ import annotations
-
 import json
 import random
 import sys

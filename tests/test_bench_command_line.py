@@ -1,7 +1,5 @@
 """The command line of `python -m nanovllm.bench`: what it refuses, its help, interrupts."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from typing import Any

@@ -1,7 +1,5 @@
 """`nanovllm.bench --map`: measured on the CPU with the embedded model, and on made-up times."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """Whole runs of requests: the requests, the log of their steps, and runs on the CPU."""
 
-from __future__ import annotations
-
 import json
 import random
 import zlib

@@ -1,7 +1,5 @@
 """How long arms are measured, and in which order."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections import Counter

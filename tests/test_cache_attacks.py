@@ -1,7 +1,5 @@
 """Whatever lies in the cache folder costs a warning and a calibration, and nothing more."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os

@@ -1,7 +1,5 @@
 """What a calibration measures, what it leaves out, and what it hands on."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

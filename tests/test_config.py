@@ -1,7 +1,5 @@
 """Options: each bad value is refused with its field, itself and what is allowed."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import inspect

@@ -1,7 +1,5 @@
 """What an engine on a CPU takes of the machine: memory and threads, as its requests need them."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """README and docs/: each command is one that its script takes, and each file named is there."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import sys

@@ -3,8 +3,6 @@
 Whichever call it is, nothing stays behind and decode falls back to sequential execution.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType

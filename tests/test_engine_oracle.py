@@ -1,7 +1,5 @@
 """Tokens equal those of transformers, whatever the architecture, the mode and the scheduler do."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What generation_config.json says of sampling, and where it counts."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import fields
 from pathlib import Path

@@ -4,8 +4,6 @@ The same checks on a real GPU, where kernels report the SMs they ran on, are in
 tests/gpu/test_green_ctx.py.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

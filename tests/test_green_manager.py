@@ -1,7 +1,5 @@
 """The partitions of lanes, on the CPU, against a fake driver; failures: test_driver_faults.py."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """A lock is released whatever line an interrupt comes at."""
 
-from __future__ import annotations
-
 import threading
 from contextlib import suppress
 

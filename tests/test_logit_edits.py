@@ -1,7 +1,5 @@
 """Logits that requests change: against transformers, on all ranks, in pieces, for any history."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """What users see of the package before they run it: options in editors, help and type checkers."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import pydoc

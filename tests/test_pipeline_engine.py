@@ -1,7 +1,5 @@
 """Pipelined engines give the sequential tokens; where there is no pipeline, the log says why."""
 
-from __future__ import annotations
-
 import logging
 import random
 import sys

@@ -1,7 +1,5 @@
 """The planner: what it chooses and when it changes, by hand-made tables and on measured GPUs."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Sampling: which tokens may be drawn, how often, and that equal seeds draw equal tokens."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Manners of the scripts: an error is one line and exit code 2, an interrupt has no traceback."""
 
-from __future__ import annotations
-
 import re
 import signal
 import subprocess

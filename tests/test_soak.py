@@ -1,7 +1,5 @@
 """A few seconds of the soak: right tokens, no request lost, nothing left in use."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

@@ -1,7 +1,5 @@
 """Scores of logits: the definition's, and the same on any number of ranks."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Draws from a vocabulary that is split over ranks: the tokens of one rank, whatever the split."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

@@ -1,7 +1,5 @@
 """Steps from graphs, with padding and static buffers, on the CPU: graphs that issue anew."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager

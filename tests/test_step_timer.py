@@ -1,7 +1,5 @@
 """Timing a step: when its readings count, and the sequences it runs on."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 

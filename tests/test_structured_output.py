@@ -1,7 +1,5 @@
 """Completions follow JSON schemas, regexes and grammars, whatever else the engine is doing."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import random

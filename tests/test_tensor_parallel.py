@@ -3,8 +3,6 @@
 Starting processes takes most of the time, so many configurations share one torchrun job.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

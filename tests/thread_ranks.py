@@ -1,7 +1,5 @@
 """Ranks that are threads of the test's own process, and logits for them."""
 
-from __future__ import annotations
-
 import random
 import threading
 from collections.abc import Callable

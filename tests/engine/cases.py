@@ -1,7 +1,5 @@
 """What the tests of the engine share: options, prompts, and what an idle engine looks like."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

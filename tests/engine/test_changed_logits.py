@@ -1,7 +1,5 @@
 """Requests that change their logits: the tokens of a plain loop, whatever the engine does."""
 
-from __future__ import annotations
-
 import math
 import random
 from dataclasses import replace

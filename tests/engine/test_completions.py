@@ -1,7 +1,5 @@
 """The engine as its users see it: requests in, completions out."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

@@ -1,7 +1,5 @@
 """Log-probabilities: transformers' own, whatever the scheduler does, and only where asked for."""
 
-from __future__ import annotations
-
 import random
 from contextlib import suppress
 from itertools import count

@@ -1,7 +1,5 @@
 """A step is a transaction: whatever breaks it off, the engine goes on with the right tokens."""
 
-from __future__ import annotations
-
 import random
 from contextlib import suppress
 

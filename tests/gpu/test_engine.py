@@ -1,7 +1,5 @@
 """The engine on a real GPU: logits, tokens and memory, with and without CUDA graphs."""
 
-from __future__ import annotations
-
 import gc
 import random
 from pathlib import Path

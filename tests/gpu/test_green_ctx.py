@@ -1,7 +1,5 @@
 """Green contexts on a real GPU: kernels report which SMs they ran on, and when."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Log-probabilities on a real GPU: of rows of CUDA graphs, and of prompts in chunks."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

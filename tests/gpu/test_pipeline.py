@@ -1,7 +1,5 @@
 """The pipeline on a real GPU: where its stages run and when, and that they compute the model."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging

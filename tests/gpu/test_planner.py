@@ -1,7 +1,5 @@
 """Mode "auto" on a real GPU: calibration, the choice, and text that does not depend on it."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 from statistics import median

@@ -3,8 +3,6 @@
 Engines run in processes of their own, so that one that hangs fails its own test and no other.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

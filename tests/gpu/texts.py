@@ -1,7 +1,5 @@
 """A small engine on the GPU, and what one writes after the embedded model's prompts."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from nanovllm import LLM

@@ -7,8 +7,6 @@ torch's symmetric memory, with a norm kernel after each, and ours, from replays 
 fast bytes come from a peer in the same run.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import sys

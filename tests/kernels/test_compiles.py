@@ -3,8 +3,6 @@
 Compiling needs no GPU, but a process in which Triton is not set to interpret.
 """
 
-from __future__ import annotations
-
 import json
 
 import pytest

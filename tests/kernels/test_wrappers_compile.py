@@ -4,8 +4,6 @@ The wrappers run on the CPU; a launch compiles its kernel for the arguments it g
 ``test_compiles`` has the kernels of a layer, and looks into what comes out.
 """
 
-from __future__ import annotations
-
 import pytest
 
 from tests import scripts

@@ -1,6 +1,5 @@
 """What log-probabilities must be, by transformers or by the definition, and how to compare."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,22 +8,10 @@ import torch
 from transformers import PreTrainedModel
 
 from nanovllm import Logprob
-from tests import scripts
+from tests import engine_tasks
 from tests.checkpoints import OddVocabShape
 
 Asked = tuple[int | None, int | None]  # logprobs, prompt_logprobs
-
-SCRIPT = """
-import json, sys
-from nanovllm import LLM, SamplingParams
-
-with open(sys.argv[1]) as file:
-    task = json.load(file)
-with LLM(**task["options"]) as llm:
-    params = [SamplingParams(**fields) for fields in task["sampling"]]
-    outputs = llm.generate(task["prompts"], params, use_tqdm=False)
-    print(json.dumps([outputs, llm.scheduler.num_preemptions]))
-"""
 
 
 @torch.inference_mode()
@@ -89,8 +76,8 @@ def check_process(
     options: dict[str, Any],
     tolerance: float = 1e-4,
     **fields: Any,
-) -> int:
-    """Checks completions of an engine in a process of its own; how often it preempted a request.
+) -> dict[str, Any]:
+    """Checks completions of an engine in a process of its own; returns its whole result.
 
     `options` are those of `LLM`, `fields` of all `SamplingParams`; each request has its own seed.
     """
@@ -100,14 +87,12 @@ def check_process(
     ]
     options = {"model": str(directory / "model"), "kvcache_block_size": 16, **options}
     task = {"options": options, "prompts": given, "sampling": sampling}
-    (directory / "task.json").write_text(json.dumps(task))
-    (said,) = scripts.output_of("-c", SCRIPT, directory / "task.json", timeout=240)
-    outputs, preemptions = json.loads(said)
-    for output in outputs:
+    (result,) = engine_tasks.run_elsewhere(directory, [task])
+    for output in result["outputs"]:
         for field in ("logprobs", "prompt_logprobs"):
             output[field] = output[field] and [_from_json(place) for place in output[field]]
-    check_outputs(model, given, outputs, asked, tolerance)
-    return preemptions
+    check_outputs(model, given, result["outputs"], asked, tolerance)
+    return result
 
 
 def _from_json(place: dict[str, list[Any]] | None) -> dict[int, Logprob] | None:

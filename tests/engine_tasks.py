@@ -17,16 +17,21 @@ def run(
     with LLM(**options) as llm:
         params = [SamplingParams(**fields) for fields in sampling]
         outputs = llm.generate(prompts, params, use_tqdm=False)
-        steps: Any = llm.model_runner.get_pipeline_statistics()["steps"]
-    preemptions = llm.scheduler.num_preemptions
-    return {"outputs": outputs, "preemptions": preemptions, "pipelined": steps["pipelined"]}
+        runner = llm.model_runner
+        return {
+            "outputs": outputs,
+            "preemptions": llm.scheduler.num_preemptions,
+            "pipelined": runner.statistics.steps["pipelined"],
+            "shares_memory": runner.ranks.group.peers is not None,
+        }
 
 
 def run_elsewhere(directory: Path, tasks: list[dict], processes: int = 0) -> list[dict[str, Any]]:
     """The same of several tasks in one process, or in so many under torchrun."""
     file = directory / "tasks.json"
     file.write_text(json.dumps(tasks))
-    lines = scripts.output_of(__file__, file, processes=processes, timeout=240)
+    timeout = 180 + 60 * len(tasks)
+    lines = scripts.output_of(__file__, file, processes=processes, timeout=timeout)
     return [json.loads(line) for line in lines]
 
 

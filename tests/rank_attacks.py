@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,26 +137,10 @@ def command_line(pid: int) -> bytes:
         return b""
 
 
-def listening_ports(pids: list[int]) -> set[int]:
-    """Ports of TCP sockets that the processes accept connections at."""
-    inodes = set()
-    for pid in pids:
-        for link in Path(f"/proc/{pid}/fd").glob("*"):
-            try:
-                inodes.add(os.readlink(link))
-            except OSError:
-                continue
-    ports = set()
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
-            ports.add(int(fields[1].split(":")[1], 16))
-    return ports
-
-
 def send_noise(pids: list[int]) -> int:
     """Connects to every port, says something wrong, and leaves half of the connections open."""
-    ports = listening_ports(pids)
+    places = [place for pid in pids for place in scripts.listening_sockets(pid).values()]
+    ports = {int(place.split(":")[1], 16) for place in places}
     for port in ports:
         for _ in range(3):
             try:
@@ -174,23 +157,13 @@ def send_noise(pids: list[int]) -> int:
 OPEN: list[socket.socket] = []
 
 
-def wait_for(what: Callable[[], bool], seconds: float) -> float | None:
-    """Seconds until it holds, or None."""
-    begin = time.monotonic()
-    while time.monotonic() - begin < seconds:
-        if what():
-            return time.monotonic() - begin
-        time.sleep(0.02)
-    return None
-
-
 def attack(case: Attack, model: Path, device: str, tokens: str) -> str:
     """Runs one; returns what came of it, which begins with "WRONG" if it is not right."""
     fork_at = case.moment if case.what == "fork" else ""
     run = Run(scripts.start("-c", RUN, device, model, STEP_TIMEOUT, fork_at))
     run.read_until(case.moment)
     if case.moment == "start":
-        wait_for(lambda: bool(run.workers()), 30)
+        scripts.wait_for(lambda: bool(run.workers()), 30)
         time.sleep(random.random() * 2)
     else:
         time.sleep(random.random() * 0.05)
@@ -216,7 +189,7 @@ def _attack(case: Attack, run: Run, workers: list[int], begin: float, tokens: st
     if case.what == "fork" or (case.target == 0 and case.what in ("kill", "term")):
         os.kill(process.pid, signal.SIGKILL if case.what == "fork" else SIGNALS[case.what])
         process.wait()
-        taken = wait_for(lambda: not any(map(scripts.is_running, workers)), ORPHAN_SECONDS)
+        taken = scripts.seconds_to_end(workers, ORPHAN_SECONDS)
         return "WRONG orphans" if taken is None else f"workers gone after {taken:.1f} s"
     target = process.pid if case.target == 0 else workers[0] if workers else None
     if target is None:
@@ -227,7 +200,7 @@ def _attack(case: Attack, run: Run, workers: list[int], begin: float, tokens: st
         left = sum(map(scripts.is_running, workers))
         process.kill()
         process.wait()
-        taken = wait_for(lambda: not any(map(scripts.is_running, workers)), ORPHAN_SECONDS)
+        taken = scripts.seconds_to_end(workers, ORPHAN_SECONDS)
         if taken is None:
             return "WRONG orphans"
         return f"{left} of {len(workers)} workers waited for it, then gone after {taken:.1f} s"
@@ -237,7 +210,7 @@ def _attack(case: Attack, run: Run, workers: list[int], begin: float, tokens: st
     if case.moment == "start":
         allowed += 10.0  # to meet
     taken = time.monotonic() - begin
-    gone = wait_for(
+    gone = scripts.wait_for(
         lambda: process.poll() is not None and not any(map(scripts.is_running, workers)), 15
     )
     right = line.startswith(expected) and taken < allowed and gone is not None

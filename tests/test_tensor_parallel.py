@@ -3,7 +3,6 @@
 Starting processes takes most of the time, so many configurations share one torchrun job.
 """
 
-import contextlib
 import os
 import random
 import shutil
@@ -23,7 +22,6 @@ from tests import engine_tasks, scripts
 from tests.checkpoints import TABLE, OddVocabShape, Shape, prompts
 from tests.engine.cases import PIPELINED, tokens
 
-LISTEN = "0A"  # in /proc/net/tcp
 SECONDS = 10.0  # "within seconds", on a busy machine
 NO_HANG = pytest.mark.timeout(60)  # collectives themselves have half an hour
 
@@ -172,32 +170,16 @@ def test_worker_dies_before_it_joins(model, monkeypatch):
         make_engine(model)
 
 
-def listening_sockets() -> dict[str, str]:
-    """Where this process accepts TCP connections: addresses in hexadecimal, by socket."""
-    sockets = set()
-    for link in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
-            sockets.add(os.readlink(link))
-    addresses = {}
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            name = f"socket:[{fields[9]}]"
-            if fields[3] == LISTEN and name in sockets:
-                addresses[name] = fields[1].split(":")[0]
-    return addresses
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_only_this_machine_can_reach_the_ranks_and_exit_ends_them(model):
-    before = listening_sockets()
+    before = scripts.listening_sockets(os.getpid())
     with make_engine(model) as engine:
-        during = listening_sockets()
+        during = scripts.listening_sockets(os.getpid())
         (worker,) = engine.model_runner.ranks.workers.processes
         engine.exit()
         engine.exit()
         assert worker.returncode == 0
-    opened = {address for name, address in during.items() if name not in before}
+    opened = {place.split(":")[0] for name, place in during.items() if name not in before}
     assert opened == {socket.inet_aton("127.0.0.1")[::-1].hex().upper()}
 
 
@@ -273,7 +255,7 @@ def test_workers_end_with_rank_0(model):
     time.sleep(0.2)
     rank_0.kill()
     rank_0.communicate()
-    assert scripts.all_end(workers, SECONDS)
+    assert scripts.seconds_to_end(workers, SECONDS) is not None
 
 
 CRASH = """

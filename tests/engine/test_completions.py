@@ -128,26 +128,16 @@ def test_token_ids_may_come_in_any_sequence(llm, expected, kind):
     assert tokens(outputs) == expected
 
 
-def test_a_text_a_list_of_texts_and_their_token_ids_are_equal(tiny):
-    text = "Once upon a time"
-    one = tiny.generate(text, temperature=0, max_tokens=20, use_tqdm=False)
-    ids = tiny.tokenizer.encode(text)
-    for given in ([text], (text,), [ids], [tuple(ids)], [torch.tensor(ids)]):
-        again = tiny.generate(given, temperature=0, max_tokens=20, use_tqdm=False)
-        assert said(again) == said(one)
-    mixed = tiny.generate([ids, text], temperature=0, max_tokens=20, use_tqdm=False)
-    assert said(mixed) == said(one) * 2
-
-
-def test_a_prompt_may_be_a_dict_of_a_text_or_of_token_ids(tiny):
-    text = "Once upon a time"
-    params = SamplingParams(temperature=0, max_tokens=5)
+def test_a_prompt_is_a_text_its_token_ids_or_a_dict_of_either_alone_or_in_a_list(tiny):
+    text, params = "Once upon a time", SamplingParams(temperature=0, max_tokens=20)
     one = tiny.generate(text, params, use_tqdm=False)
-    dicts = [{"prompt": text}, {"prompt_token_ids": tuple(tiny.tokenizer.encode(text))}]
-    for given in dicts:
+    ids = tiny.tokenizer.encode(text)
+    dicts = [{"prompt": text}, {"prompt_token_ids": tuple(ids)}]
+    for given in ([text], (text,), [ids], [tuple(ids)], [torch.tensor(ids)], *dicts):
         assert said(tiny.generate(given, params, use_tqdm=False)) == said(one)
+    for given in dicts:
         tiny.add_request(given, params)
-    assert said(tiny.generate([*dicts, text], params, use_tqdm=False)) == said(one) * 3
+    assert said(tiny.generate([ids, *dicts, text], params, use_tqdm=False)) == said(one) * 4
     assert list(drain(tiny).values()) == tokens(one) * 2
 
 

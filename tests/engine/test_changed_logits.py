@@ -61,10 +61,10 @@ def test_the_cases_tell_right_from_wrong(shared, params, right):
 
 
 @pytest.mark.parametrize("more", [{"temperature": 0}, {"temperature": 1}, {"frequency_penalty": 1}])
-def test_a_request_that_allows_no_token_ends_in_error(shared, caplog, more):
+def test_a_request_that_allows_no_token_ends_in_error(llm, caplog, more):
     asked = {"logit_bias": dict.fromkeys(range(VOCAB), -math.inf), "logprobs": 2}
     params = SamplingParams(**asked, **more, prompt_logprobs=2, n=2)
-    outputs = shared.generate([MORE[0], MORE[1]], [params, GREEDY], use_tqdm=False)
+    outputs = llm.generate([MORE[0], MORE[1]], [params, GREEDY], use_tqdm=False)
     assert [output["finish_reason"] for output in outputs] == ["error", "error", "length"]
     assert [output["token_ids"] for output in outputs[:2]] == [[], []]
     assert [output["logprobs"] for output in outputs[:2]] == [[], []]

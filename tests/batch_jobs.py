@@ -1,7 +1,5 @@
 """Batch files for tests, and what must be true of the results."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """What the tests of the benchmark share: its runs, and maps of made-up times."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

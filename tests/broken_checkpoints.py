@@ -1,7 +1,5 @@
 """What tests of unsound checkpoints share; a sound one to be spoilt is the fixture `copy`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

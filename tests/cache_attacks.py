@@ -3,8 +3,6 @@
 An attack gets the file that the cache will look for, with a good text in it, and spoils it.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 what = mutate(directory, random.Random(seed))
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -7,8 +7,6 @@ beside them as checkpoints on the hub have them. `engine_tokens` and `oracle_tok
 after PROMPT, which is long enough for every variant of rope to show.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Shared set-up: without a GPU, Triton kernels run in Triton's interpreter."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Decode steps to test with: a small model whose KV cache holds the beginnings of sequences."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Sequence

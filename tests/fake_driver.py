@@ -5,8 +5,6 @@ context may join parts of one split only, and a stream belongs to a partition if
 it.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from enum import IntEnum

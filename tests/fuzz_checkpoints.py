@@ -9,8 +9,6 @@ transformers does not load it, what was said before the damage.
 Runs happen in a worker process with limited memory, which is ended if one hangs.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import logging

@@ -1,7 +1,5 @@
 """What a request's changes of its logits mean: transformers' processors, and OpenAI's formula."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Collection
 from typing import Any
@@ -58,6 +56,16 @@ def distribution(changed: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     if params.top_p < 1:
         scores = TopPLogitsWarper(params.top_p)(ids, scores)
     return scores[0].softmax(0)
+
+
+def check_frequencies(drawn: torch.Tensor, probabilities: torch.Tensor) -> None:
+    """Tokens are drawn about as often as they should be, and never if they should not be."""
+    counts = torch.bincount(drawn, minlength=len(probabilities)).double()
+    possible = probabilities > 0
+    assert counts[~possible].sum() == 0
+    expected, freedom = probabilities[possible] * len(drawn), int(possible.sum()) - 1
+    chi_square = ((counts[possible] - expected) ** 2 / expected).sum().item()
+    assert chi_square <= freedom + 4 * (2 * freedom) ** 0.5 + 4 * (freedom > 0)
 
 
 @torch.inference_mode()

@@ -4,8 +4,6 @@ Between measured points times are interpolated. Beyond the last context a step g
 attention takes there, as measured at the largest batch that has longer contexts.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from bisect import bisect_right

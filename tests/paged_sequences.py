@@ -1,7 +1,5 @@
 """Random sequences in a paged KV cache, and their attention by torch's own. Needs no Triton."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.nn.functional as F

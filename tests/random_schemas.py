@@ -1,7 +1,5 @@
 """Random JSON schemas of the keywords that are enforced, small enough for a completion to end."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

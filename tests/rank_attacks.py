@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,26 +137,10 @@ def command_line(pid: int) -> bytes:
         return b""
 
 
-def listening_ports(pids: list[int]) -> set[int]:
-    """Ports of TCP sockets that the processes accept connections at."""
-    inodes = set()
-    for pid in pids:
-        for link in Path(f"/proc/{pid}/fd").glob("*"):
-            try:
-                inodes.add(os.readlink(link))
-            except OSError:
-                continue
-    ports = set()
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
-            ports.add(int(fields[1].split(":")[1], 16))
-    return ports
-
-
 def send_noise(pids: list[int]) -> int:
     """Connects to every port, says something wrong, and leaves half of the connections open."""
-    ports = listening_ports(pids)
+    places = [place for pid in pids for place in scripts.listening_sockets(pid).values()]
+    ports = {int(place.split(":")[1], 16) for place in places}
     for port in ports:
         for _ in range(3):
             try:
@@ -174,25 +157,13 @@ def send_noise(pids: list[int]) -> int:
 OPEN: list[socket.socket] = []
 
 
-def wait_for(what: Callable[[], bool], seconds: float) -> float | None:
-    """Seconds until it holds, or None."""
-    begin = time.monotonic()
-    while time.monotonic() - begin < seconds:
-        if what():
-            return time.monotonic() - begin
-        time.sleep(0.02)
-    return None
-
-
-def attack(case: Attack, directory: Path, model: Path, device: str, tokens: str) -> str:
+def attack(case: Attack, model: Path, device: str, tokens: str) -> str:
     """Runs one; returns what came of it, which begins with "WRONG" if it is not right."""
-    script = directory / "run.py"
-    script.write_text(RUN)
     fork_at = case.moment if case.what == "fork" else ""
-    run = Run(scripts.start(script, device, model, STEP_TIMEOUT, fork_at))
+    run = Run(scripts.start("-c", RUN, device, model, STEP_TIMEOUT, fork_at))
     run.read_until(case.moment)
     if case.moment == "start":
-        wait_for(lambda: bool(run.workers()), 30)
+        scripts.wait_for(lambda: bool(run.workers()), 30)
         time.sleep(random.random() * 2)
     else:
         time.sleep(random.random() * 0.05)
@@ -218,7 +189,7 @@ def _attack(case: Attack, run: Run, workers: list[int], begin: float, tokens: st
     if case.what == "fork" or (case.target == 0 and case.what in ("kill", "term")):
         os.kill(process.pid, signal.SIGKILL if case.what == "fork" else SIGNALS[case.what])
         process.wait()
-        taken = wait_for(lambda: not any(map(scripts.is_running, workers)), ORPHAN_SECONDS)
+        taken = scripts.seconds_to_end(workers, ORPHAN_SECONDS)
         return "WRONG orphans" if taken is None else f"workers gone after {taken:.1f} s"
     target = process.pid if case.target == 0 else workers[0] if workers else None
     if target is None:
@@ -229,7 +200,7 @@ def _attack(case: Attack, run: Run, workers: list[int], begin: float, tokens: st
         left = sum(map(scripts.is_running, workers))
         process.kill()
         process.wait()
-        taken = wait_for(lambda: not any(map(scripts.is_running, workers)), ORPHAN_SECONDS)
+        taken = scripts.seconds_to_end(workers, ORPHAN_SECONDS)
         if taken is None:
             return "WRONG orphans"
         return f"{left} of {len(workers)} workers waited for it, then gone after {taken:.1f} s"
@@ -239,7 +210,7 @@ def _attack(case: Attack, run: Run, workers: list[int], begin: float, tokens: st
     if case.moment == "start":
         allowed += 10.0  # to meet
     taken = time.monotonic() - begin
-    gone = wait_for(
+    gone = scripts.wait_for(
         lambda: process.poll() is not None and not any(map(scripts.is_running, workers)), 15
     )
     right = line.startswith(expected) and taken < allowed and gone is not None
@@ -262,17 +233,14 @@ def main() -> None:
         cases += [Attack(what, 0, at) for what in ("fork", "strangers") for at in MOMENTS]
     wrong = 0
     with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        model = directory / "model"
+        model = Path(name)
         Shape(heads=8, kv_heads=2, seed=1).write(model)
         os.environ["PYTHONHASHSEED"] = "0"
-        script = directory / "run.py"
-        script.write_text(RUN)
-        plain = scripts.run(script, arguments.device, model, STEP_TIMEOUT, "", timeout=120)
-        tokens = plain.stdout.splitlines()[-1]
-        assert tokens.startswith("tokens"), plain.stderr
+        options = arguments.device, model, STEP_TIMEOUT, ""
+        *_, tokens = scripts.output_of("-c", RUN, *options, timeout=120)
+        assert tokens.startswith("tokens")
         for case in cases:
-            outcome = attack(case, directory, model, arguments.device, tokens)
+            outcome = attack(case, model, arguments.device, tokens)
             wrong += outcome.startswith("WRONG")
             print(f"{case.what:9} rank {case.target} at {case.moment:8} {outcome}", flush=True)
     print(json.dumps({"attacks": len(cases), "wrong": wrong}))

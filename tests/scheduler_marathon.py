@@ -6,8 +6,6 @@ Long prompts, few tokens a step and scarce blocks: what makes a request starve. 
 assertion if a request that could decode waits longer than the longest streak of prefill steps.
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 import sys

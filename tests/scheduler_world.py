@@ -5,8 +5,6 @@ was last written there, and looks before each step whether the slots that the st
 they must. After every event it checks all invariants.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass

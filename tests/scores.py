@@ -1,8 +1,6 @@
 """What log-probabilities must be, by transformers or by the definition, and how to compare."""
 
-from __future__ import annotations
-
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +8,10 @@ import torch
 from transformers import PreTrainedModel
 
 from nanovllm import Logprob
-from tests import scripts
+from tests import engine_tasks
+from tests.checkpoints import OddVocabShape
 
 Asked = tuple[int | None, int | None]  # logprobs, prompt_logprobs
-
-SCRIPT = """
-import json, sys
-from nanovllm import LLM, SamplingParams
-
-with open(sys.argv[1]) as file:
-    task = json.load(file)
-with LLM(**task["options"]) as llm:
-    params = [SamplingParams(**fields) for fields in task["sampling"]]
-    outputs = llm.generate(task["prompts"], params, use_tqdm=False)
-    print(json.dumps([outputs, llm.scheduler.num_preemptions]))
-"""
 
 
 @torch.inference_mode()
@@ -70,21 +57,42 @@ def check_output(
             check_place(place, ids[i], count, right[i - 1], tolerance)
 
 
-def run_script(directory: Path, task: dict[str, Any]) -> tuple[list[Any], int]:
-    """Completions of an engine in a process of its own, and how often it preempted a request.
+def check_outputs(
+    model: PreTrainedModel,
+    given: Sequence[list[int]],
+    outputs: Sequence[Any],
+    asked: Sequence[Asked],
+    tolerance: float = 1e-4,
+) -> None:
+    """The same of several; `given` are their prompts."""
+    for prompt, output, counts in zip(given, outputs, asked, strict=True):
+        check_output(model, prompt, output, counts, tolerance)
 
-    `task` has "options" of `LLM`, "prompts", and "sampling", the fields of each.
+
+def check_process(
+    directory: Path,
+    given: list[list[int]],
+    asked: Sequence[Asked],
+    options: dict[str, Any],
+    tolerance: float = 1e-4,
+    **fields: Any,
+) -> dict[str, Any]:
+    """Checks completions of an engine in a process of its own; returns its whole result.
+
+    `options` are those of `LLM`, `fields` of all `SamplingParams`; each request has its own seed.
     """
-    (directory / "task.json").write_text(json.dumps(task))
-    script = directory / "script.py"
-    script.write_text(SCRIPT)
-    result = scripts.run(script, directory / "task.json", timeout=240)
-    assert result.returncode == 0, result.stderr
-    outputs, preemptions = json.loads(result.stdout)
-    for output in outputs:
+    model = OddVocabShape(seed=6).write(directory / "model")
+    sampling = [
+        {"seed": i, "logprobs": a, "prompt_logprobs": b, **fields} for i, (a, b) in enumerate(asked)
+    ]
+    options = {"model": str(directory / "model"), "kvcache_block_size": 16, **options}
+    task = {"options": options, "prompts": given, "sampling": sampling}
+    (result,) = engine_tasks.run_elsewhere(directory, [task])
+    for output in result["outputs"]:
         for field in ("logprobs", "prompt_logprobs"):
             output[field] = output[field] and [_from_json(place) for place in output[field]]
-    return outputs, preemptions
+    check_outputs(model, given, result["outputs"], asked, tolerance)
+    return result
 
 
 def _from_json(place: dict[str, list[Any]] | None) -> dict[int, Logprob] | None:

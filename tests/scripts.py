@@ -1,19 +1,23 @@
 """Runs user scripts as processes of their own, plainly or under torchrun, and breaks workers."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 ROOT = str(Path(__file__).resolve().parents[1])
+LISTEN = "0A"  # in /proc/net/tcp
 
 
 def start(script: Path | str, *args: object, processes: int = 0) -> subprocess.Popen[str]:
-    """Starts `script`, or with "-m" a module; with `processes`, as that many under torchrun."""
+    """Starts `script`; with `processes`, a file as that many under torchrun.
+
+    With "-c" or "-m" instead of it, a program or a module comes next.
+    """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     path = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
@@ -38,6 +42,13 @@ def run(
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+def output_of(script: Path | str, *args: object, **options: Any) -> list[str]:
+    """The lines that `script` prints, which must end without an error."""
+    done = run(script, *args, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 def is_running(pid: int) -> bool:
     """Whether a process still runs; one that only waits to be reaped does not."""
     try:
@@ -51,15 +62,35 @@ def is_running(pid: int) -> bool:
         return not Path("/proc/self").exists()  # no /proc on this system, or gone just now
 
 
-def all_end(pids: Iterable[int], seconds: float) -> bool:
-    """Whether all of the processes end within some time."""
-    deadline = time.monotonic() + seconds
-    pids = list(pids)
-    while any(map(is_running, pids)):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
+def wait_for(what: Callable[[], bool], seconds: float) -> float | None:
+    """Seconds until it holds; None if it does not within that time."""
+    begin = time.monotonic()
+    while time.monotonic() - begin < seconds:
+        if what():
+            return time.monotonic() - begin
+        time.sleep(0.02)
+    return None
+
+
+def seconds_to_end(pids: Sequence[int], seconds: float) -> float | None:
+    """The same of the end of all these processes."""
+    return wait_for(lambda: not any(map(is_running, pids)), seconds)
+
+
+def listening_sockets(pid: int) -> dict[str, str]:
+    """Where a process accepts TCP connections: address:port in hexadecimal, by socket."""
+    sockets = set()
+    for link in Path(f"/proc/{pid}/fd").glob("*"):
+        with suppress(OSError):  # it has been closed
+            sockets.add(os.readlink(link))
+    places = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, place, _, state, *_ = fields = line.split()
+            name = f"socket:[{fields[9]}]"
+            if state == LISTEN and name in sockets:
+                places[name] = place
+    return places
 
 
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"

@@ -3,8 +3,6 @@
 The blocks are data, run as they stand; only the model's path is replaced by the embedded model's.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

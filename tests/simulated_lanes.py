@@ -13,8 +13,6 @@ micro-batch holds it any more, its memory is free for whatever that lane issues 
 lanes may not have read it yet: so the lane's next operation overwrites it, with NaN.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Small tokenizers of the kinds that there are, made by the library that models use."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path

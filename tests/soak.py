@@ -8,8 +8,6 @@ first two, if they saw more file descriptors, threads, KV blocks or device memor
 token was wrong or a request lost.
 """
 
-from __future__ import annotations
-
 import argparse
 import ctypes
 import gc

@@ -10,8 +10,6 @@ interrupt an engine must go on with the right tokens, or say that it has exited;
 replaced.
 """
 
-from __future__ import annotations
-
 import random
 import re
 import time

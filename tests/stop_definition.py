@@ -1,7 +1,5 @@
 """What a stop text is, by definition: letter by letter, and each time decoding all tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 
 from nanovllm.engine.detokenizer import INCOMPLETE

@@ -3,8 +3,6 @@
 python tests/structured_runs.py --count 200
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -4,8 +4,6 @@ The flash-attn package needs a GPU, so a stand-in takes its place: the two funct
 with the arguments that we pass and their meaning in flash-attn 2.8.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from types import ModuleType

@@ -1,7 +1,5 @@
 """`python -m nanovllm.batch`: answers, refusals, and jobs that are killed and go on."""
 
-from __future__ import annotations
-
 import json
 import math
 import multiprocessing
@@ -9,6 +7,7 @@ import random
 import re
 import shlex
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -380,7 +379,7 @@ def test_a_line_torn_anywhere_is_dropped_and_written_anew(tmp_path):
     ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
     for size in range(len(whole) + 1):
         path.write_bytes(whole[:size])
-        with Results(path, {"a", "ü", "c"}) as results:
+        with closing(Results(path, {"a", "ü", "c"})) as results:
             kept = sum(end <= size for end in ends)
             assert results.done == set(["a", "ü", "c"][:kept])
             results.append(read(write(tmp_path / "all", result_lines("a", "ü", "c")))[kept:])

@@ -1,7 +1,5 @@
 """`python -m nanovllm.bench` on the CPU with the embedded model: what it measures and prints."""
 
-from __future__ import annotations
-
 import json
 import random
 import sys
@@ -35,11 +33,9 @@ PUBLISHED = {
     "32B": 32_762_123_264,
 }
 
-Capture = pytest.CaptureFixture[str]
-
 
 class TestDecode:
-    def test_table_and_record(self, capsys: Capture, tmp_path: Path) -> None:
+    def test_table_and_record(self, capsys, tmp_path):
         file = tmp_path / "result.json"
         lines, record = run(capsys, *QUICK, "--json", file, "--modes", *options.MODES)
         assert json.loads(file.read_text()) == record
@@ -62,7 +58,7 @@ class TestDecode:
             assert "needs a CUDA GPU" in arms[mode]["fallback_reason"]
             assert any(line.startswith(f"{mode} is not timed, falls back") for line in lines)
 
-    def test_a_small_shape(self, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_small_shape(self, capsys, monkeypatch):
         monkeypatch.setitem(SIZES, "0.6B", (64, 128, 28, 2, True))
         small = {"vocab_size": 128, "num_key_value_heads": 1}
         for name, value in small.items():
@@ -74,7 +70,7 @@ class TestDecode:
         assert record["options"]["load_format"] == "dummy"
         assert record["options"]["async_scheduling"] is False
 
-    def test_several_ranks(self, capsys: Capture) -> None:
+    def test_several_ranks(self, capsys):
         """They have one mode beside sequential."""
         argv = [*QUICK, "--tensor-parallel-size", "2", "--modes", "microbatch", "green"]
         lines, record = run(capsys, *argv)
@@ -83,17 +79,17 @@ class TestDecode:
         assert [arm["mode"] for arm in record["arms"]] == ["sequential", "microbatch"]
         assert all(arm["step_ms"]["median"] > 0 for arm in record["arms"])
 
-    def test_a_batch_too_small(self, capsys: Capture) -> None:
+    def test_a_batch_too_small(self, capsys):
         _, record = run(capsys, *QUICK, "--batch", "1", "--modes", "microbatch")
         assert "batch of 1" in record["arms"][1]["fallback_reason"]
 
-    def test_a_timeline_of_the_last_mode(self, capsys: Capture, tmp_path: Path) -> None:
+    def test_a_timeline_of_the_last_mode(self, capsys, tmp_path):
         file = tmp_path / "steps.json"
         run(capsys, *QUICK, "--modes", "microbatch", "--timeline", file)
         events = json.loads(file.read_text())["traceEvents"]
         assert {e["args"].get("micro_batch") for e in events if e["ph"] == "X"} == {0, 1}
 
-    def test_columns_of_floor_and_power(self) -> None:
+    def test_columns_of_floor_and_power(self):
         arm = {
             "mode": "green", "label": "green", "lane_sms": {"attention": 36, "ffn": 96},
             "fallback_reason": None, "tokens_per_second": 1000.0, "ratio": 1.1,
@@ -112,7 +108,7 @@ class TestDecode:
 
 
 class TestGrowing:
-    def test_table_and_record(self, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_table_and_record(self, capsys, monkeypatch):
         pretend_planner(monkeypatch)
         lines, record = run(capsys, *GROW, "--modes", "microbatch", "auto", "--rounds", "3")
         assert lines == growing.describe(record).splitlines()
@@ -129,7 +125,7 @@ class TestGrowing:
         assert any(line.endswith("auto's plan") for line in lines)
         assert lines[-1].startswith("auto is ")
 
-    def test_the_largest_run_fits_a_gpu_by_default(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_largest_run_fits_a_gpu_by_default(self, monkeypatch):
         asked = []
 
         def start_arms(args: Any, *rest: Any) -> None:
@@ -144,7 +140,7 @@ class TestGrowing:
         assert asked == [14, 28, None]
 
     @pytest.mark.parametrize("seed", range(10))
-    def test_ranges_hold_every_step_once_and_turns_lie_in_their_middle(self, seed: int) -> None:
+    def test_ranges_hold_every_step_once_and_turns_lie_in_their_middle(self, seed):
         rng = random.Random(seed)
         context = rng.randint(50, 300)
         until = context * rng.randint(2, 40)
@@ -160,7 +156,7 @@ class TestGrowing:
             begin += steps
         assert begin == until
 
-    def test_ranges_have_equal_ratios(self) -> None:
+    def test_ranges_have_equal_ratios(self):
         contexts = [w.mean_context for _, w in growing.context_ranges(512, 128, 4096, 16, 24)]
         ratios = [b / a for a, b in pairwise(contexts)]
         assert ratios == pytest.approx([32 ** (1 / 16)] * 15, rel=0.01)
@@ -168,7 +164,7 @@ class TestGrowing:
 
 class TestCeilings:
     @pytest.mark.parametrize("seed", range(3))
-    def test_flops_equal_a_count_product_by_product(self, seed: int) -> None:
+    def test_flops_equal_a_count_product_by_product(self, seed):
         rng = random.Random(seed)
         kv_heads = rng.randint(1, 3)
         config = parse_config(
@@ -202,17 +198,15 @@ class TestArms:
             (0, None, None, None),
         ],
     )
-    def test_the_default_split_fills_the_device(
-        self, device_sms: int, attention: int | None, ffn: int | None, split: Any
-    ) -> None:
+    def test_the_default_split_fills_the_device(self, device_sms, attention, ffn, split):
         assert choose_split(device_sms, attention, ffn) == split
 
-    def test_a_split_leaves_some_for_both(self) -> None:
+    def test_a_split_leaves_some_for_both(self):
         for counts in ((132, None), (None, 140)):
             with pytest.raises(ValueError, match="132 SMs"):
                 choose_split(132, *counts)
 
-    def test_green_has_an_arm_a_split(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_green_has_an_arm_a_split(self, monkeypatch):
         monkeypatch.setattr("nanovllm.bench.arms.sm_count", lambda device: 132)
         argv = ["--device", "cpu", "--modes", "auto", "green", "auto"]
         splits = ["--splits", "28+104", "60+72", "28+104"]
@@ -227,7 +221,7 @@ class TestArms:
         assert len(arm_specs(options.parse(None, ["--map", *argv]))) == 2 + 5
         assert arm_specs(options.parse(None, argv))["green"] == ("green", (36, 96))
 
-    def test_leave_the_engine_as_it_was(self) -> None:
+    def test_leave_the_engine_as_it_was(self):
         with LLM(device="cpu", num_kvcache_blocks=4) as engine:
             runner = engine.model_runner
             own = runner.step_runner, runner.step_runner.chooser
@@ -244,7 +238,7 @@ class TestArms:
 
 
 class TestTurns:
-    def test_sequences_decode_from_their_context_on(self) -> None:
+    def test_sequences_decode_from_their_context_on(self):
         workload = DecodeWorkload(batch=4, context=300, output=6)
         seen: list[tuple[bool, int, int, int]] = []
 
@@ -266,7 +260,7 @@ class TestTurns:
             assert engine.scheduler.num_preemptions == 0
             assert len(engine.scheduler.blocks.free) == engine.model_runner.num_blocks
 
-    def test_more_sequences_than_there_is_memory_for(self) -> None:
+    def test_more_sequences_than_there_is_memory_for(self):
         workload = DecodeWorkload(batch=4, context=300, output=6)
         with LLM(device="cpu", num_kvcache_blocks=7, enable_prefix_caching=False) as engine:
             with pytest.raises(ValueError, match=r"need 10 KV blocks .* for 7"):
@@ -277,17 +271,17 @@ class TestTurns:
 
 class TestShapes:
     @pytest.mark.parametrize("shape", SIZES)
-    def test_have_the_published_size(self, shape: str) -> None:
+    def test_have_the_published_size(self, shape):
         config = parse_config(published_config(shape))
         assert config.num_weights == pytest.approx(PUBLISHED[shape], rel=1e-3)
 
-    def test_directories_are_models_without_weights(self) -> None:
+    def test_directories_are_models_without_weights(self):
         with shape_directory("14B", layers=3) as directory:
             assert load_config(Path(directory)).num_hidden_layers == 3
         assert not Path(directory).exists()
 
     @pytest.mark.parametrize("tied", [True, False])
-    def test_the_floor_counts_what_a_step_reads(self, tied: bool) -> None:
+    def test_the_floor_counts_what_a_step_reads(self, tied):
         model, config = torch.nn.Module(), parse_config(published_config("8B"))
         object.__setattr__(config, "tie_word_embeddings", tied)
         embedding = 151_936 * 4096
@@ -306,9 +300,7 @@ class TestShapes:
 
 
 class TestPower:
-    def test_samples_count_for_the_arm_whose_steps_ran(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
+    def test_samples_count_for_the_arm_whose_steps_ran(self, monkeypatch, tmp_path):
         samples = {t / 2: f"{t / 2}, {100.0 * t}, 1500" for t in range(14)}
         file = tmp_path / "samples"
         file.write_text("\n".join(["no sample", *samples.values()]))
@@ -324,7 +316,7 @@ class TestPower:
         assert readings["b"]["samples"] == 3
         assert "c" not in readings
 
-    def test_a_line_is_a_sample(self) -> None:
+    def test_a_line_is_a_sample(self):
         line = "2026/11/25 16:01:02.345, 683.21, 1485\n"
         moment, watts, mhz = power.parse(line) or (0, 0, 0)
         assert (moment % 60, watts, mhz) == (pytest.approx(2.345), 683.21, 1485.0)

@@ -1,10 +1,7 @@
 """The command line of `python -m nanovllm.bench`: what it refuses, its help, interrupts."""
 
-from __future__ import annotations
-
 import itertools
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +10,8 @@ from nanovllm.bench import __main__ as bench
 from nanovllm.bench import engines, gain_map, options, turns
 from tests.bench_runs import GROW, refusal, without_text
 
-Capture = pytest.CaptureFixture[str]
 
-
-def refuse(capsys: Capture, *argv: object) -> str:
+def refuse(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     """The one line on stderr with which it ends at once."""
     device = [] if "--device" in argv else ["--device", "cpu"]
     return refusal(capsys, bench.main, *device, *argv)
@@ -54,25 +49,21 @@ class TestRefusals:
         ],
         ids=" ".join,
     )
-    def test_say_why_in_a_line_before_anything_is_loaded(
-        self, argv: list[str], words: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_say_why_in_a_line_before_anything_is_loaded(self, argv, words, capsys, monkeypatch):
         monkeypatch.setattr(engines, "LLMEngine", None)
         err = refuse(capsys, *argv)
         assert all(word in err for word in words), err
 
-    def test_a_directory_without_a_model(self, tmp_path: Path, capsys: Capture) -> None:
+    def test_a_directory_without_a_model(self, tmp_path, capsys):
         assert "config.json" in refuse(capsys, "--model", tmp_path)
 
-    def test_a_picture_without_matplotlib(
-        self, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_picture_without_matplotlib(self, capsys, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         assert "matplotlib" in refuse(capsys, "--map", "--plot", "map.png")
 
 
 @pytest.mark.parametrize("workload", options.WORKLOADS)
-def test_every_workload_has_a_help(workload: str, capsys: Capture) -> None:
+def test_every_workload_has_a_help(workload, capsys):
     with pytest.raises(SystemExit) as end:
         bench.main(["--workload", workload, "--help"])
     assert end.value.code == 0
@@ -83,8 +74,8 @@ def test_every_workload_has_a_help(workload: str, capsys: Capture) -> None:
 
 @pytest.mark.parametrize(("count", "measured"), [(1, [1, 0]), (3, [2, 1]), (6, [2, 2])])
 def test_growing_that_is_interrupted_has_the_ranges_that_were_run(
-    count: int, measured: list[int], capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    count, measured, capsys, monkeypatch
+):
     run_turn, warm_up, calls = turns.run_turn, 2, itertools.count()
 
     def interrupted(*args: Any) -> Any:
@@ -107,8 +98,8 @@ def test_growing_that_is_interrupted_has_the_ranges_that_were_run(
 
 @pytest.mark.parametrize("failing", ["write", "draw"])
 def test_what_is_measured_is_printed_when_it_cannot_be_written_or_drawn(
-    failing: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+    failing, capsys, monkeypatch, tmp_path
+):
     def fail(*args: Any) -> Any:
         raise OSError("no space left")
 
@@ -125,9 +116,7 @@ def test_what_is_measured_is_printed_when_it_cannot_be_written_or_drawn(
     assert len(json.loads(text)["shapes"][0]["points"]) == 1
 
 
-def test_what_is_measured_at_an_interrupt_is_printed(
-    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_is_measured_at_an_interrupt_is_printed(capsys, monkeypatch, tmp_path):
     measure, calls = gain_map.measure_point, []
 
     def third_is_interrupted(*args: Any) -> Any:

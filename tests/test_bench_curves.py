@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,9 +31,7 @@ class Manager:
         return f"{self.ffn_sms} SMs"
 
 
-def test_every_partition_is_measured_on_its_stream(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_every_partition_is_measured_on_its_stream(monkeypatch, tmp_path):
     streams: list[str] = []
     limits: list[tuple[int, ...]] = []
 

@@ -1,7 +1,5 @@
 """`nanovllm.bench --map`: measured on the CPU with the embedded model, and on made-up times."""
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -19,14 +17,11 @@ from nanovllm.bench.pictures import draw_map
 from nanovllm.bench.turns import FEWEST_ROUNDS
 from tests.bench_runs import make_map, make_point, make_shape, pretend_planner, run
 
-Capture = pytest.CaptureFixture[str]
 QUICK = ["--map", "--seconds", "0.01"]
 
 
 class TestOnTheCpu:
-    def test_every_point_is_measured_and_drawn_again_alike(
-        self, tmp_path: Path, capsys: Capture
-    ) -> None:
+    def test_every_point_is_measured_and_drawn_again_alike(self, tmp_path, capsys):
         file, picture, again = (tmp_path / name for name in ("m.json", "m.png", "again.png"))
         bench.main([*QUICK, "--device", "cpu", "--json", str(file), "--plot", str(picture)])
         record = report.read_record(file, "map")
@@ -51,7 +46,7 @@ class TestOnTheCpu:
         assert [row[3:] for row in rows if row[:2] == ["1", "64"]] == [["-", "-", "-"]]
         assert [row[4:] for row in rows if row[:2] == ["4", "64"]] == [["-", "microbatch"]]
 
-    def test_points_that_do_not_fit_are_listed(self, capsys: Capture) -> None:
+    def test_points_that_do_not_fit_are_listed(self, capsys):
         argv = ["--modes", "sequential", "--batches", "2", "2", "--contexts", "5000", "20"]
         table, record = run(capsys, *QUICK, *argv)
         fits, too_long = record["shapes"][0]["points"]
@@ -61,9 +56,7 @@ class TestOnTheCpu:
         assert any(line.split() == ["2", "5000", "does", "not", "fit"] for line in table)
         assert any(line.startswith("1 points in ") and "1 more" in line for line in table)
 
-    def test_a_shape_that_does_not_fit_does_not_stop_the_map(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-    ) -> None:
+    def test_a_shape_that_does_not_fit_does_not_stop_the_map(self, monkeypatch, capsys):
         def refuse(*args: object, **options: object) -> None:
             raise DoesNotFit("no memory left")
 
@@ -71,9 +64,7 @@ class TestOnTheCpu:
         table, _ = run(capsys, *QUICK)
         assert "tiny: not measured, no memory left" in table
 
-    def test_a_point_has_the_plan_in_use(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-    ) -> None:
+    def test_a_point_has_the_plan_in_use(self, monkeypatch, capsys):
         pretend_planner(monkeypatch)
         argv = ["--modes", "auto", "--contexts", "16", "--batches", "2"]
         table, record = run(capsys, *QUICK, *argv)
@@ -83,7 +74,7 @@ class TestOnTheCpu:
 
 
 class TestGains:
-    def test_best_is_neither_sequential_nor_auto(self) -> None:
+    def test_best_is_neither_sequential_nor_auto(self):
         times = {"sequential": 2.0, "streams": 2.5, "green_36P96": 1.6, "auto": 1.5}
         (point,) = judge(make_shape("8B", [make_point(8, 128, **times)]))
         gains = {"streams": 0.8, "green 36+96": 1.25, "auto": 4 / 3}
@@ -101,11 +92,11 @@ class TestGains:
             ({"sequential": 1.0, "green": 0.8}, False),
         ],
     )
-    def test_what_auto_promises(self, times: dict[str, float], fails: bool) -> None:
+    def test_what_auto_promises(self, times, fails):
         (point,) = judge(make_shape("8B", [make_point(8, 128, **times)]))
         assert point.auto_fails is fails
 
-    def test_the_summary_finds_the_extremes(self) -> None:
+    def test_the_summary_finds_the_extremes(self):
         small = [
             make_point(1, 128, sequential=1.0, auto=1.02),
             make_point(8, 128, sequential=1.0, streams=0.99, auto=1.0),
@@ -126,7 +117,7 @@ class TestGains:
         assert [row.split()[-2] for row in rows if row.startswith("8 ")][1:3] == ["!", "streams"]
 
 
-def test_a_record_goes_where_a_link_points_and_a_pipe_stays_one(tmp_path: Path) -> None:
+def test_a_record_goes_where_a_link_points_and_a_pipe_stays_one(tmp_path):
     file, link, pipe = (tmp_path / name for name in ("record.json", "link.json", "pipe"))
     file.write_text("old")
     link.symlink_to(file)
@@ -150,7 +141,7 @@ class TestJoin:
             report.write_record(record, path)
         return gain_map.read_map(paths)
 
-    def test_shapes_are_ordered_and_the_last_of_a_name_counts(self, tmp_path: Path) -> None:
+    def test_shapes_are_ordered_and_the_last_of_a_name_counts(self, tmp_path):
         old = make_point(8, 128, sequential=1.0, streams=2.0)
         new = make_point(8, 128, sequential=1.0, streams=0.5)
         first = make_map(make_shape("8B", [old]), make_shape("4B", [old]))
@@ -163,13 +154,13 @@ class TestJoin:
         assert dates == [first["date"], second["date"], second["date"]]
         assert (record["seconds_per_arm"], record["sweep_seconds"]) == (0.3, 200)
 
-    def test_not_of_two_machines(self, tmp_path: Path) -> None:
+    def test_not_of_two_machines(self, tmp_path):
         shape = make_shape("8B", [])
         with pytest.raises(BenchError, match="device"):
             self.join(tmp_path, make_map(shape), make_map(shape, device="another"))
 
     @pytest.mark.parametrize("text", ["", "[1]", '{"benchmark": "nano"}'])
-    def test_a_file_with_something_else(self, text: str, tmp_path: Path) -> None:
+    def test_a_file_with_something_else(self, text, tmp_path):
         file = tmp_path / "other.json"
         file.write_text(text, encoding="utf-8")
         with pytest.raises(BenchError, match=f"--from {file}"):
@@ -178,9 +169,7 @@ class TestJoin:
 
 @pytest.mark.parametrize("shapes", [1, 2, 5])
 @pytest.mark.parametrize("auto", [True, False])
-def test_a_picture_is_readable_at_the_width_of_a_readme(
-    shapes: int, auto: bool, tmp_path: Path
-) -> None:
+def test_a_picture_is_readable_at_the_width_of_a_readme(shapes, auto, tmp_path):
     """Points of random times, except that 1 sequence cannot be cut and the last does not fit."""
     names = ["0.6B", "1.7B", "4B", "8B", "14B"][:shapes]
     places = [(batch, context) for batch in (1, 8, 32) for context in (128, 512, 1024, 2048)]

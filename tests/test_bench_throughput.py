@@ -1,7 +1,5 @@
 """Whole runs of requests: the requests, the log of their steps, and runs on the CPU."""
 
-from __future__ import annotations
-
 import json
 import random
 import zlib
@@ -29,8 +27,8 @@ class TestRequests:
         ],
     )
     def test_are_those_that_other_engines_were_given(
-        self, name: str, count: int, tokens_in: int, tokens_out: int, checksum: int
-    ) -> None:
+        self, name, count, tokens_in, tokens_out, checksum
+    ):
         """The checksum is that of the same draw by the script that drives the other engines."""
         prompts, outputs = draw_requests(name, 151_936)
         assert (len(prompts), sum(map(len, prompts)), sum(outputs)) == (
@@ -38,7 +36,7 @@ class TestRequests:
         )  # fmt: skip
         assert zlib.crc32(json.dumps([prompts, outputs]).encode()) == checksum
 
-    def test_sets_of_equal_requests(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_sets_of_equal_requests(self, monkeypatch):
         assert requests.EQUAL["steady"] == (2000, 1500, 500)
         assert requests.MAX_NUM_SEQS["steady"] == 256
         for name in requests.EQUAL:
@@ -46,7 +44,7 @@ class TestRequests:
             prompts, outputs = draw_requests(name, 151_936)
             assert ([len(prompt) for prompt in prompts], outputs) == ([5] * 3, [7] * 3)
 
-    def test_fit_any_vocabulary_and_may_be_fewer(self) -> None:
+    def test_fit_any_vocabulary_and_may_be_fewer(self):
         prompts, outputs = draw_requests("W", 50, first=3)
         assert (len(prompts), len(outputs)) == (3, 3)
         assert max(map(max, prompts)) < 50
@@ -60,7 +58,7 @@ def step(
 
 class TestTotals:
     @pytest.mark.parametrize("seed", range(5))
-    def test_time_between_tokens_is_that_of_each_request(self, seed: int) -> None:
+    def test_time_between_tokens_is_that_of_each_request(self, seed):
         rng = random.Random(seed)
         steps, moments, now = [], defaultdict(list), 0.0
         for _ in range(rng.randint(3, 40)):
@@ -74,10 +72,10 @@ class TestTotals:
         assert found["median"] == pytest.approx(np.percentile(gaps, 50))
         assert found["p99"] == pytest.approx(np.percentile(gaps, 99))
 
-    def test_one_token_each_has_no_time_between(self) -> None:
+    def test_one_token_each_has_no_time_between(self):
         assert count_tokens([step(True, [0, 1], [])])["inter_token_ms"] is None
 
-    def test_recomputed_tokens(self) -> None:
+    def test_recomputed_tokens(self):
         steps = [
             step(False, [0], [(0, 0, 10), (1, 0, 4)]),  # the second prompt in parts
             step(False, [1], [(1, 4, 8)]),
@@ -89,7 +87,7 @@ class TestTotals:
         assert count_tokens(steps)["recomputed_tokens"] == 9 + 3
 
     @pytest.mark.parametrize("blocks", [40, 3])
-    def test_of_a_run(self, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_of_a_run(self, blocks, monkeypatch):
         """With few blocks, requests are preempted and computed again."""
         monkeypatch.setattr(throughput, "WARM_UP", [1])
         with LLM(
@@ -129,7 +127,7 @@ class Device:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_idle_time_of_a_device_that_runs_dry(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_time_of_a_device_that_runs_dry(seed, monkeypatch):
     """Never less than it is, and exact where the device waits for all of the launch."""
     rng, device = random.Random(seed), Device()
     runner: Any = SimpleNamespace(
@@ -167,7 +165,7 @@ class TestOnTheCpu:
         monkeypatch.setitem(requests.EQUAL, "steady", (3, 5, 8))
 
     @pytest.mark.parametrize("mode", ["sequential", "microbatch", "green"])
-    def test_nano(self, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_nano(self, mode, capsys):
         lines, record = run(capsys, "--workload", "nano", "--num-requests", "3", "--mode", mode)
         assert (record["requests"], record["output_tokens"]) == (3, 33)
         assert (record["fallback_reason"] is not None) == (mode == "green")
@@ -177,7 +175,7 @@ class TestOnTheCpu:
         assert record["options"]["max_num_seqs"] == 512
         assert f"{record['output_tokens_per_second']:,.0f} output tokens per second" in lines
 
-    def test_a_set_of_requests(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_set_of_requests(self, capsys):
         argv = ["--workload", "throughput", "--requests", "steady", "--num-requests", "2"]
         lines, record = run(capsys, *argv)
         assert record["request_set"] == "steady"
@@ -188,9 +186,7 @@ class TestOnTheCpu:
         _, record = run(capsys, *argv, "--max-num-seqs", "1")
         assert record["options"]["max_num_seqs"] == 1
 
-    def test_prompts_alone(
-        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_prompts_alone(self, capsys, monkeypatch):
         monkeypatch.setitem(requests.EQUAL, "prefill", (3, 20, 1))
         lines, record = run(capsys, "--workload", "prefill", "--num-requests", "3")
         assert (record["prefill_tokens"], record["decode_tokens"]) == (60, 0)

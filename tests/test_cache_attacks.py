@@ -1,14 +1,11 @@
 """Whatever lies in the cache folder costs a warning and a calibration, and nothing more."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -69,7 +66,7 @@ def writable(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_an_attack_costs_a_calibration(attack: str, file: Path, caplog: Any) -> None:
+def test_an_attack_costs_a_calibration(attack, file, caplog):
     clean, steps = calibrate(file.parent.parent / "clean")
     before = open_files()
     ATTACKS[attack](file)
@@ -90,7 +87,7 @@ def test_an_attack_costs_a_calibration(attack: str, file: Path, caplog: Any) -> 
     assert open_files() == before
 
 
-def test_flipped_bits_never_give_a_table_that_cannot_be(file: Path, caplog: Any) -> None:
+def test_flipped_bits_never_give_a_table_that_cannot_be(file, caplog):
     good = file.read_bytes()
     for seed in range(200):
         rng, data = random.Random(seed), bytearray(good)
@@ -106,14 +103,12 @@ def test_flipped_bits_never_give_a_table_that_cannot_be(file: Path, caplog: Any)
 @pytest.mark.parametrize(
     "folder", ["\0", "x" * 300, "\ud800", "/dev/null/cache", "/proc/cache", "/dev/null"]
 )
-def test_a_folder_that_cannot_be_costs_two_warnings(folder: str, caplog: Any) -> None:
+def test_a_folder_that_cannot_be_costs_two_warnings(folder, caplog):
     assert calibrate(Path(folder))[1] > 0
     assert len(caplog.records) == 2 if "/proc" not in folder else 1
 
 
-def test_a_home_that_is_none_costs_two_warnings(
-    monkeypatch: pytest.MonkeyPatch, caplog: Any
-) -> None:
+def test_a_home_that_is_none_costs_two_warnings(monkeypatch, caplog):
     def no_home() -> Path:
         raise RuntimeError("could not determine home directory")
 

@@ -1,7 +1,5 @@
 """What a calibration measures, what it leaves out, and what it hands on."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +44,7 @@ def calibrate(
     return calibration, calibration.run(plans, show_progress=False), timed
 
 
-def test_a_second_engine_measures_nothing(tmp_path: Path) -> None:
+def test_a_second_engine_measures_nothing(tmp_path):
     first, sizes, timed = calibrate(tmp_path)
     assert timed
     again, same_sizes, nothing = calibrate(tmp_path)
@@ -60,7 +58,7 @@ def test_a_second_engine_measures_nothing(tmp_path: Path) -> None:
     assert calibrate(tmp_path, plans=PLANS[:3])[2]
 
 
-def test_plans_pay_where_they_gain_somewhere_and_no_place_is_measured_twice(tmp_path: Path) -> None:
+def test_plans_pay_where_they_gain_somewhere_and_no_place_is_measured_twice(tmp_path):
     calibration, sizes, timed = calibrate(tmp_path, largest=1024)
     assert len(timed) == len(set(timed)) < 115
     assert sizes[0] == []
@@ -76,22 +74,20 @@ def test_plans_pay_where_they_gain_somewhere_and_no_place_is_measured_twice(tmp_
 
 
 @pytest.mark.parametrize(("largest", "max_len"), [(100, 4096), (512, 4)])
-def test_where_nothing_can_be_gained_no_pipeline_is_measured(
-    tmp_path: Path, largest: int, max_len: int
-) -> None:
+def test_where_nothing_can_be_gained_no_pipeline_is_measured(tmp_path, largest, max_len):
     _, sizes, timed = calibrate(tmp_path, largest=largest, max_len=max_len)
     assert {plan for plan, *_ in timed} <= {0}
     assert not any(sizes)
 
 
-def test_a_silly_split_is_measured_once(tmp_path: Path) -> None:
+def test_a_silly_split_is_measured_once(tmp_path):
     _, sizes, timed = calibrate(tmp_path, plans=[SEQUENTIAL, SILLY, *PLANS[1:]])
     assert [plan for plan, *_ in timed].count(1) == 1
     assert sizes[1] == []
     assert any(sizes)
 
 
-def test_a_perfect_overlap_gains_where_attention_and_dense_work_balance() -> None:
+def test_a_perfect_overlap_gains_where_attention_and_dense_work_balance():
     # 10 of dense work, a token of attention takes 0.01: both halves' 12 are met at 1200 tokens.
     def places(longest: int, halves: float = 12.0) -> list[int]:
         return tokens_to_measure(8, longest, 10.0, 10.0 + 0.01 * (longest - 8), halves)
@@ -107,7 +103,7 @@ def test_a_perfect_overlap_gains_where_attention_and_dense_work_balance() -> Non
 
 
 @pytest.mark.parametrize("largest", [1, 127, 128, 200, 512, 513, 1024, 3000])
-def test_sizes(largest: int) -> None:
+def test_sizes(largest):
     sizes, measured = pipelined_sizes(largest), measured_sizes(largest)
     assert set(measured) <= set(sizes)
     assert sizes == sorted(set(sizes))
@@ -118,7 +114,7 @@ def test_sizes(largest: int) -> None:
 
 
 @pytest.mark.parametrize("sms", range(16, 200, 2))
-def test_splits_fill_the_device_with_multiples_of_8(sms: int) -> None:
+def test_splits_fill_the_device_with_multiples_of_8(sms):
     splits = splits_to_try(sms)
     assert len(splits) == len(set(splits)) >= 1
     for attention, ffn in splits:
@@ -128,12 +124,12 @@ def test_splits_fill_the_device_with_multiples_of_8(sms: int) -> None:
         assert attention + ffn == sms
 
 
-def test_splits_of_a_device_that_is_known() -> None:
+def test_splits_of_a_device_that_is_known():
     assert splits_to_try(132) == [(28, 104), (36, 96), (44, 88), (52, 80), (60, 72)]
     assert splits_to_try(0) == []
 
 
-def test_calibrations_are_of_the_code_as_it_was(tmp_path: Path, monkeypatch: Any) -> None:
+def test_calibrations_are_of_the_code_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", str)
     monkeypatch.setattr(green_ctx, "__file__", str(tmp_path / "green_ctx.py"))
     monkeypatch.setattr(nanovllm, "__path__", [str(tmp_path / "nanovllm")])

@@ -1,7 +1,5 @@
 """Chat templates of the forms of Qwen2.5, Qwen3 and Llama 3, with small tokenizers of our own."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Checkpoints that are damaged, incomplete or too large stop with an error that names the cause."""
 
-from __future__ import annotations
-
 import builtins
 import json
 import os

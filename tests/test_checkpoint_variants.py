@@ -1,7 +1,5 @@
 """What is loaded is what transformers loads, over spellings and damage; see fuzz_checkpoints.py."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file

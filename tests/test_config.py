@@ -1,7 +1,5 @@
 """Options: each bad value is refused with its field, itself and what is allowed."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import inspect
@@ -76,21 +74,8 @@ BAD_SAMPLING = {
     "logit_bias": (
         "None or a dict of token ids and numbers from -inf to 1e6",
         (
-            5,
-            "12",
-            [1, 2],
-            [[1, 2]],
-            {-1: 0},
-            {True: 1},
-            {1.0: 1},
-            {"x": 1},
-            {"-1": 1},
-            {1: None},
-            {1: "2"},
-            {1: math.nan},
-            {1: math.inf},
-            {1: 2e6},
-            {1: True},
+            *(5, "12", [1, 2], [[1, 2]], {-1: 0}, {True: 1}, {1.0: 1}, {"x": 1}, {"-1": 1}),
+            *({1: None}, {1: "2"}, {1: math.nan}, {1: math.inf}, {1: 2e6}, {1: True}),
         ),
     ),
     "logprobs": ("None or an integer from 0 to 20", (-1, 21, True, 1.0, "1")),

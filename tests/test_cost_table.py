@@ -1,7 +1,5 @@
 """Cost tables: what was measured, and lines between."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import pytest

@@ -1,7 +1,5 @@
 """What an engine on a CPU takes of the machine: memory and threads, as its requests need them."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
@@ -19,7 +17,7 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc on this system")
-def test_a_kv_cache_takes_memory_only_where_it_is_written() -> None:
+def test_a_kv_cache_takes_memory_only_where_it_is_written():
     before, heads = resident_bytes(), HeadShape(4, 4, 64)
     cache = kv_cache.allocate(2, 2000, 256, heads, torch.bfloat16, torch.device("cpu"))
     assert cache.nbytes > GIB // 2
@@ -30,7 +28,7 @@ def test_a_kv_cache_takes_memory_only_where_it_is_written() -> None:
 
 
 @pytest.mark.parametrize("enable_prefix_caching", [True, False])
-def test_request_after_request_writes_the_same_blocks(enable_prefix_caching: bool) -> None:
+def test_request_after_request_writes_the_same_blocks(enable_prefix_caching):
     with LLM(device="cpu", enable_prefix_caching=enable_prefix_caching) as llm:
         for i in range(5):
             llm.generate([[i + 2] * 10, [i + 3] * 300], max_tokens=3, use_tqdm=False)
@@ -39,7 +37,7 @@ def test_request_after_request_writes_the_same_blocks(enable_prefix_caching: boo
     assert written == (7 if enable_prefix_caching else 3)
 
 
-def test_a_small_model_runs_on_one_thread_and_leaves_the_callers_alone() -> None:
+def test_a_small_model_runs_on_one_thread_and_leaves_the_callers_alone():
     found, before = [], torch.get_num_threads()
     torch.set_num_threads(2)
     try:

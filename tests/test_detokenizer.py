@@ -1,7 +1,5 @@
 """Texts that are read token by token, against texts that are decoded as a whole."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 

@@ -3,8 +3,6 @@
 Damaged files and folders are in test_cache_attacks.py.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

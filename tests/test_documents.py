@@ -1,7 +1,5 @@
 """README and docs/: each command is one that its script takes, and each file named is there."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import sys
@@ -38,7 +36,7 @@ def python_blocks() -> list[str]:
     return [block for block in blocks if "import" in block]
 
 
-def test_all_commands_are_found() -> None:
+def test_all_commands_are_found():
     scripts = [script for script, _ in commands()]
     assert scripts.count("bench_pipeline.py") > 20
     assert scripts.count("-m nanovllm.bench") > 9
@@ -47,9 +45,7 @@ def test_all_commands_are_found() -> None:
 
 
 @pytest.mark.parametrize(("script", "line"), commands(), ids=" ".join)
-def test_a_command_is_understood(
-    script: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_command_is_understood(script, line, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(options, "resolve_device", lambda name: torch.device("cuda", 0))
     argv = shlex.split(line)
@@ -71,7 +67,7 @@ def test_a_command_is_understood(
 
 
 @pytest.mark.parametrize("block", python_blocks(), ids=["LLM", "chat", "Config"])
-def test_python_of_the_readme_runs(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_of_the_readme_runs(block, capsys):
     """With the tiny model, which has no chat template, and less to do."""
     program = re.sub(r'"Qwen/[^"]*"', repr(str(CHECKPOINT_DIR)), block)
     program = re.sub(r"\b(1024|512|50)\b", "4", program)
@@ -86,7 +82,7 @@ def test_python_of_the_readme_runs(block: str, capsys: pytest.CaptureFixture[str
     assert ("[Pipeline Statistics]" in shown) == ("print_pipeline_statistics" in block)
 
 
-def test_files_of_the_code_map_are_there() -> None:
+def test_files_of_the_code_map_are_there():
     readme = DOCUMENTS[0].read_text("utf-8").partition("## Read it")[2]
     lines = re.search(r"```text\n(.*?)```", readme, re.DOTALL)
     assert lines is not None
@@ -101,7 +97,7 @@ def test_files_of_the_code_map_are_there() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_what_a_document_names_is_there(document: Path) -> None:
+def test_what_a_document_names_is_there(document):
     text = document.read_text("utf-8")
     links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
     assert all((document.parent / link).exists() for link in links)
@@ -111,7 +107,7 @@ def test_what_a_document_names_is_there(document: Path) -> None:
     assert all(f"def {name}(" in tests for name in re.findall(r"`(test_\w+)`", text))
 
 
-def test_the_options_of_the_readme_are_those_of_config() -> None:
+def test_the_options_of_the_readme_are_those_of_config():
     table = re.findall(r"^\| `(\w+)` \| \w+ \| (\S+) \|", DOCUMENTS[0].read_text("utf-8"), re.M)
     defaults = vars(Config())
     named = {name: default.strip('`"') for name, default in table}

@@ -3,8 +3,6 @@
 Whichever call it is, nothing stays behind and decode falls back to sequential execution.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
@@ -82,7 +80,7 @@ FAULTS = [(setup, number + 1) for setup in SETUPS for number in range(len(calls_
 
 @pytest.mark.parametrize("by", ["status", "exception"])
 @pytest.mark.parametrize(("setup", "number"), FAULTS)
-def test_any_call_may_fail(setup: str, number: int, by: str) -> None:
+def test_any_call_may_fail(setup, number, by):
     drivers, counts = SETUPS[setup]
     failure: Any = STATUSES[number % len(STATUSES)]
     if by == "exception":
@@ -132,9 +130,7 @@ def each_interrupt(fewest: int, most: int, kind: type[InterruptAt] = InterruptAt
 
 
 @BOTH_WAYS
-def test_an_interrupt_at_any_line_leaves_nothing(
-    drivers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_at_any_line_leaves_nothing(drivers, monkeypatch):
     for interrupt in each_interrupt(300, 5000):
         fake = FakeDriver(**drivers)
         with suppress(KeyboardInterrupt), interrupt:
@@ -145,9 +141,7 @@ def test_an_interrupt_at_any_line_leaves_nothing(
 
 
 @BOTH_WAYS
-def test_an_interrupt_at_any_line_of_close_is_made_good_by_the_next(
-    drivers: dict[str, Any],
-) -> None:
+def test_an_interrupt_at_any_line_of_close_is_made_good_by_the_next(drivers):
     for interrupt in each_interrupt(50, 1000):
         fake = FakeDriver(**drivers)
         partitions = partitions_with(fake, 36, 88, 8)
@@ -158,7 +152,7 @@ def test_an_interrupt_at_any_line_of_close_is_made_good_by_the_next(
 
 
 @BOTH_WAYS
-def test_an_interrupt_at_any_step_of_a_driver_call_loses_no_handle(drivers: dict[str, Any]) -> None:
+def test_an_interrupt_at_any_step_of_a_driver_call_loses_no_handle(drivers):
     for interrupt in each_interrupt(500, 10000, InterruptAtStep):
         fake = FakeDriver(**drivers)
         driver, partitions = Driver(fake), None
@@ -173,9 +167,7 @@ def test_an_interrupt_at_any_step_of_a_driver_call_loses_no_handle(drivers: dict
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("by", ["status", "exception"])
 @BOTH_WAYS
-def test_the_engine_falls_back_whichever_call_fails(
-    drivers: dict[str, Any], by: str, strict: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_engine_falls_back_whichever_call_fails(drivers, by, strict, monkeypatch):
     counted = FakeDriver(**drivers)
     build_with(counted, monkeypatch)
     assert len(counted.calls) >= 15
@@ -194,14 +186,14 @@ def test_the_engine_falls_back_whichever_call_fails(
 
 
 @pytest.mark.parametrize("answer", [None, 7, (), ("?",), (None, 1)])
-def test_an_answer_that_is_none_is_a_driver_error(answer: Any) -> None:
+def test_an_answer_that_is_none_is_a_driver_error(answer):
     fake = FakeDriver()
     fake._cuGreenCtxCreate = lambda *args: answer  # type: ignore[method-assign]
     with pytest.raises(DriverError, match="in cuGreenCtxCreate"):
         live(fake)
 
 
-def test_close_raises_the_first_error_and_destroys_the_rest() -> None:
+def test_close_raises_the_first_error_and_destroys_the_rest():
     out_of_memory, invalid = Result.CUDA_ERROR_OUT_OF_MEMORY, Result.CUDA_ERROR_INVALID_VALUE
     fake = FakeDriver(
         errors={"cuStreamSynchronize": [out_of_memory], "cuGreenCtxDestroy": [invalid, invalid]}
@@ -216,7 +208,7 @@ def test_close_raises_the_first_error_and_destroys_the_rest() -> None:
     assert len(fake.calls) == calls
 
 
-def test_a_failure_while_undoing_does_not_hide_why(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_while_undoing_does_not_hide_why(caplog):
     fake = FakeDriver(
         errors={
             "cuGreenCtxGetDevResource": [Result.CUDA_ERROR_OUT_OF_MEMORY],
@@ -228,7 +220,7 @@ def test_a_failure_while_undoing_does_not_hide_why(caplog: pytest.LogCaptureFixt
     assert any("cuGreenCtxDestroy" in message for message in caplog.messages)
 
 
-def test_every_call_is_made_to_fail_once_by_status_and_once_by_exception() -> None:
+def test_every_call_is_made_to_fail_once_by_status_and_once_by_exception():
     functions = {name for setup in SETUPS for name in calls_of(setup)}
     defined = {name[1:] for name in vars(FakeDriver) if name.startswith("_cu")}
     assert functions == defined

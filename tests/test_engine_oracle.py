@@ -1,7 +1,5 @@
 """Tokens equal those of transformers, whatever the architecture, the mode and the scheduler do."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 from typing import Any
@@ -10,18 +8,12 @@ import pytest
 
 from nanovllm import LLM
 from tests.checkpoints import TABLE, Shape, greedy, prompts
+from tests.engine.cases import PIPELINED, check_empty, drain
 
 MAX_TOKENS = 24
 
 # The modes that a CPU has; all others fall back to the first.
-MODES: dict[str, dict[str, Any]] = {
-    "sequential": {},
-    "microbatch": {
-        "enable_pipeline": True,
-        "pipeline_mode": "microbatch",
-        "pipeline_strict": True,
-    },
-}
+MODES: dict[str, dict[str, Any]] = {"sequential": {}, "microbatch": PIPELINED}
 
 # Each makes another part of the engine work: long prompts in chunks, scarce KV blocks with
 # preemption, few sequences at a time, no prefix cache.
@@ -43,26 +35,6 @@ def engine(directory: Path, mode: str, **options: Any) -> LLM:
     return LLM(str(directory), device="cpu", **MODES[mode], **options)
 
 
-def run(llm: LLM, aborts: dict[int, int] | None = None) -> dict[int, list[int]]:
-    """Steps until all is done; the tokens of each request.
-
-    Args:
-        llm: has requests.
-        aborts: the step before which a request is aborted.
-    """
-    done: dict[int, list[int]] = {}
-    step = 0
-    while not llm.is_finished():
-        for request_id, when in (aborts or {}).items():
-            if when == step:
-                llm.abort(request_id)
-        done |= {output["request_id"]: output["token_ids"] for output in llm.step()}
-        step += 1
-    blocks = llm.scheduler.blocks
-    assert len(blocks.free) == blocks.num_blocks
-    return done
-
-
 @pytest.mark.parametrize(("model_type", "seed"), CASES)
 def test_greedy_tokens_equal_those_of_transformers(tmp_path, model_type, seed):
     """Prompts share beginnings, and their limits differ, so requests finish in mid-batch."""
@@ -78,7 +50,8 @@ def test_greedy_tokens_equal_those_of_transformers(tmp_path, model_type, seed):
                 llm.add_request(prompt, temperature=0, max_tokens=limit)
                 for prompt, limit in zip(given, limits, strict=True)
             ]
-            done = run(llm)
+            done = drain(llm)
+            check_empty(llm)
         assert [done[i] for i in ids] == expected, (mode, options)
 
 
@@ -89,7 +62,12 @@ def test_aborts_amid_preemptions_leave_the_others_as_they_are(tmp_path, mode):
     given = prompts(1, count=7, longest=40)
     with engine(tmp_path, mode, num_kvcache_blocks=8) as llm:
         ids = [llm.add_request(p, temperature=0, max_tokens=MAX_TOKENS) for p in given]
-        done = run(llm, {ids[2]: 3, ids[5]: 8})
+        done = {}
+        for count, aborted in ((3, ids[2]), (5, ids[5])):
+            done |= {o["request_id"]: o["token_ids"] for _ in range(count) for o in llm.step()}
+            llm.abort(aborted)
+        done |= drain(llm)
+        check_empty(llm)
         assert llm.scheduler.num_preemptions > 0
         pipelined = llm.model_runner.get_pipeline_statistics()["steps"]["pipelined"]
     assert (pipelined > 0) == (mode != "sequential")

@@ -1,7 +1,5 @@
 """What generation_config.json says of sampling, and where it counts."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -14,7 +12,7 @@ from nanovllm.models import UnsupportedModelError
 from nanovllm.models.generation_defaults import FIELDS, FILE, sampling_defaults
 from nanovllm.tiny import CHECKPOINT_DIR
 from tests.checkpoints import Shape
-from tests.engine.cases import said
+from tests.engine.cases import said, steps
 from tests.small_tokenizers import byte_level, fill, write
 
 KNOWN = {field.name for field in fields(SamplingParams)}
@@ -101,10 +99,7 @@ def test_they_count_where_a_call_does_not_say(directory):
         assert defaults == SamplingParams(temperature=0, max_tokens=5, top_k=1)
         llm.add_request(prompt)
         lines.submit(llm, lines.Line(1, "a", lines.COMPLETIONS, {"prompt": prompt}))
-        added = []
-        while not llm.is_finished():
-            added += llm.step()
-        assert said(added) == said([expected]) * 2
+        assert said(steps(llm)) == said([expected]) * 2
     with LLM(Config(str(directory), generation_config="none"), **OPTIONS) as llm:
         (output,) = llm.generate(prompt, temperature=5.0, ignore_eos=True, use_tqdm=False)
         assert len(output["token_ids"]) > 5

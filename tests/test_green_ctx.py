@@ -4,14 +4,11 @@ The same checks on a real GPU, where kernels report the SMs they ran on, are in
 tests/gpu/test_green_ctx.py.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
 import sys
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -30,20 +27,20 @@ from tests.fake_driver import ROOT, FakeDriver, device_with
 
 
 @pytest.mark.parametrize("sizes", [(8, 8), (4, 2), (2, 2), (1, 1)])
-def test_granularity_is_found_out(sizes: tuple[int, int]) -> None:
+def test_granularity_is_found_out(sizes):
     device = device_with(FakeDriver(108, sizes))
     assert device.sm_count == 108
     assert device.granularity() == Granularity(*sizes)
 
 
-def test_granularity_of_a_device_that_makes_one_group_only() -> None:
+def test_granularity_of_a_device_that_makes_one_group_only():
     assert device_with(FakeDriver(8)).granularity() == Granularity(8, 8)
     assert device_with(FakeDriver(10)).granularity() == Granularity(8, 8)
     with pytest.raises(GreenContextUnavailable, match="device 0 with 4 SMs cannot be split"):
         device_with(FakeDriver(4)).granularity()
 
 
-def test_bindings_that_are_too_old_are_named() -> None:
+def test_bindings_that_are_too_old_are_named():
     bindings = FakeDriver()
     for types in (SimpleNamespace(), None):
         bindings.CUdevResourceType = types
@@ -69,15 +66,13 @@ import nanovllm.engine.green_manager
 """
 
 
-def test_import_calls_no_driver() -> None:
+def test_import_calls_no_driver():
     subprocess.run(
         [sys.executable, "-c", IMPORTS], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True
     )
 
 
-def test_main_prints_a_table(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_main_prints_a_table(monkeypatch, capsys):
     monkeypatch.setattr(green_ctx, "GreenDevice", lambda ordinal: device_with(FakeDriver()))
     assert green_ctx.main() == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
@@ -86,9 +81,7 @@ def test_main_prints_a_table(
     assert "36 asked 40 granted 92 left" in lines
 
 
-def test_main_says_why_not(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_main_says_why_not(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
     assert green_ctx.main() == 1
     assert "green contexts are not available: cuda-bindings" in capsys.readouterr().err
@@ -119,12 +112,12 @@ EIGHTS = Granularity(minimum=8, alignment=8)
         (132, EIGHTS, list(np.array([30, 60])), [32, 64]),
     ],
 )
-def test_plan(total: int, sizes: Granularity, counts: list[int], plan: list[int | None]) -> None:
+def test_plan(total, sizes, counts, plan):
     assert plan_partitions(total, sizes, counts) == plan
 
 
 @pytest.mark.parametrize("value", [0, -8, True, 16.0, "16", None, [16]])
-def test_plan_refuses_what_is_no_count(value: Any) -> None:
+def test_plan_refuses_what_is_no_count(value):
     with pytest.raises(ValueError, match=r"counts=\[\] is not allowed"):
         plan_partitions(132, EIGHTS, [])
     text = f"counts[1]={value!r} is not allowed: it must be an integer of at least 1"
@@ -136,7 +129,7 @@ def test_plan_refuses_what_is_no_count(value: Any) -> None:
     ("counts", "needed"),
     [([140], 140), ([132, 1], 137), ([60, 65, 8], 137), ([99, 16, 16, 2], 138)],
 )
-def test_plan_refuses_more_than_the_device_has(counts: list[int], needed: int) -> None:
+def test_plan_refuses_more_than_the_device_has(counts, needed):
     names = ["first", "second", "third", "fourth"][: len(counts)]
     asked = " and ".join(f"{name}={count}" for name, count in zip(names, counts, strict=True))
     with pytest.raises(ValueError, match=rf"^{asked} .* need {needed} SMs, .* device has 132"):
@@ -154,19 +147,19 @@ def test_plan_refuses_more_than_the_device_has(counts: list[int], needed: int) -
         ([36, 88, 8], [36, 88, 8], [1, 11, 1]),
     ],
 )
-def test_split(counts: list[int], granted: list[int], handles: list[int]) -> None:
+def test_split(counts, granted, handles):
     parts = device_with(FakeDriver()).split(counts)
     assert [part.sm_count for part in parts] == granted
     assert [len(part.handles) for part in parts] == handles
 
 
-def test_split_takes_smaller_units_where_large_ones_do_not_fit() -> None:
+def test_split_takes_smaller_units_where_large_ones_do_not_fit():
     fake = FakeDriver(most_groups=lambda size: 1 if size > 16 else 16)
     parts = device_with(fake).split([64, 32])
     assert [len(part.handles) for part in parts] == [4, 2]  # units of 16, not of 32
 
 
-def test_split_that_the_device_cannot_arrange() -> None:
+def test_split_that_the_device_cannot_arrange():
     with pytest.raises(GreenContextUnavailable, match=r"132 SMs cannot make groups of \[64, 64\]"):
         device_with(FakeDriver(most_groups=lambda size: 1)).split([64, 64])
 
@@ -182,13 +175,8 @@ def test_split_that_the_device_cannot_arrange() -> None:
     lack=st.sampled_from([(), ("cuGreenCtxStreamCreate",)]),
 )
 def test_any_split_is_disjoint_enough_and_aligned_but_for_one_remainder(
-    sms: int,
-    alignment: int,
-    minimum_steps: int,
-    counts: list[int],
-    scarce: int | None,
-    lack: tuple[str, ...],
-) -> None:
+    sms, alignment, minimum_steps, counts, scarce, lack
+):
     minimum = alignment * minimum_steps
     fake = FakeDriver(
         sms,
@@ -230,7 +218,7 @@ def contexts_with(fake: FakeDriver, *counts: int) -> GreenContexts:
     return GreenContexts(device, device.split(counts))
 
 
-def test_order_of_close() -> None:
+def test_order_of_close():
     fake = FakeDriver()
     with contexts_with(fake, 36, 88, 8) as contexts:
         assert contexts.sms == (36, 88, 8)
@@ -244,7 +232,7 @@ def test_order_of_close() -> None:
 
 
 @pytest.mark.parametrize("old", [{"unbound": ("cuGreenCtxStreamCreate",)}, {"version": 12040}])
-def test_second_way_to_a_stream(old: dict[str, Any]) -> None:
+def test_second_way_to_a_stream(old):
     fake = FakeDriver(**old)
     with contexts_with(fake, 40) as contexts:
         assert fake.sms_of(contexts.stream_handles[0]) == frozenset(range(40))

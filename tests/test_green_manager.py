@@ -1,7 +1,5 @@
 """The partitions of lanes, on the CPU, against a fake driver; failures: test_driver_faults.py."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -18,7 +16,7 @@ def _handles_as_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     ("asked", "granted"),
     [((30, 90), (32, 96)), ((33, 96), (36, 96)), ((16, 116), (16, 116)), ((40, 92), (40, 92))],
 )
-def test_manager_grants(asked: tuple[int, int], granted: tuple[int, int]) -> None:
+def test_manager_grants(asked, granted):
     fake = FakeDriver()
     with manager_with(fake, *asked) as manager:
         assert (manager.attention_sms, manager.ffn_sms) == manager.sms == granted
@@ -32,7 +30,7 @@ def test_manager_grants(asked: tuple[int, int], granted: tuple[int, int]) -> Non
             use()
 
 
-def test_manager_refuses_counts_by_name_and_devices_that_are_not_cuda() -> None:
+def test_manager_refuses_counts_by_name_and_devices_that_are_not_cuda():
     fake = FakeDriver()
     for side in ("attention", "ffn"):
         with pytest.raises(ValueError, match=f"pipeline_{side}_sm_count=0 is not allowed"):
@@ -42,7 +40,7 @@ def test_manager_refuses_counts_by_name_and_devices_that_are_not_cuda() -> None:
         GreenContextManager(torch.device("cpu"), 16, 16)
 
 
-def test_several_managers_live_side_by_side() -> None:
+def test_several_managers_live_side_by_side():
     fake = FakeDriver()
     splits = [(36, 96), (68, 64), (16, 16), (16, 16)]
     managers = [manager_with(fake, *split) for split in splits]

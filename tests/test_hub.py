@@ -1,7 +1,5 @@
 """A model's name: a directory, or an id on the Hugging Face hub, which errors name."""
 
-from __future__ import annotations
-
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import RepositoryNotFoundError

@@ -1,7 +1,5 @@
 """Which JSON schemas and regexes are taken, and that the others are refused by name and place."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import ChainMap

@@ -1,7 +1,5 @@
 """Logits that requests change: against transformers, on all ranks, in pieces, for any history."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import replace
 
@@ -20,7 +18,7 @@ from nanovllm.kernels.reference_sampling import SAMPLE_TILE
 from nanovllm.layers.logit_edits import MASKED_ROWS, RequestEdits, forbid
 from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.utils.joined import KINDS, join, joined_size, split
-from tests.logit_oracle import change, distribution, random_changes
+from tests.logit_oracle import change, check_frequencies, distribution, random_changes
 from tests.thread_ranks import on_ranks
 
 CPU = torch.device("cpu")
@@ -219,13 +217,7 @@ def test_tokens_are_drawn_as_often_as_the_definition_says(limits):
     rows = [(replace(params, seed=seed), prompt, generated) for seed in range(count)]
     drawn = draw(logits.expand(count, 20), rows)
     changed = change(logits, params, prompt, generated, ENDS)
-    expected = distribution(changed, params) * count
-    counts = torch.bincount(drawn, minlength=20).double()
-    assert counts[expected == 0].sum() == 0
-    counts, expected = counts[expected > 0], expected[expected > 0]
-    freedom = len(counts) - 1
-    chi_square = ((counts - expected) ** 2 / expected).sum().item()
-    assert chi_square <= freedom + 4 * (2 * freedom) ** 0.5 + 4 * (freedom > 0)
+    check_frequencies(drawn, distribution(changed, params))
 
 
 # ------------------------------------------------------------------ which requests pay

@@ -1,7 +1,5 @@
 """Decoders of every architecture against transformers, and stage by stage against their whole."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """config.json: what is understood as transformers does, and what is refused by name."""
 
-from __future__ import annotations
-
 from dataclasses import fields as dataclass_fields
 from typing import Any
 

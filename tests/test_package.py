@@ -1,17 +1,14 @@
 """What users see of the package before they run it: options in editors, help and type checkers."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import pydoc
 import re
 import sys
-from collections.abc import Callable
 from importlib import metadata, resources
 from pathlib import Path
 from subprocess import run
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import pytest
 
@@ -34,7 +31,7 @@ follow_imports = skip
 """
 
 
-def test_the_types_of_keyword_options_are_those_of_the_fields() -> None:
+def test_the_types_of_keyword_options_are_those_of_the_fields():
     assert {"model": str, **get_type_hints(ConfigOptions)} == get_type_hints(Config)
     assert get_type_hints(SamplingOptions) == get_type_hints(SamplingParams)
 
@@ -50,7 +47,7 @@ def test_the_types_of_keyword_options_are_those_of_the_fields() -> None:
     ],
     ids=lambda value: value.__qualname__,
 )
-def test_editors_see_all_options_of_the_engine(function: Callable[..., Any], cls: type) -> None:
+def test_editors_see_all_options_of_the_engine(function, cls):
     fields = {field.name: field.default for field in dataclasses.fields(cls)}
     if cls is Config:
         fields["model"] = None  # the default of `Config`
@@ -59,7 +56,7 @@ def test_editors_see_all_options_of_the_engine(function: Callable[..., Any], cls
     assert not any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
-def test_help_tells_all_options() -> None:
+def test_help_tells_all_options():
     text = pydoc.plain(pydoc.render_doc(LLM))
     for cls in (Config, SamplingParams):
         meanings = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2]
@@ -68,7 +65,7 @@ def test_help_tells_all_options() -> None:
         assert all(line.strip() in text for line in meanings.splitlines())
 
 
-def test_a_type_checker_finds_the_mistakes_of_users_and_nothing_else(tmp_path: Path) -> None:
+def test_a_type_checker_finds_the_mistakes_of_users_and_nothing_else(tmp_path):
     config = tmp_path / "mypy.ini"
     config.write_text(MYPY)
     options = ["--config-file", config, "--cache-dir", tmp_path, "--hide-error-context"]
@@ -85,6 +82,6 @@ def test_a_type_checker_finds_the_mistakes_of_users_and_nothing_else(tmp_path: P
     assert found == planted, out
 
 
-def test_the_package_says_its_version_and_that_it_is_typed() -> None:
+def test_the_package_says_its_version_and_that_it_is_typed():
     assert nanovllm.__version__ == metadata.version("nano-vllm-pipeline")
     assert resources.files("nanovllm").joinpath("py.typed").is_file()

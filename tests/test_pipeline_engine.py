@@ -1,7 +1,5 @@
 """Pipelined engines give the sequential tokens; where there is no pipeline, the log says why."""
 
-from __future__ import annotations
-
 import logging
 import random
 import sys
@@ -23,6 +21,7 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.tiny import PROMPTS
 from tests.checkpoints import VOCAB, Shape
 from tests.decode_cases import relative_error
+from tests.engine.cases import PIPELINED, drain, tokens
 from tests.fake_driver import FakeDriver, Result, build, install
 from tests.seed_spec import FAILED, FALLING_BACK
 
@@ -30,21 +29,15 @@ MAX_TOKENS = 20
 NO_GREEN = "[GreenContextManager] Failed to initialize Green Context: "
 
 
-def tokens_of(outputs) -> list[list[int]]:
-    return [output["token_ids"] for output in outputs]
-
-
 # What is pipelined
 
 
 def test_steps_of_two_sequences_or_more_are_pipelined(tmp_path):
     Shape().write(tmp_path)
-    options = {"enable_pipeline": True, "pipeline_mode": "microbatch", "pipeline_strict": True}
-    with LLM(str(tmp_path), device="cpu", kvcache_block_size=16, **options) as llm:
+    with LLM(str(tmp_path), device="cpu", kvcache_block_size=16, **PIPELINED) as llm:
         for max_tokens in (8, 4):
             llm.add_request([5, 6, 7], temperature=0, max_tokens=max_tokens, ignore_eos=True)
-        while not llm.is_finished():
-            llm.step()
+        drain(llm)
         stats = llm.model_runner.get_pipeline_statistics()
     # Each prefill draws one token of a request, decode the others: 3 steps for two, 4 for one.
     assert stats["tokens"] == {"pipelined": 6, "sequential": 4}
@@ -62,7 +55,7 @@ def plain_tokens() -> list[list[int]]:
         outputs = llm.generate(
             list(PROMPTS[:4]), temperature=0, max_tokens=MAX_TOKENS, use_tqdm=False
         )
-    return tokens_of(outputs)
+    return tokens(outputs)
 
 
 @pytest.mark.parametrize("mode", ["auto", "green", "streams"])
@@ -78,7 +71,7 @@ def test_an_engine_on_the_cpu_falls_back_and_says_so(mode, caplog, capsys, plain
         llm.model_runner.print_pipeline_statistics()
     reason = f"pipeline_mode={mode!r} needs a CUDA GPU, not cpu"
     assert caplog.messages == [FAILED + reason, FALLING_BACK]
-    assert tokens_of(outputs) == plain_tokens
+    assert tokens(outputs) == plain_tokens
     assert stats["mode"] == "sequential"
     assert stats["fallback_reason"] == reason
     assert stats["steps"]["pipelined"] == 0

@@ -1,7 +1,5 @@
 """The pipeline's logits are the model's, and its events are exactly those it needs."""
 
-from __future__ import annotations
-
 import dataclasses
 import random
 from types import SimpleNamespace

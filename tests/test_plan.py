@@ -1,7 +1,5 @@
 """Orders are data: made of stages and a plan, and issued by the loop that README shows."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import textwrap

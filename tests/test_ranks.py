@@ -1,7 +1,5 @@
 """What ranks know of each other and of the model, without any being started."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import time

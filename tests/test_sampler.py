@@ -1,15 +1,17 @@
-"""Sampling: which tokens may be drawn, how often, and that equal seeds draw equal tokens."""
+"""Sampling: which tokens may be drawn, how often, equal ones by equal seeds and on all ranks."""
 
-from __future__ import annotations
-
-import math
+import random
 
 import pytest
 import torch
 
 from nanovllm import SamplingParams
+from nanovllm.kernels import reference_sampling
+from nanovllm.kernels.reference_sampling import SAMPLE_TILE
 from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.layers.sampler import SamplingBatch, sample
+from tests.logit_oracle import check_frequencies, distribution
+from tests.thread_ranks import on_ranks, random_logits
 
 CPU = torch.device("cpu")
 ONE = ParallelGroup()
@@ -32,15 +34,6 @@ def batch_of(params, seeds, steps, vocab_size):
     return SamplingBatch.unpack(packed, CPU)
 
 
-def distribution(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """The probability of each token, by the definition, in float64."""
-    top_k = params.top_k if params.top_k > 0 else len(logits)
-    scores, order = (logits.double() / params.temperature).sort(descending=True)
-    weights = scores[:top_k].softmax(0)
-    likely = weights * (weights.cumsum(0) - weights < params.top_p)
-    return torch.zeros_like(scores).index_copy(0, order[:top_k], likely / likely.sum())
-
-
 @pytest.mark.parametrize(
     "params",
     [
@@ -58,13 +51,7 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(params, vary):
     count = 4000
     seeds, steps = (range(count), None) if vary == "seed" else ([7] * count, range(count))
     drawn = draw(logits.repeat(count, 1), params, seeds, steps)
-    counts = torch.bincount(torch.tensor(drawn), minlength=20).double()
-    expected = distribution(logits, params) * count
-    assert counts[expected == 0].sum() == 0
-    counts, expected = counts[expected > 0], expected[expected > 0]
-    chi_square = ((counts - expected) ** 2 / expected).sum().item()
-    freedom = len(counts) - 1
-    assert chi_square < freedom + 4 * math.sqrt(2 * freedom) + 4
+    check_frequencies(torch.tensor(drawn), distribution(logits, params))
 
 
 @pytest.mark.parametrize(
@@ -138,3 +125,44 @@ def test_the_logits_are_left_as_they_were():
     before = logits.clone()
     draw(logits, SamplingParams(top_k=2, top_p=0.5), range(3))
     assert torch.equal(logits, before)
+
+
+# ------------------------------------------------------------------ on several ranks
+
+
+def random_params(vocab: int) -> SamplingParams:
+    return SamplingParams(
+        temperature=random.choice([0.0, 0.2, 1.0, 3.0]),
+        top_k=random.choice([-1, 1, 5, 20, 64, 65, 600, vocab // 2 + 1]),
+        top_p=random.choice([1.0, 1.0, 0.05, 0.5, 0.999]),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab", [300, 2 * SAMPLE_TILE, 5 * SAMPLE_TILE + 17])
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_draw_the_tokens_of_one(size, vocab, dtype):
+    rows = 12
+    logits = random_logits(rows, vocab, dtype)
+    params = [random_params(vocab) for _ in range(rows)]
+    seeds = [random.getrandbits(63) for _ in range(rows)]
+    batch = batch_of(params, seeds, list(range(rows)), vocab)
+
+    def draw_part(group: ParallelGroup) -> torch.Tensor:
+        shard = Shard.of_tiles(vocab, SAMPLE_TILE, group)
+        return sample(logits[:, shard.span], batch, group, shard)
+
+    expected = draw_part(ONE)
+    for tokens in on_ranks(size, draw_part):
+        assert tokens.tolist() == expected.tolist()
+
+
+def test_of_equal_keys_the_lowest_token_is_drawn():
+    logits = torch.zeros(1, SAMPLE_TILE)
+    logits[0, ::2] = -0.0
+    greedy = torch.zeros(1), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    keys = [
+        reference_sampling.sample(logits, *greedy, None, (n * SAMPLE_TILE, 4096 * 3))
+        for n in range(3)
+    ]
+    assert reference_sampling.token_of(torch.stack(keys).amax(0)).tolist() == [0]

@@ -1,7 +1,5 @@
 """Scheduler and block manager in situations made for them: what they do, one thing at a time."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

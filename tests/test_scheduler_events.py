@@ -1,7 +1,5 @@
 """Scheduler and block manager under random arrivals, aborts, failures and scarce blocks."""
 
-from __future__ import annotations
-
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (

@@ -1,7 +1,5 @@
 """Manners of the scripts: an error is one line and exit code 2, an interrupt has no traceback."""
 
-from __future__ import annotations
-
 import re
 import signal
 import subprocess
@@ -35,12 +33,7 @@ ROOT = Path(example_pipeline.__file__).parent
         (["--max-tok", "9"], ["--max-tok"]),
     ],
 )
-def test_a_bad_value_of_the_example_is_one_line(
-    argv: list[str],
-    words: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_bad_value_of_the_example_is_one_line(argv, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["example_pipeline.py", *argv])
     monkeypatch.setattr("nanovllm.engine.model_runner.ModelRunner", None)
     monkeypatch.setattr("nanovllm.engine.llm_engine.load_tokenizer", None)
@@ -48,14 +41,14 @@ def test_a_bad_value_of_the_example_is_one_line(
     assert all(word in err for word in words), err
 
 
-def test_an_interrupt_has_a_code_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_has_a_code_and_no_traceback(capsys):
     with pytest.raises(SystemExit) as error, in_one_line("script.py"):
         raise KeyboardInterrupt
     assert error.value.code == INTERRUPTED
     assert "script.py" in capsys.readouterr().err
 
 
-def test_only_the_errors_of_a_request_are_shortened() -> None:
+def test_only_the_errors_of_a_request_are_shortened():
     with pytest.raises(ZeroDivisionError), in_one_line("script.py", ValueError):
         raise ZeroDivisionError
     with pytest.raises(SystemExit) as error, in_one_line("script.py", ValueError):
@@ -63,7 +56,7 @@ def test_only_the_errors_of_a_request_are_shortened() -> None:
     assert error.value.code == 2
 
 
-def test_a_parser_shows_its_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_parser_shows_its_text_as_it_is(capsys):
     with pytest.raises(SystemExit) as error:
         Parser("one\n   two").parse_args(["--help"])
     assert error.value.code == 0
@@ -78,7 +71,7 @@ def test_a_parser_shows_its_text_as_it_is(capsys: pytest.CaptureFixture[str]) ->
         ("-m nanovllm.bench", "python -m nanovllm.bench"),
     ],
 )
-def test_help_works_from_a_shell(command: str, text: str) -> None:
+def test_help_works_from_a_shell(command, text):
     run = subprocess.run(
         [sys.executable, *command.split(), "--help"],
         cwd=ROOT,
@@ -100,7 +93,7 @@ SCRIPTS = {
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc on this system")
 @pytest.mark.parametrize("moment", ["import", "run"])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_an_interrupt_ends_a_script_without_a_traceback(script: str, moment: str) -> None:
+def test_an_interrupt_ends_a_script_without_a_traceback(script, moment):
     process = scripts.start(ROOT / script, *SCRIPTS[script])
     assert process.stderr is not None
     err = ""

@@ -3,8 +3,6 @@
 Here they run without a GPU, and so fall back. tests/gpu/test_pipeline.py runs the same on one.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -1,7 +1,5 @@
 """A few seconds of the soak: right tokens, no request lost, nothing left in use."""
 
-from __future__ import annotations
-
 import random
 
 import pytest
@@ -10,7 +8,7 @@ from tests.soak import growth, run
 from tests.soak_calls import RandomCalls
 
 
-def test_a_short_soak_finds_nothing() -> None:
+def test_a_short_soak_finds_nothing():
     calls, first, last = run(5, seed=random.randrange(10**6))
     assert calls.problems == []
     assert calls.count > 1
@@ -25,7 +23,7 @@ def calls():
     made.exit()
 
 
-def test_wrong_tokens_and_lost_requests_are_noticed(calls) -> None:
+def test_wrong_tokens_and_lost_requests_are_noticed(calls):
     driven = calls.living[0]
     for prompt, tokens in calls.canaries[:2]:
         options = {"temperature": 0, "max_tokens": len(tokens)}
@@ -38,7 +36,7 @@ def test_wrong_tokens_and_lost_requests_are_noticed(calls) -> None:
     assert "lost" in calls.problems[-1]
 
 
-def test_what_grows_is_named() -> None:
+def test_what_grows_is_named():
     first = {"RSS [KiB]": 1000, "descriptors": 6, "threads": 5}
     assert growth(first, first | {"RSS [KiB]": 1009, "threads": 4}) == []
     assert growth(first, first | {"RSS [KiB]": 1010, "descriptors": 7}) == list(first)[:2]

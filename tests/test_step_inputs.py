@@ -1,7 +1,5 @@
 """The flat input buffer of a step against an obvious reference, token by token."""
 
-from __future__ import annotations
-
 import itertools
 import random
 

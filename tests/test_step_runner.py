@@ -1,9 +1,6 @@
 """Steps from graphs, with padding and static buffers, on the CPU: graphs that issue anew."""
 
-from __future__ import annotations
-
 import dataclasses
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +16,7 @@ from nanovllm.engine.auto.planner import Planner
 from nanovllm.engine.graph_memory import GraphMemory, batch_sizes
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.plan import MICROBATCH
+from nanovllm.engine.stage_times import ClockEvent
 from nanovllm.engine.step_inputs import StepLayout
 from nanovllm.engine.step_runner import PreparedStep, StepRunner
 from nanovllm.tiny import PROMPTS
@@ -153,25 +151,19 @@ def test_statistics_are_those_of_the_runner_in_use():
         second.close()
 
 
-class ClockEvent:
-    """As a timing event of CUDA, for work that is done when the call returns."""
+class Event(ClockEvent):
+    """The CPU's, called as a timing event of CUDA is."""
 
     def __init__(self, enable_timing: bool) -> None:
         assert enable_timing
 
-    def record(self) -> None:
-        self.seconds = time.perf_counter()
-
     def synchronize(self) -> None:
         pass
-
-    def elapsed_time(self, end: ClockEvent) -> float:
-        return (end.seconds - self.seconds) * 1e3
 
 
 def test_auto_measures_chooses_and_keeps_the_tokens(monkeypatch, tmp_path):
     """Calibration, its timer and the planner at work on real steps, sequential and pipelined."""
-    monkeypatch.setattr(torch.cuda, "Event", ClockEvent)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: str(device))
     monkeypatch.setattr(calibration, "SIZE_STEP", 4)
     monkeypatch.setattr(calibration, "LEAST_GAIN", 0.0)  # whatever a pipeline may gain here

@@ -1,7 +1,5 @@
 """Timing a step: when its readings count, and the sequences it runs on."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 
@@ -21,20 +19,20 @@ def read_from(readings: list[float]) -> tuple[Iterator[float], float]:
     return left, settled_seconds(lambda: next(left))
 
 
-def test_equal_readings_take_no_more_than_they_must() -> None:
+def test_equal_readings_take_no_more_than_they_must():
     left, seconds = read_from([1.0] * 20)
     assert seconds == 1.0
     assert len(list(left)) == 20 - ALIKE
 
 
 @pytest.mark.parametrize("skipped", range(len(SETTLING)))
-def test_clocks_that_settle_or_dip_do_not_count(skipped: int) -> None:
+def test_clocks_that_settle_or_dip_do_not_count(skipped):
     _, seconds = read_from((SETTLING + DIPPING)[skipped:])
     assert seconds == pytest.approx(41.5, rel=0.01)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_what_never_settles_is_a_median(seed: int) -> None:
+def test_what_never_settles_is_a_median(seed):
     noise = random.Random(seed)
     left, seconds = read_from(
         [noise.choice([0.9, 1.0, 1.0, 1.1]) for _ in range(2 * MOST_READINGS)]
@@ -44,7 +42,7 @@ def test_what_never_settles_is_a_median(seed: int) -> None:
 
 
 @pytest.mark.parametrize(("context", "blocks"), [(1, 10), (256, 8), (1000, 40), (1000, 3)])
-def test_made_up_sequences_are_a_steady_batch(context: int, blocks: int) -> None:
+def test_made_up_sequences_are_a_steady_batch(context, blocks):
     chunks = list(steady_chunks(6, context, blocks, 256))
     assert [(chunk.start, chunk.end) for chunk in chunks] == [(context - 1, context)] * 6
     assert all(chunk.needs_sample for chunk in chunks)

@@ -1,7 +1,5 @@
 """Completions follow JSON schemas, regexes and grammars, whatever else the engine is doing."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import random
@@ -19,6 +17,7 @@ from nanovllm.kernels.reference_sampling import SAMPLE_TILE
 from nanovllm.structured import grammars
 from nanovllm.tiny import CHECKPOINT_DIR, PROMPTS
 from tests.checkpoints import Shape
+from tests.engine.cases import PIPELINED, drain, steps
 from tests.interrupts import Interrupt, InterruptAt
 
 pytest.importorskip("xgrammar", reason="structured output needs xgrammar")
@@ -98,7 +97,7 @@ def test_plain_rows_draw_the_same_tokens_beside_others(engine, expected):
     "options",
     [
         {"num_kvcache_blocks": 9, "max_num_batched_tokens": 13},
-        {"enable_pipeline": True, "pipeline_mode": "microbatch", "pipeline_strict": True},
+        PIPELINED,
         {"async_scheduling": False},
         {"tensor_parallel_size": 2, "num_kvcache_blocks": 9},
     ],
@@ -169,8 +168,7 @@ def count_ahead(llm: LLM, params: list[SamplingParams]) -> tuple[int, int, set[i
 
     before, llm.model_runner.watch = llm.model_runner.watch, watch
     ids = [llm.add_request(PROMPTS[i], each) for i, each in enumerate(params)]
-    while not llm.is_finished():
-        llm.step()
+    drain(llm)
     llm.model_runner.watch = before
     return len(launched), sum(map(bool, launched)), {ids.index(i) for i in rows}
 
@@ -263,8 +261,7 @@ def test_compiled_grammars_are_shared_and_bounded(engine):
         engine.add_request("x", regex=f"a{i}", max_tokens=1)
     assert compiled.cache_info().currsize == grammars.KEPT
     assert compiled.cache_info().misses == grammars.KEPT + 5
-    while not engine.is_finished():
-        engine.step()
+    drain(engine)
 
 
 def test_tokens_are_right_after_an_interrupt_at_any_line(engine):
@@ -275,11 +272,10 @@ def test_tokens_are_right_after_an_interrupt_at_any_line(engine):
         ids = [engine.add_request(PROMPTS[i], each) for i, each in enumerate(params)]
         said = {}
         with contextlib.suppress(Interrupt), InterruptAt(line, paths) as lines:
-            while not engine.is_finished():
-                said |= {output["request_id"]: output["token_ids"] for output in engine.step()}
+            for output in steps(engine):
+                said[output["request_id"]] = output["token_ids"]
         assert lines.reached
-        while not engine.is_finished():
-            said |= {output["request_id"]: output["token_ids"] for output in engine.step()}
+        said |= drain(engine)
         return [said[i] for i in ids], lines.executed
 
     names = ["engine.scheduler", "engine.sequence", "structured.grammars"]

@@ -3,10 +3,6 @@
 Starting processes takes most of the time, so many configurations share one torchrun job.
 """
 
-from __future__ import annotations
-
-import contextlib
-import json
 import os
 import random
 import shutil
@@ -14,21 +10,21 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM
 from nanovllm.engine.parallel.processes import RankDiedError
-from tests import scripts
+from tests import engine_tasks, scripts
 from tests.checkpoints import TABLE, OddVocabShape, Shape, prompts
+from tests.engine.cases import PIPELINED, tokens
 
-LISTEN = "0A"  # in /proc/net/tcp
 SECONDS = 10.0  # "within seconds", on a busy machine
 NO_HANG = pytest.mark.timeout(60)  # collectives themselves have half an hour
 
-PIPELINED = {"enable_pipeline": True, "pipeline_mode": "microbatch", "pipeline_strict": True}
 OPTIONS = [
     {"kvcache_block_size": 16},
     {"kvcache_block_size": 16, **PIPELINED},
@@ -38,74 +34,32 @@ OPTIONS = [
     {"kvcache_block_size": 256, "max_num_seqs": 2},
 ]
 
-# Every rank runs all of it; only rank 0 gets an engine, the others serve it within `LLM`.
-SWEEP = """
-import json, sys
-from nanovllm import LLM, SamplingParams
 
-with open(sys.argv[1]) as file:
-    cases = json.load(file)
-results = []
-for case in cases:
-    try:
-        engine = LLM(case["model"], **case["options"])
-    except SystemExit:
-        continue
-    with engine:
-        params = [SamplingParams(**fields) for fields in case["sampling"]]
-        outputs = engine.generate(case["prompts"], params, use_tqdm=False)
-        tokens = [output["token_ids"] for output in outputs]
-        results.append([tokens, engine.scheduler.num_preemptions])
-if results:
-    print(json.dumps(results))
-"""
+def task_of(directory: Path, shape: Shape, options: dict, ranks: int) -> dict[str, Any]:
+    """Requests of all kinds for a model of that shape."""
+    model = directory / f"model-{shape.seed}"
+    shape.write(model)
+    vocab, seed = shape.config().vocab_size, shape.seed
+    given = [[token % vocab for token in prompt] for prompt in prompts(seed, 5, longest=40)]
+    drawn = {"temperature": 0.8, "seed": seed}
+    limits = [{}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": vocab // 2, "top_p": 0.97}]
+    limits[1] |= {"presence_penalty": 1, "frequency_penalty": -1, "min_tokens": 1}
+    limits[2] |= {"min_p": 0.001, "logit_bias": {token: 3 for token in range(0, vocab, 700)}}
+    greedy = {"temperature": 0.0, "repetition_penalty": 1.3}
+    sampling = [greedy] + [{**drawn, **limit} for limit in limits]
+    for fields in sampling:  # some finish while others run
+        fields["max_tokens"] = 24 if "num_kvcache_blocks" in options else random.randint(1, 24)
+    options = {"model": str(model), "device": "cpu", "max_model_len": 64, **options}
+    options["tensor_parallel_size"] = ranks
+    return {"prompts": given, "sampling": sampling, "options": options}
 
 
-@dataclass
-class Sweep:
-    """Cases for the script above."""
-
-    directory: Path
-    ranks: int
-
-    def case(self, shape: Shape, options: dict, seed: int) -> dict:
-        model = self.directory / f"model-{self.ranks}-{seed}"
-        shape.write(model)
-        vocab = shape.config().vocab_size
-        given = [[token % vocab for token in prompt] for prompt in prompts(seed, 5, longest=40)]
-        drawn = {"temperature": 0.8, "max_tokens": 12, "seed": seed}
-        limits = [{}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": vocab // 2, "top_p": 0.97}]
-        limits[1] |= {"presence_penalty": 1, "frequency_penalty": -1, "min_tokens": 1}
-        limits[2] |= {"min_p": 0.001, "logit_bias": {token: 3 for token in range(0, vocab, 700)}}
-        greedy = {"temperature": 0.0, "repetition_penalty": 1.3}
-        sampling = [greedy] + [{**drawn, **limit} for limit in limits]
-        for fields in sampling:  # some finish while others run
-            fields["max_tokens"] = 24 if "num_kvcache_blocks" in options else random.randint(1, 24)
-        return {
-            "model": str(model),
-            "prompts": given,
-            "sampling": sampling,
-            "options": {"device": "cpu", "max_model_len": 64, **options},
-        }
-
-    def run(self, cases: list[dict]) -> list:
-        """[tokens, number of preemptions] of each case, on all ranks."""
-        for case in cases:
-            case["options"]["tensor_parallel_size"] = self.ranks
-        (self.directory / "cases.json").write_text(json.dumps(cases))
-        script = self.directory / "sweep.py"
-        script.write_text(SWEEP)
-        result = scripts.run(script, self.directory / "cases.json", processes=self.ranks)
-        assert result.returncode == 0, result.stderr
-        return json.loads(result.stdout)
+def tokens_and_preemptions(result: dict[str, Any]) -> tuple[list[list[int]], int]:
+    return tokens(result["outputs"]), result["preemptions"]
 
 
-def on_one_rank(case: dict) -> list:
-    """What `Sweep.run` gives for the case, computed here."""
-    with LLM(case["model"], **{**case["options"], "tensor_parallel_size": 1}) as engine:
-        params = [SamplingParams(**fields) for fields in case["sampling"]]
-        outputs = engine.generate(case["prompts"], params, use_tqdm=False)
-        return [[output["token_ids"] for output in outputs], engine.scheduler.num_preemptions]
+def on_one_rank(task: dict[str, Any]) -> dict[str, Any]:
+    return engine_tasks.run(**{**task, "options": task["options"] | {"tensor_parallel_size": 1}})
 
 
 def shapes_for_two() -> list[Shape]:
@@ -129,15 +83,15 @@ def shapes_for_four() -> list[Shape]:
     ("size", "shapes"), [(2, shapes_for_two), (4, shapes_for_four)], ids=["two", "four"]
 )
 def test_ranks_agree_with_one_rank_under_torchrun(tmp_path, size, shapes):
-    sweep = Sweep(tmp_path, size)
-    cases = [
-        sweep.case(shape, OPTIONS[index % len(OPTIONS)], seed=shape.seed)
-        for index, shape in enumerate(shapes())
+    tasks = [
+        task_of(tmp_path, shape, options, size)
+        for shape, options in zip(shapes(), cycle(OPTIONS), strict=False)
     ]
-    results = sweep.run(cases)
-    assert results == [on_one_rank(case) for case in cases]
-    if any("num_kvcache_blocks" in case["options"] for case in cases):
-        assert sum(preemptions for _, preemptions in results) > 0
+    results = engine_tasks.run_elsewhere(tmp_path, tasks, processes=size)
+    alone = map(on_one_rank, tasks)
+    assert [*map(tokens_and_preemptions, results)] == [*map(tokens_and_preemptions, alone)]
+    if any("num_kvcache_blocks" in task["options"] for task in tasks):
+        assert sum(result["preemptions"] for result in results) > 0
 
 
 PLAIN = """
@@ -161,9 +115,7 @@ llm, worker = engine()
 def test_plain_script_ends_its_workers_however_it_drops_the_engine(tmp_path):
     """Engines one after the other: one garbage-collected, one left to the interpreter's exit."""
     Shape().write(tmp_path)
-    script = tmp_path / "plain.py"
-    script.write_text(PLAIN)
-    result = scripts.run(script, tmp_path)
+    result = scripts.run("-c", PLAIN, tmp_path)
     assert result.returncode == 0, result.stderr
     with LLM(str(tmp_path), device="cpu", max_model_len=64) as llm:
         outputs = llm.generate([[5, 6, 7]], temperature=0, max_tokens=4, use_tqdm=False)
@@ -218,32 +170,16 @@ def test_worker_dies_before_it_joins(model, monkeypatch):
         make_engine(model)
 
 
-def listening_sockets() -> dict[str, str]:
-    """Where this process accepts TCP connections: addresses in hexadecimal, by socket."""
-    sockets = set()
-    for link in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
-            sockets.add(os.readlink(link))
-    addresses = {}
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            name = f"socket:[{fields[9]}]"
-            if fields[3] == LISTEN and name in sockets:
-                addresses[name] = fields[1].split(":")[0]
-    return addresses
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_only_this_machine_can_reach_the_ranks_and_exit_ends_them(model):
-    before = listening_sockets()
+    before = scripts.listening_sockets(os.getpid())
     with make_engine(model) as engine:
-        during = listening_sockets()
+        during = scripts.listening_sockets(os.getpid())
         (worker,) = engine.model_runner.ranks.workers.processes
         engine.exit()
         engine.exit()
         assert worker.returncode == 0
-    opened = {address for name, address in during.items() if name not in before}
+    opened = {place.split(":")[0] for name, place in during.items() if name not in before}
     assert opened == {socket.inet_aton("127.0.0.1")[::-1].hex().upper()}
 
 
@@ -310,35 +246,8 @@ while True:
 """
 
 
-PLANS = """
-import sys
-from nanovllm import LLM
-
-prompts = [[5, 6, 7], [8] * 20, [9], [10, 11]]
-options = dict(device="cpu", max_model_len=64, kvcache_block_size=16)
-tokens = []
-for more in ({}, dict(tensor_parallel_size=2, enable_pipeline=True, pipeline_mode="microbatch",
-                      pipeline_strict=True)):
-    with LLM(sys.argv[1], **options, **more) as llm:
-        outputs = llm.generate(prompts, temperature=0, max_tokens=12, use_tqdm=False)
-        tokens.append([output["token_ids"] for output in outputs])
-        steps = llm.model_runner.get_pipeline_statistics()["steps"]
-print(tokens[0] == tokens[1], steps["pipelined"] > 3)
-"""
-
-
-def test_the_plan_of_a_step_reaches_the_other_ranks(model, tmp_path):
-    """They run the same micro-batches, or the collectives of the two would not fit."""
-    script = tmp_path / "pipelined.py"
-    script.write_text(PLANS)
-    result = scripts.run(script, model)
-    assert result.stdout.split() == ["True", "True"], result.stderr
-
-
-def test_workers_end_with_rank_0(model, tmp_path):
-    script = tmp_path / "endless.py"
-    script.write_text(ENDLESS)
-    rank_0 = scripts.start(script, model)
+def test_workers_end_with_rank_0(model):
+    rank_0 = scripts.start("-c", ENDLESS, model)
     assert rank_0.stdout is not None
     workers = [int(pid) for pid in rank_0.stdout.readline().split()]
     assert len(workers) == 1
@@ -346,7 +255,7 @@ def test_workers_end_with_rank_0(model, tmp_path):
     time.sleep(0.2)
     rank_0.kill()
     rank_0.communicate()
-    assert scripts.all_end(workers, SECONDS)
+    assert scripts.seconds_to_end(workers, SECONDS) is not None
 
 
 CRASH = """

@@ -1,7 +1,5 @@
 """What is said of the times of the stages: statistics, the printed block, traces and pictures."""
 
-from __future__ import annotations
-
 import json
 import time
 

@@ -1,7 +1,5 @@
 """Tokenizers that are damaged, halved or name files elsewhere stop with an error that says so."""
 
-from __future__ import annotations
-
 import pytest
 
 from nanovllm.tiny import CHECKPOINT_DIR

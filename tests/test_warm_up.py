@@ -1,7 +1,5 @@
 """Warming up: which steps are run, and that they touch nothing but the padding block."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -1,15 +1,15 @@
 """Ranks that are threads of the test's own process, and logits for them."""
 
-from __future__ import annotations
-
 import random
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
 from nanovllm.layers.parallel import ParallelGroup
+from tests.thread_rounds import run_all
 
 T = TypeVar("T")
 
@@ -42,11 +42,7 @@ def on_ranks(size: int, run: Callable[[ParallelGroup], T]) -> list[T]:
             barrier.abort()
             raise
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_all(*(partial(work, rank) for rank in range(size)))
     return [results[rank] for rank in range(size)]
 
 

@@ -5,8 +5,6 @@
 Blocks are scarce in every other round, so that requests of one thread preempt those of another.
 """
 
-from __future__ import annotations
-
 import argparse
 import random
 import sys

@@ -1,7 +1,5 @@
 """What a Chrome trace of pipelined steps must show."""
 
-from __future__ import annotations
-
 from collections import Counter
 from itertools import pairwise
 

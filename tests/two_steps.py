@@ -1,7 +1,5 @@
 """Two steps of a model or of random stages on simulated lanes, and the proof of their events."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import random

@@ -17,6 +17,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         keys = find_keys(args.input)
         if args.output.exists() and args.output.samefile(args.input):
             raise ValueError(f"{args.output} is the input: name another file for the results")
-        with Results(args.output, keys) as results:
+        with closing(Results(args.output, keys)) as results:
             left = (line for line in read_lines(args.input) if line.key not in results.done)
             if len(results.done) == len(keys):
                 pass

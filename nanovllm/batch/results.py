@@ -45,12 +45,6 @@ class Results:
             self.file.truncate(size)
             on_error.pop_all()
 
-    def __enter__(self) -> Results:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
     def close(self) -> None:
         self.file.close()
 

@@ -163,14 +163,12 @@ def step_times(turns: Iterable[Turn]) -> dict[str, Record]:
     return times
 
 
-def rounds_of_block(num_arms: int) -> int:
-    """Rounds until all is balanced: an even number, and a multiple of the arms."""
-    return math.lcm(2, num_arms)
-
-
 def count_rounds(seconds: float, turn_seconds: float, num_arms: int) -> int:
-    """Rounds in which turns of at least `turn_seconds` fill `seconds`: whole blocks, not few."""
-    block = rounds_of_block(num_arms)
+    """Rounds in which turns of at least `turn_seconds` fill `seconds`: whole blocks, not few.
+
+    A block, after which all is balanced, is an even number of rounds and a multiple of the arms.
+    """
+    block = math.lcm(2, num_arms)
     return block * math.ceil(max(FEWEST_ROUNDS, seconds / turn_seconds) / block)
 
 

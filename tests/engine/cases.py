@@ -1,7 +1,5 @@
 """What the tests of the engine share: options, prompts, and what an idle engine looks like."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +8,7 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.outputs import RequestOutput
 from tests.checkpoints import prompts
 
 OPTIONS = {"device": "cpu", "max_model_len": 64, "kvcache_block_size": 16}
@@ -61,12 +60,14 @@ def in_order(outputs) -> list[dict]:
     return sorted(outputs, key=lambda output: (output["index"], output["sample"]))
 
 
-def drain(engine) -> dict[int, list[int]]:
-    outputs = {}
+def steps(engine) -> Iterator[RequestOutput]:
+    """What comes out while the engine steps until it is idle."""
     while not engine.is_finished():
-        for output in engine.step():
-            outputs[output["request_id"]] = output["token_ids"]
-    return outputs
+        yield from engine.step()
+
+
+def drain(engine) -> dict[int, list[int]]:
+    return {output["request_id"]: output["token_ids"] for output in steps(engine)}
 
 
 def count_computed(engine, monkeypatch) -> list[int]:

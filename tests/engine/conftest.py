@@ -1,7 +1,5 @@
 """Engines that the tests of this folder share: a small random model, and the embedded one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

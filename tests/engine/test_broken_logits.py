@@ -1,7 +1,5 @@
 """Logits that are not numbers: their request ends in error, and no other one is touched."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file

@@ -1,7 +1,5 @@
 """Requests that change their logits: the tokens of a plain loop, whatever the engine does."""
 
-from __future__ import annotations
-
 import math
 import random
 from dataclasses import replace
@@ -62,11 +60,11 @@ def test_the_cases_tell_right_from_wrong(shared, params, right):
     assert [len(ids) for ids in right[3:5]] == [5, 4]
 
 
-@pytest.mark.parametrize("temperature", [0, 1])
-def test_a_request_that_allows_no_token_ends_in_error(shared, caplog, temperature):
-    nothing = dict.fromkeys(range(VOCAB), -math.inf)
-    params = SamplingParams(temperature, logit_bias=nothing, logprobs=2, prompt_logprobs=2, n=2)
-    outputs = shared.generate([MORE[0], MORE[1]], [params, GREEDY], use_tqdm=False)
+@pytest.mark.parametrize("more", [{"temperature": 0}, {"temperature": 1}, {"frequency_penalty": 1}])
+def test_a_request_that_allows_no_token_ends_in_error(llm, caplog, more):
+    asked = {"logit_bias": dict.fromkeys(range(VOCAB), -math.inf), "logprobs": 2}
+    params = SamplingParams(**asked, **more, prompt_logprobs=2, n=2)
+    outputs = llm.generate([MORE[0], MORE[1]], [params, GREEDY], use_tqdm=False)
     assert [output["finish_reason"] for output in outputs] == ["error", "error", "length"]
     assert [output["token_ids"] for output in outputs[:2]] == [[], []]
     assert [output["logprobs"] for output in outputs[:2]] == [[], []]
@@ -133,11 +131,3 @@ def test_an_aborted_request_leaves_nothing_to_its_successor(directory, params, r
             engine.abort(dropped)
             request = engine.add_request(MORE[index], params[index])
             assert drain(engine)[request] == right[index]
-
-
-def test_a_request_may_forbid_all_tokens_and_ends_in_error(llm):
-    nothing = {token: -float("inf") for token in range(VOCAB)}
-    params = [replace(GREEDY, logit_bias=nothing, frequency_penalty=1), GREEDY]
-    outputs = llm.generate(PROMPTS[:2], params, use_tqdm=False)
-    assert [output["finish_reason"] for output in outputs] == ["error", "length"]
-    assert outputs[0]["token_ids"] == []

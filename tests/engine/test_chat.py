@@ -1,7 +1,5 @@
 """Conversations: what the template makes of them, and what is refused."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest

@@ -1,7 +1,5 @@
 """The engine as its users see it: requests in, completions out."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time
@@ -26,6 +24,7 @@ from tests.engine.cases import (
     drain,
     said,
     scheduled,
+    steps,
     tokens,
     whatever_the_scheduler_does,
 )
@@ -129,26 +128,16 @@ def test_token_ids_may_come_in_any_sequence(llm, expected, kind):
     assert tokens(outputs) == expected
 
 
-def test_a_text_a_list_of_texts_and_their_token_ids_are_equal(tiny):
-    text = "Once upon a time"
-    one = tiny.generate(text, temperature=0, max_tokens=20, use_tqdm=False)
-    ids = tiny.tokenizer.encode(text)
-    for given in ([text], (text,), [ids], [tuple(ids)], [torch.tensor(ids)]):
-        again = tiny.generate(given, temperature=0, max_tokens=20, use_tqdm=False)
-        assert said(again) == said(one)
-    mixed = tiny.generate([ids, text], temperature=0, max_tokens=20, use_tqdm=False)
-    assert said(mixed) == said(one) * 2
-
-
-def test_a_prompt_may_be_a_dict_of_a_text_or_of_token_ids(tiny):
-    text = "Once upon a time"
-    params = SamplingParams(temperature=0, max_tokens=5)
+def test_a_prompt_is_a_text_its_token_ids_or_a_dict_of_either_alone_or_in_a_list(tiny):
+    text, params = "Once upon a time", SamplingParams(temperature=0, max_tokens=20)
     one = tiny.generate(text, params, use_tqdm=False)
-    dicts = [{"prompt": text}, {"prompt_token_ids": tuple(tiny.tokenizer.encode(text))}]
-    for given in dicts:
+    ids = tiny.tokenizer.encode(text)
+    dicts = [{"prompt": text}, {"prompt_token_ids": tuple(ids)}]
+    for given in ([text], (text,), [ids], [tuple(ids)], [torch.tensor(ids)], *dicts):
         assert said(tiny.generate(given, params, use_tqdm=False)) == said(one)
+    for given in dicts:
         tiny.add_request(given, params)
-    assert said(tiny.generate([*dicts, text], params, use_tqdm=False)) == said(one) * 3
+    assert said(tiny.generate([ids, *dicts, text], params, use_tqdm=False)) == said(one) * 4
     assert list(drain(tiny).values()) == tokens(one) * 2
 
 
@@ -276,9 +265,7 @@ def test_requests_step_by_step(llm, expected):
     ids = [llm.add_request(prompt, GREEDY) for prompt in PROMPTS]
     assert ids == sorted(set(ids))
     assert not llm.is_finished()
-    outputs = []
-    while not llm.is_finished():
-        outputs += llm.step()
+    outputs = list(steps(llm))
     assert [set(output) for output in outputs] == [set(get_type_hints(RequestOutput))] * 4
     assert {(output["index"], output["sample"]) for output in outputs} == {(0, 0)}
     assert {out["request_id"]: out["token_ids"] for out in outputs} == dict(
@@ -286,10 +273,10 @@ def test_requests_step_by_step(llm, expected):
     )
 
 
-@pytest.mark.parametrize("steps", [0, 1, 3])
-def test_abort_drops_a_request_and_no_other(llm, expected, steps):
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_abort_drops_a_request_and_no_other(llm, expected, count):
     ids = [llm.add_request(prompt, GREEDY) for prompt in PROMPTS]
-    for _ in range(steps):
+    for _ in range(count):
         assert llm.step() == []
     assert llm.abort(ids[1]) is True
     assert llm.abort(ids[1]) is False

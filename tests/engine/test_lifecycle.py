@@ -1,7 +1,5 @@
 """Interrupts, failed steps, exits, and several engines in one process."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

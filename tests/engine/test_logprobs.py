@@ -1,8 +1,7 @@
 """Log-probabilities: transformers' own, whatever the scheduler does, and only where asked for."""
 
-from __future__ import annotations
-
 import random
+from contextlib import suppress
 from itertools import count
 from typing import Any
 
@@ -20,10 +19,11 @@ from tests.engine.cases import (
     PROMPTS,
     check_empty,
     count_computed,
+    steps,
     tokens,
 )
 from tests.interrupts import Interrupt, InterruptAt
-from tests.scores import check_output
+from tests.scores import check_output, check_outputs
 
 # As in test_engine_oracle.py: chunks, scarce blocks with preemption, micro-batches, no look-ahead.
 SETTINGS: list[dict[str, Any]] = [
@@ -65,8 +65,7 @@ def test_log_probabilities_are_those_of_transformers(tmp_path, model_type, numbe
         for _ in range(2):  # the second time prefixes are cached
             params, asked = zip(*(random_params(rng) for _ in given), strict=True)
             outputs = llm.generate(given, list(params), use_tqdm=False)
-            for prompt, output, counts in zip(given, outputs, asked, strict=True):
-                check_output(model, prompt, output, counts)
+            check_outputs(model, given, outputs, asked)
         check_empty(llm)
         assert llm.scheduler.num_asking == 0
 
@@ -93,8 +92,7 @@ def test_preempted_requests_keep_what_they_know(directory, model, monkeypatch, m
     with LLM(str(directory), **options) as llm:
         outputs = llm.generate(given, asking, use_tqdm=False)
     assert any(again)
-    for prompt, output in zip(given, outputs, strict=True):
-        check_output(model, prompt, output, (2, 1))
+    check_outputs(model, given, outputs, [(2, 1)] * len(given))
     # Each token of a prompt is scored once, whatever is computed again.
     assert sum(scored) == sum(len(prompt) - 1 for prompt in given)
 
@@ -103,8 +101,7 @@ def test_long_prompts_are_scored_in_pieces(llm, model, monkeypatch):
     monkeypatch.setattr(draws, "MOST_ROWS", 4)
     monkeypatch.setattr(draws, "PROMPT_ROWS", 3)
     outputs = llm.generate(PROMPTS * 2, GREEDY_SCORED, use_tqdm=False)
-    for prompt, output in zip(PROMPTS * 2, outputs, strict=True):
-        check_output(model, prompt, output, (2, 1))
+    check_outputs(model, PROMPTS * 2, outputs, [(2, 1)] * len(outputs))
 
 
 GREEDY_SCORED = SamplingParams(
@@ -157,10 +154,10 @@ def test_what_is_aborted_has_a_score_for_each_of_its_tokens(directory, model, mo
     prompt, lengths = (PROMPTS[0] * 20)[:20], set()
     with LLM(str(directory), **OPTIONS, max_num_batched_tokens=8) as llm:
         for number in range(8):
-            steps = count(1)
+            moments = count(1)
 
-            def watch(now, step, number=number, steps=steps):
-                if now == moment and next(steps) > number:
+            def watch(now, step, number=number, moments=moments):
+                if now == moment and next(moments) > number:
                     llm.abort(llm.next_request_id - 1)
 
             monkeypatch.setattr(llm.model_runner, "watch", watch)
@@ -190,17 +187,11 @@ def test_interrupts_neither_lose_nor_double_scores(directory, model):
         for _ in range(10):
             ids = [llm.add_request(*pair) for pair in zip(PROMPTS, params, strict=True)]
             outputs: dict[int, Any] = {}
-            try:
-                with InterruptAt(draw.randrange(1, lines.executed)):
-                    while not llm.is_finished():
-                        for output in llm.step():
-                            outputs[output["request_id"]] = output
-            except Interrupt:
-                pass
-            while not llm.is_finished():
-                outputs |= {output["request_id"]: output for output in llm.step()}
-            for request_id, prompt, counts in zip(ids, PROMPTS, asked, strict=True):
-                check_output(model, prompt, outputs[request_id], counts)
+            with suppress(Interrupt), InterruptAt(draw.randrange(1, lines.executed)):
+                for output in steps(llm):
+                    outputs[output["request_id"]] = output
+            outputs |= {output["request_id"]: output for output in steps(llm)}
+            check_outputs(model, PROMPTS, [outputs[i] for i in ids], asked)
         check_empty(llm)
         assert llm.scheduler.num_asking == 0
 

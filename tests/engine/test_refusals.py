@@ -1,7 +1,5 @@
 """What the engine refuses: every error by its message, and no harm to other requests."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Several samples of a prompt: their order, their seeds, and the blocks that they share."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import replace
 

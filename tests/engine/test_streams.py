@@ -1,7 +1,5 @@
 """Completions and deltas as they come, and streams that are broken off."""
 
-from __future__ import annotations
-
 import gc
 import random
 from collections import defaultdict

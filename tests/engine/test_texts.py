@@ -1,7 +1,5 @@
 """Where texts end: stop texts, special tokens, and the limits of a request."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import replace
 

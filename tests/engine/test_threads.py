@@ -1,7 +1,5 @@
 """Calls from several threads, and from processes that were forked."""
 
-from __future__ import annotations
-
 import os
 import random
 import threading

@@ -1,7 +1,5 @@
 """Logits of an engine whose requests are made to go on with tokens fixed in advance."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

@@ -10,8 +10,6 @@ kernels that the checker would take minutes to load them.
 The model is small and the graphs are few, as the checker makes everything many times slower.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import sys

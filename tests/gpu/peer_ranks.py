@@ -1,7 +1,5 @@
 """Ranks of one host, a process and a GPU each, that share memory; for tests and timings."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Callable

@@ -4,8 +4,6 @@ Each program stores its SM (`%smid`), its start and its end (`%globaltimer`, ns)
 between so that the programs of a launch spread over all SMs they may use.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -1,7 +1,5 @@
 """The engine on a real GPU: logits, tokens and memory, with and without CUDA graphs."""
 
-from __future__ import annotations
-
 import gc
 import random
 from pathlib import Path
@@ -11,17 +9,14 @@ import pytest
 import torch
 import transformers
 
-if not torch.cuda.is_available():
-    pytest.skip("no CUDA device", allow_module_level=True)
-
-from nanovllm import LLM, SamplingParams
+from nanovllm import SamplingParams
 from nanovllm.bench.shapes import published_config
 from tests import logit_oracle
 from tests.checkpoints import TABLE, Shape, greedy, prompts
 from tests.checkpoints import VOCAB as SHAPE_VOCAB
 from tests.decode_cases import relative_error
 from tests.gpu.forced_tokens import forced_logits, forced_token, ragged_prompts
-from tests.gpu.texts import texts
+from tests.gpu.texts import small_engine, texts
 
 VOCAB = 4096
 EAGER = pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
@@ -32,13 +27,6 @@ SETUPS: dict[str, dict[str, Any]] = {
     "green graphs": GREEN,
     "green eager": {**GREEN, "enforce_eager": True},
 }
-
-
-def small_engine(model: Any = None, **options: Any) -> LLM:
-    """With few graphs and little memory, so that several fit beside each other."""
-    given = {} if model is None else {"model": str(model)}
-    defaults = {"max_num_seqs": 8, "max_model_len": 1024, "num_kvcache_blocks": 64}
-    return LLM(device="cuda", **given, **(defaults | options))
 
 
 # As published, for what config.json of that model says beside Qwen3's shapes.
@@ -162,17 +150,11 @@ def test_changed_logits_give_the_tokens_of_a_plain_loop(tmp_path, eager):
     assert [output["token_ids"] for output in outputs] == expected
 
 
-@pytest.fixture(scope="module")
-def cpu_texts() -> list[str]:
-    with LLM(device="cpu") as engine:
-        return texts(engine)
-
-
 @EAGER
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_embedded_model_writes_the_same_text_as_on_the_cpu(dtype, eager, cpu_texts):
     with small_engine(dtype=dtype, enforce_eager=eager) as engine:
-        assert texts(engine) == cpu_texts
+        assert texts(engine) == cpu_texts[:8]
 
 
 @pytest.mark.parametrize("setup", ["graphs", "green graphs"])

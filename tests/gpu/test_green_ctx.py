@@ -1,7 +1,5 @@
 """Green contexts on a real GPU: kernels report which SMs they ran on, and when."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,11 +8,6 @@ import torch
 
 from green_ctx import DEFAULT_STREAM, Driver, GreenContextUnavailable, GreenDevice
 from nanovllm.engine.green_manager import GreenContextManager, Partitions
-
-if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA GPU", allow_module_level=True)
-pytest.importorskip("triton", reason="needs Triton")
-
 from tests.gpu.recorded_sms import DEVICE, launch, new_records, sms_used
 
 
@@ -85,14 +78,14 @@ def manager(device: GreenDevice, request: pytest.FixtureRequest) -> Iterator[Gre
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_grants_what_was_asked_for(device: GreenDevice, case: str) -> None:
+def test_grants_what_was_asked_for(device, case):
     counts = counts_for(device, case)
     with GreenContextManager(DEVICE, *counts) as manager:
         assert manager.sms == counts
     assert device.sm_count == torch.cuda.get_device_properties(0).multi_processor_count
 
 
-def test_granularity_agrees_with_what_the_driver_grants(device: GreenDevice) -> None:
+def test_granularity_agrees_with_what_the_driver_grants(device):
     sizes = device.granularity()
     for count in (1, sizes.minimum, sizes.minimum + 1, device.sm_count // 2):
         (group,) = device.split([count])
@@ -109,7 +102,7 @@ def lanes_for(device: GreenDevice, lanes: int) -> list[int]:
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 3, 4])
-def test_kernels_of_every_lane_run_on_sms_of_their_own(device: GreenDevice, lanes: int) -> None:
+def test_kernels_of_every_lane_run_on_sms_of_their_own(device, lanes):
     counts = lanes_for(device, lanes)
     with Partitions(DEVICE, counts) as partitions:
         assert partitions.sms == tuple(counts)
@@ -121,11 +114,11 @@ def test_kernels_of_every_lane_run_on_sms_of_their_own(device: GreenDevice, lane
     assert len(set.union(*used)) == device.sm_count
 
 
-def test_eager_kernels_run_on_disjoint_sms(manager: GreenContextManager) -> None:
+def test_eager_kernels_run_on_disjoint_sms(manager):
     check_partitions(manager, *run_eagerly(manager))
 
 
-def test_captured_kernels_run_on_disjoint_sms(manager: GreenContextManager) -> None:
+def test_captured_kernels_run_on_disjoint_sms(manager):
     run_eagerly(manager)  # compiles and loads the kernel, which a capture may not
     attention, ffn = new_records(), new_records()
     graph = capture(manager, attention, ffn)
@@ -137,7 +130,7 @@ def test_captured_kernels_run_on_disjoint_sms(manager: GreenContextManager) -> N
     graph.reset()
 
 
-def test_captured_sides_run_at_the_same_time(manager: GreenContextManager) -> None:
+def test_captured_sides_run_at_the_same_time(manager):
     run_eagerly(manager)
     attention, ffn = new_records(), new_records()
     graph = capture(manager, attention, ffn)
@@ -148,7 +141,7 @@ def test_captured_sides_run_at_the_same_time(manager: GreenContextManager) -> No
     assert max(starts) < min(ends), "the two sides ran one after the other"
 
 
-def test_several_managers_are_alive_at_once(device: GreenDevice) -> None:
+def test_several_managers_are_alive_at_once(device):
     managers = [GreenContextManager(DEVICE, *counts_for(device, case)) for case in CASES]
     for manager in managers:
         check_partitions(manager, *run_eagerly(manager))
@@ -158,7 +151,7 @@ def test_several_managers_are_alive_at_once(device: GreenDevice) -> None:
         manager.close()
 
 
-def test_second_way_to_a_stream(device: GreenDevice) -> None:
+def test_second_way_to_a_stream(device):
     class OldBindings:
         """The real bindings without the function that CUDA 12.4 did not have."""
 
@@ -172,7 +165,7 @@ def test_second_way_to_a_stream(device: GreenDevice) -> None:
         check_partitions(manager, *run_eagerly(manager))
 
 
-def test_current_context_stays_what_it_was(device: GreenDevice) -> None:
+def test_current_context_stays_what_it_was(device):
     before = int(device.driver("cuCtxGetCurrent"))
     manager = GreenContextManager(DEVICE, *counts_for(device, "equal"))
     assert int(device.driver("cuCtxGetCurrent")) == before
@@ -180,7 +173,7 @@ def test_current_context_stays_what_it_was(device: GreenDevice) -> None:
     assert int(device.driver("cuCtxGetCurrent")) == before
 
 
-def test_matrix_product_on_the_ffn_partition(manager: GreenContextManager) -> None:
+def test_matrix_product_on_the_ffn_partition(manager):
     if manager.ffn_sms < 16:
         pytest.skip("cuBLAS is not given fewer than 16 SMs")
     a, b = (torch.randn(256, 1024, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
@@ -192,7 +185,7 @@ def test_matrix_product_on_the_ffn_partition(manager: GreenContextManager) -> No
     torch.testing.assert_close(product, expected, rtol=2e-2, atol=0.5)
 
 
-def test_create_and_close_cost_no_more_than_the_driver_keeps(device: GreenDevice) -> None:
+def test_create_and_close_cost_no_more_than_the_driver_keeps(device):
     """Driver 580 keeps 4 MiB of every green context that it ever made, however it is destroyed.
 
     So what a manager costs is measured beside two bare contexts, created and destroyed.

@@ -1,17 +1,12 @@
 """Log-probabilities on a real GPU: of rows of CUDA graphs, and of prompts in chunks."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    pytest.skip("no CUDA device", allow_module_level=True)
-
-from tests.checkpoints import OddVocabShape, prompts
-from tests.scores import check_output, run_script
+from tests.checkpoints import prompts
+from tests.scores import check_process
 
 SETUPS: dict[str, dict[str, Any]] = {
     "graphs": {},
@@ -27,19 +22,10 @@ def test_float32_scores_are_near_those_of_transformers(tmp_path, setup):
     ranks = SETUPS[setup].get("tensor_parallel_size", 1)
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} CUDA devices, and there are {torch.cuda.device_count()}")
-    model = OddVocabShape(seed=6).write(tmp_path / "model")
-    given = prompts(6, count=8)
     asked = [(None, None), (3, 2), (0, None), (None, 20), (20, 0), (1, 1), (5, 5), (None, 0)]
     options = {
-        "model": str(tmp_path / "model"), "device": "cuda", "dtype": "float32",
-        "max_model_len": 128, "max_num_seqs": 8, "num_kvcache_blocks": 64,
-        "kvcache_block_size": 16, "max_num_batched_tokens": 50, **SETUPS[setup],
+        "device": "cuda", "dtype": "float32", "max_model_len": 128, "max_num_seqs": 8,
+        "num_kvcache_blocks": 64, "max_num_batched_tokens": 50, **SETUPS[setup],
     }  # fmt: skip
-    sampling = [
-        {"max_tokens": 12, "seed": i, "ignore_eos": True, "logprobs": a, "prompt_logprobs": b}
-        for i, (a, b) in enumerate(asked)
-    ]
-    task = {"options": options, "prompts": given, "sampling": sampling}
-    outputs, _ = run_script(tmp_path, task)
-    for prompt, output, counts in zip(given, outputs, asked, strict=True):
-        check_output(model, prompt, output, counts, tolerance=1e-3)
+    fields = {"max_tokens": 12, "ignore_eos": True}
+    check_process(tmp_path, prompts(6, count=8), asked, options, tolerance=1e-3, **fields)

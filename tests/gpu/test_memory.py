@@ -17,9 +17,6 @@ from typing import Any
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    pytest.skip("no CUDA device", allow_module_level=True)
-
 from nanovllm import LLM
 from nanovllm.bench.shapes import shape_directory
 from nanovllm.config import Config
@@ -88,7 +85,7 @@ def host_rss() -> int:
 
 
 class TestRunningEngine:
-    def test_memory_is_filled_as_far_as_allowed(self, engine: LLM) -> None:
+    def test_memory_is_filled_as_far_as_allowed(self, engine):
         """The share counts everything on the device, also what was there before the engine."""
         _, total = torch.cuda.mem_get_info()
         wanted = Config.gpu_memory_utilization * total
@@ -100,7 +97,7 @@ class TestRunningEngine:
         engine.generate(prompts, temperature=0.8, top_p=0.9, max_tokens=4, use_tqdm=False)
         assert used_memory() == pytest.approx(wanted, rel=0.02), "after the largest steps"
 
-    def test_nothing_grows_in_2000_decode_steps(self, engine: LLM) -> None:
+    def test_nothing_grows_in_2000_decode_steps(self, engine):
         """Requests come and go in rounds of equal lengths and different tokens.
 
         Equal, as the allocator may need more for lengths that it has not seen before; between two
@@ -181,36 +178,26 @@ with shape_directory(sys.argv[1]) as directory:
 """
 
 
-def start_process(script: Path) -> dict[str, Any]:
-    result = scripts.run(script, SHAPE, timeout=280)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
-
-
 @pytest.mark.timeout(600)
 class TestStartUp:
     @pytest.fixture(scope="class")
     def processes(self, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         """Two, one after the other, with a kernel cache of their own that is empty at first."""
         free_memory()
-        directory = tmp_path_factory.mktemp("start")
-        script = directory / "start.py"
-        script.write_text(START, encoding="utf-8")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_CACHE_DIR", str(directory / "kernels"))
-            return [start_process(script) for _ in range(2)]
+            patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
+            said = [scripts.output_of("-c", START, SHAPE, timeout=280) for _ in range(2)]
+        return [json.loads(lines[-1]) for lines in said]
 
-    def test_first_requests_leave_no_kernel_to_compile(
-        self, processes: list[dict[str, Any]]
-    ) -> None:
+    def test_first_requests_leave_no_kernel_to_compile(self, processes):
         cold = processes[0]
         assert any(name.endswith(".cubin") for name in cold["first"])
         assert set(cold["end"]) - set(cold["first"]) == set()
 
-    def test_no_request_compiles_a_kernel(self, processes: list[dict[str, Any]]) -> None:
+    def test_no_request_compiles_a_kernel(self, processes):
         cold = processes[0]
         assert set(cold["end"]) - set(cold["started"]) == set()
 
-    def test_a_second_process_compiles_nothing(self, processes: list[dict[str, Any]]) -> None:
+    def test_a_second_process_compiles_nothing(self, processes):
         cold, warm = processes
         assert set(warm["end"]) - set(cold["end"]) == set()

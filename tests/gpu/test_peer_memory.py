@@ -1,7 +1,5 @@
 """Collectives over the memory of several GPUs: right, the same bits after any delay, bounded."""
 
-from __future__ import annotations
-
 import time
 
 import pytest

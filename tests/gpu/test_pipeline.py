@@ -1,7 +1,5 @@
 """The pipeline on a real GPU: where its stages run and when, and that they compute the model."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging
@@ -14,11 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    pytest.skip("no CUDA device", allow_module_level=True)
-pytest.importorskip("triton", reason="needs Triton")
-
 
 from green_ctx import GreenContextError, GreenDevice
 from nanovllm import LLM
@@ -36,7 +29,7 @@ from nanovllm.utils.timeline import trace_events
 from tests.decode_cases import relative_error
 from tests.gpu.forced_tokens import forced_logits, ragged_prompts
 from tests.gpu.recorded_sms import PROGRAMS, SPIN_NS, record_programs, sms_used
-from tests.gpu.texts import texts
+from tests.gpu.texts import small_engine, texts
 from tests.seed_spec import FAILED, FALLING_BACK, QUICK_START, STATISTICS, lines_of, run_block
 from tests.traces import check_trace
 
@@ -62,32 +55,13 @@ SPLITS = {"the seed's": split(16, 16), "the whole device": split(NUM_SMS - FFN_S
 
 
 def pipelined_engine(model: Any = None, mode: str = "green", **options: Any) -> LLM:
-    """With few graphs and little memory, so that several fit beside each other."""
-    given = {} if model is None else {"model": str(model)}
-    defaults = {
-        "max_num_seqs": 8,
-        "max_model_len": 1024,
-        "num_kvcache_blocks": 128,
-        "pipeline_strict": True,
-    }
-    return LLM(
-        device="cuda",
-        enable_pipeline=True,
-        pipeline_mode=mode,
-        **given,
-        **(defaults | options),
-    )
+    defaults = {"num_kvcache_blocks": 128, "pipeline_strict": True}
+    pipeline = {"enable_pipeline": True, "pipeline_mode": mode}
+    return small_engine(model, **defaults | pipeline | options)
 
 
 def statistics(engine: LLM) -> dict[str, Any]:
     return engine.model_runner.get_pipeline_statistics()
-
-
-@pytest.fixture(scope="module")
-def cpu_texts() -> list[str]:
-    """Of all standard prompts."""
-    with LLM(device="cpu") as engine:
-        return texts(engine, len(PROMPTS))
 
 
 # Where and when the stages run

@@ -1,7 +1,5 @@
 """Mode "auto" on a real GPU: calibration, the choice, and text that does not depend on it."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 from statistics import median
@@ -9,10 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    pytest.skip("no CUDA device", allow_module_level=True)
 
 from nanovllm import LLM
 from nanovllm.bench.shapes import shape_directory
@@ -48,7 +42,7 @@ def times(decode: AutoChooser) -> list[Any]:
     return [decode.calibration.table.curves(plan) for plan in range(len(decode.plans))]
 
 
-def test_every_plan_writes_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_plan_writes_the_same_text(monkeypatch):
     """Also when the plan changes from one step to the next."""
     options = {"max_num_seqs": 128, "max_model_len": 512, "dtype": "float32"}
     with LLM(device="cuda", **options) as engine:
@@ -64,7 +58,7 @@ def test_every_plan_writes_the_same_text(monkeypatch: pytest.MonkeyPatch) -> Non
         assert len(plans) > 2
 
 
-def test_a_calibration_is_kept(cache: Path) -> None:
+def test_a_calibration_is_kept(cache):
     with shape_directory("8B", 12) as directory:
         options = {"load_format": "dummy", "max_num_seqs": 512, "max_model_len": 2048}
         kept = []
@@ -77,7 +71,7 @@ def test_a_calibration_is_kept(cache: Path) -> None:
     assert kept[0] == kept[1]
 
 
-def test_two_calibrations_choose_equally_fast_plans(cache: Path) -> None:
+def test_two_calibrations_choose_equally_fast_plans(cache):
     """Where their choices differ, both are measured; run with -s to see them."""
     options = {"load_format": "dummy", "max_num_seqs": 512, "max_model_len": 2048}
     with shape_directory("8B", 12) as directory:
@@ -128,7 +122,7 @@ def measure_in_turn(
     return {plan: median(seconds) for plan, seconds in times.items()}
 
 
-def test_predictions_meet_what_is_measured() -> None:
+def test_predictions_meet_what_is_measured():
     with (
         shape_directory("8B", 12) as directory,
         auto_engine(

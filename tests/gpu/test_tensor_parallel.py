@@ -3,16 +3,16 @@
 Engines run in processes of their own, so that one that hangs fails its own test and no other.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests import scripts
+from tests import engine_tasks, scripts
 from tests.checkpoints import Shape, prompts
+from tests.engine.cases import tokens
 
 if torch.cuda.device_count() < 2:
     pytest.skip(
@@ -26,23 +26,10 @@ SHAPES = [
     Shape(heads=4, kv_heads=4, head_dim=128, seed=3),
 ]
 
-# Tokens of a few requests, greedy and drawn, and how many steps were pipelined, of each engine.
-TOKENS = """
-import json, sys
-from nanovllm import LLM, SamplingParams
-
-with open(sys.argv[1]) as file:
-    task = json.load(file)
-params = [SamplingParams(max_tokens=12, ignore_eos=True, **more) for more in task["sampling"]]
-for options in task["engines"]:
-    with LLM(device="cuda", max_model_len=128, max_num_seqs=8, num_kvcache_blocks=64,
-             kvcache_block_size=16, **options) as llm:
-        outputs = llm.generate(task["prompts"], params, use_tqdm=False)
-        steps = llm.model_runner.get_pipeline_statistics()["steps"]
-        shared = llm.model_runner.ranks.group.peers is not None
-    tokens = [output["token_ids"] for output in outputs]
-    print(json.dumps([steps["pipelined"], shared, tokens]), flush=True)
-"""
+COMMON = {
+    "device": "cuda", "max_model_len": 128, "max_num_seqs": 8, "num_kvcache_blocks": 64,
+    "kvcache_block_size": 16,
+}  # fmt: skip
 SAMPLING = [
     {"temperature": 0},
     {"temperature": 0.8, "seed": 1},
@@ -51,6 +38,14 @@ SAMPLING = [
     {"temperature": 1.5, "seed": 4, "top_k": 300, "top_p": 0.95},
     {"temperature": 0},
 ]
+
+
+def task_of(directory: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """A few requests, greedy and drawn, for an engine with these options."""
+    options = {"model": str(directory / "model"), **COMMON, **options}
+    sampling = [{"max_tokens": 12, "ignore_eos": True, **fields} for fields in SAMPLING]
+    return {"options": options, "prompts": prompts(7, count=6), "sampling": sampling}
+
 
 # Logits of a prefill and of decode steps that all follow the same tokens. Every rank runs it.
 LOGITS = """
@@ -68,31 +63,19 @@ def always_seven(found, batch, group, shard):
 draws.sample = always_seven
 with open(sys.argv[1]) as file:
     task = json.load(file)
-(options,) = task["engines"]
-llm = LLM(device="cuda", max_model_len=128, max_num_seqs=8, num_kvcache_blocks=64,
-          kvcache_block_size=16, **options)
+llm = LLM(**task["options"])
 logits.clear()  # of the warm-up
 llm.generate(task["prompts"], temperature=0, max_tokens=12, ignore_eos=True, use_tqdm=False)
 torch.save(torch.cat(logits), sys.argv[2])
 """
 
 
-def run_engines(directory: Path, source: str, engines: list[dict], processes: int = 0):
-    """Runs a script on its task; also returns where it may save something."""
-    script, task, saved = (directory / name for name in ("script.py", "task.json", "saved.pt"))
-    script.write_text(source)
-    engines = [{"model": str(directory / "model"), **options} for options in engines]
-    tasks = {"prompts": prompts(7, count=6), "sampling": SAMPLING, "engines": engines}
-    task.write_text(json.dumps(tasks))
-    result = scripts.run(script, task, saved, processes=processes, timeout=60 + 60 * len(engines))
-    assert result.returncode == 0, result.stderr
-    return [json.loads(line) for line in result.stdout.splitlines()], saved
-
-
 def logits_of(directory: Path, size: int, **options: object) -> torch.Tensor:
     """Logits of an engine with these options; the first rank has the whole small vocabulary."""
-    options["tensor_parallel_size"] = size
-    _, saved = run_engines(directory, LOGITS, [options], size if size > 1 else 0)
+    script, file, saved = (directory / name for name in ("script.py", "task.json", "saved.pt"))
+    script.write_text(LOGITS)
+    file.write_text(json.dumps(task_of(directory, {"tensor_parallel_size": size, **options})))
+    scripts.output_of(script, file, saved, processes=size if size > 1 else 0, timeout=120)
     return torch.load(saved, weights_only=True)
 
 
@@ -121,12 +104,12 @@ def test_float32_tokens_equal_those_of_one_rank(tmp_path, shape, pipelines, eage
         options = PIPELINES[pipeline]
         strict = {"pipeline_strict": True} if options.get("enable_pipeline") else {}
         engines.append({**common, "tensor_parallel_size": 2, **options, **strict})
-    ((_, _, one), *others), _ = run_engines(tmp_path, TOKENS, engines)
-    assert len(others) == len(pipelines)
-    for pipeline, (pipelined, shared, tokens) in zip(pipelines, others, strict=True):
-        assert tokens == one, pipeline
-        assert shared == (pipeline != "nccl")
-        assert (pipelined > 0) == ("pipeline_mode" in PIPELINES[pipeline]), pipeline
+    tasks = [task_of(tmp_path, options) for options in engines]
+    one, *others = engine_tasks.run_elsewhere(tmp_path, tasks)
+    for pipeline, other in zip(pipelines, others, strict=True):
+        assert tokens(other["outputs"]) == tokens(one["outputs"]), pipeline
+        assert other["shares_memory"] == (pipeline != "nccl")
+        assert (other["pipelined"] > 0) == ("pipeline_mode" in PIPELINES[pipeline]), pipeline
 
 
 @EAGER
@@ -144,12 +127,13 @@ def test_bfloat16_logits_are_as_good_as_those_of_one_rank(tmp_path, eager):
 
 def test_torchrun_gives_the_same_tokens(tmp_path):
     SHAPES[0].write(tmp_path / "model")
-    options = {"dtype": "float32"}
-    ((_, _, one),), _ = run_engines(tmp_path, TOKENS, [options])
-    options["tensor_parallel_size"] = 2
-    ((_, shared, tokens),), _ = run_engines(tmp_path, TOKENS, [options], processes=2)
-    assert shared
-    assert tokens == one
+    alone, divided = (
+        task_of(tmp_path, {"dtype": "float32", "tensor_parallel_size": size}) for size in (1, 2)
+    )
+    (one,) = engine_tasks.run_elsewhere(tmp_path, [alone])
+    (two,) = engine_tasks.run_elsewhere(tmp_path, [divided], processes=2)
+    assert two["shares_memory"]
+    assert tokens(two["outputs"]) == tokens(one["outputs"])
 
 
 ENGINES = """
@@ -168,15 +152,10 @@ for _ in range(2):
 
 def test_engines_one_after_the_other_end_cleanly(tmp_path):
     SHAPES[0].write(tmp_path / "model")
-    script = tmp_path / "engines.py"
-    script.write_text(ENGINES)
-    result = scripts.run(script, tmp_path / "model", timeout=240)
-    assert result.returncode == 0, result.stderr
-    runs = [line.split() for line in result.stdout.splitlines()]
-    assert len(runs) == 2
-    for pid, status in runs:
+    first, second = scripts.output_of("-c", ENGINES, tmp_path / "model", timeout=240)
+    for pid, status in (first.split(), second.split()):
         assert not scripts.is_running(int(pid))
-        assert status == "0", result.stderr  # it was not killed when patience ended
+        assert status == "0"  # it was not killed when patience ended
 
 
 # Prints the error.
@@ -213,15 +192,13 @@ def test_killed_worker_ends_rank_0(tmp_path, place, call, eager):
     Where it does not end, `scripts.run` raises; NCCL's own patience is ten minutes.
     """
     SHAPES[0].write(tmp_path / "model")
-    script = tmp_path / "death.py"
-    script.write_text(DEATH)
     interpreter = scripts.broken_interpreter(tmp_path, place, scripts.KILL, call)
     mode = "eager" if eager else "graphs"
     # Memory is measured only where the measuring rank dies, as others may use the device, too.
     blocks = -1 if place.endswith("_run_largest_step") else 64
-    result = scripts.run(script, tmp_path / "model", interpreter, mode, blocks, timeout=90)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("rank 1 of 2 was killed by SIGKILL")
+    arguments = tmp_path / "model", interpreter, mode, blocks
+    said, *_ = scripts.output_of("-c", DEATH, *arguments, timeout=90)
+    assert said.startswith("rank 1 of 2 was killed by SIGKILL")
 
 
 PROFILING = """
@@ -244,10 +221,7 @@ with LLM(config) as llm:
 def test_profiling_can_be_switched_with_graphs_captured(tmp_path):
     """A timed step has a graph of its own, and every rank has to capture it at the same step."""
     SHAPES[0].write(tmp_path / "model")
-    script = tmp_path / "profiling.py"
-    script.write_text(PROFILING)
-    result = scripts.run(script, tmp_path / "model", timeout=240)
-    assert result.returncode == 0, result.stderr
-    plain, profiled, again = (line.split() for line in result.stdout.splitlines())
+    lines = scripts.output_of("-c", PROFILING, tmp_path / "model", timeout=240)
+    plain, profiled, again = map(str.split, lines)
     assert plain[:-1] == profiled[:-1] == again[:-1]
     assert [plain[-1], profiled[-1], again[-1]] == ["0", "4", "4"]

@@ -1,11 +1,18 @@
-"""What an engine writes after the embedded model's prompts."""
+"""A small engine on the GPU, and what one writes after the embedded model's prompts."""
 
-from __future__ import annotations
+from typing import Any
 
 from nanovllm import LLM
 from nanovllm.tiny import PROMPTS
 
 MAX_TOKENS = 48
+
+
+def small_engine(model: Any = None, **options: Any) -> LLM:
+    """With few graphs and little memory, so that several fit beside each other."""
+    given = {} if model is None else {"model": str(model)}
+    defaults = {"max_num_seqs": 8, "max_model_len": 1024, "num_kvcache_blocks": 64}
+    return LLM(device="cuda", **given, **(defaults | options))
 
 
 def texts(engine: LLM, count: int = 8, max_tokens: int = MAX_TOKENS) -> list[str]:

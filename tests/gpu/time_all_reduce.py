@@ -7,8 +7,6 @@ memory, with a norm kernel after each, and ours, from replays of a graph; then h
 from a peer in the same run.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import sys

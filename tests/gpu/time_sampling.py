@@ -7,8 +7,6 @@ Beside it what one rank takes for all of the vocabulary, in the same run: as an 
 the host, and from replays of a graph, which is the GPU's part.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import sys

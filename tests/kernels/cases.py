@@ -1,7 +1,5 @@
 """What several kernel tests share: the device, tolerances and random inputs. Needs no Triton."""
 
-from __future__ import annotations
-
 import os
 import random
 

@@ -1,7 +1,5 @@
 """For every test of this folder: a printed seed, no memory that is zero by chance, and Triton."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Attention over a paged cache: random sequences, and the tunings of decode to try them with."""
 
-from __future__ import annotations
-
 import importlib.util
 from dataclasses import replace
 

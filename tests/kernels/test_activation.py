@@ -1,7 +1,5 @@
 """SiLU of the gate times up: the kernel and its reference against torch."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """All-reduce with residual and norm, and gather: processes that share memory stand for GPUs."""
 
-from __future__ import annotations
-
 import random
 import threading
 import time

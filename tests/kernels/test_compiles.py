@@ -3,8 +3,6 @@
 Compiling needs no GPU, but a process in which Triton is not set to interpret.
 """
 
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -162,19 +160,16 @@ CASES = [
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """PTX of all cases, by one process."""
-    folder = tmp_path_factory.mktemp("compiled")
-    script = folder / "compile.py"
-    script.write_text(COMPILE)
+    cases = json.dumps([case[:2] for case in CASES])
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("TRITON_INTERPRET", raising=False)
-        environment.setenv("TRITON_CACHE_DIR", str(folder / "cache"))
-        result = scripts.run(script, json.dumps([case[:2] for case in CASES]), timeout=240)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+        environment.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        (said,) = scripts.output_of("-c", COMPILE, cases, timeout=240)
+    return json.loads(said)
 
 
 @pytest.mark.parametrize("place", range(len(CASES)), ids=[" ".join([k, *a]) for k, a, _ in CASES])
-def test_a_kernel_compiles_for_hopper(compiled: list[str], place: int) -> None:
+def test_a_kernel_compiles_for_hopper(compiled, place):
     (kernel, _, contains), ptx = CASES[place], compiled[place]
     assert contains in ptx
     assert ptx.count("griddepcontrol.launch_dependents") == 1

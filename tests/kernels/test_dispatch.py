@@ -1,7 +1,5 @@
 """``nanovllm.kernels`` itself: the form by device, import without Triton, empty batches."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,7 +1,5 @@
 """Linear layers for tens to hundreds of rows, fused with what follows them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

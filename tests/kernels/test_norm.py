@@ -1,7 +1,5 @@
 """RMS norm, alone and after an addition: the kernel against its reference, that against torch."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

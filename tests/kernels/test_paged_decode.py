@@ -1,7 +1,5 @@
 """Decode attention over the paged cache: shapes, shares of the work, tunings, workspaces."""
 
-from __future__ import annotations
-
 import random
 
 import numpy as np

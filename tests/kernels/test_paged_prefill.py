@@ -1,7 +1,5 @@
 """Prefill attention over the paged cache."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

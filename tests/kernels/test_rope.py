@@ -1,7 +1,5 @@
 """Between QKV and attention: norm of the heads, rotation, and the store into the cache."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """Sampling: which token is taken, and that draws by chance follow the softmax."""
 
-from __future__ import annotations
-
 import math
 import random
 

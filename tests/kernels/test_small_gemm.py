@@ -1,7 +1,5 @@
 """Linear layers of few rows: the kernel against its reference, that against torch."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

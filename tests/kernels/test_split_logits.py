@@ -1,7 +1,5 @@
 """Draws and sums over a part of the vocabulary agree with their references."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

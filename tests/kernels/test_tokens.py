@@ -1,7 +1,5 @@
 """Token ids that only the device knows: the kernel and its reference."""
 
-from __future__ import annotations
-
 import torch
 
 from nanovllm.kernels import reference, tokens

@@ -1,7 +1,5 @@
 """Top-k and top-p: which tokens the threshold leaves, by the kernels and by their reference."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -4,8 +4,6 @@ The wrappers run on the CPU; a launch compiles its kernel for the arguments it g
 ``test_compiles`` has the kernels of a layer, and looks into what comes out.
 """
 
-from __future__ import annotations
-
 import pytest
 
 from tests import scripts
@@ -78,11 +76,8 @@ for dtype, head_dim, longest in (
 @pytest.mark.parametrize(("calls", "kernels"), [
     (DRAW, "survey narrow threshold weigh draw collect tie_end resolve"), (PREFILL, "prefill"),
 ], ids=["draw", "prefill"])  # fmt: skip
-def test_what_is_launched_compiles_for_hopper(calls, kernels, tmp_path, monkeypatch) -> None:
+def test_what_is_launched_compiles_for_hopper(calls, kernels, tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    script = tmp_path / "calls.py"
-    script.write_text(SCRIPT + calls + "print(*launched)")
-    result = scripts.run(script, timeout=240)
-    assert result.returncode == 0, result.stderr
-    assert set(result.stdout.split()) == {f"_{name}_kernel" for name in kernels.split()}
+    (launched,) = scripts.output_of("-c", SCRIPT + calls + "print(*launched)", timeout=240)
+    assert set(launched.split()) == {f"_{name}_kernel" for name in kernels.split()}

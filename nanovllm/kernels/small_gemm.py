@@ -9,8 +9,8 @@ An RMS norm between two layers costs no launch: the layer before it adds the res
 with the norm's weight and writes its sums of squares; the layer after it adds these up, while its
 weights are on their way, and divides its output. See ``Normed``.
 
-Behind an all-reduce, which mostly waits for a link, a layer asks for the beginning of its weights
-meanwhile, so that they are in L2 when its input has come.
+Behind an all-reduce, which mostly waits for the link, a layer prefetches the beginning of its
+weights into L2.
 """
 
 import torch
@@ -26,7 +26,7 @@ MAX_ROWS = 8
 _WARPS = 4
 _BLOCK = 64  # inner elements of a warp's step
 _STAGES = 5
-# Of a weight that is asked for while another kernel waits; L2 has 50 MB on an H100, 60 on an H200.
+# Of a weight, behind an all-reduce; L2 has 50 MB on an H100, 60 on an H200.
 _PREFETCH_BYTES = 32 << 20
 
 
@@ -68,7 +68,7 @@ def linear(
             FEATURES=features, INNER=inner, TOKENS=triton.next_power_of_2(tokens), ROWS=rows,
             NUM_SUM_SQ=num_sum_sq, SUM_SQ_BLOCK=triton.next_power_of_2(num_sum_sq),
             SPLIT=_WARPS, BLOCK=_BLOCK, GATED=gated,
-            PREFETCH=_prefetch(weight) if x.awaited and is_hopper_or_newer() else 0,
+            PREFETCH=_prefetch_length(weight) if x.after_all_reduce and is_hopper_or_newer() else 0,
             num_warps=_WARPS, num_stages=_STAGES, **pdl_options(),
         )  # fmt: skip
     return out
@@ -101,8 +101,8 @@ def _rows(features: int, gated: bool = False) -> int:
     return 8 if features <= 2048 or gated else 16
 
 
-def _prefetch(weight: Tensor) -> int:
-    """Inner elements of all rows of a weight to ask for; a power of 2, or 0."""
+def _prefetch_length(weight: Tensor) -> int:
+    """Inner elements of each row of a weight to prefetch; a power of 2, or 0."""
     rows, inner = weight.shape
     most = min(inner, _PREFETCH_BYTES // (rows * weight.element_size()))
     # Less is not worth it, and an address must be a multiple of 16 bytes.
@@ -129,9 +129,9 @@ def _linear_kernel(
     wanted = (token < tokens)[:, None] & is_feature[None, :]
     if PREFETCH:
         rows = weight + tl.reshape(row, [ROWS, 1]) * INNER
-        _ask_for(rows, ROWS, PREFETCH)
+        _prefetch(rows, ROWS, PREFETCH)
         if GATED:
-            _ask_for(rows + FEATURES * INNER, ROWS, PREFETCH)
+            _prefetch(rows + FEATURES * INNER, ROWS, PREFETCH)
     pdl_wait(PDL)
     # What the end needs is asked for now.
     if x_sum_sq is not None:
@@ -180,8 +180,8 @@ def _linear_kernel(
 
 
 @triton.jit
-def _ask_for(rows, ROWS: tl.constexpr, SIZE: tl.constexpr):
-    """The first SIZE elements, of 2 bytes, of each row into L2: a piece a thread."""
+def _prefetch(rows, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    """Prefetches the first SIZE elements, of 2 bytes, of each row into L2: a piece a thread."""
     PIECES: tl.constexpr = 128 // ROWS
     piece = rows + tl.arange(0, PIECES)[None, :] * (SIZE // PIECES)
     size = tl.full([ROWS, PIECES], 2 * SIZE // PIECES, tl.int32)

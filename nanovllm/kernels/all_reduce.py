@@ -7,9 +7,9 @@ order (the bits depend neither on timing nor on the number of programs), adds th
 normalises.
 
 - *Pushed*: every rank does this for all rows, and there is no barrier. Each writes its elements to
-  its peers, every one in 8 bytes with the number of the launch, and waits for theirs, as NCCL's
+  its peers, every 4 bytes of them with the number of the launch, and waits for theirs, as NCCL's
   protocol LL does (https://docs.nvidia.com/deeplearning/nccl). That is one trip over the link
-  instead of a barrier and then a read, for four times the bytes. Best for a handful of rows.
+  instead of a barrier and then a read, for twice the bytes. Best for a handful of rows.
 - *One-shot*: every rank does this for all rows. Each reads ``(N - 1) T H`` elements from its peers,
   and there is one barrier. Best for few rows.
 - *Two-shot*: rank ``r`` does it for rows ``r, r + N, ...`` and writes the normalised rows to all
@@ -139,84 +139,118 @@ def push_add_norm(
         peers: the ranks.
         part: ``[T, H]``, this rank's partial sums.
         inboxes: int64 ``[size]``, addresses of each rank's int64 ``[size, capacity, H]``, zero at
-            first. NOTE: see the module for who may write there again.
+            first, of which half is used with 16 bits an element: H must be even then. NOTE: see
+            the module for who may write there again.
         output: ``[T, H]``.
         first: place of the T rows in an inbox; all places are below ``peers.max_programs``.
         residual, weight, eps: as there.
     """
     rows, hidden = residual.shape
-    warps = min(_num_warps(hidden), 16)
+    words = hidden * residual.element_size() // 4
+    warps = min(_num_warps(words), 16)
     _push_kernel[(rows,)](
         part, inboxes, output, residual, weight, peers.launches, peers.expired,
         first, eps, peers.max_polls,
-        HIDDEN=hidden, BLOCK=triton.next_power_of_2(hidden), RANK=peers.rank, SIZE=peers.size,
-        CAPACITY=capacity, THREADS=32 * warps, num_warps=warps, **pdl_options(),
+        HIDDEN=hidden, WORDS=words, BLOCK=triton.next_power_of_2(words), RANK=peers.rank,
+        SIZE=peers.size, CAPACITY=capacity, THREADS=32 * warps, num_warps=warps, **pdl_options(),
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_row", "polls"])
 def _push_kernel(
     part, inboxes, output, residual, weight, launches, expired, first_row, eps, polls,
-    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr,
-    CAPACITY: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr,
+    HIDDEN: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr,
+    SIZE: tl.constexpr, CAPACITY: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    # Rows are WORDS integers of 32 bits, each of one column or, of 16 bits, of two.
     dtype = residual.dtype.element_ty
     row = tl.program_id(0)
-    column = tl.arange(0, BLOCK)
-    inside = column < HIDDEN
-    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    place = tl.arange(0, BLOCK)
+    inside = place < WORDS
+    scale1, scale2 = _columns(_load32(weight, place, inside), dtype)
     pdl_wait(PDL)
     pdl_trigger(PDL)
     # NOTE: a slot has a counter of its own, so that the numbers written there only grow.
     counter = launches + first_row + row
     launch = tl.load(counter) + 1
     given_up = tl.load(expired)
-    at = row * HIDDEN + column
-    own = tl.load(part + at, mask=inside, other=0.0).to(tl.float32)
-    added = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    at = row * WORDS + place
+    own = _load32(part, at, inside)
+    added1, added2 = _columns(_load32(residual, at, inside), dtype)
     number = tl.where(given_up == 0, launch, launch + POISON).to(tl.int64)
-    word = (own.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (number & 0xFFFFFFFF)
-    line = (first_row + row) * HIDDEN + column
+    word = (own.to(tl.int64) << 32) | (number & 0xFFFFFFFF)
+    line = (first_row + row) * WORDS + place
     for shift in tl.static_range(1, SIZE):
-        theirs = _address(inboxes + (RANK + shift) % SIZE, tl.int64) + RANK * CAPACITY * HIDDEN
+        theirs = _address(inboxes + (RANK + shift) % SIZE, tl.int64) + RANK * CAPACITY * WORDS
         tl.store(theirs + line, word, mask=inside, cache_modifier=".wt")
     ours = _address(inboxes + RANK, tl.int64)
-    total = tl.zeros([BLOCK], tl.float32)
-    for rank in tl.static_range(SIZE):
-        if rank == RANK:
-            total += own
-        else:
-            value, polls = _await_words(
-                ours + rank * CAPACITY * HIDDEN, line, inside, launch, expired, polls, THREADS
-            )
-            total += value
-    tl.debug_barrier()  # all threads have read it
-    tl.store(counter, launch)
-    rounded = (total + added).to(dtype)
-    tl.store(residual + at, rounded, mask=inside)
-    values = rounded.to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(values * values, axis=0) / HIDDEN + eps)
-    tl.store(output + at, (values * inverse * scale).to(dtype), mask=inside)
-
-
-@triton.jit
-def _await_words(inbox, line, inside, launch, expired, polls, THREADS: tl.constexpr):
-    """What a peer has pushed in this launch, and how many looks are left."""
-    word = tl.zeros_like(line).to(tl.int64)
+    total1 = tl.zeros([BLOCK], tl.float32)
+    total2 = tl.zeros([BLOCK], tl.float32)
+    void = inside.to(tl.int32)
     behind = polls > 0
     while behind & (polls > 0):
-        word = tl.load(inbox + line, mask=inside, other=0, volatile=True)
-        number = word.to(tl.int32)
-        missing = inside & (number != launch) & (number != launch + POISON)
+        # All peers at one look.
+        total1 = tl.zeros([BLOCK], tl.float32)
+        total2 = tl.zeros([BLOCK], tl.float32)
+        void = tl.zeros([BLOCK], tl.int32)
+        missing = tl.zeros([BLOCK], tl.int32)
+        for rank in tl.static_range(SIZE):
+            bits = own
+            if rank != RANK:
+                inbox = ours + rank * CAPACITY * WORDS
+                pushed = tl.load(inbox + line, mask=inside, other=0, volatile=True)
+                seen = pushed.to(tl.int32)
+                other = inside & (seen != launch)
+                void |= other.to(tl.int32)
+                missing |= (other & (seen != launch + POISON)).to(tl.int32)
+                bits = (pushed >> 32).to(tl.int32)
+            column1, column2 = _columns(bits, dtype)
+            total1 += column1
+            total2 += column2
         # NOTE: each thread may see another value. A maximum is the same for all, as what ends the
         # loop must be.
         told = tl.load(expired + 0 * tl.arange(0, THREADS), volatile=True)
-        behind = (tl.max(missing.to(tl.int32), axis=0) > 0) & (tl.max(told, axis=0) == 0)
+        behind = (tl.max(missing, axis=0) > 0) & (tl.max(told, axis=0) == 0)
         polls -= 1
-    void = inside & (word.to(tl.int32) != launch)
-    if tl.max(void.to(tl.int32), axis=0) > 0:
+    if tl.max(void, axis=0) > 0:
         tl.store(expired, 1)
-    return (word >> 32).to(tl.int32).to(tl.float32, bitcast=True), polls
+    tl.debug_barrier()  # all threads have read it
+    tl.store(counter, launch)
+    rounded = _bits(total1 + added1, total2 + added2, dtype)
+    _store32(residual, at, rounded, inside)
+    value1, value2 = _columns(rounded, dtype)
+    squares = tl.sum(value1 * value1 + value2 * value2, axis=0)
+    inverse = tl.rsqrt(squares / HIDDEN + eps)
+    normed = _bits(value1 * inverse * scale1, value2 * inverse * scale2, dtype)
+    _store32(output, at, normed, inside)
+
+
+@triton.jit
+def _load32(source, place, inside):
+    return tl.load(source.to(tl.pointer_type(tl.int32)) + place, mask=inside, other=0)
+
+
+@triton.jit
+def _store32(target, place, bits, inside):
+    tl.store(target.to(tl.pointer_type(tl.int32)) + place, bits, mask=inside)
+
+
+@triton.jit
+def _columns(bits, dtype: tl.constexpr):
+    """The float32 values of one or two columns in 32 bits; zeros for the second if it is one."""
+    if dtype.primitive_bitwidth == 32:
+        return bits.to(dtype, bitcast=True), tl.zeros_like(bits).to(tl.float32)
+    first = bits.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return first, (bits >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _bits(first, second, dtype: tl.constexpr):
+    """The inverse of `_columns`, rounded."""
+    if dtype.primitive_bitwidth == 32:
+        return first.to(tl.int32, bitcast=True)
+    low = first.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return low | (second.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) << 16)
 
 
 @triton.jit

@@ -8,8 +8,11 @@ for among keys, by how much (tokens, or probability) lies at and above some of t
   among the k largest can hold one of the k. The search for top-k, and for top-p of what it has
   left, reads nothing else.
 - ``_narrow_kernel`` serves rows with top-p alone, which may need most of the vocabulary. All SMs
-  share a pass over a row. The first divides the logits near the peak evenly, each other one leaves
-  an eighth of the keys, and those that come after the key is found do nothing.
+  share a pass over a row. The first divides the logits near the peak evenly, the second what is
+  left of these, and each other one leaves an eighth of the keys.
+- ``_shortlist_kernel`` lists what the first two passes have left, where that is little, as it is
+  unless the logits are nearly equal. ``_finish_kernel``, one program a row, searches there, and the
+  other passes have nothing to do.
 - ``_threshold_kernel``, one program a row, does the rest.
 
 Sums over a row are added up in the same order whatever the batch.
@@ -25,6 +28,8 @@ from nanovllm.kernels.reference_sampling import KEY_SHIFTS
 TILE = 8192
 BUCKET = 256
 _PIVOTS = 8  # keys of a pass
+_EVEN = tl.constexpr(2)  # passes that divide logits and not keys, before some are listed
+SHORTLIST = 512  # logits of a tile, at most
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _MAX = tl.constexpr(3.4028234663852886e38)
 
@@ -60,13 +65,26 @@ def find_threshold(
     keys = torch.empty(passes, count, _PIVOTS + 1, dtype=torch.int64, device=device)
     above = torch.empty(passes, count, dtype=torch.float32, device=device)
     sums = torch.empty(passes, count, tiles, _PIVOTS, dtype=torch.float32, device=device)
+    numbers = torch.zeros(count, tiles, dtype=torch.int32, device=device)
+    places = (count, tiles, SHORTLIST) if passes else 0
+    values = torch.empty(places, dtype=logits.dtype, device=device)
+    tokens = torch.empty(places, dtype=torch.int32, device=device)
+    short, state = (numbers, values, tokens), (peaks, keys, above, sums)
+    sizes["SHORTLIST"] = SHORTLIST
     for step in range(passes):
+        if step == _EVEN.value:
+            _shortlist_kernel[(count, tiles)](
+                *row_inputs, *state, *short, stride, TILE=TILE, **sizes, num_warps=4
+            )
+            _finish_kernel[(count,)](
+                *row_inputs, *state, *short, thresholds, tie_ends, **sizes, num_warps=32
+            )
         _narrow_kernel[(count, tiles)](
-            *row_inputs, peaks, keys, above, sums, step, stride, TILE=TILE, **sizes, num_warps=4
+            *row_inputs, *state, numbers, step, stride, TILE=TILE, **sizes, num_warps=4
         )
     listed = torch.empty(count, buckets, dtype=torch.int32, device=device)
     _threshold_kernel[(count,)](
-        *row_inputs, keys, above, sums, passes, listed, thresholds, tie_ends, stride,
+        *row_inputs, keys, above, sums, numbers, passes, listed, thresholds, tie_ends, stride,
         BUCKET=BUCKET, **sizes, num_warps=16,
     )  # fmt: skip
     return thresholds, tie_ends
@@ -91,14 +109,17 @@ def _survey_kernel(
 
 @triton.jit(do_not_specialize=["temperatures", "rows", "top_k", "top_p", "step"])
 def _narrow_kernel(
-    logits, temperatures, rows, top_k, top_p, maxima, peaks, keys, above, sums, step, stride,
-    VOCAB: tl.constexpr, SHIFT: tl.constexpr, PIVOTS: tl.constexpr, TILES: tl.constexpr,
+    logits, temperatures, rows, top_k, top_p, maxima, peaks, keys, above, sums, numbers, step,
+    stride, VOCAB: tl.constexpr, SHIFT: tl.constexpr, PIVOTS: tl.constexpr, TILES: tl.constexpr,
     TILES_PAD: tl.constexpr, BUCKETS: tl.constexpr, BUCKETS_PAD: tl.constexpr, TILE: tl.constexpr,
+    SHORTLIST: tl.constexpr,
 ):  # fmt: skip
     """A tile's part of a pass: the probability, but for a factor, from each pivot on."""
     item, tile = tl.program_id(0), tl.program_id(1)
     limit = tl.where(tl.load(top_k + item) < VOCAB, 1.0, tl.load(top_p + item))
     if limit >= 1:
+        return
+    if step >= _EVEN and _is_short(numbers, item, TILES, TILES_PAD, SHORTLIST):
         return
     if step == 0:
         highest = tl.max(_maxima(maxima, item, BUCKETS, BUCKETS_PAD), axis=0)
@@ -124,9 +145,12 @@ def _narrow_kernel(
     reach = tl.log2(VOCAB / (1 - limit)) / scale
     for pivot in tl.static_range(PIVOTS):
         key = bottom + (top - bottom) * pivot // PIVOTS
-        if (step == 0) & (pivot > 0):
+        if (step < _EVEN) & (pivot > 0):
             near = _finite(highest) - reach * ((PIVOTS - pivot) / (PIVOTS - 1))
-            key = tl.maximum(_key(_finite(near), SHIFT), bottom)
+            if step > 0:
+                lowest = _value(bottom, SHIFT)
+                near = lowest + (_finite(_value(top, SHIFT)) - lowest) * (pivot / PIVOTS)
+            key = tl.minimum(tl.maximum(_key(_finite(near), SHIFT), bottom), top)
         if tile == 0:
             tl.store(keys + pivot, key)
         # A factor, not a choice: a product and its sum are one instruction.
@@ -135,16 +159,101 @@ def _narrow_kernel(
         tl.store(sums + (place * TILES + tile) * PIVOTS + pivot, part)
 
 
+@triton.jit(do_not_specialize=["temperatures", "rows", "top_k", "top_p"])
+def _shortlist_kernel(
+    logits, temperatures, rows, top_k, top_p, maxima, peaks, keys, above, sums,
+    numbers, values, tokens, stride,
+    VOCAB: tl.constexpr, SHIFT: tl.constexpr, PIVOTS: tl.constexpr, TILES: tl.constexpr,
+    TILES_PAD: tl.constexpr, BUCKETS: tl.constexpr, BUCKETS_PAD: tl.constexpr, TILE: tl.constexpr,
+    SHORTLIST: tl.constexpr,
+):  # fmt: skip
+    """A tile's logits among which the threshold is, if they are few; `numbers`: how many."""
+    item, tile = tl.program_id(0), tl.program_id(1)
+    p = tl.load(top_p + item)
+    if (tl.load(top_k + item) < VOCAB) | (p >= 1):
+        return
+    bottom, top, _, _ = _range(
+        keys, above, sums, _EVEN, item, tl.load(peaks + item), p, PIVOTS, TILES, TILES_PAD, SHIFT
+    )
+    token = tile * TILE + tl.arange(0, TILE)
+    value = _load(logits + tl.load(rows + item) * stride, token, VOCAB)
+    # NOTE: not `<`, for the key behind infinity is that of NaN.
+    left = ((value >= _value(bottom, SHIFT)) & ~(value >= _value(top, SHIFT))).to(tl.int32)
+    place = tl.cumsum(left, axis=0) - 1
+    wanted = (left > 0) & (place < SHORTLIST)
+    at = item * TILES + tile
+    tl.store(values + at * SHORTLIST + place, value.to(values.dtype.element_ty), mask=wanted)
+    tl.store(tokens + at * SHORTLIST + place, token, mask=wanted)
+    tl.store(numbers + at, tl.sum(left, axis=0))
+
+
+@triton.jit(do_not_specialize=["temperatures", "rows", "top_k", "top_p"])
+def _finish_kernel(
+    logits, temperatures, rows, top_k, top_p, maxima, peaks, keys, above, sums,
+    numbers, values, tokens, thresholds, tie_ends,
+    VOCAB: tl.constexpr, SHIFT: tl.constexpr, PIVOTS: tl.constexpr, TILES: tl.constexpr,
+    TILES_PAD: tl.constexpr, BUCKETS: tl.constexpr, BUCKETS_PAD: tl.constexpr,
+    SHORTLIST: tl.constexpr,
+):  # fmt: skip
+    """The threshold of a row whose logits around it are listed."""
+    item = tl.program_id(0)
+    p = tl.load(top_p + item)
+    if (tl.load(top_k + item) < VOCAB) | (p >= 1):
+        return
+    if _is_short(numbers, item, TILES, TILES_PAD, SHORTLIST):
+        highest = tl.load(peaks + item)
+        row, peak = tl.load(rows + item), _finite(highest)
+        scale = _LOG2_E / tl.load(temperatures + row)
+        bottom, top, beyond, total = _range(
+            keys, above, sums, _EVEN, item, highest, p, PIVOTS, TILES, TILES_PAD, SHIFT
+        )
+        tile, place = tl.arange(0, TILES_PAD)[:, None], tl.arange(0, SHORTLIST)[None, :]
+        number = tl.load(numbers + item * TILES + tile, mask=tile < TILES, other=0)
+        there = place < number
+        at = (item * TILES + tile) * SHORTLIST + place
+        value = tl.load(values + at, mask=there, other=float("-inf")).to(tl.float32)
+        weight = tl.where(there, _weight(value, peak, scale), 0.0)
+        weight_above = beyond
+        while top - bottom > 1:
+            half = bottom + (top - bottom) // 2
+            more = tl.where(value >= _value(half, SHIFT), weight, 0.0)
+            reached = beyond + tl.sum(tl.sum(more, axis=1), axis=0)
+            enough = reached >= p * total
+            bottom, top = tl.where(enough, half, bottom), tl.where(enough, top, half)
+            weight_above = tl.where(enough, weight_above, reached)
+        threshold = _value(bottom, SHIFT)
+        one = tl.maximum(_weight(threshold, peak, scale), 1e-37)
+        stay = tl.ceil((p * total - weight_above) / one)
+        stay = tl.minimum(tl.maximum(stay, 1.0), VOCAB).to(tl.int32)
+        token = tl.load(tokens + at, mask=there, other=VOCAB)
+        ties = tl.reshape((there & (value == threshold)).to(tl.int32), [TILES_PAD * SHORTLIST])
+        rank = tl.cumsum(ties, axis=0)
+        end = tl.where(
+            (ties > 0) & (rank >= stay), tl.reshape(token, [TILES_PAD * SHORTLIST]), VOCAB
+        )
+        tl.store(thresholds + row, threshold)
+        tl.store(tie_ends + row, tl.min(end, axis=0))
+
+
+@triton.jit
+def _is_short(numbers, item, TILES: tl.constexpr, TILES_PAD: tl.constexpr, SHORTLIST: tl.constexpr):
+    tile = tl.arange(0, TILES_PAD)
+    number = tl.load(numbers + item * TILES + tile, mask=tile < TILES, other=0)
+    return tl.max(number, axis=0) <= SHORTLIST
+
+
 @triton.jit(do_not_specialize=["temperatures", "rows", "top_k", "top_p", "passes"])
 def _threshold_kernel(
-    logits, temperatures, rows, top_k, top_p, maxima, keys, above, sums, passes,
+    logits, temperatures, rows, top_k, top_p, maxima, keys, above, sums, numbers, passes,
     listed, thresholds, tie_ends, stride,
     VOCAB: tl.constexpr, SHIFT: tl.constexpr, PIVOTS: tl.constexpr, TILES: tl.constexpr,
     TILES_PAD: tl.constexpr, BUCKETS: tl.constexpr, BUCKETS_PAD: tl.constexpr, BUCKET: tl.constexpr,
+    SHORTLIST: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
     k, p = tl.load(top_k + item), tl.load(top_p + item)
-    if (k >= VOCAB) & (p >= 1):
+    done = (p >= 1) | _is_short(numbers, item, TILES, TILES_PAD, SHORTLIST)
+    if (k >= VOCAB) & done:
         return
     row = tl.load(rows + item)
     source = logits + row * stride

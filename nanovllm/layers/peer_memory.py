@@ -125,7 +125,7 @@ class PeerMemory:
         rows, hidden = residual.shape
         result = self.results[turn]
         output = result.own[first : first + rows]
-        if first + rows <= PUSHED_ROWS:
+        if first + rows <= PUSHED_ROWS and hidden % 2 == 0:
             self.kernels.push_add_norm(
                 self.peers, part, self.pushed[turn].addresses, PUSHED_ROWS, output, first,
                 residual, weight, eps,

@@ -122,12 +122,12 @@ def reduce(ranks, two_shot):
 
 def push(ranks):
     constants = dict(
-        HIDDEN=4096, BLOCK=4096, RANK=1, SIZE=int(ranks), CAPACITY=16, THREADS=512,
+        HIDDEN=4096, WORDS=2048, BLOCK=2048, RANK=1, SIZE=int(ranks), CAPACITY=16, THREADS=256,
     )
     numbers = dict.fromkeys(["first_row", "polls"], "i32")
     state = dict.fromkeys(["launches", "expired"], "*i32")
     return compile(
-        all_reduce._push_kernel, constants, dict(num_warps=16), inboxes="*i64", **numbers, **state
+        all_reduce._push_kernel, constants, dict(num_warps=8), inboxes="*i64", **numbers, **state
     )
 
 

@@ -13,8 +13,8 @@ LIMITS = pytest.mark.parametrize("limits", ["k", "p", "kp"])
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Few logits then cross every border: of tiles, of buckets and of the buckets read at once."""
-    for name, value in (("TILE", 512), ("BUCKET", 8)):
+    """Few logits then cross every border: of tiles, of buckets, and of what is listed at once."""
+    for name, value in (("TILE", 512), ("BUCKET", 8), ("SHORTLIST", 64)):
         monkeypatch.setattr(top_k_top_p, name, value)
 
 

@@ -4,19 +4,20 @@ The logits that stay are those above a threshold, which is one logit of the row,
 to it the first few. Bits of a float, put in order, are an integer key, so the threshold is searched
 for among keys, by how much (tokens, or probability) lies at and above some of them.
 
-- ``_survey_kernel`` finds the maximum of every bucket of 256 logits. Only buckets whose maximum is
-  among the k largest can hold one of the k. The search for top-k, and for top-p of what it has
-  left, reads nothing else.
-- ``_narrow_kernel`` serves rows with top-p alone, which may need most of the vocabulary. All SMs
-  share a pass over a row. The first divides the logits near the peak evenly, the second what is
-  left of these, and each other one leaves an eighth of the keys.
-- ``_shortlist_kernel`` lists what the first two passes have left, where that is little, as it is
-  unless the logits are nearly equal. ``_finish_kernel``, one program a row, searches there, and the
-  other passes have nothing to do.
-- ``_threshold_kernel``, one program a row, does the rest.
+- ``_survey_kernel`` finds the maximum of every bucket of 256 logits and, for top-p, the sum of all
+  probabilities.
+- ``_begin_kernel`` finds between which keys the threshold is, from the maxima alone: for top-k it
+  is not below the k-th largest. The maxima that reach top-p by themselves bound it likewise.
+- Where many buckets reach that bound, as most do if thousands of tokens stay, ``_narrow_kernel``
+  divides the logits that are left evenly. All SMs share a pass over a row. After two passes,
+  ``_list_kernel`` lists what is left, and ``_finish_kernel``, one program a row, searches there.
+- ``_threshold_kernel``, one program a row, searches in all other rows, and reads no bucket whose
+  maximum is below the bound.
 
 Sums over a row are added up in the same order whatever the batch.
 """
+
+from functools import partial
 
 import torch
 import triton
@@ -27,9 +28,11 @@ from nanovllm.kernels.reference_sampling import KEY_SHIFTS
 
 TILE = 8192
 BUCKET = 256
-_PIVOTS = 8  # keys of a pass
-_EVEN = tl.constexpr(2)  # passes that divide logits and not keys, before some are listed
+FEW = 256  # buckets that one program searches
 SHORTLIST = 512  # logits of a tile, at most
+_PASSES = 2
+_PIVOTS = 8  # keys of a pass, between its ends
+_CHUNK = 2048  # logits that a program lists at a time
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _MAX = tl.constexpr(3.4028234663852886e38)
 
@@ -41,51 +44,51 @@ def find_threshold(
     device, (num_rows, vocab), stride = logits.device, logits.shape, logits.stride(0)
     thresholds = torch.full((num_rows,), float("-inf"), dtype=torch.float32, device=device)
     tie_ends = torch.full((num_rows,), vocab, dtype=torch.int32, device=device)
-    count = len(rows)
-    tiles = triton.cdiv(vocab, TILE)
+    count, tiles = len(rows), triton.cdiv(vocab, TILE)
     buckets = tiles * (TILE // BUCKET)
-    shift = KEY_SHIFTS.get(logits.dtype, 0)
-    maxima = torch.empty(count, buckets, dtype=torch.float32, device=device)
-    _survey_kernel[(count, tiles)](
-        logits, rows, maxima, stride, VOCAB=vocab, TILE=TILE, BUCKET=BUCKET, num_warps=8
-    )
-    # So many passes leave one of 2^(32 - shift) keys, or nearly (what is left, `_search` finds).
-    passes = 0 if top_p is None else triton.cdiv(32 - shift, _PIVOTS.bit_length() - 1)
+    passes = 0 if top_p is None else _PASSES
     # A limit that no row has is filled in: kernels without it would have to be compiled, too.
     top_k = torch.full_like(rows, vocab) if top_k is None else top_k
     top_p = temperatures.new_ones(count) if top_p is None else top_p
-    row_inputs = (logits, temperatures, rows, top_k, top_p, maxima)
+
+    floats = partial(torch.empty, dtype=torch.float32, device=device)
+    integers = partial(torch.empty, dtype=torch.int32, device=device)
+    # Of a row: its peak, all its weight, and whether it needs passes.
+    facts = floats(count), floats(count), integers(count)
+    # Of a pass: its keys (the ends, which the first and the last are, and the pivots), the weight
+    # above them, and the weight of each tile from each pivot on.
+    keys = integers(_PASSES, count, _PIVOTS + 2, dtype=torch.int64)
+    search = keys, floats(_PASSES, count), floats(_PASSES, count, tiles, _PIVOTS)
+    inputs = logits, temperatures, rows, top_k, top_p
+    maxima, of_tiles = floats(count, buckets), floats(3, count, tiles)
     sizes = {
-        "VOCAB": vocab, "SHIFT": shift, "PIVOTS": _PIVOTS,
+        "VOCAB": vocab, "SHIFT": KEY_SHIFTS.get(logits.dtype, 0), "PIVOTS": _PIVOTS,
         "TILES": tiles, "TILES_PAD": triton.next_power_of_2(tiles),
-        "BUCKETS": buckets, "BUCKETS_PAD": triton.next_power_of_2(buckets),
     }  # fmt: skip
-    peaks = torch.empty(count, dtype=torch.float32, device=device)
-    # Keys of a pass: its pivots, the first is the least searched, and the end of its range.
-    keys = torch.empty(passes, count, _PIVOTS + 1, dtype=torch.int64, device=device)
-    above = torch.empty(passes, count, dtype=torch.float32, device=device)
-    sums = torch.empty(passes, count, tiles, _PIVOTS, dtype=torch.float32, device=device)
-    numbers = torch.zeros(count, tiles, dtype=torch.int32, device=device)
-    places = (count, tiles, SHORTLIST) if passes else 0
-    values = torch.empty(places, dtype=logits.dtype, device=device)
-    tokens = torch.empty(places, dtype=torch.int32, device=device)
-    short, state = (numbers, values, tokens), (peaks, keys, above, sums)
-    sizes["SHORTLIST"] = SHORTLIST
+    whole = {"BUCKETS": buckets, "BUCKETS_PAD": triton.next_power_of_2(buckets)}
+    _survey_kernel[(count, tiles)](
+        *inputs, maxima, of_tiles, stride, VOCAB=vocab, TILE=TILE, BUCKET=BUCKET, num_warps=8
+    )
+    _begin_kernel[(count,)](
+        *inputs, maxima, of_tiles, *facts, *search, **sizes, **whole, FEW=FEW, num_warps=4
+    )
     for step in range(passes):
-        if step == _EVEN.value:
-            _shortlist_kernel[(count, tiles)](
-                *row_inputs, *state, *short, stride, TILE=TILE, **sizes, num_warps=4
-            )
-            _finish_kernel[(count,)](
-                *row_inputs, *state, *short, thresholds, tie_ends, **sizes, num_warps=32
-            )
         _narrow_kernel[(count, tiles)](
-            *row_inputs, *state, numbers, step, stride, TILE=TILE, **sizes, num_warps=4
+            *inputs, *facts, *search, step, stride, **sizes, TILE=TILE, num_warps=4
         )
-    listed = torch.empty(count, buckets, dtype=torch.int32, device=device)
+    short = integers(count, tiles), integers(count, tiles, SHORTLIST if passes else 0)
+    if passes:
+        _list_kernel[(count, tiles)](
+            *inputs, *facts, *search, *short, passes, stride, **sizes, TILE=TILE,
+            CHUNK=min(_CHUNK, TILE), SHORTLIST=SHORTLIST, num_warps=4,
+        )  # fmt: skip
+        _finish_kernel[(count,)](
+            *inputs, *facts, *search, *short, passes, thresholds, tie_ends, stride,
+            **sizes, SHORTLIST=SHORTLIST, num_warps=32,
+        )  # fmt: skip
     _threshold_kernel[(count,)](
-        *row_inputs, keys, above, sums, numbers, passes, listed, thresholds, tie_ends, stride,
-        BUCKET=BUCKET, **sizes, num_warps=16,
+        *inputs, *facts, *search, short[0], passes, maxima, integers(count, buckets), thresholds,
+        tie_ends, stride, **sizes, **whole, BUCKET=BUCKET, SHORTLIST=SHORTLIST, num_warps=16,
     )  # fmt: skip
     return thresholds, tie_ends
 
@@ -94,199 +97,223 @@ def find_threshold(
 # batch, such as the alignment of its options, is not specialised: that would compile anew.
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["temperatures", "rows", "top_k", "top_p"])
 def _survey_kernel(
-    logits, rows, maxima, stride, VOCAB: tl.constexpr, TILE: tl.constexpr, BUCKET: tl.constexpr
-):
-    """The maximum of every bucket of a tile."""
+    logits, temperatures, rows, top_k, top_p, maxima, of_tiles, stride,
+    VOCAB: tl.constexpr, TILE: tl.constexpr, BUCKET: tl.constexpr,
+):  # fmt: skip
+    """The maximum of every bucket of a tile; of the tile also the least and the weight."""
     item, tile = tl.program_id(0), tl.program_id(1)
+    items, tiles = tl.num_programs(0), tl.num_programs(1)
+    row = tl.load(rows + item)
     bucket = tile * (TILE // BUCKET) + tl.arange(0, TILE // BUCKET)
     token = bucket[:, None] * BUCKET + tl.arange(0, BUCKET)[None, :]
-    value = _load(logits + tl.load(rows + item) * stride, token, VOCAB)
-    buckets = tl.num_programs(1) * (TILE // BUCKET)
-    tl.store(maxima + item * buckets + bucket, tl.max(value, axis=1))
+    value = _load(logits + row * stride, token, VOCAB)
+    maximum = tl.max(value, axis=1)
+    tl.store(maxima + item * tiles * (TILE // BUCKET) + bucket, maximum)
+    if (tl.load(top_k + item) >= VOCAB) & (tl.load(top_p + item) < 1):
+        highest = tl.max(maximum, axis=0)
+        least = tl.where(token < VOCAB, value, float("inf"))
+        weight = _weight(value, _finite(highest), _LOG2_E / tl.load(temperatures + row))
+        at = of_tiles + item * tiles + tile
+        tl.store(at, highest)
+        tl.store(at + items * tiles, tl.min(tl.min(least, axis=1), axis=0))
+        tl.store(at + 2 * items * tiles, tl.sum(tl.sum(weight, axis=1), axis=0))
+
+
+@triton.jit(do_not_specialize=["temperatures", "rows", "top_k", "top_p"])
+def _begin_kernel(
+    logits, temperatures, rows, top_k, top_p, maxima, of_tiles, peaks, totals, wide,
+    keys, above, sums,
+    VOCAB: tl.constexpr, SHIFT: tl.constexpr, PIVOTS: tl.constexpr, TILES: tl.constexpr,
+    TILES_PAD: tl.constexpr, BUCKETS: tl.constexpr, BUCKETS_PAD: tl.constexpr, FEW: tl.constexpr,
+):  # fmt: skip
+    """The ends of a row's search, and whether it needs passes."""
+    item, items = tl.program_id(0), tl.num_programs(0)
+    k, p = tl.load(top_k + item), tl.load(top_p + item)
+    scale = _LOG2_E / tl.load(temperatures + tl.load(rows + item))
+    maximum = _maxima(maxima, item, BUCKETS, BUCKETS_PAD)
+    highest = tl.max(maximum, axis=0)
+    peak = _finite(highest)
+    bottom, top = _all_keys(highest, SHIFT)
+    total = tl.zeros([], tl.float32)
+    is_wide = tl.full([], 0, tl.int32)
+    if k < VOCAB:
+        one = tl.full([BUCKETS_PAD], 1.0, tl.float32)
+        bottom = _reach(maximum, one, k.to(tl.float32), bottom, top, SHIFT)
+    elif p < 1:
+        tile = tl.arange(0, TILES_PAD)
+        at, there = of_tiles + item * TILES + tile, tile < TILES
+        tile_peak = tl.load(at, mask=there, other=float("-inf"))
+        least = tl.load(at + items * TILES, mask=there, other=float("inf"))
+        weight = tl.load(at + 2 * items * TILES, mask=there, other=0.0)
+        total = tl.sum(weight * _weight(tile_peak, peak, scale), axis=0)
+        weight = _weight(maximum, peak, scale)
+        bottom = _reach(maximum, weight, p * total, bottom, top, SHIFT)
+        few = tl.sum((maximum >= _value(bottom, SHIFT)).to(tl.int32), axis=0) <= FEW
+        if not few:
+            is_wide = tl.full([], 1, tl.int32)
+            # All logits that are further below the peak weigh less than 1 - p of the whole row.
+            reach = tl.log2(VOCAB / (1 - p)) / scale
+            lowest = tl.maximum(_finite(tl.min(least, axis=0)), peak - reach)
+            bottom = tl.minimum(tl.maximum(_key(_finite(lowest), SHIFT), bottom), top)
+    tl.store(peaks + item, peak)
+    tl.store(totals + item, total)
+    tl.store(wide + item, is_wide)
+    tl.store(keys + item * (PIVOTS + 2), bottom)
+    tl.store(keys + item * (PIVOTS + 2) + PIVOTS + 1, top)
+    tl.store(above + item, 0.0)
 
 
 @triton.jit(do_not_specialize=["temperatures", "rows", "top_k", "top_p", "step"])
 def _narrow_kernel(
-    logits, temperatures, rows, top_k, top_p, maxima, peaks, keys, above, sums, numbers, step,
-    stride, VOCAB: tl.constexpr, SHIFT: tl.constexpr, PIVOTS: tl.constexpr, TILES: tl.constexpr,
-    TILES_PAD: tl.constexpr, BUCKETS: tl.constexpr, BUCKETS_PAD: tl.constexpr, TILE: tl.constexpr,
-    SHORTLIST: tl.constexpr,
+    logits, temperatures, rows, top_k, top_p, peaks, totals, wide, keys, above, sums, step, stride,
+    VOCAB: tl.constexpr, SHIFT: tl.constexpr, PIVOTS: tl.constexpr, TILES: tl.constexpr,
+    TILES_PAD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A tile's part of a pass: the probability, but for a factor, from each pivot on."""
+    """A tile's part of a pass: the weight from each pivot on."""
     item, tile = tl.program_id(0), tl.program_id(1)
-    limit = tl.where(tl.load(top_k + item) < VOCAB, 1.0, tl.load(top_p + item))
-    if limit >= 1:
+    if tl.load(wide + item) == 0:
         return
-    if step >= _EVEN and _is_short(numbers, item, TILES, TILES_PAD, SHORTLIST):
-        return
-    if step == 0:
-        highest = tl.max(_maxima(maxima, item, BUCKETS, BUCKETS_PAD), axis=0)
-    else:
-        highest = tl.load(peaks + item)
-    bottom, top, weight_above, _ = _range(
-        keys, above, sums, step, item, highest, limit, PIVOTS, TILES, TILES_PAD, SHIFT
+    target = tl.load(top_p + item) * tl.load(totals + item)
+    bottom, top, weight_above = _range(
+        keys, above, sums, step, item, target, PIVOTS, TILES, TILES_PAD
     )
     place = step * tl.num_programs(0) + item
-    keys += place * (PIVOTS + 1)
-    if tile == 0:
-        tl.store(peaks + item, highest)
-        tl.store(above + place, weight_above)
+    keys += place * (PIVOTS + 2)
+    if (tile == 0) & (step > 0):
         tl.store(keys, bottom)
-        tl.store(keys + PIVOTS, top)
-    if (step > 0) & (top - bottom <= 1):
-        return  # the key is found
-    row = tl.load(rows + item)
+        tl.store(keys + PIVOTS + 1, top)
+        tl.store(above + place, weight_above)
+    row, peak = tl.load(rows + item), tl.load(peaks + item)
     value = _load(logits + row * stride, tile * TILE + tl.arange(0, TILE), VOCAB)
-    scale = _LOG2_E / tl.load(temperatures + row)
-    weight = _weight(value, _finite(highest), scale)
-    # All logits that are further below the peak weigh less than 1 - limit of the whole row.
-    reach = tl.log2(VOCAB / (1 - limit)) / scale
+    weight = _weight(value, peak, _LOG2_E / tl.load(temperatures + row))
+    lowest, highest = _value(bottom, SHIFT), _finite(_value(top, SHIFT))
     for pivot in tl.static_range(PIVOTS):
-        key = bottom + (top - bottom) * pivot // PIVOTS
-        if (step < _EVEN) & (pivot > 0):
-            near = _finite(highest) - reach * ((PIVOTS - pivot) / (PIVOTS - 1))
-            if step > 0:
-                lowest = _value(bottom, SHIFT)
-                near = lowest + (_finite(_value(top, SHIFT)) - lowest) * (pivot / PIVOTS)
-            key = tl.minimum(tl.maximum(_key(_finite(near), SHIFT), bottom), top)
+        near = lowest + (highest - lowest) * ((pivot + 1) / (PIVOTS + 1))
+        key = tl.minimum(tl.maximum(_key(_finite(near), SHIFT), bottom), top)
         if tile == 0:
-            tl.store(keys + pivot, key)
+            tl.store(keys + pivot + 1, key)
         # A factor, not a choice: a product and its sum are one instruction.
         reached = (value >= _value(key, SHIFT)).to(tl.float32)
         part = tl.sum(reached * weight, axis=0)
         tl.store(sums + (place * TILES + tile) * PIVOTS + pivot, part)
 
 
-@triton.jit(do_not_specialize=["temperatures", "rows", "top_k", "top_p"])
-def _shortlist_kernel(
-    logits, temperatures, rows, top_k, top_p, maxima, peaks, keys, above, sums,
-    numbers, values, tokens, stride,
+@triton.jit(do_not_specialize=["temperatures", "rows", "top_k", "top_p", "step"])
+def _list_kernel(
+    logits, temperatures, rows, top_k, top_p, peaks, totals, wide, keys, above, sums,
+    numbers, tokens, step, stride,
     VOCAB: tl.constexpr, SHIFT: tl.constexpr, PIVOTS: tl.constexpr, TILES: tl.constexpr,
-    TILES_PAD: tl.constexpr, BUCKETS: tl.constexpr, BUCKETS_PAD: tl.constexpr, TILE: tl.constexpr,
-    SHORTLIST: tl.constexpr,
+    TILES_PAD: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, SHORTLIST: tl.constexpr,
 ):  # fmt: skip
-    """A tile's logits among which the threshold is, if they are few; `numbers`: how many."""
+    """The tokens of a tile between the ends of a search, if they are few; `numbers`: how many."""
     item, tile = tl.program_id(0), tl.program_id(1)
-    p = tl.load(top_p + item)
-    if (tl.load(top_k + item) < VOCAB) | (p >= 1):
+    if tl.load(wide + item) == 0:
         return
-    bottom, top, _, _ = _range(
-        keys, above, sums, _EVEN, item, tl.load(peaks + item), p, PIVOTS, TILES, TILES_PAD, SHIFT
-    )
-    token = tile * TILE + tl.arange(0, TILE)
-    value = _load(logits + tl.load(rows + item) * stride, token, VOCAB)
-    # NOTE: not `<`, for the key behind infinity is that of NaN.
-    left = ((value >= _value(bottom, SHIFT)) & ~(value >= _value(top, SHIFT))).to(tl.int32)
-    place = tl.cumsum(left, axis=0) - 1
-    wanted = (left > 0) & (place < SHORTLIST)
-    at = item * TILES + tile
-    tl.store(values + at * SHORTLIST + place, value.to(values.dtype.element_ty), mask=wanted)
-    tl.store(tokens + at * SHORTLIST + place, token, mask=wanted)
-    tl.store(numbers + at, tl.sum(left, axis=0))
+    target = tl.load(top_p + item) * tl.load(totals + item)
+    bottom, top, _ = _range(keys, above, sums, step, item, target, PIVOTS, TILES, TILES_PAD)
+    source = logits + tl.load(rows + item) * stride
+    at = (item * TILES + tile) * SHORTLIST
+    number = tl.zeros([], tl.int32)
+    for start in range(0, TILE, CHUNK):
+        token = tile * TILE + start + tl.arange(0, CHUNK)
+        value = _load(source, token, VOCAB)
+        # NOTE: not `<`, for the key behind infinity is that of NaN.
+        left = ((value >= _value(bottom, SHIFT)) & ~(value >= _value(top, SHIFT))).to(tl.int32)
+        place = number + tl.cumsum(left, axis=0) - 1
+        wanted = (left > 0) & (place < SHORTLIST)
+        tl.store(tokens + at + place, token, mask=wanted)
+        number += tl.sum(left, axis=0)
+    tl.store(numbers + item * TILES + tile, number)
 
 
-@triton.jit(do_not_specialize=["temperatures", "rows", "top_k", "top_p"])
+@triton.jit(do_not_specialize=["temperatures", "rows", "top_k", "top_p", "step"])
 def _finish_kernel(
-    logits, temperatures, rows, top_k, top_p, maxima, peaks, keys, above, sums,
-    numbers, values, tokens, thresholds, tie_ends,
+    logits, temperatures, rows, top_k, top_p, peaks, totals, wide, keys, above, sums,
+    numbers, tokens, step, thresholds, tie_ends, stride,
     VOCAB: tl.constexpr, SHIFT: tl.constexpr, PIVOTS: tl.constexpr, TILES: tl.constexpr,
-    TILES_PAD: tl.constexpr, BUCKETS: tl.constexpr, BUCKETS_PAD: tl.constexpr,
-    SHORTLIST: tl.constexpr,
+    TILES_PAD: tl.constexpr, SHORTLIST: tl.constexpr,
 ):  # fmt: skip
     """The threshold of a row whose logits around it are listed."""
     item = tl.program_id(0)
-    p = tl.load(top_p + item)
-    if (tl.load(top_k + item) < VOCAB) | (p >= 1):
+    if tl.load(wide + item) == 0:
         return
-    if _is_short(numbers, item, TILES, TILES_PAD, SHORTLIST):
-        highest = tl.load(peaks + item)
-        row, peak = tl.load(rows + item), _finite(highest)
-        scale = _LOG2_E / tl.load(temperatures + row)
-        bottom, top, beyond, total = _range(
-            keys, above, sums, _EVEN, item, highest, p, PIVOTS, TILES, TILES_PAD, SHIFT
-        )
-        tile, place = tl.arange(0, TILES_PAD)[:, None], tl.arange(0, SHORTLIST)[None, :]
-        number = tl.load(numbers + item * TILES + tile, mask=tile < TILES, other=0)
-        there = place < number
-        at = (item * TILES + tile) * SHORTLIST + place
-        value = tl.load(values + at, mask=there, other=float("-inf")).to(tl.float32)
-        weight = tl.where(there, _weight(value, peak, scale), 0.0)
-        weight_above = beyond
-        while top - bottom > 1:
-            half = bottom + (top - bottom) // 2
-            more = tl.where(value >= _value(half, SHIFT), weight, 0.0)
-            reached = beyond + tl.sum(tl.sum(more, axis=1), axis=0)
-            enough = reached >= p * total
-            bottom, top = tl.where(enough, half, bottom), tl.where(enough, top, half)
-            weight_above = tl.where(enough, weight_above, reached)
-        threshold = _value(bottom, SHIFT)
-        one = tl.maximum(_weight(threshold, peak, scale), 1e-37)
-        stay = tl.ceil((p * total - weight_above) / one)
-        stay = tl.minimum(tl.maximum(stay, 1.0), VOCAB).to(tl.int32)
-        token = tl.load(tokens + at, mask=there, other=VOCAB)
-        ties = tl.reshape((there & (value == threshold)).to(tl.int32), [TILES_PAD * SHORTLIST])
-        rank = tl.cumsum(ties, axis=0)
-        end = tl.where(
-            (ties > 0) & (rank >= stay), tl.reshape(token, [TILES_PAD * SHORTLIST]), VOCAB
-        )
-        tl.store(thresholds + row, threshold)
-        tl.store(tie_ends + row, tl.min(end, axis=0))
-
-
-@triton.jit
-def _is_short(numbers, item, TILES: tl.constexpr, TILES_PAD: tl.constexpr, SHORTLIST: tl.constexpr):
-    tile = tl.arange(0, TILES_PAD)
+    if not _is_short(numbers, item, TILES, TILES_PAD, SHORTLIST):
+        return
+    row, peak = tl.load(rows + item), tl.load(peaks + item)
+    scale = _LOG2_E / tl.load(temperatures + row)
+    target = tl.load(top_p + item) * tl.load(totals + item)
+    bottom, top, beyond = _range(keys, above, sums, step, item, target, PIVOTS, TILES, TILES_PAD)
+    tile, place = tl.arange(0, TILES_PAD)[:, None], tl.arange(0, SHORTLIST)[None, :]
     number = tl.load(numbers + item * TILES + tile, mask=tile < TILES, other=0)
-    return tl.max(number, axis=0) <= SHORTLIST
+    there = place < number
+    at = tokens + (item * TILES + tile) * SHORTLIST + place
+    token = tl.load(at, mask=there, other=VOCAB)
+    value = _load(logits + row * stride, token, VOCAB)
+    weight = tl.where(there, _weight(value, peak, scale), 0.0)
+    weight_above = beyond
+    while top - bottom > 1:
+        half = bottom + (top - bottom) // 2
+        more = tl.where(value >= _value(half, SHIFT), weight, 0.0)
+        reached = beyond + tl.sum(tl.sum(more, axis=1), axis=0)
+        enough = reached >= target
+        bottom, top = tl.where(enough, half, bottom), tl.where(enough, top, half)
+        weight_above = tl.where(enough, weight_above, reached)
+    threshold = _value(bottom, SHIFT)
+    stay = _ties(target - weight_above, _weight(threshold, peak, scale), VOCAB)
+    ties = tl.reshape((there & (value == threshold)).to(tl.int32), [TILES_PAD * SHORTLIST])
+    rank = tl.cumsum(ties, axis=0)
+    token = tl.reshape(token, [TILES_PAD * SHORTLIST])
+    end = tl.where((ties > 0) & (rank >= stay), token, VOCAB)
+    tl.store(thresholds + row, threshold)
+    tl.store(tie_ends + row, tl.min(end, axis=0))
 
 
-@triton.jit(do_not_specialize=["temperatures", "rows", "top_k", "top_p", "passes"])
+@triton.jit(do_not_specialize=["temperatures", "rows", "top_k", "top_p", "step"])
 def _threshold_kernel(
-    logits, temperatures, rows, top_k, top_p, maxima, keys, above, sums, numbers, passes,
-    listed, thresholds, tie_ends, stride,
+    logits, temperatures, rows, top_k, top_p, peaks, totals, wide, keys, above, sums,
+    numbers, step, maxima, listed, thresholds, tie_ends, stride,
     VOCAB: tl.constexpr, SHIFT: tl.constexpr, PIVOTS: tl.constexpr, TILES: tl.constexpr,
     TILES_PAD: tl.constexpr, BUCKETS: tl.constexpr, BUCKETS_PAD: tl.constexpr, BUCKET: tl.constexpr,
     SHORTLIST: tl.constexpr,
 ):  # fmt: skip
+    """The threshold of any other row."""
     item = tl.program_id(0)
     k, p = tl.load(top_k + item), tl.load(top_p + item)
-    done = (p >= 1) | _is_short(numbers, item, TILES, TILES_PAD, SHORTLIST)
-    if (k >= VOCAB) & done:
+    if (k >= VOCAB) & (p >= 1):
         return
-    row = tl.load(rows + item)
+    is_wide = tl.load(wide + item) > 0
+    if is_wide & _is_short(numbers, item, TILES, TILES_PAD, SHORTLIST):
+        return
+    row, peak = tl.load(rows + item), tl.load(peaks + item)
     source = logits + row * stride
     scale = _LOG2_E / tl.load(temperatures + row)
-    maximum = _maxima(maxima, item, BUCKETS, BUCKETS_PAD)
-    highest = tl.max(maximum, axis=0)
-    peak = _finite(highest)
-    bottom, top = _all_keys(highest, SHIFT)
-    stay = tl.full([], VOCAB, tl.float32)  # how many of the logits equal to the threshold
-    # NOTE: a plain 0.0 is a constant, and its type would change within a loop.
-    none = tl.zeros([], tl.float32)
-    least, target, weight_above = bottom, stay, none
-    if k < VOCAB:
-        bottom = _kth_largest(maximum, k, bottom, top, SHIFT)
-    else:
-        bottom, top, weight_above, total = _range(
-            keys, above, sums, passes, item, highest, p, PIVOTS, TILES, TILES_PAD, SHIFT
-        )
-        target = p * total
+    target = p * tl.load(totals + item)
+    done = tl.where(is_wide, step, 0)
+    bottom, top, weight_above = _range(
+        keys, above, sums, done, item, target, PIVOTS, TILES, TILES_PAD
+    )
 
     # List the buckets that may hold a logit that stays.
+    maximum = _maxima(maxima, item, BUCKETS, BUCKETS_PAD)
     listed += item * BUCKETS
     wanted = (maximum >= _value(bottom, SHIFT)).to(tl.int32)
     tl.store(listed + tl.cumsum(wanted, axis=0) - 1, tl.arange(0, BUCKETS_PAD), mask=wanted > 0)
     count = tl.sum(wanted, axis=0)
     tl.debug_barrier()  # all of the list is stored before any thread reads it
 
+    stay = tl.full([], VOCAB, tl.int32)  # how many of the logits equal to the threshold
+    least = bottom
     if k < VOCAB:
-        target = k.to(tl.float32)
         bottom, weight_above = _search(
-            source, listed, count, target, bottom, top, none, peak, 0.0, VOCAB, BUCKET, SHIFT
-        )
-        least, stay, weight_above = bottom, target - weight_above, none
+            source, listed, count, k.to(tl.float32), bottom, top, weight_above, peak, 0.0,
+            VOCAB, BUCKET, SHIFT,
+        )  # fmt: skip
+        stay = _ties(k - weight_above, 1.0, VOCAB)
+        least = bottom
+        # NOTE: a plain 0.0 is a constant, and its type would change within a loop.
+        weight_above = tl.zeros([], tl.float32)
         if p < 1:
             more = _weight_from(source, listed, count, least + 1, peak, scale, VOCAB, BUCKET, SHIFT)
             target = p * (more + stay * _weight(_value(least, SHIFT), peak, scale))
@@ -295,12 +322,10 @@ def _threshold_kernel(
             source, listed, count, target, bottom, top, weight_above, peak, scale,
             VOCAB, BUCKET, SHIFT,
         )  # fmt: skip
-        one = tl.maximum(_weight(_value(bottom, SHIFT), peak, scale), 1e-37)
-        needed = tl.ceil((target - weight_above) / one)
+        needed = _ties(target - weight_above, _weight(_value(bottom, SHIFT), peak, scale), VOCAB)
         stay = tl.where(bottom == least, tl.minimum(needed, stay), needed)
     threshold = _value(bottom, SHIFT)
     tl.store(thresholds + row, threshold)
-    stay = tl.minimum(tl.maximum(stay, 1.0), VOCAB).to(tl.int32)
     tie_end = _tie_end(source, listed, count, threshold, stay, VOCAB, BUCKET)
     tl.store(tie_ends + row, tie_end)
 
@@ -310,34 +335,42 @@ def _threshold_kernel(
 
 @triton.jit
 def _range(
-    keys, above, sums, step, item, highest, limit,
-    PIVOTS: tl.constexpr, TILES: tl.constexpr, TILES_PAD: tl.constexpr, SHIFT: tl.constexpr,
+    keys, above, sums, step, item, target,
+    PIVOTS: tl.constexpr, TILES: tl.constexpr, TILES_PAD: tl.constexpr,
 ):  # fmt: skip
     """Before pass `step`: the key searched for is one from `bottom` to `top` - 1.
 
-    Also the weight from `top` on, and that of all logits.
+    Also the weight from `top` on.
     """
-    bottom, top = _all_keys(highest, SHIFT)
-    weight_above = tl.zeros([], tl.float32)
-    total = tl.zeros([], tl.float32)
+    place = tl.maximum(step - 1, 0) * tl.num_programs(0) + item
+    keys += place * (PIVOTS + 2)
+    bottom, top = tl.load(keys), tl.load(keys + PIVOTS + 1)
+    weight_above = tl.load(above + place)
     if step > 0:
-        place = (step - 1) * tl.num_programs(0) + item
-        keys += place * (PIVOTS + 1)
-        bottom, top = tl.load(keys), tl.load(keys + PIVOTS)
-        weight_above = tl.load(above + place)
         tile, pivot = tl.arange(0, TILES_PAD), tl.arange(0, PIVOTS)
-        # The first pivot of the first pass is below all logits.
-        first = sums + (item * TILES + tile) * PIVOTS
-        total = tl.sum(tl.load(first, mask=tile < TILES, other=0.0), axis=0)
-        if top - bottom > 1:
-            part = sums + (place * TILES + tile[:, None]) * PIVOTS + pivot[None, :]
-            weight = tl.sum(tl.load(part, mask=tile[:, None] < TILES, other=0.0), axis=0)
-            key = tl.load(keys + pivot)
-            enough = weight >= limit * total
-            weight_above = tl.max(tl.where(enough, weight_above, weight), axis=0)
-            bottom = tl.max(tl.where(enough, key, bottom), axis=0)
-            top = tl.min(tl.where(enough, top, key), axis=0)
-    return bottom, top, weight_above, total
+        part = sums + (place * TILES + tile[:, None]) * PIVOTS + pivot[None, :]
+        weight = tl.sum(tl.load(part, mask=tile[:, None] < TILES, other=0.0), axis=0)
+        key = tl.load(keys + 1 + pivot)
+        enough = weight >= target
+        weight_above = tl.max(tl.where(enough, weight_above, weight), axis=0)
+        bottom = tl.max(tl.where(enough, key, bottom), axis=0)
+        top = tl.min(tl.where(enough, top, key), axis=0)
+    return bottom, top, weight_above
+
+
+@triton.jit
+def _is_short(numbers, item, TILES: tl.constexpr, TILES_PAD: tl.constexpr, SHORTLIST: tl.constexpr):
+    """Whether all of what is left of a row is listed."""
+    tile = tl.arange(0, TILES_PAD)
+    number = tl.load(numbers + item * TILES + tile, mask=tile < TILES, other=0)
+    return tl.max(number, axis=0) <= SHORTLIST
+
+
+@triton.jit
+def _ties(missing, weight, VOCAB: tl.constexpr):
+    """How many logits of some weight make up for what is missing."""
+    needed = tl.ceil(missing / tl.maximum(weight, 1e-37))
+    return tl.minimum(tl.maximum(needed, 1.0), VOCAB).to(tl.int32)
 
 
 @triton.jit
@@ -374,11 +407,11 @@ def _weight_from(
 
 
 @triton.jit
-def _kth_largest(maximum, k, bottom, top, SHIFT: tl.constexpr):
-    """The largest key below `top` that at least k of these reach, or `bottom`."""
+def _reach(maximum, weight, target, bottom, top, SHIFT: tl.constexpr):
+    """The largest key below `top` from which on these weigh `target`, or `bottom`."""
     for _ in range(32 - SHIFT):
         half = bottom + (top - bottom) // 2
-        enough = tl.sum((maximum >= _value(half, SHIFT)).to(tl.int32), axis=0) >= k
+        enough = tl.sum(tl.where(maximum >= _value(half, SHIFT), weight, 0.0), axis=0) >= target
         bottom = tl.where(enough, half, bottom)
         top = tl.where(enough, top, half)
     return bottom

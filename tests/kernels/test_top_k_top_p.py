@@ -14,7 +14,7 @@ LIMITS = pytest.mark.parametrize("limits", ["k", "p", "kp"])
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Few logits then cross every border: of tiles, of buckets, and of what is listed at once."""
-    for name, value in (("TILE", 512), ("BUCKET", 8), ("SHORTLIST", 64)):
+    for name, value in (("TILE", 512), ("BUCKET", 8), ("FEW", 4), ("SHORTLIST", 64)):
         monkeypatch.setattr(top_k_top_p, name, value)
 
 

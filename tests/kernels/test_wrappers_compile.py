@@ -74,7 +74,7 @@ for dtype, head_dim, longest in (
 
 
 @pytest.mark.parametrize(("calls", "kernels"), [
-    (DRAW, "survey narrow shortlist finish threshold weigh draw collect tie_end resolve"),
+    (DRAW, "survey begin narrow list finish threshold weigh draw collect tie_end resolve"),
     (PREFILL, "prefill"),
 ], ids=["draw", "prefill"])  # fmt: skip
 def test_what_is_launched_compiles_for_hopper(calls, kernels, tmp_path, monkeypatch):

@@ -22,49 +22,52 @@ job() {  # NAME SECONDS COMMAND...
 bench() { local name=$1 limit=$2; shift 2; job "$name" "$limit" python bench_pipeline.py "$@" --json "$out/$name.json"; }
 older() { (cd "$old" && bench "$@"); }
 pytest() { local name=$1 limit=$2; shift 2; job "$name" "$limit" python -m pytest -p no:cacheprovider -v "$@"; }
-on() { local gpus=$1; shift; (export CUDA_VISIBLE_DEVICES=$gpus; "$@") & }
+on() {  # GPUS JOB...: one after the other
+  local gpus=$1 each; shift
+  (export CUDA_VISIBLE_DEVICES=$gpus; for each in "$@"; do eval "$each"; done) &
+}
 
-kernels_and_soak() {
-  pytest kernels 400 tests/gpu/test_{kernels,engine,green_ctx,logprobs}.py
-  job soak 340 python tests/soak.py --minutes 5 --seed 5 --device cuda
-}
-pipeline() {
-  pytest pipeline 400 tests/gpu/test_{pipeline,planner,memory}.py
-  memcheck 1
-}
+engine_tests() { pytest engine 300 tests/gpu/test_{engine,green_ctx}.py; }
+kernel_tests() { pytest kernels 300 tests/gpu/test_kernels.py; }
+pipeline_tests() { pytest pipeline 400 tests/gpu/test_{pipeline,planner,memory}.py; }
+soak() { job soak 340 python tests/soak.py --minutes 5 --seed 5 --device cuda; }
 memcheck() {
   local only=""; [ "$1" = 1 ] || only="--target-processes application-only"
   job "memcheck-$1" 300 compute-sanitizer --tool memcheck --report-api-errors no $only python tests/gpu/memcheck_steps.py "$1"
 }
-two_ranks() {
+rank_tests() {
   local way
   for way in "float32 and graphs" "float32 and not graphs" "killed" "not float32 and not killed"; do
     pytest "ranks-${way// /-}" 300 tests/gpu/test_tensor_parallel.py -k "$way" &
   done
   wait
   pytest peers 200 tests/gpu/test_{peer_memory,logprobs}.py
-  memcheck 2
 }
-tests() { on 0 kernels_and_soak; on 1 pipeline; on 2,3 two_ranks; wait; }
+tests() {
+  on 0 engine_tests soak kernel_tests; on 1 pipeline_tests "memcheck 1"; on 2,3 rank_tests "memcheck 2"
+  wait
+}
 
 map() { local shape=$1; shift; bench "map-$shape" 500 --map --shapes "$shape" --modes sequential green auto --splits "$@"; }
 maps() {
-  on 0 map 8B 36+96 44+88 --seconds 0.9; on 1 map 14B 28+104 36+96; on 2 map 4B 36+96 52+80; on 3 map 1.7B 36+96 52+80
+  on 0 "map 8B 36+96 44+88 --seconds 0.9"; on 1 "map 14B 28+104 36+96"; on 2 "map 4B 36+96 52+80"
+  on 3 "map 1.7B 36+96 52+80"
   wait
-  on 0 map 0.6B 36+96 52+80
+  on 0 "map 0.6B 36+96 52+80"
   wait
 }
 
 run() { bench "$2-$3" 300 --workload throughput --shape "$1" --requests "$2" --mode "$3"; }
 both() { run "$1" "$2" sequential; run "$1" "$2" auto; }
-short_runs() { both 8B chat; both 8B short; both 8B long; both 0.6B W; }
-runs() { on 0 run 8B steady sequential; on 1 run 8B steady auto; on 2 both 8B even; on 3 short_runs; wait; }
+runs() {
+  on 0 "run 8B steady sequential"; on 1 "run 8B steady auto"; on 2 "both 8B even"
+  on 3 "both 8B chat" "both 8B short" "both 8B long" "both 0.6B W"
+  wait
+}
 
 split="--attention-sms 36 --ffn-sms 96 --modes"
-growing() {
-  bench growing 400 --workload growing --shape 0.6B --layers 14 --batch 512 --splits 36+96 52+80
-  bench fallback 90 --shape 0.6B --batch 512 --context 568 --modes fallback
-}
+growing() { bench growing 400 --workload growing --shape 0.6B --layers 14 --batch 512 --splits 52+80; }
+fallback() { bench fallback 90 --shape 0.6B --batch 512 --context 568 --modes fallback; }
 power() { bench power 200 --shape 8B --batch 1024 --context 480 $split microbatch streams green --power --timeline "$out/timeline.png"; }
 sizes() {
   bench 8B-1280 100 --shape 8B --batch 1280 --context 440 $split green
@@ -72,7 +75,7 @@ sizes() {
   bench 14B-768 100 --shape 14B --batch 768 --context 680 $split green
 }
 region() { bench region 200 --map --shapes 8B --batches 896 1024 --contexts 480 540 600 660 --modes sequential green --splits 36+96 44+88 --seconds 0.7; }
-points() { on 0 growing; on 1 power; on 2 sizes; on 3 region; wait; }
+points() { on 0 growing fallback; on 1 power; on 2 sizes; on 3 region; wait; }
 
 turn() {  # NAME ROUNDS OPTIONS...: this checkout and the older one, each first as often as the other
   local name=$1 rounds=$2 i; shift 2
@@ -86,11 +89,12 @@ large_turns() {
   turn large 2 --shape 8B --batch 256 $decode 992
   turn best 2 --shape 8B --batch 1024 --context 480 $split green
 }
-turns() {
-  on 0 large_turns; on 1 turn W 4 --workload nano; wait
+nano_turns() { turn nano 3 --workload nano; }
+small_turns() {
   turn one 3 --shape 0.6B --batch 1 $decode 640; turn eight 2 --shape 0.6B --batch 8 $decode 640
   turn many 2 --shape 0.6B --batch 512 $decode 568
 }
+turns() { on 0 large_turns; on 1 nano_turns; wait; on 0 small_turns; wait; }
 
 of_ranks() {
   bench "ranks-$1" 120 --shape 8B --tensor-parallel-size "$1" --batch 1024 --context 440 $split green
@@ -101,6 +105,10 @@ between() {
   job "all-reduce-$1" 120 python tests/gpu/time_all_reduce.py --ranks "$1" --json "$out/all-reduce-$1.json"
   job "sampling-$1" 120 python tests/gpu/time_sampling.py --ranks "$1" --json "$out/sampling-$1.json"
 }
-ranks() { on 0,1 of_ranks 2; on 2 of_ranks 1; wait; of_ranks 4; between 4; on 0,1 between 2; wait; }
+ranks() {
+  on 0,1 "of_ranks 2"; on 2 "of_ranks 1"; wait
+  of_ranks 4; between 4
+  on 0,1 "between 2"; wait
+}
 
-for group in "$@"; do "$group"; done
+for group in "$@"; do eval "$group"; done

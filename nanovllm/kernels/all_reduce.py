@@ -238,19 +238,24 @@ def _store32(target, place, bits, inside):
 @triton.jit
 def _columns(bits, dtype: tl.constexpr):
     """The float32 values of one or two columns in 32 bits; zeros for the second if it is one."""
+    # NOTE: Triton 3.6 also compiles what comes after a return in such an if, so `else` it is.
     if dtype.primitive_bitwidth == 32:
-        return bits.to(dtype, bitcast=True), tl.zeros_like(bits).to(tl.float32)
-    first = bits.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-    return first, (bits >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        first, second = bits.to(dtype, bitcast=True), tl.zeros_like(bits).to(tl.float32)
+    else:
+        first = bits.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        second = (bits >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return first, second
 
 
 @triton.jit
 def _bits(first, second, dtype: tl.constexpr):
     """The inverse of `_columns`, rounded."""
     if dtype.primitive_bitwidth == 32:
-        return first.to(tl.int32, bitcast=True)
-    low = first.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return low | (second.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+        bits = first.to(tl.int32, bitcast=True)
+    else:
+        low = first.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        bits = low | (second.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    return bits
 
 
 @triton.jit

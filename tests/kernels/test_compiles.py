@@ -120,14 +120,16 @@ def reduce(ranks, two_shot):
     )
 
 
-def push(ranks):
+def push(ranks, dtype):
+    words = 2048 if dtype == "bf16" else 4096
     constants = dict(
-        HIDDEN=4096, WORDS=2048, BLOCK=2048, RANK=1, SIZE=int(ranks), CAPACITY=16, THREADS=256,
+        HIDDEN=4096, WORDS=words, BLOCK=words, RANK=1, SIZE=int(ranks), CAPACITY=16, THREADS=256,
     )
-    numbers = dict.fromkeys(["first_row", "polls"], "i32")
+    given = dict.fromkeys(["first_row", "polls"], "i32")
+    given |= dict.fromkeys(["part", "output", "residual", "weight"], "*" + dtype)
     state = dict.fromkeys(["launches", "expired"], "*i32")
     return compile(
-        all_reduce._push_kernel, constants, dict(num_warps=8), inboxes="*i64", **numbers, **state
+        all_reduce._push_kernel, constants, dict(num_warps=8), inboxes="*i64", **given, **state
     )
 
 
@@ -153,8 +155,8 @@ CASES = [
     ("small", ["after all-reduce", "8"], "cp.async.bulk.prefetch.L2.global"),
     ("reduce", ["2", "one-shot"], "ld.global.cg.v4"),
     ("reduce", ["4", "two-shot"], "st.global.v4"),
-    ("push", ["2"], "ld.volatile.global"),
-    ("push", ["4"], "ld.volatile.global"),
+    ("push", ["2", "fp32"], "ld.volatile.global"),
+    ("push", ["4", "bf16"], "ld.volatile.global"),
 ]
 
 

@@ -225,6 +225,8 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="every attack once, instead")
     arguments = parser.parse_args()
     random.seed(arguments.seed)
+    # In the background of a shell it would ignore interrupts, and so would what it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     cases = [Attack.random() for _ in range(arguments.count)]
     if arguments.all:
         cases = [

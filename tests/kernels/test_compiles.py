@@ -96,8 +96,7 @@ def heads(*without):
 def small(side, tokens):
     constants = dict(
         INNER=1024, TOKENS=int(tokens), ROWS=8, SPLIT=4, BLOCK=64, GATED=side != "before",
-        FEATURES=3072, NUM_SUM_SQ=128, SUM_SQ_BLOCK=128, 
-        PREFETCH=512 if side == "after all-reduce" else 0,
+        FEATURES=3072, NUM_SUM_SQ=128, SUM_SQ_BLOCK=128, PREFETCH=512,
     )
     without = ["bias", "x_sum_sq"]
     if side != "before":
@@ -151,8 +150,7 @@ CASES = [
     ("heads", [], "rsqrt"),
     ("heads", ["q_weight", "k_weight"], "st.global"),
     ("small", ["before", "1"], "mma.sync"),
-    ("small", ["after", "8"], "mma.sync"),
-    ("small", ["after all-reduce", "8"], "cp.async.bulk.prefetch.L2.global"),
+    ("small", ["after", "8"], "cp.async.bulk.prefetch.L2.global"),
     ("reduce", ["2", "one-shot"], "ld.global.cg.v4"),
     ("reduce", ["4", "two-shot"], "st.global.v4"),
     ("push", ["2", "fp32"], "ld.volatile.global"),

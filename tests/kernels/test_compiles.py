@@ -44,10 +44,11 @@ def compile(kernel, constants, options, without=(), **types):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 
 
-def decode(tuning, group):
+def decode(tuning, group, early=""):
     tuning = getattr(paged_decode, tuning)
     options = paged_decode.kernel_options(tuning, 8, int(group), 128, 256, 2)
     constants = {name: value for name, value in options.items() if name.isupper()}
+    constants["EARLY"] = bool(early)
     compiler = {name: value for name, value in options.items() if not name.isupper()}
     cache = tiles(1, paged_decode.TILE, 128) if tuning.tma else "*bf16"
     return compile(paged_decode._decode_kernel, constants, compiler, k_cache=cache, v_cache=cache)
@@ -140,6 +141,7 @@ CASES = [
     ("decode", ["PLAIN", "2"], "cp.async.cg"),
     ("decode", ["TMA", "4"], "cp.async.bulk.tensor"),
     ("decode", ["KEYS_FIRST", "5"], "cp.async.bulk.tensor"),
+    ("decode", ["TMA", "4", "early"], "cp.async.bulk.tensor"),
     ("silu_pairs", ["16", "128"], "wgmma"),
     ("head_pairs", ["64", "64", "bias"], "wgmma"),
     ("head_pairs", ["64", "64", "q_weight", "k_weight"], "wgmma"),

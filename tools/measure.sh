@@ -3,6 +3,7 @@
 #
 #     bash tools/measure.sh OUT tests maps          # some of: tests maps runs points turns ranks
 #     OLD=../older bash tools/measure.sh OUT turns  # in turn with another checkout
+#     bash tools/measure.sh OUT soak "map 8B 36+96" # single jobs, on the GPUs that are visible
 #
 # OUT/NAME.txt is what a job printed, OUT/NAME.json what a benchmark measured. Steps of few sequences
 # are as fast as the host's CPUs let them be, so those run when nothing else does.
@@ -75,7 +76,7 @@ sizes() {
   bench 14B-768 100 --shape 14B --batch 768 --context 680 $split green
 }
 region() { bench region 200 --map --shapes 8B --batches 896 1024 --contexts 480 540 600 660 --modes sequential green --splits 36+96 44+88 --seconds 0.7; }
-points() { on 0 growing fallback; on 1 power; on 2 sizes; on 3 region; wait; }
+points() { on 0 growing fallback options; on 1 power; on 2 sizes; on 3 region; wait; }
 
 turn() {  # NAME ROUNDS OPTIONS...: this checkout and the older one, each first as often as the other
   local name=$1 rounds=$2 i; shift 2
@@ -101,6 +102,7 @@ of_ranks() {
   bench "ranks-$1-eight" 90 --shape 8B --tensor-parallel-size "$1" --batch 8 $decode 640
   bench "ranks-$1-one" 90 --shape 8B --tensor-parallel-size "$1" --batch 1 $decode 640
 }
+options() { job options 200 python tests/gpu/time_options.py --json "$out/options.json"; }
 between() {
   job "all-reduce-$1" 120 python tests/gpu/time_all_reduce.py --ranks "$1" --json "$out/all-reduce-$1.json"
   job "sampling-$1" 120 python tests/gpu/time_sampling.py --ranks "$1" --json "$out/sampling-$1.json"

@@ -147,7 +147,7 @@ def push_add_norm(
     """
     rows, hidden = residual.shape
     words = hidden * residual.element_size() // 4
-    warps = min(2 * _num_warps(words), 16)  # a thread waits for few words, so that all come soon
+    warps = min(_num_warps(words), 16)
     _push_kernel[(rows,)](
         part, inboxes, output, residual, weight, peers.launches, peers.expired,
         first, eps, peers.max_polls,

@@ -18,6 +18,7 @@ class Normed(NamedTuple):
     values: Tensor  # [T, H], x / rms(x) * weight; or x * weight if there is a sum_sq
     sum_sq: Tensor | None = None  # float32 [T, P], whose sum over P is the row's sum of x^2
     eps: float = 0.0
+    after_all_reduce: bool = False  # which mostly waits for other GPUs, so memory is idle
 
     def materialize(self) -> Tensor:
         """``[T, H]``, the division done."""

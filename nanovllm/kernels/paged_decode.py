@@ -34,8 +34,6 @@ from nanovllm.kernels.pdl import pdl_options, pdl_trigger, pdl_wait
 from nanovllm.kernels.stream_k import combine_partials, find_sequence, range_begin, tile_after
 
 TILE = 64
-# Sequences whose attention leaves memory idle and SMs free, so the next layer may prefetch.
-FEW_SEQUENCES = 8
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ def paged_decode_attention(
         block_tables, context_lens, tile_offsets,
         scale * math.log2(math.e), num_seqs, block_tables.stride(0),
         **kernel_options(tuning, num_kv_heads, gqa, head_dim, block_size, q.element_size()),
-        EARLY=num_seqs <= FEW_SEQUENCES, **pdl_options(),
+        **pdl_options(),
     )  # fmt: skip
     return out
 
@@ -197,7 +195,7 @@ def _decode_kernel(
     block_tables, context_lens, tile_offsets, scale_log2, num_seqs, table_stride,
     KV_HEADS: tl.constexpr, GQA: tl.constexpr, GQA_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, TMA: tl.constexpr, AXIS: tl.constexpr,
-    COMBINE_PAD: tl.constexpr, COMBINE_CHUNK: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    COMBINE_PAD: tl.constexpr, COMBINE_CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     total = tl.load(tile_offsets + num_seqs) * KV_HEADS
@@ -228,8 +226,6 @@ def _decode_kernel(
 
     # So far only inputs of the step were read; from here on, queries, keys and values are.
     pdl_wait(PDL)
-    if EARLY:
-        pdl_trigger(PDL)
     peak, weight, acc = _nothing_attended(GQA_PAD, HEAD_DIM, TILE, AXIS)
     # NOTE: no nested `while`: Triton 3.6 gave its result `seq` the value from before the loop.
     for position in range(begin, end):
@@ -260,8 +256,7 @@ def _decode_kernel(
         next_table = block_tables + next_seq.to(tl.int64) * table_stride
         next_block = block_of(next_table, next_tile * TILE, BLOCK_SIZE)
 
-    if not EARLY:
-        pdl_trigger(PDL)
+    pdl_trigger(PDL)
     combine_partials(
         out, partial_out, partial_lse, arrivals, total, first_group, first_begin, first_tiles,
         seq * KV_HEADS + head, end - 1 - tile, (context_len + TILE - 1) // TILE,

@@ -72,7 +72,7 @@ class RowLinear(nn.Module):
         """
         if self.group.size > 1 or not may_defer:
             y, total = self.group.add_norm(partial(self._part, x), self.turn, first, residual, norm)
-            return kernels.Normed(y), total
+            return kernels.Normed(y, after_all_reduce=self.group.size > 1), total
         return kernels.linear_add_norm(x, self.weight, self.bias, residual, norm.weight, norm.eps)
 
     def _part(self, x: Tensor, out: Tensor | None = None) -> Tensor:

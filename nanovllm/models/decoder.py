@@ -234,7 +234,8 @@ class DecoderForCausalLM(nn.Module):
 
     def _project(self, layer: int, batch: MicroBatch) -> None:
         block, inputs = self.model.layers[layer], batch.inputs
-        x = kernels.Normed(batch.x, batch.x_squares, block.input_layernorm.eps)
+        eps, several = block.input_layernorm.eps, self.group.size > 1
+        x = kernels.Normed(batch.x, batch.x_squares, eps, after_all_reduce=several)
         batch.q = block.self_attn.project(
             x, inputs.positions, inputs.metadata.slot_mapping, self.model.cos_sin
         )

@@ -94,6 +94,11 @@ def test_small_gemm(tokens, inner, features):
     check(small_gemm.linear(normed, weight), reference.linear(x, weight))
     check(small_gemm.linear(normed, weight, bias), reference.linear(x, weight, bias))
     check(small_gemm.linear(normed, weight, gated=True), reference.linear_silu_mul(x, weight))
+    behind = Normed(x, after_all_reduce=True)
+    assert small_gemm._prefetch_length(weight) > 0
+    for gated in (False, True):
+        same = [small_gemm.linear(each, weight, gated=gated) for each in (normed, behind)]
+        assert torch.equal(*same)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5, 8])

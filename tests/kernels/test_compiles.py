@@ -44,11 +44,10 @@ def compile(kernel, constants, options, without=(), **types):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 
 
-def decode(tuning, group, early=""):
+def decode(tuning, group):
     tuning = getattr(paged_decode, tuning)
     options = paged_decode.kernel_options(tuning, 8, int(group), 128, 256, 2)
     constants = {name: value for name, value in options.items() if name.isupper()}
-    constants["EARLY"] = bool(early)
     compiler = {name: value for name, value in options.items() if not name.isupper()}
     cache = tiles(1, paged_decode.TILE, 128) if tuning.tma else "*bf16"
     return compile(paged_decode._decode_kernel, constants, compiler, k_cache=cache, v_cache=cache)
@@ -97,7 +96,8 @@ def heads(*without):
 def small(side, tokens):
     constants = dict(
         INNER=1024, TOKENS=int(tokens), ROWS=8, SPLIT=4, BLOCK=64, GATED=side != "before",
-        FEATURES=3072, NUM_SUM_SQ=128, SUM_SQ_BLOCK=128, PREFETCH=512,
+        FEATURES=3072, NUM_SUM_SQ=128, SUM_SQ_BLOCK=128, 
+        PREFETCH=512 if side == "after all-reduce" else 0,
     )
     without = ["bias", "x_sum_sq"]
     if side != "before":
@@ -141,7 +141,6 @@ CASES = [
     ("decode", ["PLAIN", "2"], "cp.async.cg"),
     ("decode", ["TMA", "4"], "cp.async.bulk.tensor"),
     ("decode", ["KEYS_FIRST", "5"], "cp.async.bulk.tensor"),
-    ("decode", ["TMA", "4", "early"], "cp.async.bulk.tensor"),
     ("silu_pairs", ["16", "128"], "wgmma"),
     ("head_pairs", ["64", "64", "bias"], "wgmma"),
     ("head_pairs", ["64", "64", "q_weight", "k_weight"], "wgmma"),
@@ -152,7 +151,8 @@ CASES = [
     ("heads", [], "rsqrt"),
     ("heads", ["q_weight", "k_weight"], "st.global"),
     ("small", ["before", "1"], "mma.sync"),
-    ("small", ["after", "8"], "cp.async.bulk.prefetch.L2.global"),
+    ("small", ["after", "8"], "mma.sync"),
+    ("small", ["after all-reduce", "8"], "cp.async.bulk.prefetch.L2.global"),
     ("reduce", ["2", "one-shot"], "ld.global.cg.v4"),
     ("reduce", ["4", "two-shot"], "st.global.v4"),
     ("push", ["2", "fp32"], "ld.volatile.global"),

@@ -9,7 +9,7 @@
 # are as fast as the host's CPUs let them be, so those run when nothing else does.
 set -uo pipefail
 out=$(realpath -m "$1"); shift
-old=${OLD:+$(realpath "$OLD")}
+old=${OLD:+$(realpath "$OLD")}  # `turns` needs it
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
 export TQDM_DISABLE=1 OMP_NUM_THREADS=4
@@ -21,7 +21,7 @@ job() {  # NAME SECONDS COMMAND...
   say "$name: exit code $?: $(grep -v '^{' "$out/$name.txt" | tail -1 | cut -c1-150)"
 }
 bench() { local name=$1 limit=$2; shift 2; job "$name" "$limit" python bench_pipeline.py "$@" --json "$out/$name.json"; }
-older() { (cd "$old" && bench "$@"); }
+older() { (cd "${old:?OLD is not set}" && bench "$@"); }
 pytest() { local name=$1 limit=$2; shift 2; job "$name" "$limit" python -m pytest -p no:cacheprovider -v "$@"; }
 on() {  # GPUS JOB...: one after the other
   local gpus=$1 each; shift
@@ -61,8 +61,8 @@ maps() {
 run() { bench "$2-$3" 300 --workload throughput --shape "$1" --requests "$2" --mode "$3"; }
 both() { run "$1" "$2" sequential; run "$1" "$2" auto; }
 runs() {
-  on 0 "run 8B steady sequential"; on 1 "run 8B steady auto"; on 2 "both 8B even"
-  on 3 "both 8B chat" "both 8B short" "both 8B long" "both 0.6B W"
+  on 0 "both 8B steady"; on 1 "both 0.6B W"; on 2 "both 8B even"
+  on 3 "both 8B chat" "both 8B short" "both 8B long"
   wait
 }
 
@@ -76,7 +76,13 @@ sizes() {
   bench 14B-768 100 --shape 14B --batch 768 --context 680 $split green
 }
 region() { bench region 200 --map --shapes 8B --batches 896 1024 --contexts 480 540 600 660 --modes sequential green --splits 36+96 44+88 --seconds 0.7; }
-points() { on 0 growing fallback options; on 1 power; on 2 sizes; on 3 region; wait; }
+options() { job options 200 python tests/gpu/time_options.py --json "$out/options.json"; }
+points() {
+  on 0 growing fallback; on 1 power; on 2 sizes; on 3 region
+  wait
+  on 0 options
+  wait
+}
 
 turn() {  # NAME ROUNDS OPTIONS...: this checkout and the older one, each first as often as the other
   local name=$1 rounds=$2 i; shift 2
@@ -102,7 +108,6 @@ of_ranks() {
   bench "ranks-$1-eight" 90 --shape 8B --tensor-parallel-size "$1" --batch 8 $decode 640
   bench "ranks-$1-one" 90 --shape 8B --tensor-parallel-size "$1" --batch 1 $decode 640
 }
-options() { job options 200 python tests/gpu/time_options.py --json "$out/options.json"; }
 between() {
   job "all-reduce-$1" 120 python tests/gpu/time_all_reduce.py --ranks "$1" --json "$out/all-reduce-$1.json"
   job "sampling-$1" 120 python tests/gpu/time_sampling.py --ranks "$1" --json "$out/sampling-$1.json"

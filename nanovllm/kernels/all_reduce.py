@@ -42,7 +42,7 @@ from torch import Tensor
 from nanovllm.kernels.pdl import pdl_options, pdl_trigger, pdl_wait
 
 GATHER_BLOCK = 1024
-ELEMENTS = 8  # of a row a thread holds
+ELEMENTS = 8  # of a row a thread holds; words of a row that is pushed
 # Of an SM, which has registers for so many threads with REGISTERS each.
 MOST_THREADS = 1024
 REGISTERS = 64
@@ -79,8 +79,8 @@ def programs_per_sm(hidden: int) -> int:
     return MOST_THREADS // (32 * _num_warps(hidden))
 
 
-def _num_warps(hidden: int) -> int:
-    return min(max(triton.next_power_of_2(hidden) // ELEMENTS, 32), MOST_THREADS) // 32
+def _num_warps(elements: int) -> int:
+    return min(max(triton.next_power_of_2(elements) // ELEMENTS, 32), MOST_THREADS) // 32
 
 
 def all_reduce_add_norm(
@@ -143,7 +143,7 @@ def push_add_norm(
             the module for who may write there again.
         output: ``[T, H]``.
         first: place of the T rows in an inbox; all places are below ``peers.max_programs``.
-        residual, weight, eps: as there.
+        residual, weight, eps: as there. NOTE: `part`, `output` and `weight` have its dtype.
     """
     rows, hidden = residual.shape
     words = hidden * residual.element_size() // 4

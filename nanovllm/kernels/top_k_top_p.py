@@ -4,13 +4,13 @@ The logits that stay are those above a threshold, which is one logit of the row,
 to it the first few. Bits of a float, put in order, are an integer key, so the threshold is searched
 for among keys, by how much (tokens, or probability) lies at and above some of them.
 
-- ``_survey_kernel`` finds the maximum of every bucket of 256 logits and, for top-p, the sum of all
-  probabilities.
-- ``_begin_kernel`` finds between which keys the threshold is, from the maxima alone: for top-k it
-  is not below the k-th largest. The maxima that reach top-p by themselves bound it likewise.
+- ``_survey_kernel`` finds the maximum of every bucket of 256 logits and, for top-p alone, the least
+  of all and the sum of all probabilities.
+- ``_begin_kernel`` finds a bound from the maxima: for top-k the threshold is not below the k-th
+  largest, and for top-p not below the least of those that reach it by themselves.
 - Where many buckets reach that bound, as most do if thousands of tokens stay, ``_narrow_kernel``
-  divides the logits that are left evenly. All SMs share a pass over a row. After two passes,
-  ``_list_kernel`` lists what is left, and ``_finish_kernel``, one program a row, searches there.
+  divides the logits' range evenly, and again what is left of it. All SMs share a pass over a row.
+  Then ``_list_kernel`` lists what is left, and ``_finish_kernel``, one program a row, searches it.
 - ``_threshold_kernel``, one program a row, searches in all other rows, and reads no bucket whose
   maximum is below the bound.
 
@@ -29,7 +29,7 @@ from nanovllm.kernels.reference_sampling import KEY_SHIFTS
 TILE = 8192
 BUCKET = 256
 FEW = 256  # buckets that one program searches
-SHORTLIST = 512  # logits of a tile, at most
+SHORTLIST = 512  # logits of a tile that are listed, at most
 _PASSES = 2
 _PIVOTS = 8  # keys of a pass, between its ends
 _CHUNK = 2048  # logits that a program lists at a time
@@ -46,7 +46,7 @@ def find_threshold(
     tie_ends = torch.full((num_rows,), vocab, dtype=torch.int32, device=device)
     count, tiles = len(rows), triton.cdiv(vocab, TILE)
     buckets = tiles * (TILE // BUCKET)
-    passes = 0 if top_p is None else _PASSES
+    passes = 0 if top_p is None or buckets <= FEW else _PASSES
     # A limit that no row has is filled in: kernels without it would have to be compiled, too.
     top_k = torch.full_like(rows, vocab) if top_k is None else top_k
     top_p = temperatures.new_ones(count) if top_p is None else top_p
@@ -59,7 +59,8 @@ def find_threshold(
     # above them, and the weight of each tile from each pivot on.
     keys = integers(_PASSES, count, _PIVOTS + 2, dtype=torch.int64)
     search = keys, floats(_PASSES, count), floats(_PASSES, count, tiles, _PIVOTS)
-    inputs = logits, temperatures, rows, top_k, top_p
+    limits = temperatures, rows, top_k, top_p
+    # Of a tile: its maximum, its least, and its weight.
     maxima, of_tiles = floats(count, buckets), floats(3, count, tiles)
     sizes = {
         "VOCAB": vocab, "SHIFT": KEY_SHIFTS.get(logits.dtype, 0), "PIVOTS": _PIVOTS,
@@ -67,28 +68,31 @@ def find_threshold(
     }  # fmt: skip
     whole = {"BUCKETS": buckets, "BUCKETS_PAD": triton.next_power_of_2(buckets)}
     _survey_kernel[(count, tiles)](
-        *inputs, maxima, of_tiles, stride, VOCAB=vocab, TILE=TILE, BUCKET=BUCKET, num_warps=8
-    )
+        logits, *limits, maxima, of_tiles, stride, VOCAB=vocab, TILE=TILE, BUCKET=BUCKET,
+        num_warps=8,
+    )  # fmt: skip
     _begin_kernel[(count,)](
-        *inputs, maxima, of_tiles, *facts, *search, **sizes, **whole, FEW=FEW, num_warps=4
+        *limits, maxima, of_tiles, *facts, *search[:2], **sizes, **whole, FEW=FEW, num_warps=4
     )
     for step in range(passes):
         _narrow_kernel[(count, tiles)](
-            *inputs, *facts, *search, step, stride, **sizes, TILE=TILE, num_warps=4
-        )
+            logits, temperatures, rows, top_p, *facts, *search, step, stride, **sizes, TILE=TILE,
+            num_warps=4,
+        )  # fmt: skip
     short = integers(count, tiles), integers(count, tiles, SHORTLIST if passes else 0)
     if passes:
         _list_kernel[(count, tiles)](
-            *inputs, *facts, *search, *short, passes, stride, **sizes, TILE=TILE,
+            logits, rows, top_p, *facts[1:], *search, *short, passes, stride, **sizes, TILE=TILE,
             CHUNK=min(_CHUNK, TILE), SHORTLIST=SHORTLIST, num_warps=4,
         )  # fmt: skip
         _finish_kernel[(count,)](
-            *inputs, *facts, *search, *short, passes, thresholds, tie_ends, stride,
-            **sizes, SHORTLIST=SHORTLIST, num_warps=32,
+            logits, temperatures, rows, top_p, *facts, *search, *short, passes, thresholds,
+            tie_ends, stride, **sizes, SHORTLIST=SHORTLIST, num_warps=32,
         )  # fmt: skip
     _threshold_kernel[(count,)](
-        *inputs, *facts, *search, short[0], passes, maxima, integers(count, buckets), thresholds,
-        tie_ends, stride, **sizes, **whole, BUCKET=BUCKET, SHORTLIST=SHORTLIST, num_warps=16,
+        logits, *limits, *facts, *search, short[0], passes, maxima, integers(count, buckets),
+        thresholds, tie_ends, stride, **sizes, **whole, BUCKET=BUCKET, SHORTLIST=SHORTLIST,
+        num_warps=16,
     )  # fmt: skip
     return thresholds, tie_ends
 
@@ -123,8 +127,7 @@ def _survey_kernel(
 
 @triton.jit(do_not_specialize=["temperatures", "rows", "top_k", "top_p"])
 def _begin_kernel(
-    logits, temperatures, rows, top_k, top_p, maxima, of_tiles, peaks, totals, wide,
-    keys, above, sums,
+    temperatures, rows, top_k, top_p, maxima, of_tiles, peaks, totals, wide, keys, above,
     VOCAB: tl.constexpr, SHIFT: tl.constexpr, PIVOTS: tl.constexpr, TILES: tl.constexpr,
     TILES_PAD: tl.constexpr, BUCKETS: tl.constexpr, BUCKETS_PAD: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
@@ -165,9 +168,9 @@ def _begin_kernel(
     tl.store(above + item, 0.0)
 
 
-@triton.jit(do_not_specialize=["temperatures", "rows", "top_k", "top_p", "step"])
+@triton.jit(do_not_specialize=["temperatures", "rows", "top_p", "step"])
 def _narrow_kernel(
-    logits, temperatures, rows, top_k, top_p, peaks, totals, wide, keys, above, sums, step, stride,
+    logits, temperatures, rows, top_p, peaks, totals, wide, keys, above, sums, step, stride,
     VOCAB: tl.constexpr, SHIFT: tl.constexpr, PIVOTS: tl.constexpr, TILES: tl.constexpr,
     TILES_PAD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -200,14 +203,13 @@ def _narrow_kernel(
         tl.store(sums + (place * TILES + tile) * PIVOTS + pivot, part)
 
 
-@triton.jit(do_not_specialize=["temperatures", "rows", "top_k", "top_p", "step"])
+@triton.jit(do_not_specialize=["rows", "top_p", "step"])
 def _list_kernel(
-    logits, temperatures, rows, top_k, top_p, peaks, totals, wide, keys, above, sums,
-    numbers, tokens, step, stride,
+    logits, rows, top_p, totals, wide, keys, above, sums, numbers, tokens, step, stride,
     VOCAB: tl.constexpr, SHIFT: tl.constexpr, PIVOTS: tl.constexpr, TILES: tl.constexpr,
     TILES_PAD: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, SHORTLIST: tl.constexpr,
 ):  # fmt: skip
-    """The tokens of a tile between the ends of a search, if they are few; `numbers`: how many."""
+    """The first SHORTLIST tokens of a tile between a search's ends; `numbers`: how many it has."""
     item, tile = tl.program_id(0), tl.program_id(1)
     if tl.load(wide + item) == 0:
         return
@@ -228,10 +230,10 @@ def _list_kernel(
     tl.store(numbers + item * TILES + tile, number)
 
 
-@triton.jit(do_not_specialize=["temperatures", "rows", "top_k", "top_p", "step"])
+@triton.jit(do_not_specialize=["temperatures", "rows", "top_p", "step"])
 def _finish_kernel(
-    logits, temperatures, rows, top_k, top_p, peaks, totals, wide, keys, above, sums,
-    numbers, tokens, step, thresholds, tie_ends, stride,
+    logits, temperatures, rows, top_p, peaks, totals, wide, keys, above, sums, numbers, tokens,
+    step, thresholds, tie_ends, stride,
     VOCAB: tl.constexpr, SHIFT: tl.constexpr, PIVOTS: tl.constexpr, TILES: tl.constexpr,
     TILES_PAD: tl.constexpr, SHORTLIST: tl.constexpr,
 ):  # fmt: skip
@@ -469,8 +471,8 @@ def _finite(value):
 
 @triton.jit
 def _weight(value, peak, scale):
-    """``exp((value - peak) / temperature)``: probability, but for a factor."""
-    return tl.exp2((_finite(value) - peak) * scale)
+    """``exp((value - peak) / temperature)``: probability, but for a factor; 0 for -inf."""
+    return tl.exp2((tl.minimum(value, _MAX) - peak) * scale)
 
 
 @triton.jit

@@ -3,8 +3,8 @@
     python tests/gpu/time_options.py --json options.json
 
 512 sequences of the 0.6B shape with random weights: plain sampling, log-probabilities, penalties, a
-bias, and JSON (which needs xgrammar). The time is the median from one return of `LLM.step` to the
-next. Steps are launched ahead, but for those with rows that follow a grammar.
+bias, min_p, and JSON (which needs xgrammar). The time is the median of calls of `LLM.step`, which
+launches steps ahead, but for rows that follow a grammar.
 """
 
 import argparse

@@ -14,7 +14,8 @@ LIMITS = pytest.mark.parametrize("limits", ["k", "p", "kp"])
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Few logits then cross every border: of tiles, of buckets, and of what is listed at once."""
-    for name, value in (("TILE", 512), ("BUCKET", 8), ("FEW", 4), ("SHORTLIST", 64)):
+    small = {"TILE": 512, "BUCKET": 8, "FEW": 4, "SHORTLIST": 64, "_CHUNK": 128}
+    for name, value in small.items():
         monkeypatch.setattr(top_k_top_p, name, value)
 
 
@@ -36,13 +37,14 @@ def test_threshold_in_tiles_of_their_real_size(poison):
 @EACH_FORM
 @LIMITS
 def test_threshold_of_odd_rows(poison, small_tiles, find_threshold, limits):
-    logits, *rest = threshold_case(10, 600, torch.float32, limits)
+    logits, *rest = threshold_case(11, 600, torch.float32, limits)
     logits[0], logits[1], logits[2, 5:] = 1.5, float("-inf"), float("-inf")
     logits[3, ::2], logits[4, ::3] = float("nan"), -3.4e38
     logits[5] = logits[5].round()
     logits[6, torch.randperm(600)[:300]] = float("-inf")
     logits[7], logits[7, 500:] = 0.0, -0.0
     logits[8] *= 1e6
+    logits[9] = torch.finfo(torch.float32).min
     check_threshold(find_threshold(logits, *rest), logits, *rest)
 
 

@@ -40,14 +40,14 @@ JITFunction.run = compile_instead
 
 DRAW = """
 from nanovllm.kernels import reference_sampling, sampling, split_logits, tokens, top_k_top_p
-rows, vocab = 3, 20_000
+rows, vocab = 3, 70_000
 floats, ints = torch.ones(rows), torch.ones(rows, dtype=torch.int64)
 for dtype in (torch.bfloat16, torch.float32):
     logits = torch.zeros(rows, vocab, dtype=dtype)
     for top_k, top_p in ((ints, None), (None, floats), (ints, floats)):
         threshold = top_k_top_p.find_threshold(logits, floats, ints, top_k, top_p)
     for limit in (None, threshold):
-        for part in (None, (8192, 40_000)):
+        for part in (None, (8192, 90_000)):
             sampling.sample(logits, floats, ints, ints, limit, part)
     split_logits.collect(logits, ints, threshold, 64)
     split_logits.tie_end(logits, ints, floats, ints)

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.logit_keys import LOG2_E, key_of
 from nanovllm.kernels.reference_sampling import BROKEN, NOTHING, SAMPLE_TILE
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
 _BROKEN, _NOTHING = tl.constexpr(BROKEN), tl.constexpr(NOTHING)
 
 
@@ -111,8 +111,7 @@ def _draw_kernel(
     token = ((FIRST_TILE + tile) * TILE + place).to(tl.int64)
     if KEYS:
         # NOTE: + 0.0 makes 0 of -0, whose bits are others though they are equal.
-        bits = (best + 0.0).to(tl.int32, bitcast=True)
-        ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+        ordered = key_of(best + 0.0, 0)
         key = (ordered << 32) | (0xFFFFFFFF - token)
         key = tl.where(empty, _NOTHING, key)
         tl.store(tokens + row, tl.where(broken, _BROKEN, key))
@@ -136,7 +135,7 @@ def _scores(
         least = tl.load(thresholds + row)
         stays = (score > least) | ((score == least) & (token <= tl.load(tie_ends + row)))
         score = tl.where(stays | (score != score), score, float("-inf"))
-    return score * tl.where(temperature > 0, _LOG2_E / tl.maximum(temperature, 1e-30), 1.0)
+    return score * tl.where(temperature > 0, LOG2_E / tl.maximum(temperature, 1e-30), 1.0)
 
 
 @triton.jit

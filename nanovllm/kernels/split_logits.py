@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.logit_keys import LOG2_E, load_logits, value_of, weight_of
 from nanovllm.kernels.reference_sampling import KEY_SHIFTS, PIVOTS, Search
-from nanovllm.kernels.top_k_top_p import _LOG2_E, TILE, _load, _value, _weight
+from nanovllm.kernels.top_k_top_p import TILE
 
 ROW_TILE = 4096  # of a program that takes a whole row
 
@@ -66,11 +67,11 @@ def _narrow_kernel(
         tl.store(new_tops + item, top)
         tl.store(new_aboves + item, above)
     row = tl.load(rows + item)
-    value = _load(logits + row * stride, tile * TILE + tl.arange(0, TILE), VOCAB)
-    weights = _weight(value, tl.load(peaks + item), _LOG2_E / tl.load(temperatures + row))
+    value = load_logits(logits + row * stride, tile * TILE + tl.arange(0, TILE), VOCAB)
+    weights = weight_of(value, tl.load(peaks + item), LOG2_E / tl.load(temperatures + row))
     place = sums + (item * tl.num_programs(1) + tile) * PIVOTS
     for step in tl.static_range(PIVOTS):
-        least = _value(bottom + (top - bottom) * step // PIVOTS, SHIFT)
+        least = value_of(bottom + (top - bottom) * step // PIVOTS, SHIFT)
         # A factor, not a choice: a product and its sum are one instruction.
         reached = (value >= least).to(tl.float32)
         tl.store(place + step, tl.sum(reached if COUNTED else reached * weights, axis=0))
@@ -111,7 +112,7 @@ def _collect_kernel(
     found = tl.zeros([], tl.int32)
     for start in range(0, VOCAB, TILE):
         token = start + tl.arange(0, TILE)
-        value = _load(logits + row * stride, token, VOCAB)
+        value = load_logits(logits + row * stride, token, VOCAB)
         stays = (value > least) | ((value == least) & (token <= end))
         stays = stays & (value > float("-inf"))
         number = tl.sum(stays.to(tl.int32), axis=0)
@@ -137,7 +138,7 @@ def _tie_end_kernel(
     end = tl.full([], -1, tl.int32)
     for start in range(0, VOCAB, TILE):
         token = start + tl.arange(0, TILE)
-        ties = _load(logits + row * stride, token, VOCAB) == wanted
+        ties = load_logits(logits + row * stride, token, VOCAB) == wanted
         number = tl.sum(ties.to(tl.int32), axis=0)
         if (number > 0) & (left > 0):
             first = ties & (tl.cumsum(ties.to(tl.int32), axis=0) <= left)

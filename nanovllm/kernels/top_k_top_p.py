@@ -24,6 +24,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.logit_keys import (
+    LOG2_E,
+    all_keys,
+    finite,
+    key_of,
+    load_logits,
+    value_of,
+    weight_of,
+)
 from nanovllm.kernels.reference_sampling import KEY_SHIFTS
 
 TILE = 8192
@@ -33,8 +42,6 @@ SHORTLIST = 512  # logits of a tile that are listed, at most
 _PASSES = 2
 _PIVOTS = 8  # keys of a pass, between its ends
 _CHUNK = 2048  # logits that a program lists at a time
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_MAX = tl.constexpr(3.4028234663852886e38)
 
 
 def find_threshold(
@@ -112,13 +119,13 @@ def _survey_kernel(
     row = tl.load(rows + item)
     bucket = tile * (TILE // BUCKET) + tl.arange(0, TILE // BUCKET)
     token = bucket[:, None] * BUCKET + tl.arange(0, BUCKET)[None, :]
-    value = _load(logits + row * stride, token, VOCAB)
+    value = load_logits(logits + row * stride, token, VOCAB)
     maximum = tl.max(value, axis=1)
     tl.store(maxima + item * tiles * (TILE // BUCKET) + bucket, maximum)
     if (tl.load(top_k + item) >= VOCAB) & (tl.load(top_p + item) < 1):
         highest = tl.max(maximum, axis=0)
         least = tl.where(token < VOCAB, value, float("inf"))
-        weight = _weight(value, _finite(highest), _LOG2_E / tl.load(temperatures + row))
+        weight = weight_of(value, finite(highest), LOG2_E / tl.load(temperatures + row))
         at = of_tiles + item * tiles + tile
         tl.store(at, highest)
         tl.store(at + items * tiles, tl.min(tl.min(least, axis=1), axis=0))
@@ -134,11 +141,11 @@ def _begin_kernel(
     """The ends of a row's search, and whether it needs passes."""
     item, items = tl.program_id(0), tl.num_programs(0)
     k, p = tl.load(top_k + item), tl.load(top_p + item)
-    scale = _LOG2_E / tl.load(temperatures + tl.load(rows + item))
+    scale = LOG2_E / tl.load(temperatures + tl.load(rows + item))
     maximum = _maxima(maxima, item, BUCKETS, BUCKETS_PAD)
     highest = tl.max(maximum, axis=0)
-    peak = _finite(highest)
-    bottom, top = _all_keys(highest, SHIFT)
+    peak = finite(highest)
+    bottom, top = all_keys(highest, SHIFT)
     total = tl.zeros([], tl.float32)
     is_wide = tl.full([], 0, tl.int32)
     if k < VOCAB:
@@ -150,16 +157,16 @@ def _begin_kernel(
         tile_peak = tl.load(at, mask=there, other=float("-inf"))
         least = tl.load(at + items * TILES, mask=there, other=float("inf"))
         weight = tl.load(at + 2 * items * TILES, mask=there, other=0.0)
-        total = tl.sum(weight * _weight(tile_peak, peak, scale), axis=0)
-        weight = _weight(maximum, peak, scale)
+        total = tl.sum(weight * weight_of(tile_peak, peak, scale), axis=0)
+        weight = weight_of(maximum, peak, scale)
         bottom = _reach(maximum, weight, p * total, bottom, top, SHIFT)
-        few = tl.sum((maximum >= _value(bottom, SHIFT)).to(tl.int32), axis=0) <= FEW
+        few = tl.sum((maximum >= value_of(bottom, SHIFT)).to(tl.int32), axis=0) <= FEW
         if not few:
             is_wide = tl.full([], 1, tl.int32)
             # All logits that are further below the peak weigh less than 1 - p of the whole row.
             reach = tl.log2(VOCAB / (1 - p)) / scale
-            lowest = tl.maximum(_finite(tl.min(least, axis=0)), peak - reach)
-            bottom = tl.minimum(tl.maximum(_key(_finite(lowest), SHIFT), bottom), top)
+            lowest = tl.maximum(finite(tl.min(least, axis=0)), peak - reach)
+            bottom = tl.minimum(tl.maximum(key_of(finite(lowest), SHIFT), bottom), top)
     tl.store(peaks + item, peak)
     tl.store(totals + item, total)
     tl.store(wide + item, is_wide)
@@ -189,16 +196,16 @@ def _narrow_kernel(
         tl.store(keys + PIVOTS + 1, top)
         tl.store(above + place, weight_above)
     row, peak = tl.load(rows + item), tl.load(peaks + item)
-    value = _load(logits + row * stride, tile * TILE + tl.arange(0, TILE), VOCAB)
-    weight = _weight(value, peak, _LOG2_E / tl.load(temperatures + row))
-    lowest, highest = _value(bottom, SHIFT), _finite(_value(top, SHIFT))
+    value = load_logits(logits + row * stride, tile * TILE + tl.arange(0, TILE), VOCAB)
+    weight = weight_of(value, peak, LOG2_E / tl.load(temperatures + row))
+    lowest, highest = value_of(bottom, SHIFT), finite(value_of(top, SHIFT))
     for pivot in tl.static_range(PIVOTS):
         near = lowest + (highest - lowest) * ((pivot + 1) / (PIVOTS + 1))
-        key = tl.minimum(tl.maximum(_key(_finite(near), SHIFT), bottom), top)
+        key = tl.minimum(tl.maximum(key_of(finite(near), SHIFT), bottom), top)
         if tile == 0:
             tl.store(keys + pivot + 1, key)
         # A factor, not a choice: a product and its sum are one instruction.
-        reached = (value >= _value(key, SHIFT)).to(tl.float32)
+        reached = (value >= value_of(key, SHIFT)).to(tl.float32)
         part = tl.sum(reached * weight, axis=0)
         tl.store(sums + (place * TILES + tile) * PIVOTS + pivot, part)
 
@@ -220,9 +227,9 @@ def _list_kernel(
     number = tl.zeros([], tl.int32)
     for start in range(0, TILE, CHUNK):
         token = tile * TILE + start + tl.arange(0, CHUNK)
-        value = _load(source, token, VOCAB)
+        value = load_logits(source, token, VOCAB)
         # NOTE: not `<`, for the key behind infinity is that of NaN.
-        left = ((value >= _value(bottom, SHIFT)) & ~(value >= _value(top, SHIFT))).to(tl.int32)
+        left = ((value >= value_of(bottom, SHIFT)) & ~(value >= value_of(top, SHIFT))).to(tl.int32)
         place = number + tl.cumsum(left, axis=0) - 1
         wanted = (left > 0) & (place < SHORTLIST)
         tl.store(tokens + at + place, token, mask=wanted)
@@ -244,7 +251,7 @@ def _finish_kernel(
     if not _is_short(numbers, item, TILES, TILES_PAD, SHORTLIST):
         return
     row, peak = tl.load(rows + item), tl.load(peaks + item)
-    scale = _LOG2_E / tl.load(temperatures + row)
+    scale = LOG2_E / tl.load(temperatures + row)
     target = tl.load(top_p + item) * tl.load(totals + item)
     bottom, top, beyond = _range(keys, above, sums, step, item, target, PIVOTS, TILES, TILES_PAD)
     tile, place = tl.arange(0, TILES_PAD)[:, None], tl.arange(0, SHORTLIST)[None, :]
@@ -252,18 +259,18 @@ def _finish_kernel(
     there = place < number
     at = tokens + (item * TILES + tile) * SHORTLIST + place
     token = tl.load(at, mask=there, other=VOCAB)
-    value = _load(logits + row * stride, token, VOCAB)
-    weight = tl.where(there, _weight(value, peak, scale), 0.0)
+    value = load_logits(logits + row * stride, token, VOCAB)
+    weight = tl.where(there, weight_of(value, peak, scale), 0.0)
     weight_above = beyond
     while top - bottom > 1:
         half = bottom + (top - bottom) // 2
-        more = tl.where(value >= _value(half, SHIFT), weight, 0.0)
+        more = tl.where(value >= value_of(half, SHIFT), weight, 0.0)
         reached = beyond + tl.sum(tl.sum(more, axis=1), axis=0)
         enough = reached >= target
         bottom, top = tl.where(enough, half, bottom), tl.where(enough, top, half)
         weight_above = tl.where(enough, weight_above, reached)
-    threshold = _value(bottom, SHIFT)
-    stay = _ties(target - weight_above, _weight(threshold, peak, scale), VOCAB)
+    threshold = value_of(bottom, SHIFT)
+    stay = _ties(target - weight_above, weight_of(threshold, peak, scale), VOCAB)
     ties = tl.reshape((there & (value == threshold)).to(tl.int32), [TILES_PAD * SHORTLIST])
     rank = tl.cumsum(ties, axis=0)
     token = tl.reshape(token, [TILES_PAD * SHORTLIST])
@@ -290,7 +297,7 @@ def _threshold_kernel(
         return
     row, peak = tl.load(rows + item), tl.load(peaks + item)
     source = logits + row * stride
-    scale = _LOG2_E / tl.load(temperatures + row)
+    scale = LOG2_E / tl.load(temperatures + row)
     target = p * tl.load(totals + item)
     done = tl.where(is_wide, step, 0)
     bottom, top, weight_above = _range(
@@ -300,7 +307,7 @@ def _threshold_kernel(
     # List the buckets that may hold a logit that stays.
     maximum = _maxima(maxima, item, BUCKETS, BUCKETS_PAD)
     listed += item * BUCKETS
-    wanted = (maximum >= _value(bottom, SHIFT)).to(tl.int32)
+    wanted = (maximum >= value_of(bottom, SHIFT)).to(tl.int32)
     tl.store(listed + tl.cumsum(wanted, axis=0) - 1, tl.arange(0, BUCKETS_PAD), mask=wanted > 0)
     count = tl.sum(wanted, axis=0)
     tl.debug_barrier()  # all of the list is stored before any thread reads it
@@ -318,15 +325,17 @@ def _threshold_kernel(
         weight_above = tl.zeros([], tl.float32)
         if p < 1:
             more = _weight_from(source, listed, count, least + 1, peak, scale, VOCAB, BUCKET, SHIFT)
-            target = p * (more + stay * _weight(_value(least, SHIFT), peak, scale))
+            target = p * (more + stay * weight_of(value_of(least, SHIFT), peak, scale))
     if p < 1:
         bottom, weight_above = _search(
             source, listed, count, target, bottom, top, weight_above, peak, scale,
             VOCAB, BUCKET, SHIFT,
         )  # fmt: skip
-        needed = _ties(target - weight_above, _weight(_value(bottom, SHIFT), peak, scale), VOCAB)
+        needed = _ties(
+            target - weight_above, weight_of(value_of(bottom, SHIFT), peak, scale), VOCAB
+        )
         stay = tl.where(bottom == least, tl.minimum(needed, stay), needed)
-    threshold = _value(bottom, SHIFT)
+    threshold = value_of(bottom, SHIFT)
     tl.store(thresholds + row, threshold)
     tie_end = _tie_end(source, listed, count, threshold, stay, VOCAB, BUCKET)
     tl.store(tie_ends + row, tie_end)
@@ -403,8 +412,8 @@ def _weight_from(
     total = tl.zeros([], tl.float32)
     for first in range(0, count, 32):
         value, _ = _load_listed(source, listed, first, count, 32, VOCAB, BUCKET)
-        reached = value >= _value(key, SHIFT)
-        total += tl.sum(tl.where(reached, _weight(value, peak, scale), 0.0))
+        reached = value >= value_of(key, SHIFT)
+        total += tl.sum(tl.where(reached, weight_of(value, peak, scale), 0.0))
     return total
 
 
@@ -413,7 +422,7 @@ def _reach(maximum, weight, target, bottom, top, SHIFT: tl.constexpr):
     """The largest key below `top` from which on these weigh `target`, or `bottom`."""
     for _ in range(32 - SHIFT):
         half = bottom + (top - bottom) // 2
-        enough = tl.sum(tl.where(maximum >= _value(half, SHIFT), weight, 0.0), axis=0) >= target
+        enough = tl.sum(tl.where(maximum >= value_of(half, SHIFT), weight, 0.0), axis=0) >= target
         bottom = tl.where(enough, half, bottom)
         top = tl.where(enough, top, half)
     return bottom
@@ -437,14 +446,7 @@ def _tie_end(source, listed, count, threshold, stay, VOCAB: tl.constexpr, BUCKET
     return end
 
 
-# ------------------------------------------------------------------ logits, weights, keys
-
-
-@triton.jit
-def _load(source, token, VOCAB: tl.constexpr):
-    """Logits in float32; NaN and what is beyond the vocabulary are -inf."""
-    value = tl.load(source + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
-    return tl.where(value == value, value, float("-inf"))
+# ------------------------------------------------------------------ buckets
 
 
 @triton.jit
@@ -455,45 +457,10 @@ def _load_listed(
     place = first + tl.arange(0, COUNT)
     bucket = tl.load(listed + place, mask=place < count, other=VOCAB)
     token = bucket[:, None] * BUCKET + tl.arange(0, BUCKET)[None, :]
-    return _load(source, token, VOCAB), token
+    return load_logits(source, token, VOCAB), token
 
 
 @triton.jit
 def _maxima(maxima, item, BUCKETS: tl.constexpr, BUCKETS_PAD: tl.constexpr):
     bucket = tl.arange(0, BUCKETS_PAD)
     return tl.load(maxima + item * BUCKETS + bucket, mask=bucket < BUCKETS, other=float("-inf"))
-
-
-@triton.jit
-def _finite(value):
-    return tl.minimum(tl.maximum(value, -_MAX), _MAX)
-
-
-@triton.jit
-def _weight(value, peak, scale):
-    """``exp((value - peak) / temperature)``: probability, but for a factor; 0 for -inf."""
-    return tl.exp2((tl.minimum(value, _MAX) - peak) * scale)
-
-
-@triton.jit
-def _all_keys(highest, SHIFT: tl.constexpr):
-    """The least key of a finite logit, and the key behind the highest of a row."""
-    bottom = _key(tl.minimum(_finite(highest), -_MAX), SHIFT)
-    # NOTE: + 0.0 makes 0 of -0, whose key is another though they are equal.
-    return bottom, tl.maximum(_key(highest + 0.0, SHIFT) + 1, bottom)
-
-
-@triton.jit
-def _key(value, SHIFT: tl.constexpr):
-    """An int64 that orders floats as they are ordered, rounded down by SHIFT bits."""
-    bits = value.to(tl.int32, bitcast=True)
-    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT).to(tl.int64)
-
-
-@triton.jit
-def _value(key, SHIFT: tl.constexpr):
-    """The float32 that has this key, and ends with SHIFT zeros."""
-    KEPT: tl.constexpr = (0x7FFFFFFF >> SHIFT) << SHIFT
-    bits = key << SHIFT
-    bits = tl.where(key < 0, bits ^ KEPT, bits)
-    return bits.to(tl.int32).to(tl.float32, bitcast=True)

@@ -26,6 +26,8 @@ MAX_ROWS = 8
 _WARPS = 4
 _BLOCK = 64  # inner elements of a warp's step
 _STAGES = 5
+# Each program reads the values of all tokens, from L2. So many are as much as its weights.
+_MANY_VALUES = 5 * 4096
 # Of a weight, behind an all-reduce; L2 has 50 MB on an H100, 60 on an H200.
 _PREFETCH_BYTES = 32 << 20
 
@@ -61,7 +63,7 @@ def linear(
     if out is None:
         out = torch.empty(tokens, features, dtype=values.dtype, device=values.device)
     if tokens > 0:
-        rows = _rows(features, gated)
+        rows = _rows(features, gated, tokens * inner)
         num_sum_sq = 0 if x.sum_sq is None else x.sum_sq.shape[1]
         _linear_kernel[(triton.cdiv(features, rows),)](
             values, x.sum_sq, weight, bias, out, *norm, x.eps, tokens,
@@ -96,9 +98,9 @@ def linear_add_norm(
     return Normed(values, sum_sq, eps), total
 
 
-def _rows(features: int, gated: bool = False) -> int:
+def _rows(features: int, gated: bool = False, values: int = 0) -> int:
     """Features of a program: so few that an SM has two programs, but not below 8."""
-    return 8 if features <= 2048 or gated else 16
+    return 8 if features <= 2048 or (gated and values < _MANY_VALUES) else 16
 
 
 def _prefetch_length(weight: Tensor) -> int:

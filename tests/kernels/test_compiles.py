@@ -93,10 +93,10 @@ def heads(*without):
     return compile(rope._norm_rope_store_kernel, constants, options, without, qkv_stride="i32")
 
 
-def small(side, tokens):
+def small(side, tokens, rows="8"):
     constants = dict(
-        INNER=1024, TOKENS=int(tokens), ROWS=8, SPLIT=4, BLOCK=64, GATED=side != "before",
-        FEATURES=3072, NUM_SUM_SQ=128, SUM_SQ_BLOCK=128, 
+        INNER=1024, TOKENS=int(tokens), ROWS=int(rows), SPLIT=4, BLOCK=64, GATED=side != "before",
+        FEATURES=3072, NUM_SUM_SQ=128, SUM_SQ_BLOCK=128,
         PREFETCH=512 if side == "after all-reduce" else 0,
     )
     without = ["bias", "x_sum_sq"]
@@ -152,6 +152,7 @@ CASES = [
     ("heads", ["q_weight", "k_weight"], "st.global"),
     ("small", ["before", "1"], "mma.sync"),
     ("small", ["after", "8"], "mma.sync"),
+    ("small", ["after", "8", "16"], "mma.sync"),
     ("small", ["after all-reduce", "8"], "cp.async.bulk.prefetch.L2.global"),
     ("reduce", ["2", "one-shot"], "ld.global.cg.v4"),
     ("reduce", ["4", "two-shot"], "st.global.v4"),

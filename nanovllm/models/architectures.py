@@ -56,6 +56,10 @@ COMMON_FIELDS: Fields = {
     # With these it would be another model, or other files.
     "quantization_config": (NULL, None),
     "per_layer_config": (NULL, None),
+    "is_causal": (one_of(True), True),
+    "attention_chunk_size": (NULL, None),
+    "kv_sharing_modes": (NULL, None),
+    "attribute_map": (NULL, None),
     "configuration_files": (NULL, None),
     "transformers_weights": (NULL, None),
 }

@@ -21,6 +21,7 @@ from tests.engine.cases import PIPELINED, drain, steps
 from tests.interrupts import Interrupt, InterruptAt
 
 pytest.importorskip("xgrammar", reason="structured output needs xgrammar")
+from tests.grammar_walks import refused_tokens
 from tests.structured_runs import errors, run
 
 OPTIONS = {"device": "cpu", "max_model_len": 512, "kvcache_block_size": 16}
@@ -204,6 +205,50 @@ def test_special_tokens_are_no_text_even_where_their_letters_would_do(engine):
     assert all(re.fullmatch("[a-z_<>|]+", engine.tokenizer.decode([i])) for i in allowed)
 
 
+LONG = [
+    *({"regex": regex} for regex in (
+        '[ -!#-~\u0400-\u04ff]{2,130}"', r'[ -\u04ff]{2,130}"', r"[^\n\"]{2,130}\"",
+    )),
+    *({"json_schema": {"type": "string", "minLength": least, "maxLength": most}}
+      for least, most in ((0, 500), (2, 130), (20, 1000), (100, 101), (129, 129), (250, 10**6))),
+    {"json_schema": {"type": "string", "minLength": 129}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("structure", LONG, ids=str)
+def test_every_token_that_is_allowed_is_accepted(engine, structure):
+    for seed in range(2):
+        assert not refused_tokens(engine, SamplingParams(**structure), steps=100, seed=seed)
+
+
+MEMBERS = [
+    "a", "^", "z", r"\]", r"\[", "é", "a-f", "\u0400-\u04ff", "x-\u00ff", r"\d", r"\w", r"\x41",
+    r"\u00e9", r"\u0030-\x39", " ", "\U0001f600", r"\n", ".", "+", r"\\", r"\x5d", r"\x2d",
+]  # fmt: skip
+OTHERS = "b-\u0401gy~\x7f\x80ÿA0_\nĀ"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_class_has_the_characters_that_it_has_in_a_regex(engine, seed):
+    """Python's, with classes of ASCII; xgrammar alone takes what follows a code for more of it."""
+    members = random.Random(seed).sample(MEMBERS, 4)
+    pattern = f"[b{''.join(members)}]"
+    params = SamplingParams(regex=pattern + "{1,2}")
+    for character in {*OTHERS, *"".join(members)}:
+        expected = re.fullmatch(pattern, character, re.ASCII) is not None
+        assert engine.grammars.matcher(params).accept_string(character) == expected, character
+
+
+@pytest.mark.parametrize(
+    ("regex", "text"),
+    [(r"\u00e9a", "éa"), (r"\x41b", "Ab"), (r"\x2e\x5b9", ".[9"), (r"\\x41", r"\x41")],
+)
+def test_a_code_ends_where_it_ends(engine, regex, text):
+    matcher = engine.grammars.matcher(SamplingParams(regex=regex))
+    assert matcher.accept_string(text)
+    assert matcher.is_completed()
+
+
 def test_a_dot_is_no_line_break(engine):
     matcher = engine.grammars.matcher(SamplingParams(regex="(.a)+"))
     assert matcher.accept_string("éa")
@@ -217,6 +262,8 @@ REFUSED = [
     ({"regex": r"\ud83d\ude00"}, r"regex=.*without \\ud83d: surrogates"),
     ({"regex": r"[\u{d7ff}-\ue000]"}, r"regex=.*without \\u{d7ff}-\\ue000: surrogates"),
     ({"regex": "[\ud7ff-\ue000]"}, "regex=.*surrogates"),
+    ({"regex": r"\u{110000}"}, r"regex=.*without \\u\{110000\}.*U\+10FFFF"),
+    ({"grammar": r'root ::= "\U00110000"'}, r"grammar=.*U\+10FFFF"),
     ({"regex": r"[\^a]"}, "regex=.*at the beginning of a class"),
     ({"grammar": r'root ::= "\ud800"'}, "grammar=.*surrogates"),
     ({"grammar": "root ::= other"}, 'grammar=.*"other" is not defined'),

@@ -9,6 +9,7 @@ characters.
 from __future__ import annotations
 
 import re
+import sys
 from itertools import pairwise
 
 # Its automaton has a state for each, and takes minutes to make from many.
@@ -23,17 +24,58 @@ _BEYOND_ASCII = r"|[\u0080-\u07ff]|[\u0800-\u2027\u202a-\ud7ff\ue000-\uffff]|[\u
 _TOKEN = re.compile(r"\\.|\[\^?(?:\\.|[^\]\\])*\]|\{[^}]*\}|.", re.DOTALL)
 _GROUP = re.compile(r"\?(:|<[A-Za-z_]\w*>)")
 _CHARACTER = r"\\u\{[0-9a-fA-F]+\}|\\u[0-9a-fA-F]{4}|\\U[0-9a-fA-F]{8}|\\x[0-9a-fA-F]{2}|\\.|."
+_CODE = re.compile(r"\\(?:u\{([0-9a-fA-F]+)\}|u([0-9a-fA-F]{4})|x([0-9a-fA-F]{2})|.)", re.DOTALL)
+_SPECIAL = set(r"\^$.*+?()[]{}|-")
 _RANGE = re.compile(f"({_CHARACTER})(?:-({_CHARACTER}))?", re.DOTALL)
 _FIRST_SURROGATE, _LAST_SURROGATE = 0xD800, 0xDFFF
 
 
 def text_pattern(text: str) -> str:
     """A regex of a whole text for xgrammar; raises ValueError with what is allowed instead."""
-    tokens = _tokens(text, "dDwWsSnrtfvxu")
     check_characters(text)
+    tokens = _tokens(_spelled_out(text), "dDwWsSnrtfvxu")
     if any(token.startswith("[\\^") for token in tokens):
         raise ValueError("without \\^ at the beginning of a class: xgrammar would read [^")
-    return "".join("[^\\n\\r\u2028\u2029]" if token == "." else token for token in tokens)
+    return "".join(map(_in_text, tokens))
+
+
+def _spelled_out(text: str) -> str:
+    """Characters for their codes: to xgrammar a code may go on in the digits behind it."""
+
+    def character(match: re.Match[str]) -> str:
+        digits = next(filter(None, match.groups()), None)
+        if digits is None:
+            return match[0]
+        found = chr(int(digits, 16))
+        return f"\\{found}" if found in _SPECIAL else found
+
+    return _CODE.sub(character, text)
+
+
+def _in_text(token: str) -> str:
+    """What xgrammar is given: any character but a line's end, and no class of two kinds.
+
+    NOTE: of a class of ASCII and other characters, repeated from 2 or more to over 128 times,
+    xgrammar allows tokens that it then refuses.
+    """
+    if token == ".":
+        return "[^\\n\\r\u2028\u2029]"
+    if token[0] != "[" or token[1:2] == "^" or re.search(r"\\[DWS]", token):
+        return token
+    low, high = [], []
+    for first, last in _RANGE.findall(token[1:-1]):
+        member = f"{first}-{last}" if last else r"\-" if first == "-" else first
+        if _code(last or first) < 0x80:
+            low.append(member)
+        elif _code(first) >= 0x80:
+            high.append(member)
+        else:
+            low.append(f"{first}-\x7f")
+            high.append(f"\x80-{last}")
+    low.sort(key=lambda member: member[0] == "^")  # which would negate the class
+    if not low or not high or low[0][0] == "^":
+        return token
+    return f"([{''.join(low)}]|[{''.join(high)}])"
 
 
 def string_pattern(text: str) -> str:
@@ -56,12 +98,13 @@ def _tokens(text: str, letters: str) -> list[str]:
 
 
 def check_characters(text: str) -> None:
-    """Refuses surrogates in a regex or a grammar: xgrammar makes bytes of them that are no text."""
+    """Refuses what is no character in a regex or a grammar: xgrammar makes bytes of it anyway."""
     for first, last in _RANGE.findall(text):
-        if _code(last or first) >= _FIRST_SURROGATE and _code(first) <= _LAST_SURROGATE:
+        begin, end = _code(first), _code(last or first)
+        if (end >= _FIRST_SURROGATE and begin <= _LAST_SURROGATE) or end > sys.maxunicode:
             raise ValueError(
-                f"without {first}{last and f'-{last}'}: surrogates, U+D800 to U+DFFF, are no "
-                "characters"
+                f"without {first}{last and f'-{last}'}: surrogates, U+D800 to U+DFFF, and what is "
+                "beyond U+10FFFF are no characters"
             )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from nanovllm.structured.patterns import string_pattern
+from nanovllm.utils.options import short
 
 MAX_TEXT = 2**16
 MAX_INTEGER = 2**63 - 1
@@ -115,7 +116,9 @@ class _Translator:
         if schema is True:
             return {}
         if not isinstance(schema, dict):
-            raise ValueError(f"{place} is {schema!r:.40}, which is no schema that a value can meet")
+            raise ValueError(
+                f"{place} is {short(schema)}, which is no schema that a value can meet"
+            )
         for keyword, beside in COMPOSED.items():
             if keyword in schema:
                 check_known(schema, [keyword, *beside], place)
@@ -185,14 +188,18 @@ class _Translator:
         if "prefixItems" in own:
             result["prefixItems"] = self.schemas(own["prefixItems"], f"{place}/prefixItems")
         items = own.get("items", "prefixItems" not in own)
-        return {**result, "items": items and self.schema(items, f"{place}/items")}
+        return {**result, "items": self.further(items, f"{place}/items")}
+
+    def further(self, schema: Any, place: str) -> dict[str, Any] | bool:
+        """What else there may be; False: nothing."""
+        return schema is not False and self.schema(schema, place)
 
     def object(self, own: dict[str, Any], place: str) -> dict[str, Any]:
         properties, further = own.get("properties", {}), own.get("additionalProperties", True)
         if not isinstance(properties, dict):
             refuse("properties", place, "must be an object")
         required = own.get("required", [])
-        if not isinstance(required, list) or not all(name in properties for name in required):
+        if not isinstance(required, list) or any(name not in [*properties] for name in required):
             refuse("required", place, "must be a list of names in properties")
         if properties:
             if not isinstance(further, bool):
@@ -205,8 +212,7 @@ class _Translator:
                 **counts(own, ("maxProperties",), place),
                 "properties": {n: self.schema(p, f"{here}/{n}") for n, p in properties.items()},
                 "required": required,
-                "additionalProperties": further
-                and self.schema(further, f"{place}/additionalProperties"),
+                "additionalProperties": self.further(further, f"{place}/additionalProperties"),
             }
         )
 
@@ -269,12 +275,10 @@ def pattern(keywords: dict[str, Any], place: str) -> str:
     given = [name for name in ("pattern", "format") if name in keywords]
     if given and (others := [*given[1:], *lengths]):
         refuse(others[0], place, f"is not enforced beside {given[0]}")
-    if lengths:  # xgrammar itself lets in characters that JSON escapes
-        repeated = f"{{{lengths.get('minLength', 0)},{lengths.get('maxLength', '')}}}"
-        is_long = max(lengths.values()) > MANY_CHARACTERS
-        return f"^{_CHARACTER}{repeated}$" if is_long else string_pattern(f"^.{repeated}$")
+    if lengths:
+        return _string_of(lengths.get("minLength", 0), lengths.get("maxLength"))
     if "format" in keywords:
-        if keywords["format"] not in FORMATS:
+        if keywords["format"] not in [*FORMATS]:  # whose like need not have a hash
             refuse("format", place, f"is not enforced but for {', '.join(FORMATS)}")
         return f"^{FORMATS[keywords['format']]}$"
     text = keywords.get("pattern", "")
@@ -284,6 +288,17 @@ def pattern(keywords: dict[str, Any], place: str) -> str:
         return string_pattern(text)
     except ValueError as allowed:
         refuse("pattern", place, f"must be {allowed}")
+
+
+def _string_of(least: int, most: int | None) -> str:
+    """A regex of so many characters: xgrammar itself lets in some that JSON escapes."""
+    if max(least, most or 0) <= MANY_CHARACTERS:
+        return string_pattern(f"^.{{{least},{'' if most is None else most}}}$")
+    # NOTE: of a class with more than ASCII, repeated from 2 or more to over 128 times, xgrammar
+    # allows tokens that it then refuses. So what must be there comes in shorter pieces.
+    many, some = divmod(least, MANY_CHARACTERS)
+    must = f"({_CHARACTER}{{{MANY_CHARACTERS}}}){{{many}}}{_CHARACTER}{{{some}}}"
+    return f"^{must}{_CHARACTER}{{0,{'' if most is None else most - least}}}$"
 
 
 def bound(value: Any, name: str, kind: str, place: str) -> int | float:

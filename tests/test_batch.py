@@ -191,10 +191,17 @@ def test_response_format_is_what_the_answer_follows(tmp_path):
     assert some_object["text"].startswith("{")
 
 
+def nested(levels: int) -> str:
+    """A request with lists in lists."""
+    return json.dumps(request("deep", prompt="x"))[:-1] + f', "a": {"[" * levels}{"]" * levels}}}'
+
+
 BAD_LINES = [
     ("{", "no JSON"),
     ("[1]", "no JSON object"),
     ("[" * 100_000, "no JSON"),
+    *((nested(levels), "levels of JSON|no JSON") for levels in (100, 500, *range(900, 1000, 10))),
+    (request("bias", prompt="x", logit_bias={"1": -(10**400)}), "logit_bias=.*-inf to 1e6"),
     (request(None, prompt="x"), "custom_id=None"),
     (request(5, prompt="x"), "custom_id=5"),
     ({**request("get", prompt="x"), "method": "GET"}, "method='GET' .* 'POST'"),
@@ -324,6 +331,8 @@ def test_a_job_that_cannot_be_is_refused_before_anything_is_loaded(tmp_path, cap
     torn.write_text("no line end")
     latin = tmp_path / "latin.jinja"
     latin.write_bytes(b"caf\xe9")
+    unended = tmp_path / "unended.jinja"
+    unended.write_text("{% for")
     new = tmp_path / "new.jsonl"
     cases = [
         ((twice, new), ["lines 1 and 3", "custom_id 'a'"]),
@@ -343,12 +352,28 @@ def test_a_job_that_cannot_be_is_refused_before_anything_is_loaded(tmp_path, cap
         ((source, new, "--replicas", "0"), ["--replicas", "at least 1"]),
         ((source, new, "--chat-template", tmp_path / "none.jinja"), ["none.jinja"]),
         ((source, new, "--chat-template", latin), ["--chat-template", "latin.jinja", "UTF-8"]),
+        ((source, new, "--chat-template", unended), ["--chat-template", "unended.jinja", "Jinja"]),
     ]
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for paths, words in cases:
         err = refusal(capsys, main, *paths, "--model", "/nowhere")
         assert all(word in err for word in words), err
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def test_what_the_machine_lacks_is_one_line(tmp_path, capsys):
+    source = write(tmp_path / "in.jsonl", [request("a", prompt="x")])
+    strict = arguments(source, tmp_path / "out.jsonl", "--enable-pipeline", "--pipeline-strict")
+    with pytest.raises(SystemExit):
+        main(strict)
+    assert "needs a CUDA GPU" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_command_says_how_many_results_are_errors(tmp_path, capsys):
+    given = [request(str(i), prompt=TEXT, max_tokens=1, top_p=i) for i in range(3)]
+    for _ in range(2):  # the second finds all done
+        run(tmp_path, given)
+        assert "3 results, 2 of them errors" in capsys.readouterr().err
 
 
 def test_two_processes_do_not_write_to_one_file(tmp_path):

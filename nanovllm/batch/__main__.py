@@ -21,20 +21,29 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+try:
+    from jinja2 import TemplateSyntaxError
+    from tqdm import tqdm
+    from transformers.utils.chat_template_utils import render_jinja_template
 
-from nanovllm.batch import replicas
-from nanovllm.batch.lines import Key, Line, answer_line, error_line, read_lines, submit
-from nanovllm.batch.results import Results
-from nanovllm.config import Config, ConfigOptions
-from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.outputs import RequestOutput
-from nanovllm.models import load_config
-from nanovllm.utils.command_line import Parser, in_one_line, number
-from nanovllm.utils.hub import resolve_model
-from nanovllm.utils.options import meanings
+    from green_ctx import GreenContextError
+    from nanovllm.batch import replicas
+    from nanovllm.batch.lines import Key, Line, answer_line, error_line, read_lines, submit
+    from nanovllm.batch.results import Results
+    from nanovllm.config import Config, ConfigOptions
+    from nanovllm.engine.llm_engine import LLMEngine
+    from nanovllm.engine.outputs import RequestOutput
+    from nanovllm.engine.pipeline_modes import PipelineUnavailable
+    from nanovllm.models import load_config
+    from nanovllm.utils.command_line import Parser, in_one_line, number
+    from nanovllm.utils.hub import resolve_model
+    from nanovllm.utils.options import meanings
+except KeyboardInterrupt:  # torch takes its time
+    sys.exit(130)
 
 PROG = "python -m nanovllm.batch"
+# Of what the job asks for, or of this machine.
+ERRORS = (ValueError, OSError, MemoryError, ImportError, PipelineUnavailable, GreenContextError)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -61,14 +70,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def read_template(path: Path) -> str:
     """The text of --chat-template; ValueError names the file if it is none."""
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
+        render_jinja_template([], chat_template=text)  # reads it, and renders nothing
     except UnicodeDecodeError as error:
         raise ValueError(f"--chat-template {path} is no text in UTF-8: {error}") from None
+    except TemplateSyntaxError as error:
+        raise ValueError(f"--chat-template {path} is no Jinja template: {error}") from None
+    return text
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
-    with in_one_line(PROG, ValueError, OSError, MemoryError):
+    with in_one_line(PROG, *ERRORS):
         options = {name: getattr(args, name) for name in ConfigOptions.__annotations__}
         config = Config(args.model, **options)
         template = args.chat_template and read_template(args.chat_template)
@@ -79,19 +92,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.output.exists() and args.output.samefile(args.input):
             raise ValueError(f"{args.output} is the input: name another file for the results")
         with closing(Results(args.output, keys)) as results:
-            left = (line for line in read_lines(args.input) if line.key not in results.done)
-            if len(results.done) == len(keys):
-                pass
-            elif args.replicas or args.ray_address:
-                if args.ray_address is None:  # else the model need not be on this machine
-                    load_config(resolve_model(config.model))
-                with replicas.cluster(args.ray_address):
-                    found = replicas.answers(config, list(left), template, args.replicas)
-                    write(found, results, len(keys))
-            else:
-                with LLMEngine(config) as llm:
-                    write(answers(llm, left, template), results, len(keys))
-        print(f"{args.output}: {len(keys)} results", file=sys.stderr)
+            if len(results.done) < len(keys):
+                run(args, config, template, results, len(keys))
+        said = f"{len(keys)} results, {results.errors} of them errors"
+        print(f"{args.output}: {said}", file=sys.stderr)
+
+
+def run(
+    args: argparse.Namespace, config: Config, template: str | None, results: Results, total: int
+) -> None:
+    """Answers the lines that have no result yet."""
+    left = (line for line in read_lines(args.input) if line.key not in results.done)
+    if args.replicas is None and args.ray_address is None:
+        with LLMEngine(config) as llm:
+            write(answers(llm, left, template), results, total)
+        return
+    if args.ray_address is None:  # else the model need not be on this machine
+        load_config(resolve_model(config.model))
+    with replicas.cluster(args.ray_address):
+        write(replicas.answers(config, list(left), template, args.replicas), results, total)
 
 
 def find_keys(path: Path) -> set[Key]:

@@ -31,6 +31,7 @@ Key = str | int
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 PROMPT_FIELDS = {COMPLETIONS: "prompt", CHAT: "messages"}
 CHAT_FIELDS = ("add_generation_prompt", "chat_template_kwargs")
+MOST_LEVELS = 100
 # Choices of one line; OpenAI's limit.
 MOST_SAMPLES = 128
 # Fields that change nothing. The model is that of the command, whatever the line says.
@@ -69,6 +70,9 @@ def parse(number: int, text: bytes) -> Line:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
         return Line(number, problem=f"the line is no JSON: {error}")
+    # Before its id counts: how deep Python can go depends on where it is.
+    if is_deep(fields):
+        return Line(number, problem=f"the line has more than {MOST_LEVELS} levels of JSON")
     if not isinstance(fields, dict):
         return Line(number, problem="the line is no JSON object")
     custom_id, method, url, body = map(fields.get, ("custom_id", "method", "url", "body"))
@@ -82,6 +86,19 @@ def parse(number: int, text: bytes) -> Line:
     elif not isinstance(body, dict):
         problem = f"body={short(body)} is no JSON object"
     return Line(number, custom_id, str(url), body, problem)
+
+
+def is_deep(value: Any) -> bool:
+    """Whether JSON has more than MOST_LEVELS levels."""
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, (dict, list))
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+    return bool(level)
 
 
 def submit(llm: LLMEngine, line: Line, chat_template: str | None = None) -> range:

@@ -22,7 +22,8 @@ from typing import Any
 
 from nanovllm.batch.lines import Line, answer_line, error_line, submit
 from nanovllm.config import Config
-from nanovllm.engine.llm_engine import LLMEngine, RequestOutput
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.outputs import RequestOutput
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.batch.lines import Key
+from nanovllm.utils.options import short
 
 START = b'{"id": "batch_req_'  # of every line
 
@@ -41,7 +42,7 @@ class Results:
             except BlockingIOError:
                 raise ValueError(f"{path}: another process writes its results there") from None
             self.file.seek(0)
-            self.done, size = read_done(path, self.file, keys)
+            self.done, self.errors, size = read_done(path, self.file, keys)
             self.file.truncate(size)
             on_error.pop_all()
 
@@ -50,38 +51,44 @@ class Results:
 
     def append(self, results: Sequence[dict[str, Any]]) -> None:
         """Adds lines, which are on disk when this returns."""
+        self.errors += sum(result["error"] is not None for result in results)
         if results:
             self.file.write("".join(json.dumps(result) + "\n" for result in results).encode())
             self.file.flush()
             os.fsync(self.file.fileno())
 
 
-def read_done(path: Path, file: Iterable[bytes], keys: Collection[Key]) -> tuple[set[Key], int]:
-    """The requests that have a result, and the bytes of the file up to a torn line."""
+def read_done(
+    path: Path, file: Iterable[bytes], keys: Collection[Key]
+) -> tuple[set[Key], int, int]:
+    """The requests that have a result, how many are errors, and the bytes up to a torn line."""
     done: set[Key] = set()
-    size = 0
+    errors = size = 0
     for number, text in enumerate(file, start=1):
         where = f"{path}, line {number}"
         if not (text.startswith(START) or START.startswith(text)):
             raise ValueError(f"{where} is no result of a batch: name another file for them")
         if not text.endswith(b"\n"):
             break
-        key = _key(text, where)
+        key, is_error = _key(text, where)
         if key not in keys or key in done:
             fault = "a second result" if key in done else "a result of another job"
             raise ValueError(f"{where} is {fault}: {key!r}")
         done.add(key)
+        errors += is_error
         size += len(text)
-    return done, size
+    return done, errors, size
 
 
-def _key(text: bytes, where: str) -> Key:
+def _key(text: bytes, where: str) -> tuple[Key, bool]:
+    """What a result answers, and whether it is an error."""
     try:
         result = json.loads(text)
         custom_id = result["custom_id"]
-        key = result["error"]["line"] if custom_id is None else custom_id
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{where} is damaged: {error!r}") from error
+        error = result.get("error")
+        key = error["line"] if custom_id is None else custom_id
+    except (ValueError, LookupError, TypeError, AttributeError) as fault:
+        raise ValueError(f"{where} is damaged: {fault!r}") from fault
     if not isinstance(key, (str, int)):
-        raise ValueError(f"{where} is damaged: it answers {key!r:.80}")
-    return key
+        raise ValueError(f"{where} is damaged: it answers {short(key)}")
+    return key, error is not None

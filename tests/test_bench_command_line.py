@@ -9,6 +9,7 @@ import pytest
 from nanovllm.bench import __main__ as bench
 from nanovllm.bench import engines, gain_map, options, turns
 from tests.bench_runs import GROW, refusal, without_text
+from tests.measured_map import RECORD
 
 
 def refuse(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
@@ -45,6 +46,11 @@ class TestRefusals:
             (["--map", "--shapes", "tiny", "8B", "--layers", "2"], ["--layers"]),
             (["--map", "--plot", "map.pdf"], ["--plot", "map.pdf", ".png"]),
             (["--map", "--from", "nowhere.json"], ["--from", "nowhere.json"]),
+            (["--map", "--json", "m.png", "--plot", "m.png"], ["--json", "--plot", "different"]),
+            (["--timeline", "s.json", "--json", "./s.json"], ["--timeline", "different"]),
+            (["--map", "--from", "s.json", "--json", "s.json"], ["--from", "different"]),
+            ([*GROW, "--output", "20"], ["--output 20", "--context 10"]),
+            (["--model", ""], ["config.json"]),
             (["--curves"], ["CUDA", "cpu"]),
         ],
         ids=" ".join,
@@ -53,6 +59,16 @@ class TestRefusals:
         monkeypatch.setattr(engines, "LLMEngine", None)
         err = refuse(capsys, *argv)
         assert all(word in err for word in words), err
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"device": ...}, {"shapes": [{"name": "7B"}]}, {"shapes": "x"}, {"sweep_seconds": None}],
+    )
+    def test_a_damaged_map(self, tmp_path, capsys, change):
+        record = json.loads(RECORD.read_text("utf-8")) | change
+        kept = {name: value for name, value in record.items() if value is not ...}
+        (tmp_path / "map.json").write_text(json.dumps(kept), encoding="utf-8")
+        assert "damaged" in refuse(capsys, "--map", "--from", tmp_path / "map.json")
 
     def test_a_directory_without_a_model(self, tmp_path, capsys):
         assert "config.json" in refuse(capsys, "--model", tmp_path)

@@ -38,7 +38,9 @@ def start_engine(
         BenchError: there is no such model, or an option's value is not allowed.
     """
     with ExitStack() as stack:
-        directory, name = args.model or str(CHECKPOINT_DIR), args.shape or Path(args.model).name
+        directory, name = str(CHECKPOINT_DIR), args.shape
+        if args.model is not None:
+            directory, name = args.model, Path(args.model).name
         if args.shape in SIZES:
             directory = stack.enter_context(shape_directory(args.shape, args.layers))
             options["load_format"], name = "dummy", f"Qwen3-{args.shape}"

@@ -149,6 +149,16 @@ def read_map(paths: Sequence[Path]) -> Record:
     Each shape keeps the date and the seconds an arm of the file that it comes from.
     """
     records = [report.read_record(path, "map") for path in paths]
+    try:
+        return join_maps(paths, records)
+    except (LookupError, TypeError, ValueError) as error:
+        raise BenchError(
+            f"--from {' '.join(map(str, paths))} holds a damaged map: {error!r}"
+        ) from error
+
+
+def join_maps(paths: Sequence[Path], records: Sequence[Record]) -> Record:
+    """The map of several records, whose paths are for errors."""
     shapes: dict[str, Record] = {}
     for path, record in zip(paths, records, strict=True):
         for field in ("device", "versions"):

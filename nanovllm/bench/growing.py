@@ -39,9 +39,11 @@ def context_ranges(
     """
     if until <= context:
         raise BenchError(f"--until {until} must be above --context {context}")
+    if output >= 2 * context:  # a turn lies around the middle of its range
+        raise BenchError(f"--output {output} must be below twice --context {context}")
     bounds = {round(context * (until / context) ** (i / stages)) for i in range(stages + 1)}
     return [
-        (end - begin, DecodeWorkload(batch, max((begin + end - output) // 2, 1), output))
+        (end - begin, DecodeWorkload(batch, (begin + end - output) // 2, output))
         for begin, end in pairwise(sorted(bounds))
     ]
 

@@ -42,7 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # The modes.
     "mode": {"choices": PIPELINE_MODES, "help": "of the one run"},
     "modes": {"nargs": "+", "choices": [*MODES, LANES3, FALLBACK],
-              "help": "what is compared; sequential is always one; several ranks: one more"},
+              "help": "compared with sequential; with several ranks only the first is"},
     "attention-sms": {**COUNT, "help": "of the attention lane; default: what the FFN leaves"},
     "ffn-sms": {**COUNT, "help": "of the FFN lane; default: about 72%% of the device"},
     "splits": {"nargs": "+", "type": split, "metavar": "A+F", "help": "SMs of attention and FFN "
@@ -108,6 +108,10 @@ ON_CPU = {
 }  # fmt: skip
 
 
+# Those that are asked for below, whatever the workload.
+SOMETIMES = ("plot", "timeline", "stored", "shape", "shapes", "model", "layers")
+
+
 def parse(description: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options, with the defaults of workload and device; `device` is resolved.
 
@@ -129,7 +133,7 @@ def parse(description: str | None, argv: Sequence[str] | None = None) -> argpars
         common.error(str(error))
 
     parser = Parser(description, prog=PROGRAM, parents=[common])
-    parser.set_defaults(plot=None, shape=None, shapes=None, model=None, layers=None)
+    parser.set_defaults(**dict.fromkeys(SOMETIMES))
     own = WORKLOADS[early.workload]
     model = parser.add_mutually_exclusive_group() if "model" in own else parser
     for name, default in own.items():
@@ -141,6 +145,10 @@ def parse(description: str | None, argv: Sequence[str] | None = None) -> argpars
     if unknown:
         parser.error(f"--workload {args.workload} does not take {' '.join(unknown)}")
     args.device = device
+    written = [path.resolve() for path in (args.json, args.plot, args.timeline) if path]
+    read = {path.resolve() for path in args.stored or ()}
+    if len({*written}) < len(written) or read & {*written}:
+        parser.error("--json, --plot, --timeline and --from must name different files")
     if args.model is not None:
         args.shape = None
     if args.layers is not None and not SIZES.keys() >= {*(args.shapes or [args.shape])}:

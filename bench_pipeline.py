@@ -1,11 +1,6 @@
 """`python -m nanovllm.bench`, from a checkout."""
 
-import sys
-
-try:
-    from nanovllm.bench.__main__ import main
-except KeyboardInterrupt:  # torch takes its time
-    sys.exit(130)
+from nanovllm.bench.__main__ import main
 
 if __name__ == "__main__":
     main()

@@ -40,6 +40,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if "" in (args.prompt or ()):
         parser.error("--prompt is empty")
+    if args.timeline is not None and args.max_tokens < 2:
+        parser.error("--timeline shows decode steps: --max-tokens must be at least 2")
     return args
 
 

@@ -6,4 +6,4 @@ from nanovllm.engine.llm_engine import LLMEngine
 
 
 class LLM(LLMEngine):
-    """`LLMEngine` under its familiar name: `LLM(model, **options)`."""
+    __doc__ = LLMEngine.__doc__

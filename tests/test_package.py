@@ -85,3 +85,10 @@ def test_a_type_checker_finds_the_mistakes_of_users_and_nothing_else(tmp_path):
 def test_the_package_says_its_version_and_that_it_is_typed():
     assert nanovllm.__version__ == metadata.version("nano-vllm-pipeline")
     assert resources.files("nanovllm").joinpath("py.typed").is_file()
+
+
+def test_importing_the_package_waits_for_nothing():
+    """Torch comes with the first name that is asked for."""
+    code = "import sys, nanovllm; assert 'torch' not in sys.modules; nanovllm.LLM; nanovllm.nothing"
+    done = run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "module 'nanovllm' has no attribute 'nothing'" in done.stderr

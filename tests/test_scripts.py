@@ -31,6 +31,7 @@ ROOT = Path(example_pipeline.__file__).parent
         (["--timeline", "steps.txt"], ["--timeline", ".png", ".json"]),
         (["--prompt", "One", "--prompt", ""], ["--prompt", "empty"]),
         (["--max-tok", "9"], ["--max-tok"]),
+        (["--max-tokens", "1", "--timeline", "steps.json"], ["--timeline", "--max-tokens"]),
     ],
 )
 def test_a_bad_value_of_the_example_is_one_line(argv, words, monkeypatch, capsys):
@@ -85,16 +86,19 @@ def test_help_works_from_a_shell(command, text):
 
 LIBRARY_IS_LOADED = "libtorch_python"
 SCRIPTS = {
-    "example_pipeline.py": ["--max-tokens", 1000],
-    "bench_pipeline.py": ["--device", "cpu", "--seconds", 60],
+    "example": [ROOT / "example_pipeline.py", "--max-tokens", 1000],
+    "bench": [ROOT / "bench_pipeline.py", "--device", "cpu", "--seconds", 60],
+    "batch": ["-m", "nanovllm.batch", "in.jsonl", "out.jsonl", "--model", "nowhere"],
 }
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc on this system")
-@pytest.mark.parametrize("moment", ["import", "run"])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("script", "moment"),
+    [*((script, "import") for script in SCRIPTS), ("example", "run"), ("bench", "run")],
+)
 def test_an_interrupt_ends_a_script_without_a_traceback(script, moment):
-    process = scripts.start(ROOT / script, *SCRIPTS[script])
+    process = scripts.start(*SCRIPTS[script])
     assert process.stderr is not None
     err = ""
     if moment == "import":
@@ -108,4 +112,4 @@ def test_an_interrupt_ends_a_script_without_a_traceback(script, moment):
     out, rest = process.communicate(timeout=60)
     assert process.returncode == INTERRUPTED
     assert "Traceback" not in err + rest
-    assert (moment == "run" and script.startswith("bench")) == ('"benchmark"' in out)
+    assert ((script, moment) == ("bench", "run")) == ('"benchmark"' in out)

@@ -24,11 +24,15 @@ same.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 
-from nanovllm.bench import BenchError, curves, decode, gain_map, growing, report, throughput
-from nanovllm.bench.options import PROGRAM, parse
-from nanovllm.utils.command_line import in_one_line
+try:
+    from nanovllm.bench import BenchError, curves, decode, gain_map, growing, report, throughput
+    from nanovllm.bench.options import PROGRAM, parse
+    from nanovllm.utils.command_line import in_one_line
+except KeyboardInterrupt:  # torch takes its time
+    sys.exit(130)
 
 WORKLOADS = {
     "decode": decode,

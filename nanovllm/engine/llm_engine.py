@@ -19,7 +19,7 @@ from contextlib import closing
 from operator import itemgetter
 from typing import Any, Literal, overload
 
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from nanovllm.config import Config, ConfigOptions
 from nanovllm.engine.block_manager import BlockManager
@@ -38,7 +38,7 @@ from nanovllm.sampling_params import SamplingOptions, SamplingParams
 from nanovllm.structured.grammars import Grammars
 from nanovllm.utils.hub import resolve_model
 from nanovllm.utils.locks import exclusive
-from nanovllm.utils.options import taking, whole
+from nanovllm.utils.options import short, taking, whole
 from nanovllm.utils.tokenizer import load_tokenizer
 
 
@@ -102,7 +102,7 @@ class LLMEngine:
         self.unclaimed: dict[int, Completion] = {}
         self.next_request_id = 0
 
-    def __enter__(self) -> LLMEngine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -116,8 +116,7 @@ class LLMEngine:
     def _close(self) -> None:
         self.transactions.closed = True
         self.requests, self.unclaimed, self.in_flight = {}, {}, None
-        if not self.model_runner.closed:
-            self.model_runner.close()
+        self.model_runner.close()
         self._finalizer.detach()
 
     def get_tokenizer(self) -> Any:
@@ -334,7 +333,8 @@ class LLMEngine:
         found = whole(request_id)
         if found is None or not 0 <= found < self.next_request_id:
             raise KeyError(
-                f"request_id={request_id!r} is unknown: ids so far are below {self.next_request_id}"
+                f"request_id={short(request_id)} is unknown: ids so far are below "
+                f"{self.next_request_id}"
             )
         seq = self.requests.get(found)
         if seq is None or seq.finish_reason is not None:

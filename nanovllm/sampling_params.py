@@ -19,6 +19,7 @@ from nanovllm.utils.options import (
     integer,
     number,
     option,
+    short,
     token_ids,
     whole,
 )
@@ -39,6 +40,14 @@ def _none_or_whole(low: int, high: float, words: str) -> Rule:
         raise ValueError(f"None or an integer {words}")
 
     return rule
+
+
+_own_seed = _none_or_whole(0, 2**63 - 1, "from 0 to 2**63 - 1")
+
+
+def _seed(value: Any) -> int | None:
+    """To vLLM -1 is the same as None."""
+    return None if whole(value) == -1 else _own_seed(value)
 
 
 _bias = number(-math.inf, 1e6)
@@ -106,7 +115,7 @@ class SamplingParams:
         max_tokens: tokens to generate at the most; None: up to the longest sequence.
         ignore_eos: go on after an end-of-sequence token.
         stop_token_ids: further tokens that end the request; they are kept as a tuple.
-        seed: the same seed draws the same random numbers whatever else is in the batch; None:
+        seed: the same seed draws the same random numbers whatever else is in the batch; None or -1:
             random.
         presence_penalty: subtracted from the logits of all tokens that have been generated.
         frequency_penalty: subtracted once for every time that a token has been generated.
@@ -138,7 +147,7 @@ class SamplingParams:
     max_tokens: int | None = option(64, _none_or_whole(1, math.inf, "of at least 1"))
     ignore_eos: bool = option(False, boolean)
     stop_token_ids: Collection[int] | None = option((), _token_ids)
-    seed: int | None = option(None, _none_or_whole(0, 2**63 - 1, "from 0 to 2**63 - 1"))
+    seed: int | None = option(None, _seed)
     presence_penalty: float = option(0.0, number(-2, 2))
     frequency_penalty: float = option(0.0, number(-2, 2))
     repetition_penalty: float = option(1.0, number(0, 100, open_low=True))
@@ -166,7 +175,7 @@ class SamplingParams:
             raise ValueError(f"give one of {' and '.join(given)}, not both")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
-                f"min_tokens={self.min_tokens} is not allowed: it must be at most "
+                f"min_tokens={short(self.min_tokens)} is not allowed: it must be at most "
                 f"max_tokens={self.max_tokens}"
             )
 
@@ -204,14 +213,24 @@ class SamplingOptions(TypedDict, total=False):
     grammar: str | None
 
 
-def check_token_ids(params: Iterable[SamplingParams], vocab_size: int) -> None:
-    """Raises ValueError if a `logit_bias` is of a token that the model does not have."""
+MOST_SAMPLES = 2**14
+
+
+def check_runnable(params: Iterable[SamplingParams], vocab_size: int) -> None:
+    """Raises ValueError if a `logit_bias` is of a token that the model does not have, or an `n` is
+    more than a machine could hold.
+    """
+    for each in params:
+        if each.n > MOST_SAMPLES:
+            raise ValueError(
+                f"n={short(each.n)} is not allowed: it must be from 1 to {MOST_SAMPLES}"
+            )
     for bias in dict.fromkeys(each.logit_bias for each in params if each.logit_bias):
         highest = max(dict(bias))
         if highest >= vocab_size:
             raise ValueError(
-                f"logit_bias holds token id {highest}, which is outside the vocabulary: ids are "
-                f"from 0 to {vocab_size - 1}"
+                f"logit_bias holds token id {short(highest)}, which is outside the vocabulary: "
+                f"ids are from 0 to {vocab_size - 1}"
             )
 
 

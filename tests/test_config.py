@@ -65,7 +65,7 @@ BAD_SAMPLING = {
         "None or a sequence of token ids, integers of at least 0",
         (5, "12", b"12", [1, "2"], [-1], [True], [1.0], [[1]], {5: 6}, np.array(5)),
     ),
-    "seed": ("None or an integer from 0 to 2**63 - 1", (-1, 2**63, True, 1.0, "1")),
+    "seed": ("None or an integer from 0 to 2**63 - 1", (-2, 2**63, True, 1.0, "1")),
     "presence_penalty": ("a number from -2 to 2", (-2.1, 2.1, math.nan, True, "1", None)),
     "frequency_penalty": ("a number from -2 to 2", (-2.1, 2.1, math.nan, True, "1", None)),
     "repetition_penalty": ("a number above 0 to 100", (0, -1, 101, math.inf, True, "1", None)),
@@ -307,3 +307,14 @@ def test_no_fewer_tokens_than_there_may_be_at_most():
     assert SamplingParams(min_tokens=3, max_tokens=3).min_tokens == 3
     with pytest.raises(ValueError, match=r"^min_tokens=4 is not allowed: .* most max_tokens=3$"):
         SamplingParams(min_tokens=4, max_tokens=3)
+
+
+def test_numbers_that_no_float_holds_are_refused_like_others():
+    with pytest.raises(ValueError, match=r"^logit_bias=.*-inf to 1e6"):
+        SamplingParams(logit_bias={1: -(10**400)})
+    with pytest.raises(ValueError, match=r"^min_tokens=<an integer of \d+ bits> .*max_tokens=64"):
+        SamplingParams(min_tokens=10**5000)
+
+
+def test_minus_one_is_no_seed():
+    assert SamplingParams(seed=-1) == SamplingParams(seed=None)

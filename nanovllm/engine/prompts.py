@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 
 from nanovllm.engine.conversations import check_messages, template_options
 from nanovllm.utils.locks import exclusive
-from nanovllm.utils.options import as_list, token_ids
+from nanovllm.utils.options import as_list, short, token_ids
 
 
 class TextPrompt(TypedDict):
@@ -90,8 +90,8 @@ class TextProcessor:
         for extreme in (min(ids), max(ids)):
             if not 0 <= extreme < self.vocab_size:
                 raise ValueError(
-                    f"{name} holds token id {extreme}, which is outside the vocabulary: ids are "
-                    f"from 0 to {self.vocab_size - 1}"
+                    f"{name} holds token id {short(extreme)}, which is outside the vocabulary: "
+                    f"ids are from 0 to {self.vocab_size - 1}"
                 )
         return ids
 

@@ -20,7 +20,7 @@ from nanovllm.logprobs import Position
 from nanovllm.sampling_params import (
     SamplingOptions,
     SamplingParams,
-    check_token_ids,
+    check_runnable,
     params_per_prompt,
 )
 from nanovllm.structured.grammars import Grammars
@@ -61,7 +61,7 @@ class RequestMaker:
         `prompts` are by the names that errors give them.
         """
         params = params_per_prompt(given, len(prompts), fields, self.defaults)
-        check_token_ids(params, self.texts.vocab_size)
+        check_runnable(params, self.texts.vocab_size)
         for each in params:
             self.grammars.check(each)
         if self.texts.tokenizer is None and (deltas or any(each.stop for each in params)):

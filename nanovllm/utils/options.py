@@ -14,6 +14,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Set
+from contextlib import suppress
 from reprlib import Repr
 from typing import Any, TypeVar
 
@@ -174,7 +175,8 @@ def number(low: float, high: float, *, open_low: bool = False) -> Rule:
         found = plain(value)
         is_number = isinstance(found, (int, float)) and not isinstance(found, bool)
         if is_number and low <= found <= high and not (open_low and found == low):
-            return float(found)
+            with suppress(OverflowError):
+                return float(found)
         raise ValueError(f"a number {'above' if open_low else 'from'} {low:g} to {high:g}")
 
     return rule

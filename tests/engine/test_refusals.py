@@ -101,6 +101,8 @@ BAD_OPTIONS = [
     ([], {"stop": "x"}, ValueError, r"^stop and deltas are not allowed: .*no tokenizer"),
     ([], {"logit_bias": {3: 1, VOCAB: 1}}, ValueError,
      rf"^logit_bias holds token id {VOCAB}, .*: ids are from 0 to {VOCAB - 1}$"),
+    ([], {"logit_bias": {10**5000: 1}}, ValueError, r"^logit_bias holds token id <an integer of"),
+    ([], {"n": 10**5000}, ValueError, r"^n=<an integer of \d+ bits> .*from 1 to 16384$"),
 ]  # fmt: skip
 # Arguments of `generate`, and its error.
 BAD_CALLS = [

@@ -173,7 +173,7 @@ def test_an_engine_on_flash_attn_says_what_one_on_torch_says(flash_attn, monkeyp
     expected = run()
     made = []
 
-    def make_flash(name, heads, device, block_size):
+    def make_flash(name, heads, device, block_size, eager):
         made.append(FlashAttnBackend(heads, block_size))
         return made[-1]
 
@@ -188,6 +188,16 @@ def test_an_engine_on_flash_attn_says_what_one_on_torch_says(flash_attn, monkeyp
 @pytest.mark.parametrize("name", ["auto", "torch"])
 def test_the_cpu_has_torch(name):
     assert isinstance(make_backend(name, HeadShape(2, 1, 64), CPU, 16), TorchBackend)
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim", "words"),
+    [("torch", 64, "attention_backend='torch'.*enforce_eager=True"), ("auto", 80, "head_dim=80"),
+     ("torch", 96, "head_dim=96 is not allowed.*128")],
+)  # fmt: skip
+def test_what_cuda_cannot_run_is_refused_before_anything_is_loaded(name, head_dim, words):
+    with pytest.raises(ValueError, match=words):
+        make_backend(name, HeadShape(2, 1, head_dim), torch.device("cuda"), 16)
 
 
 @pytest.mark.parametrize("name", ["triton", "flash_attn"])

@@ -219,6 +219,22 @@ def test_worker_killed_between_steps(model):
 
 
 @NO_HANG
+def test_a_lost_device_leaves_no_worker_behind(model, monkeypatch):
+    engine = make_engine(model, size=2)
+    runner = engine.model_runner
+    (worker,) = runner.ranks.workers.processes
+
+    def lost() -> None:
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(runner, "synchronize", lost)
+    with pytest.raises(RuntimeError, match="device is lost"):
+        engine.exit()
+    assert worker.poll() is not None
+    assert not Path(runner.ranks.meeting).exists()
+
+
+@NO_HANG
 def test_interrupted_step_ends_the_engine(model, monkeypatch):
     """The worker is then in the middle of a step that rank 0 will never join."""
     engine = make_engine(model)

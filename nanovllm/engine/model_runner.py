@@ -88,7 +88,9 @@ class ModelRunner:
         dtype = resolve_dtype(config.dtype, self.model_config.dtype or stored_dtype, device)
         ranks.connect(config, dtype, self.model_config.hidden_size)
         heads = self.model_config.rank_heads(ranks.group)
-        self.backend = make_backend(config.attention_backend, heads, device, self.block_size)
+        self.backend = make_backend(
+            config.attention_backend, heads, device, self.block_size, config.enforce_eager
+        )
         self.max_model_len = min(config.max_model_len, self.model_config.usable_length)
         self.model = load_model(
             self.model_config, checkpoint, self.backend, ranks.group, device, dtype,
@@ -114,11 +116,11 @@ class ModelRunner:
         self._bind_cache(self.num_blocks, dtype)
         self.graph_memory = self._make_graph_memory(dtype)
         self.step_runner = self.make_step_runner(config)
-        ranks.check_equal([scheduler.plan for scheduler in self.step_runner.schedulers])
         self.watch: Callable[[str, Step], None] = ignore
         self.statistics = self.step_runner.statistics
         self.closed = False
         try:
+            ranks.check_equal([scheduler.plan for scheduler in self.step_runner.schedulers])
             if device.type == "cuda":
                 longest = min(config.max_num_batched_tokens, self.max_model_len)
                 logits = warm_up(self.step_runner, config, longest)
@@ -134,9 +136,14 @@ class ModelRunner:
         """Frees the device's memory and ends the other ranks; may be called twice."""
         if self.closed:
             return
-        if not self.ranks.broken:
-            self.synchronize()  # a step launched ahead may still run
-        self.step_runner.close()
+        try:
+            if not self.ranks.broken:
+                self.synchronize()  # a step launched ahead may still run
+            self.step_runner.close()
+        except RuntimeError:  # of a device that is lost: no rank shall be left behind
+            self.ranks.give_up()
+            self.ranks.close()
+            raise
         self.ranks.close()
         self.closed = True  # only now, so that a close that was interrupted can be repeated
         # The device's memory goes with the last references to it.

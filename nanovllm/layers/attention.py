@@ -20,6 +20,8 @@ from nanovllm.kernels import reference
 # Keys and values of a layer, each [num_blocks, num_kv_heads, block_size, head_dim]: the tokens of
 # one head in one block are contiguous. Block 0 is padding: it belongs to no sequence.
 KVCache = tuple[Tensor, Tensor]
+# What the kernels on CUDA take.
+HEAD_DIMS = (32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -125,24 +127,34 @@ class TorchBackend(AttentionBackend):
 
 
 def make_backend(
-    name: str, heads: HeadShape, device: torch.device, block_size: int
+    name: str, heads: HeadShape, device: torch.device, block_size: int, eager: bool = False
 ) -> AttentionBackend:
     """Builds back end `name`; "auto" is "triton" on CUDA and "torch" elsewhere.
 
     Raises:
-        ValueError: the back end cannot run on this device, or with this block size.
+        ValueError: the back end cannot run on this device, with these heads or this block size, or
+            unless `eager`, in CUDA graphs.
         ImportError: its package is not installed.
     """
-    if name == "auto":
-        name = "triton" if device.type == "cuda" else "torch"
-    if name == "torch":
-        return TorchBackend(heads)
     if device.type != "cuda":
+        if name in ("auto", "torch"):
+            return TorchBackend(heads)
         raise ValueError(
             f"attention_backend={name!r} is not allowed on device {device}: it needs CUDA; "
             "use 'auto' or 'torch'"
         )
-    if name == "triton":
+    if heads.head_dim not in HEAD_DIMS:
+        raise ValueError(
+            f"head_dim={heads.head_dim} is not allowed on CUDA: it must be one of {HEAD_DIMS}"
+        )
+    if name == "torch":
+        if not eager:
+            raise ValueError(
+                "attention_backend='torch' is not allowed in CUDA graphs, as it asks the GPU how "
+                "long contexts are: give enforce_eager=True"
+            )
+        return TorchBackend(heads)
+    if name in ("auto", "triton"):
         from nanovllm.layers.attention_triton import TritonBackend
 
         return TritonBackend(heads)

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -41,8 +42,8 @@ class ProcessGroups:
     @classmethod
     def meet(cls, path: str, rank: int, size: int, device: torch.device) -> ProcessGroups:
         """Forms them with the other ranks of this machine, which meet at a file."""
+        arrival(path, rank).touch()
         store = dist.FileStore(path, size)
-        store.set(f"here/{rank}", "")
         with environment(**loopback()):
             dist.init_process_group(
                 "gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE
@@ -58,7 +59,7 @@ class ProcessGroups:
     @staticmethod
     def workers_are_here(path: str, size: int) -> bool:
         """Whether all ranks but 0 have come to `meet`."""
-        return dist.FileStore(path, size).check([f"here/{rank}" for rank in range(1, size)])
+        return all(arrival(path, rank).exists() for rank in range(1, size))
 
     @classmethod
     def of_torchrun(cls, device: torch.device) -> ProcessGroups:
@@ -86,6 +87,14 @@ class ProcessGroups:
         else:
             dist.destroy_process_group(self.model)
             dist.destroy_process_group(self.control)
+
+
+def arrival(path: str, rank: int) -> Path:
+    """The file that says that a rank has come to the meeting at `path`.
+
+    NOTE: the store itself cannot: whoever is done with it may delete its file.
+    """
+    return Path(f"{path}-{rank}")
 
 
 def check_no_default_group() -> None:

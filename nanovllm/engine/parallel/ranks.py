@@ -115,7 +115,7 @@ class Ranks:
             with environment(TORCH_NCCL_ASYNC_ERROR_HANDLING="0"):
                 ranks._while_workers_live(partial(ranks._meet, path, 0, config, device))
         except BaseException:
-            ranks._break()
+            ranks.give_up()
             ranks.close()
             raise
         return ranks
@@ -288,12 +288,19 @@ class Ranks:
             if unexplained and not isinstance(error, RankDiedError):
                 # A collective fails a moment before the worker that broke it is seen dead.
                 death = self.workers.await_dead_worker(DEATH_SECONDS)
-            self._break()
+            self.give_up()
             if isinstance(error, TimeoutError):
                 death = death or silence(self.step_timeout)
             if death is None:
                 raise
             raise death from error
+
+    def give_up(self) -> None:
+        """Kills the workers and ends all waits, of ranks that are at different places for good."""
+        self.broken = True
+        if self._guard is not None:
+            self._guard.part()
+        self.workers.end(patience=0)
 
     def close(self) -> None:
         """Ends the workers and leaves the groups; may be called twice.
@@ -376,12 +383,6 @@ class Ranks:
         assert self.groups is not None
         return self.groups.control
 
-    def _break(self) -> None:
-        self.broken = True
-        if self._guard is not None:
-            self._guard.part()
-        self.workers.end(patience=0)
-
     def _finish(self) -> None:
         """Says, as rank 0, that there are no more steps, and lets all ranks end theirs."""
         patience = timedelta(seconds=END_SECONDS)
@@ -393,7 +394,7 @@ class Ranks:
                 self.group.peers.disconnect()
             dist.all_reduce(stop, group=self.control, async_op=True).wait(patience)
         except RuntimeError:  # one has died or does not listen
-            self._break()
+            self.give_up()
 
     def _broadcast(self, tensor: torch.Tensor) -> dist.Work:
         return dist.broadcast(tensor, group=self.control, group_src=0, async_op=True)

@@ -51,5 +51,4 @@ class VocabEmbedding(nn.Module):
             return zeros if out is None else out.zero_()
         places, held = self.shard.find(token_ids)
         rows = F.embedding(places, self.weight)
-        # Not a product: of a weight that is not finite, even zero times it is none.
-        return torch.where(held[:, None], rows, rows.new_zeros(()), out=out)
+        return torch.mul(rows, held[:, None], out=out)

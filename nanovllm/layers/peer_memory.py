@@ -91,9 +91,11 @@ class PeerMemory:
         )
         self.gathers = 0
         # NOTE: of another priority, so that it shares no queue with what waits for the very kernel
-        # that is to end; and for copies, as a kernel could find no place on an SM beside that one.
+        # that is to end. These fills load what a later one needs, which would wait for it, too.
         self._side_stream = torch.cuda.Stream(device, priority=-1)
-        self._one = torch.ones(1, dtype=torch.int32).pin_memory()
+        for value in (1, 0):
+            self._fill_expired(value)
+        torch.cuda.synchronize(device)
 
     def part(self, turn: int, first: int, rows: int) -> Tensor | None:
         """Where to write a partial sum of so many rows; None: there is no room for it.
@@ -164,8 +166,11 @@ class PeerMemory:
 
     def expire(self) -> None:
         """Lets a kernel that waits for a peer end; nothing after that is valid."""
+        self._fill_expired(1)
+
+    def _fill_expired(self, value: int) -> None:
         with torch.cuda.stream(self._side_stream), torch.inference_mode():
-            self.peers.expired.copy_(self._one, non_blocking=True)
+            self.peers.expired.fill_(value)
 
     def disconnect(self) -> None:
         """Gives up the memory of the others; may be called twice."""

@@ -39,11 +39,7 @@ def settled_seconds(read: Callable[[], float]) -> float:
 
 
 def device_timer(
-    runner: StepRunner,
-    kv_cache: torch.Tensor,
-    num_blocks: int,
-    block_size: int,
-    wait: Callable[[torch.cuda.Event], None],
+    runner: StepRunner, kv_cache: torch.Tensor, num_blocks: int, block_size: int
 ) -> StepTimer:
     """Times decode steps on a CUDA device, from their inputs' copy to their logits.
 
@@ -67,7 +63,7 @@ def device_timer(
                 runner.send(step)
                 runner.run(step)
             end.record()
-            wait(end)
+            end.synchronize()
             return begin.elapsed_time(end) * 1e-3 / count
 
         read(1)  # captures and warms up

@@ -45,7 +45,6 @@ from nanovllm.engine.parallel.processes import (
 from nanovllm.engine.step_inputs import StepLayout
 from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.layers.peer_memory import MOST_ROWS, PeerMemory
-from nanovllm.utils.device import sm_count
 from nanovllm.utils.joined import join, joined_size, split
 from nanovllm.utils.waiting import complete
 
@@ -206,8 +205,7 @@ class Ranks:
             for other in range(first, first + size)
             if other != own
         )
-        sms = sm_count(self.device)  # a rank lays out its memory by them
-        if not self.minimum(int(reachable)) or self.minimum(sms) != -self.minimum(-sms):
+        if not self.minimum(int(reachable)):
             return
         peers = None
         try:
@@ -239,30 +237,21 @@ class Ranks:
         if self.minimum(found) != -self.minimum(-found):
             raise RuntimeError(f"the ranks' GPUs differ; rank {self.group.rank} has {values}")
 
-    def wait(self, event: torch.cuda.Event, seconds: float | None = None) -> None:
+    def wait(self, event: torch.cuda.Event) -> None:
         """Waits for `event`, which a dead or silent rank would never let happen.
 
         Raises:
-            RankDiedError: then what came before the event is void. Silence lasts `step_timeout`, or
-                `seconds`.
+            RankDiedError: then what came before the event is void.
         """
         if self.group.size == 1:
             event.synchronize()
             return
-        seconds = self.step_timeout if seconds is None else seconds
-        deadline = monotonic() + seconds
+        deadline = monotonic() + self.step_timeout
         while not event.query():
             self.workers.check()
             if monotonic() > deadline:
-                raise silence(seconds)
+                raise silence(self.step_timeout)
         self.workers.check()
-
-    def wait_while_starting(self) -> None:
-        """Waits for all on this GPU, while other ranks may still compile what they need for it."""
-        event = torch.cuda.Event()
-        event.record()
-        self.wait(event, LOAD_SECONDS)
-        torch.cuda.synchronize(self.device)
 
     def mark_silence(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens of a step on the device; others, that `check_silence` knows, if they are void."""

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from jinja2 import TemplateSyntaxError
     from tqdm import tqdm
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -71,11 +70,12 @@ def read_template(path: Path) -> str:
     """The text of --chat-template; ValueError names the file if it is none."""
     try:
         text = path.read_text(encoding="utf-8")
-        render_jinja_template([], chat_template=text)  # reads it, and renders nothing
     except UnicodeDecodeError as error:
         raise ValueError(f"--chat-template {path} is no text in UTF-8: {error}") from None
-    except TemplateSyntaxError as error:
-        raise ValueError(f"--chat-template {path} is no Jinja template: {error}") from None
+    try:
+        render_jinja_template([], chat_template=text)  # reads it, and renders nothing
+    except Exception as error:  # of Jinja
+        raise ValueError(f"--chat-template {path} is no Jinja template: {error}") from error
     return text
 
 

@@ -106,8 +106,6 @@ ON_CPU = {
     "batch": 4, "context": 32, "output": 8, "until": 64, "stages": 3, "num-requests": 2,
     "batches": (1, 4), "contexts": (32, 64),
 }  # fmt: skip
-
-
 # Those that are asked for below, whatever the workload.
 SOMETIMES = ("plot", "timeline", "stored", "shape", "shapes", "model", "layers")
 

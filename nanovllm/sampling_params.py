@@ -96,6 +96,7 @@ def _grammar(value: Any) -> str | None:
     return value
 
 
+MOST_SAMPLES = 2**14  # of a prompt
 # Fields that say what a completion has to follow.
 STRUCTURES = ("json_schema", "regex", "grammar")
 
@@ -213,13 +214,8 @@ class SamplingOptions(TypedDict, total=False):
     grammar: str | None
 
 
-MOST_SAMPLES = 2**14
-
-
 def check_runnable(params: Iterable[SamplingParams], vocab_size: int) -> None:
-    """Raises ValueError if a `logit_bias` is of a token that the model does not have, or an `n` is
-    more than a machine could hold.
-    """
+    """Raises ValueError if a `logit_bias` has a token beyond the vocabulary, or an `n` is huge."""
     for each in params:
         if each.n > MOST_SAMPLES:
             raise ValueError(

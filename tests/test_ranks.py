@@ -66,7 +66,7 @@ def test_what_waits_for_a_rank_is_ended_if_it_is_dead_or_silent_or_the_ranks_par
     if end == "death":
         worker.kill()
     elif end == "break":
-        rank_0.give_up()
+        rank_0.break_off()
     else:
         guard.part()
     guard.join(SECONDS)

@@ -33,7 +33,7 @@ PROMPT_FIELDS = {COMPLETIONS: "prompt", CHAT: "messages"}
 CHAT_FIELDS = ("add_generation_prompt", "chat_template_kwargs")
 MOST_LEVELS = 100
 # Choices of one line; OpenAI's limit.
-MOST_SAMPLES = 128
+MOST_CHOICES = 128
 # Fields that change nothing. The model is that of the command, whatever the line says.
 IGNORED = ("model", "user", "metadata")
 # Of these null says that there is no limit; of all others, that the field is not given.
@@ -126,8 +126,8 @@ def submit(llm: LLMEngine, line: Line, chat_template: str | None = None) -> rang
         raise ValueError(f"{', '.join(chat_options)} is for {CHAT} only")
     else:
         ids = llm.texts.encode(prompt, "prompt")
-    if params.n > MOST_SAMPLES:
-        raise ValueError(f"n={params.n} is not allowed: it must be from 1 to {MOST_SAMPLES}")
+    if params.n > MOST_CHOICES:
+        raise ValueError(f"n={params.n} is not allowed: it must be from 1 to {MOST_CHOICES}")
     first = llm.add_request(ids, params)
     return range(first, first + params.n)
 

@@ -141,7 +141,7 @@ class ModelRunner:
                 self.synchronize()  # a step launched ahead may still run
             self.step_runner.close()
         except RuntimeError:  # of a device that is lost: no rank shall be left behind
-            self.ranks.give_up()
+            self.ranks.break_off()
             self.ranks.close()
             raise
         self.ranks.close()

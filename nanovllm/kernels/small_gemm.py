@@ -26,7 +26,7 @@ MAX_ROWS = 8
 _WARPS = 4
 _BLOCK = 64  # inner elements of a warp's step
 _STAGES = 5
-# Each program reads the values of all tokens, from L2. So many are as much as its weights.
+# Each program reads the values of all tokens, from L2: of so many, a third of its weights or more.
 _MANY_VALUES = 5 * 4096
 # Of a weight, behind an all-reduce; L2 has 50 MB on an H100, 60 on an H200.
 _PREFETCH_BYTES = 32 << 20

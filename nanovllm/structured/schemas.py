@@ -278,7 +278,7 @@ def pattern(keywords: dict[str, Any], place: str) -> str:
     if lengths:
         return _string_of(lengths.get("minLength", 0), lengths.get("maxLength"))
     if "format" in keywords:
-        if keywords["format"] not in [*FORMATS]:  # whose like need not have a hash
+        if keywords["format"] not in [*FORMATS]:  # a list, for a value may have no hash
             refuse("format", place, f"is not enforced but for {', '.join(FORMATS)}")
         return f"^{FORMATS[keywords['format']]}$"
     text = keywords.get("pattern", "")

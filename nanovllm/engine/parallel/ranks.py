@@ -115,7 +115,7 @@ class Ranks:
             with environment(TORCH_NCCL_ASYNC_ERROR_HANDLING="0"):
                 ranks._while_workers_live(partial(ranks._meet, path, 0, config, device))
         except BaseException:
-            ranks.give_up()
+            ranks.break_off()
             ranks.close()
             raise
         return ranks
@@ -288,14 +288,14 @@ class Ranks:
             if unexplained and not isinstance(error, RankDiedError):
                 # A collective fails a moment before the worker that broke it is seen dead.
                 death = self.workers.await_dead_worker(DEATH_SECONDS)
-            self.give_up()
+            self.break_off()
             if isinstance(error, TimeoutError):
                 death = death or silence(self.step_timeout)
             if death is None:
                 raise
             raise death from error
 
-    def give_up(self) -> None:
+    def break_off(self) -> None:
         """Kills the workers and ends all waits, of ranks that are at different places for good."""
         self.broken = True
         if self._guard is not None:
@@ -394,7 +394,7 @@ class Ranks:
                 self.group.peers.disconnect()
             dist.all_reduce(stop, group=self.control, async_op=True).wait(patience)
         except RuntimeError:  # one has died or does not listen
-            self.give_up()
+            self.break_off()
 
     def _broadcast(self, tensor: torch.Tensor) -> dist.Work:
         return dist.broadcast(tensor, group=self.control, group_src=0, async_op=True)

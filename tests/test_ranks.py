@@ -12,6 +12,7 @@ from nanovllm.config import Config
 from nanovllm.engine.parallel.guard import Guard
 from nanovllm.engine.parallel.processes import RankDiedError, Workers
 from nanovllm.engine.parallel.ranks import Ranks, devices_for
+from nanovllm.layers.embedding import VocabEmbedding
 from nanovllm.layers.parallel import ParallelGroup, Shard
 
 SECONDS = 10.0  # "within seconds", on a busy machine
@@ -142,3 +143,13 @@ def test_a_worker_that_any_signal_killed_is_said_to_be_dead(number, name):
     with pytest.raises(RankDiedError, match=f"^rank 1 of 2 was killed by {name}$"):
         workers.check()
     workers.end(patience=0)
+
+
+def test_a_weight_that_is_not_finite_spoils_the_tokens_of_its_row_alone():
+    """A rank looks up its first row for the tokens that it does not hold."""
+    embedding = VocabEmbedding(10_000, 4, ParallelGroup(0, 2))
+    torch.nn.init.normal_(embedding.weight)
+    embedding.weight[0] = torch.inf
+    rows = embedding._own_rows(torch.tensor([0, 1, 9_999]))
+    assert rows[0].isinf().all()
+    assert torch.equal(rows[1:], torch.stack([embedding.weight[1], torch.zeros(4)]))

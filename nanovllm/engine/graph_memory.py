@@ -8,8 +8,8 @@ memory pool for everything between, so a step's logits are valid until the next 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -30,9 +30,10 @@ class GraphMemory:
         vocab_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        synchronize: Callable[[], None],  # waits for all on the device
     ) -> None:
         self.sizes = sizes
-        self.device = device
+        self.synchronize = synchronize
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)  # captures run on it
         self.num_graphs = 0
@@ -53,14 +54,19 @@ class GraphMemory:
         `torch.cuda.graph` would give all cached memory back to the device at every graph (and
         collect garbage, before torch 2.9), to take it again for the next.
         """
-        torch.cuda.synchronize(self.device)
+        self.synchronize()
         with torch.cuda.stream(self.stream):
             # Other threads may go on using CUDA meanwhile, such as NCCL's watchdog.
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
                 yield
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # there may be streams that have not been joined
+                    graph.capture_end()
+                # The allocator may take the old one for captured still.
+                self.pool = torch.cuda.graph_pool_handle()
+                raise
+            graph.capture_end()
         self.num_graphs += 1
 
     def size_for(self, count: int) -> int:

@@ -46,7 +46,7 @@ def count_blocks(
     block_bytes: int,  # of all layers of this rank
     max_model_len: int,
     device: torch.device,
-    run_largest_step: Callable[[], None],  # its need of memory is measured on CUDA
+    run_largest_step: Callable[[], None],  # to its end; its need of memory is measured on CUDA
 ) -> int:
     """Blocks to allocate: as configured, or as many as memory allows (on the CPU, as are useful).
 
@@ -75,7 +75,6 @@ def _free_for_cache(
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     run_largest_step()
-    torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)

@@ -81,8 +81,7 @@ class ModelRunner:
         self.model_config = load_config(model_dir)
         is_small = self.model_config.hidden_size <= SMALL_HIDDEN_SIZE
         self.threads = single_thread if device.type == "cpu" and is_small else nullcontext
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        self._set_device()
         checkpoint = None if config.load_format == "dummy" else Checkpoint.open(model_dir)
         stored_dtype = "float32" if checkpoint is None else checkpoint.dtype
         dtype = resolve_dtype(config.dtype, self.model_config.dtype or stored_dtype, device)
@@ -180,6 +179,11 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def _set_device(self) -> None:
+        """Makes the device the current one, which is each thread's own."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
     def use(self, step_runner: StepRunner, chooser: FixedChooser | None = None) -> None:
         """Runs the next steps by a runner of `make_step_runner`; none may be in flight."""
         self.synchronize()
@@ -192,8 +196,7 @@ class ModelRunner:
 
         Rows of its logits that have a mask draw from the tokens that it allows, see `Sampler.pack`.
         """
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # it is each thread's own
+        self._set_device()
         with torch.inference_mode(), self.threads():
             scoring = Scoring.of(step, self.model_config.vocab_size) if step.asks else None
             draws = self.sampler.pack(step, masks or {}, scoring)
@@ -212,6 +215,7 @@ class ModelRunner:
 
         Returns the drawn tokens, one per sampling chunk.
         """
+        self._set_device()
         if launched.done is not None:
             self.ranks.wait(launched.done)
         self.watch("tokens", launched.step)
@@ -293,7 +297,7 @@ class ModelRunner:
     def _calibration(self, config: Config, runner: StepRunner) -> Calibration:
         cache = self.model.kv_cache
         return Calibration(
-            device_timer(runner, cache, self.num_blocks, self.block_size),
+            device_timer(runner, cache, self.num_blocks, self.block_size, self.ranks.wait),
             config.max_num_seqs,
             self.capacity,
             self.max_model_len,
@@ -315,7 +319,8 @@ class ModelRunner:
         # With a row in each micro-batch inputs take more room than under any plan.
         layout = self.inputs.decode_layout(0, sizes[-1], micro_batches=sizes[-1])
         width = self.model.vocab_shard.size
-        return GraphMemory(sizes, layout.size, width, dtype, self.device)
+        wait = self.ranks.wait_while_starting
+        return GraphMemory(sizes, layout.size, width, dtype, self.device, wait)
 
     def _run_largest_step(self) -> None:
         """Prefill as large as the options allow, in the padding block, and decode's own memory."""
@@ -327,6 +332,7 @@ class ModelRunner:
         # room for the graphs' own memory.
         shape = self.config.max_num_seqs, self.model.vocab_shard.size
         torch.zeros(shape, device=self.device).softmax(-1)
+        self.ranks.wait_while_starting()
 
 
 def _copy_to_host(x: torch.Tensor) -> torch.Tensor:

@@ -72,9 +72,6 @@ class DecodeWorkspace:
     `tuning` is for every launch; None: ``tuning_for`` its size.
 
     NOTE: launches that may run at the same time (two streams) need a workspace each.
-
-    Raises:
-        ValueError: for another head_dim than 32, 64, 128 or 256.
     """
 
     def __init__(
@@ -86,8 +83,6 @@ class DecodeWorkspace:
         device: torch.device | str,
         tuning: DecodeTuning | None = None,
     ) -> None:
-        if head_dim not in (32, 64, 128, 256):
-            raise ValueError(f"head_dim is {head_dim}; it must be 32, 64, 128 or 256")
         self.num_sms = num_sms
         self.tuning = tuning
         programs = num_sms * max(t.ctas_per_sm for t in (PLAIN, TMA, KEYS_FIRST, tuning or PLAIN))

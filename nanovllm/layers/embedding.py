@@ -51,4 +51,5 @@ class VocabEmbedding(nn.Module):
             return zeros if out is None else out.zero_()
         places, held = self.shard.find(token_ids)
         rows = F.embedding(places, self.weight)
-        return torch.mul(rows, held[:, None], out=out)
+        # Not a product: of a weight that is not finite, even zero times it is none.
+        return torch.where(held[:, None], rows, rows.new_zeros(()), out=out)

@@ -91,11 +91,9 @@ class PeerMemory:
         )
         self.gathers = 0
         # NOTE: of another priority, so that it shares no queue with what waits for the very kernel
-        # that is to end. These fills load what a later one needs, which would wait for it, too.
+        # that is to end; and for copies, as a kernel could find no place on an SM beside that one.
         self._side_stream = torch.cuda.Stream(device, priority=-1)
-        for value in (1, 0):
-            self._fill_expired(value)
-        torch.cuda.synchronize(device)
+        self._one = torch.ones(1, dtype=torch.int32).pin_memory()
 
     def part(self, turn: int, first: int, rows: int) -> Tensor | None:
         """Where to write a partial sum of so many rows; None: there is no room for it.
@@ -166,11 +164,8 @@ class PeerMemory:
 
     def expire(self) -> None:
         """Lets a kernel that waits for a peer end; nothing after that is valid."""
-        self._fill_expired(1)
-
-    def _fill_expired(self, value: int) -> None:
         with torch.cuda.stream(self._side_stream), torch.inference_mode():
-            self.peers.expired.fill_(value)
+            self.peers.expired.copy_(self._one, non_blocking=True)
 
     def disconnect(self) -> None:
         """Gives up the memory of the others; may be called twice."""

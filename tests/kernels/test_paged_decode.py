@@ -118,8 +118,3 @@ def test_tile_offsets():
     assert offsets.dtype == np.int32
     assert offsets.tolist() == [0, 1, 2, 4, 8]
     assert paged_decode.tile_offsets(np.array([65, 0, 0])).tolist() == [0, 2, 2, 2]
-
-
-def test_a_head_that_the_kernel_cannot_serve_is_refused():
-    with pytest.raises(ValueError, match="head_dim is 80"):
-        paged_decode.DecodeWorkspace(4, 4, 2, 80, DEVICE)

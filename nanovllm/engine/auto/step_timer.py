@@ -39,7 +39,11 @@ def settled_seconds(read: Callable[[], float]) -> float:
 
 
 def device_timer(
-    runner: StepRunner, kv_cache: torch.Tensor, num_blocks: int, block_size: int
+    runner: StepRunner,
+    kv_cache: torch.Tensor,
+    num_blocks: int,
+    block_size: int,
+    wait: Callable[[torch.cuda.Event], None],
 ) -> StepTimer:
     """Times decode steps on a CUDA device, from their inputs' copy to their logits.
 
@@ -63,7 +67,7 @@ def device_timer(
                 runner.send(step)
                 runner.run(step)
             end.record()
-            end.synchronize()
+            wait(end)
             return begin.elapsed_time(end) * 1e-3 / count
 
         read(1)  # captures and warms up

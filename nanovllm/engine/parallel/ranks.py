@@ -45,6 +45,7 @@ from nanovllm.engine.parallel.processes import (
 from nanovllm.engine.step_inputs import StepLayout
 from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.layers.peer_memory import MOST_ROWS, PeerMemory
+from nanovllm.utils.device import sm_count
 from nanovllm.utils.joined import join, joined_size, split
 from nanovllm.utils.waiting import complete
 
@@ -205,7 +206,8 @@ class Ranks:
             for other in range(first, first + size)
             if other != own
         )
-        if not self.minimum(int(reachable)):
+        sms = sm_count(self.device)  # a rank lays out its memory by them
+        if not self.minimum(int(reachable)) or self.minimum(sms) != -self.minimum(-sms):
             return
         peers = None
         try:
@@ -237,21 +239,30 @@ class Ranks:
         if self.minimum(found) != -self.minimum(-found):
             raise RuntimeError(f"the ranks' GPUs differ; rank {self.group.rank} has {values}")
 
-    def wait(self, event: torch.cuda.Event) -> None:
+    def wait(self, event: torch.cuda.Event, seconds: float | None = None) -> None:
         """Waits for `event`, which a dead or silent rank would never let happen.
 
         Raises:
-            RankDiedError: then what came before the event is void.
+            RankDiedError: then what came before the event is void. Silence lasts `step_timeout`, or
+                `seconds`.
         """
         if self.group.size == 1:
             event.synchronize()
             return
-        deadline = monotonic() + self.step_timeout
+        seconds = self.step_timeout if seconds is None else seconds
+        deadline = monotonic() + seconds
         while not event.query():
             self.workers.check()
             if monotonic() > deadline:
-                raise silence(self.step_timeout)
+                raise silence(seconds)
         self.workers.check()
+
+    def wait_while_starting(self) -> None:
+        """Waits for all on this GPU, while other ranks may still compile what they need for it."""
+        event = torch.cuda.Event()
+        event.record()
+        self.wait(event, LOAD_SECONDS)
+        torch.cuda.synchronize(self.device)
 
     def mark_silence(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens of a step on the device; others, that `check_silence` knows, if they are void."""

@@ -255,12 +255,13 @@ class ModelRunner:
         self, tokens: torch.Tensor, scores: Scores | None
     ) -> tuple[torch.Tensor, Scores | None, torch.cuda.Event | None]:
         """The same on the host, valid after the event."""
-        if self.device.type != "cuda" or (not len(tokens) and scores is None):
+        if self.device.type != "cuda":
             return tokens, scores, None
         if len(tokens):
             tokens = _copy_to_host(self.ranks.mark_silence(tokens))
         if scores is not None:
             scores = Scores(*map(_copy_to_host, scores))
+        # Also of a step without tokens: a queue of those is not one silent step.
         done = torch.cuda.Event()
         done.record()
         return tokens, scores, done

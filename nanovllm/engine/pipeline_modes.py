@@ -134,7 +134,7 @@ def _make_lanes(
         return plan, [torch.cuda.Stream(device) for _ in plan.lanes]
     names = [f"pipeline_{lane.name}_sm_count" for lane in plan.lanes]
     wanted = [lane.sms or 1 for lane in plan.lanes]
-    # NOTE: `push` registers before it calls anything, so no interrupt comes between.
+    # `push` registers at once; `enter_context` would call more before, and an interrupt may come.
     partitions = undo.push(Partitions(device, wanted, names))
     attention = plan.lanes.index(plan.lane_of(ATTENTION))
     for i, sms in enumerate(partitions.sms):

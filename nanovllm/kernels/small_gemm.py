@@ -28,6 +28,7 @@ _BLOCK = 64  # inner elements of a warp's step
 _STAGES = 5
 # Each program reads the values of all tokens, from L2: of so many, a third of its weights or more.
 _MANY_VALUES = 5 * 4096
+_ONE_WAVE = 4096  # features for which all programs run at once, with 16 each and 2 on an SM
 # Of a weight, behind an all-reduce; L2 has 50 MB on an H100, 60 on an H200.
 _PREFETCH_BYTES = 32 << 20
 
@@ -100,7 +101,9 @@ def linear_add_norm(
 
 def _rows(features: int, gated: bool = False, values: int = 0) -> int:
     """Features of a program: so few that an SM has two programs, but not below 8."""
-    return 8 if features <= 2048 or (gated and values < _MANY_VALUES) else 16
+    if gated:  # twice the rows of weight
+        return 16 if values >= _MANY_VALUES and 2048 < features <= _ONE_WAVE else 8
+    return 8 if features <= 2048 else 16
 
 
 def _prefetch_length(weight: Tensor) -> int:

@@ -262,7 +262,7 @@ class Ranks:
         event = torch.cuda.Event()
         event.record()
         self.wait(event, LOAD_SECONDS)
-        torch.cuda.synchronize(self.device)
+        torch.cuda.synchronize()
 
     def mark_silence(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens of a step on the device; others, that `check_silence` knows, if they are void."""

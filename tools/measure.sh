@@ -96,10 +96,10 @@ large_turns() {
   turn large 2 --shape 8B --batch 256 $decode 992
   turn best 2 --shape 8B --batch 1024 --context 480 $split green
 }
-nano_turns() { turn nano 3 --workload nano; }
+nano_turns() { turn nano 2 --workload nano; }
 small_turns() {
-  turn one 3 --shape 0.6B --batch 1 $decode 640; turn eight 2 --shape 0.6B --batch 8 $decode 640
-  turn many 2 --shape 0.6B --batch 512 $decode 568
+  turn one 2 --shape 0.6B --batch 1 $decode 640; turn eight 2 --shape 0.6B --batch 8 $decode 640
+  turn many 1 --shape 0.6B --batch 512 $decode 568
 }
 turns() { on 0 large_turns; on 1 nano_turns; wait; on 0 small_turns; wait; }
 
@@ -108,13 +108,16 @@ of_ranks() {
   bench "ranks-$1-eight" 90 --shape 8B --tensor-parallel-size "$1" --batch 8 $decode 640
   bench "ranks-$1-one" 90 --shape 8B --tensor-parallel-size "$1" --batch 1 $decode 640
 }
+short_of_ranks() {  # says whether the GPUs are idle between steps
+  bench "ranks-$1-short" 120 --workload throughput --shape 8B --requests short --tensor-parallel-size "$1"
+}
 between() {
   job "all-reduce-$1" 120 python tests/gpu/time_all_reduce.py --ranks "$1" --json "$out/all-reduce-$1.json"
   job "sampling-$1" 120 python tests/gpu/time_sampling.py --ranks "$1" --json "$out/sampling-$1.json"
 }
 ranks() {
   on 0,1 "of_ranks 2"; on 2 "of_ranks 1"; wait
-  of_ranks 4; between 4
+  of_ranks 4; short_of_ranks 4; between 4
   on 0,1 "between 2"; wait
 }
 

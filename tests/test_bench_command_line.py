@@ -44,7 +44,7 @@ class TestRefusals:
             (["--map", "--splits", "36-96"], ["--splits", "36-96", "36+96"]),
             (["--map", "--shapes", "tiny", "8B", "--layers", "2"], ["--layers"]),
             (["--map", "--plot", "map.pdf"], ["--plot", "map.pdf", ".png"]),
-            (["--map", "--from", "nowhere.json"], ["--from", "nowhere.json"]),
+            (["--map", "--from", "nowhere.json"], ["nowhere.json", "missing"]),
             (["--map", "--json", "m.png", "--plot", "m.png"], ["--json", "--plot", "different"]),
             (["--timeline", "s.json", "--json", "./s.json"], ["--timeline", "different"]),
             (["--map", "--from", "s.json", "--json", "s.json"], ["--from", "different"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +43,15 @@ def draw_map(record: Record, path: Path) -> None:
     figure = Figure(figsize=(max(width, NARROWEST), height), layout="constrained")
     panels = figure.subplots(len(fields) * lines, columns, squeeze=False)
     colors = ScalarMappable(Normalize(1 - FULL_COLOR, 1 + FULL_COLOR), "RdBu")
-    for panel in panels.flat:
-        panel.set_visible(False)
-    for i, field in enumerate(fields):
-        of_field = panels[i * lines : (i + 1) * lines].flat
-        for panel, (name, of_shape) in zip(of_field, shapes.items(), strict=False):
-            panel.set_visible(True)
-            draw_panel(panel, of_shape, field, colors)
+    names = [*shapes, *[None] * (lines * columns - len(shapes))]  # each field fills its lines
+    for panel, (field, name) in zip(panels.flat, product(fields, names), strict=True):
+        if name is None:
+            panel.set_visible(False)
+        else:
+            draw_panel(panel, shapes[name], field, colors)
             panel.set_title(f"{name}: {PANELS[field]}", fontsize=10)
-        for row in panels[i * lines : (i + 1) * lines]:
-            row[0].set_ylabel("sequences", fontsize=9)
-            row[0].set_xlabel("tokens of context", fontsize=9)
-    figure.supxlabel(LEGEND, fontsize=9)
+    figure.supylabel("sequences", fontsize=9)
+    figure.supxlabel(f"tokens of context\n{LEGEND}", fontsize=9)
     shrink = min(1.0, 4 / height)
     bar = figure.colorbar(colors, ax=panels, extend="both", shrink=shrink, aspect=20, pad=0.01)
     bar.ax.tick_params(labelsize=8)

@@ -37,7 +37,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "model": {"metavar": "DIR", "help": "a checkpoint instead: directory or hub id"},
     "layers": {**COUNT, "help": "of a shape; default: all, growing 14"},
     "tensor-parallel-size": {**COUNT, "help": "ranks, a GPU each"},
-    "enforce-eager": {"action": "store_true", "help": "without CUDA graphs"},
     "sync": {"action": "store_true", "help": "start no step before the last one's tokens came"},
     # The modes.
     "mode": {"choices": PIPELINE_MODES, "help": "of the one run"},
@@ -72,7 +71,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-ENGINE = {"layers": None, "tensor-parallel-size": 1, "enforce-eager": False, "sync": False}
+ENGINE = {"layers": None, "tensor-parallel-size": 1, "sync": False}
 MODEL = {"shape": "0.6B", "model": None, **ENGINE}
 SPLIT = {"attention-sms": None, "ffn-sms": None}
 REQUESTS = {

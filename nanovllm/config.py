@@ -105,7 +105,7 @@ class Config:
     if not TYPE_CHECKING:  # a type checker that saw it would let any name be set
 
         def __setattr__(self, name: str, value: Any) -> None:
-            object.__setattr__(self, name, check(self, name, value))
+            object.__setattr__(self, name, check(type(self), name, value))
 
 
 class ConfigOptions(TypedDict, total=False):

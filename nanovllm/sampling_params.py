@@ -169,7 +169,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = check(self, field.name, getattr(self, field.name))
+            value = check(type(self), field.name, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
         given = [name for name in STRUCTURES if getattr(self, name) is not None]
         if len(given) > 1:

@@ -25,7 +25,7 @@ FIELD_NAMES = list(
         name
         for fields in [
             *[entry.fields for entry in ARCHITECTURES],
-            *[COMMON_FIELDS, *[own for own, _ in ROPES.values()]],
+            *[COMMON_FIELDS, *ROPES.values()],
         ]
         for name in fields
     )

@@ -110,4 +110,4 @@ def test_the_users_folder(tmp_path, monkeypatch):
     cache.write({"a": 1}, 2)
     assert cache.read({"a": 1}) == 2
     written = json.loads(next((tmp_path / ".cache" / "nano-vllm").iterdir()).read_text())
-    assert written == {"key": {"a": 1}, "value": 2}
+    assert written == 2

@@ -198,7 +198,7 @@ def test_absent_fields_have_the_defaults_of_transformers(model_type):
         assert getattr(ours, name) == getattr(theirs, name), name
     eos = [] if theirs.eos_token_id is None else [theirs.eos_token_id]
     assert list(ours.eos_token_ids) == eos
-    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert ours.rope.parameters["rope_theta"] == theirs.rope_parameters["rope_theta"]
 
 
 def test_old_and_new_spellings_mean_the_same():
@@ -220,7 +220,8 @@ def test_llama_3_is_understood_as_published():
     new = {"rope_parameters": {**LLAMA3, "rope_theta": 500_000.0}}
     assert config == parse_config(config_fields("llama", **new, eos_token_id=eos))
     assert config.eos_token_ids == tuple(eos)
-    assert (config.rope.theta, config.rope.factor) == (500_000.0, 8.0)
+    rope = config.rope.parameters
+    assert (rope["rope_theta"], rope["factor"]) == (500_000.0, 8.0)
     assert config.usable_length == 256
     assert (config.qk_norm, config.qkv_bias, config.o_bias) == (False, False, False)
 
@@ -233,9 +234,10 @@ def test_the_default_eos_counts_only_where_no_file_has_one():
 def test_what_rope_scaling_lacks_is_not_taken_from_rope_parameters():
     scaling = {"rope_type": "yarn", **YARN}
     both = {"rope_scaling": scaling, "rope_parameters": {"rope_theta": 5e5, "beta_fast": 8}}
-    rope = parse_config(config_fields(**both)).rope
-    assert (rope.theta, rope.beta_fast) == (10_000.0, 32.0)
-    assert parse_config(config_fields(**both, rope_theta=1e6)).rope.theta == 1e6
+    rope = parse_config(config_fields(**both)).rope.parameters
+    assert (rope["rope_theta"], rope["beta_fast"]) == (10_000.0, None)
+    rope = parse_config(config_fields(**both, rope_theta=1e6)).rope.parameters
+    assert rope["rope_theta"] == 1e6
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 from nanovllm.logprobs import Logprob
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.options import rule_of, short
+from nanovllm.utils.options import check, short
 
 # What OpenAI says of a token that is next to impossible; JSON knows no infinity.
 LOWEST = -9999.0
@@ -22,11 +22,7 @@ def take_chat_fields(fields: dict[str, Any]) -> None:
         raise ValueError(f"logprobs={short(wanted)} is not allowed: in a chat it is True or False")
     if count is not None and not wanted:
         raise ValueError(f"top_logprobs={short(count)} is not allowed without logprobs=True")
-    try:
-        count = rule_of(SamplingParams, "logprobs")(count)
-    except ValueError as allowed:
-        message = f"top_logprobs={short(count)} is not allowed: it must be {allowed}"
-        raise ValueError(message) from None
+    count = check(SamplingParams, "logprobs", count, called="top_logprobs")
     if wanted:
         fields["logprobs"] = count or 0
 

@@ -158,3 +158,8 @@ def make_step_runner(runner: ModelRunner, mode: str, split: Split | None) -> Ste
 def timed_arms(arms: Iterable[Arm], batch: int) -> list[Arm]:
     """Those that run steps of `batch` sequences as asked for."""
     return [arm for arm in arms if arm.fallback_reason(batch) is None]
+
+
+def plan_of_auto(arms: Iterable[Arm]) -> str | None:
+    """The plan that auto has in use, if it is among the arms and has a planner."""
+    return next((arm.plan for arm in arms if arm.mode == AUTO), None)

@@ -46,7 +46,6 @@ def start_engine(
             options["load_format"], name = "dummy", f"Qwen3-{args.shape}"
         options = {
             "device": str(args.device),
-            "enforce_eager": args.enforce_eager,
             "async_scheduling": not args.sync,
             "tensor_parallel_size": args.tensor_parallel_size,
         } | options

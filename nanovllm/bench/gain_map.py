@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from nanovllm.bench import BenchError, DoesNotFit, report
-from nanovllm.bench.arms import AUTO, Arm, Specs, arm_specs, timed_arms
+from nanovllm.bench.arms import Arm, Specs, arm_specs, plan_of_auto, timed_arms
 from nanovllm.bench.gains import describe
 from nanovllm.bench.pictures import draw_map as draw
 from nanovllm.bench.report import Record
@@ -105,16 +105,13 @@ def measure_shape(
 def measure_point(
     engine: LLMEngine, arms: Sequence[Arm], batch: int, context: int, seconds: float
 ) -> Record:
-    """The record of one point: step times of all arms that do not fall back.
-
-    "plan" is the one that auto has in use at the end, if it has a planner.
-    """
+    """The record of one point: step times of all arms that do not fall back; auto's plan after."""
     try:
         DecodeWorkload(batch, context, LONGEST_OUTPUT).check_fits(engine)
     except DoesNotFit as error:
         return unmeasured_point(batch, context, str(error))
     timed = timed_arms(arms, batch)
-    first = run_turns(engine, timed, [DecodeWorkload(batch, context, FIRST_OUTPUT)], 1)
+    first = run_turns(engine, timed, DecodeWorkload(batch, context, FIRST_OUTPUT), 1)
     fastest = min(median(turn.seconds) for turn in first)
     output, rounds = plan_turns(fastest, seconds, len(timed))
     workload = DecodeWorkload(batch, context, output)
@@ -123,8 +120,8 @@ def measure_point(
         "context": context,
         "reason": None,
         "output": output,
-        "arms": step_times(run_turns(engine, timed, [workload], rounds)),
-        "plan": next((arm.plan for arm in timed if arm.mode == AUTO), None),
+        "arms": step_times(run_turns(engine, timed, workload, rounds)),
+        "plan": plan_of_auto(timed),
     }
 
 

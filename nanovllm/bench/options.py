@@ -37,7 +37,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "model": {"metavar": "DIR", "help": "a checkpoint instead: directory or hub id"},
     "layers": {**COUNT, "help": "of a shape; default: all, growing 14"},
     "tensor-parallel-size": {**COUNT, "help": "ranks, a GPU each"},
-    "enforce-eager": {"action": "store_true", "help": "without CUDA graphs"},
     "sync": {"action": "store_true", "help": "start no step before the last one's tokens came"},
     # The modes.
     "mode": {"choices": PIPELINE_MODES, "help": "of the one run"},
@@ -47,8 +46,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ffn-sms": {**COUNT, "help": "of the FFN lane; default: about 72%% of the device"},
     "splits": {"nargs": "+", "type": split, "metavar": "A+F", "help": "SMs of attention and FFN "
                "in mode green, which is compared with each; default: those that auto tries"},
-    "seconds": {"type": number(float, 0.001), "metavar": "S", "help": "of measured steps a mode"},
-    "rounds": {**COUNT, "help": "how often, for each mode"},
+    "seconds": {"type": number(float, 0.001), "metavar": "S", "help": "of measured steps a mode, "
+                "at each place"},
     "timeline": {"type": output(".png", ".json"), "metavar": "FILE",
                  "help": "draw (.png) or trace (.json) a step of the last mode"},
     "power": {"action": "store_true", "help": "watts, SM clock and joules a step"},
@@ -72,7 +71,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-ENGINE = {"layers": None, "tensor-parallel-size": 1, "enforce-eager": False, "sync": False}
+ENGINE = {"layers": None, "tensor-parallel-size": 1, "sync": False}
 MODEL = {"shape": "0.6B", "model": None, **ENGINE}
 SPLIT = {"attention-sms": None, "ffn-sms": None}
 REQUESTS = {
@@ -87,7 +86,7 @@ WORKLOADS: dict[str, dict[str, Any]] = {
     },
     "growing": {
         **MODEL, **SPLIT, "batch": 512, "context": 128, "until": 4096, "stages": 16, "output": 24,
-        "rounds": 2, "splits": None, "modes": (SEQUENTIAL, GREEN, "auto"),
+        "seconds": 0.3, "splits": None, "modes": (SEQUENTIAL, GREEN, "auto"),
     },
     "nano": {**REQUESTS, "max-num-seqs": Config.max_num_seqs},
     "throughput": REQUESTS,

@@ -16,6 +16,7 @@ import torch
 
 from nanovllm.bench import BenchError
 from nanovllm.utils.device import sm_count
+from nanovllm.utils.json_files import read_object
 
 Record = dict[str, Any]
 PACKAGES = ("torch", "triton", "transformers", "cuda-bindings")
@@ -106,10 +107,7 @@ def read_record(path: Path, benchmark: str) -> Record:
     Raises:
         BenchError: there is no such file, or it holds no record of that benchmark.
     """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BenchError(f"--from {path} cannot be read: {error}") from error
-    if not isinstance(record, dict) or record.get("benchmark") != benchmark:
-        raise BenchError(f"--from {path} does not hold the JSON object of a --{benchmark} run")
+    record = read_object(path, BenchError)
+    if record.get("benchmark") != benchmark:
+        raise BenchError(f"{path} does not hold the JSON object of a --{benchmark} run")
     return record

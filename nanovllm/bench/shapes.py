@@ -13,23 +13,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+# What all sizes have in common, but for the defaults of transformers.
 COMMON: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
-    "attention_bias": False,
     "bos_token_id": 151643,
     "eos_token_id": 151645,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "initializer_range": 0.02,
     "max_position_embeddings": 40960,
     "model_type": "qwen3",
     "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
     "rope_theta": 1000000,
     "torch_dtype": "bfloat16",
-    "use_sliding_window": False,
-    "vocab_size": 151936,
 }
 
 # hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, tie_word_embeddings

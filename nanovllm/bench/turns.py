@@ -122,14 +122,13 @@ def run_turn(engine: LLMEngine, workload: DecodeWorkload) -> list[float]:
 
 
 def run_turns(
-    engine: LLMEngine, arms: Sequence[Arm], workloads: Sequence[DecodeWorkload], rounds: int
+    engine: LLMEngine, arms: Sequence[Arm], workload: DecodeWorkload, rounds: int
 ) -> Iterator[Turn]:
-    """In each round, every arm once: a turn of each workload."""
+    """In each round, a turn of every arm."""
     for number in range(rounds):
         for arm in in_order(arms, number):
             arm.activate()
-            for workload in workloads:
-                yield Turn(arm, run_turn(engine, workload), time.time())
+            yield Turn(arm, run_turn(engine, workload), time.time())
 
 
 def measure(
@@ -139,13 +138,14 @@ def measure(
 
     None of the arms may fall back.
     """
-    warm_up = run_turns(engine, arms, [workload], WARM_UP_ROUNDS)
-    warm_up = tqdm(warm_up, "Warming up", WARM_UP_ROUNDS * len(arms), unit="turn")
+    warm_up = run_turns(engine, arms, workload, WARM_UP_ROUNDS)
+    count = WARM_UP_ROUNDS * len(arms)
+    warm_up = tqdm(warm_up, "Warming up", count, unit="turn", leave=False)
     last = {turn.arm.label: sum(turn.seconds) for turn in warm_up}
     rounds = count_rounds(seconds, min(last.values()), len(arms))
-    turns = run_turns(engine, arms, [workload], rounds)
+    turns = run_turns(engine, arms, workload, rounds)
     so_far: list[Turn] = []
-    for turn in tqdm(turns, "Measuring", rounds * len(arms), unit="turn"):
+    for turn in tqdm(turns, "Measuring", rounds * len(arms), unit="turn", leave=False):
         so_far.append(turn)
         if len(so_far) % len(arms) == 0:
             yield so_far

@@ -8,7 +8,7 @@ from typing import Any
 from nanovllm.models.rules import UnsupportedModelError
 from nanovllm.sampling_params import SamplingOptions, SamplingParams
 from nanovllm.utils.json_files import is_there, read_object
-from nanovllm.utils.options import rule_of, short
+from nanovllm.utils.options import check
 
 FILE = "generation_config.json"
 # Fields of the file that vLLM takes, too, by the fields of `SamplingParams`. As in vLLM `do_sample`
@@ -41,10 +41,9 @@ def sampling_defaults(directory: Path, source: str) -> SamplingOptions:
         if value is None:
             continue
         try:
-            defaults[name] = rule_of(SamplingParams, name)(value)
-        except ValueError as allowed:
+            defaults[name] = check(SamplingParams, name, value, called=there)
+        except ValueError as error:
             raise UnsupportedModelError(
-                f"{path}: {there}={short(value)} is not allowed: it must be {allowed}; "
-                "generation_config='none' would ignore it"
+                f"{path}: {error}; generation_config='none' would ignore it"
             ) from None
     return SamplingOptions(**defaults)  # type: ignore[typeddict-item]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from nanovllm.layers.rotary_embedding import Llama3Rope, Rope, YarnRope
+from nanovllm.layers.rotary_embedding import Rope
 from nanovllm.models.rules import (
     BOOLEAN,
     NULL,
@@ -19,7 +18,7 @@ from nanovllm.models.rules import (
     one_of,
 )
 
-LENGTH, ORIGINAL = "max_position_embeddings", "original_max_position_embeddings"
+ORIGINAL = "original_max_position_embeddings"
 
 COMMON_FIELDS: Fields = {
     "rope_theta": (POSITIVE, 10_000.0),
@@ -45,6 +44,10 @@ LLAMA3_FIELDS: Fields = {
 }
 
 
+# By rope_type: the fields of its own.
+ROPES: dict[str, Fields] = {"default": {}, "yarn": YARN_FIELDS, "llama3": LLAMA3_FIELDS}
+
+
 def parse_rope(
     fields: Mapping[str, Any], values: Mapping[str, Any], types: Collection[str]
 ) -> Rope:
@@ -59,61 +62,17 @@ def parse_rope(
     if "rope_theta" in fields:
         rope["rope_theta"] = fields["rope_theta"]
     rope.update(given)
-    rope.setdefault(ORIGINAL, values[LENGTH])
+    rope.setdefault(ORIGINAL, values["max_position_embeddings"])
     if ORIGINAL in fields:
         rope[ORIGINAL] = fields[ORIGINAL]
-    kind = check_fields(rope, {"rope_type": (one_of(*types), "default")})["rope_type"]
-    own_fields, make = ROPES[kind]
-    checked = check_fields(rope, COMMON_FIELDS | own_fields)
-    return make(checked | {LENGTH: values[LENGTH]})
-
-
-def _yarn(values: Mapping[str, Any]) -> YarnRope:
-    if values["rope_theta"] == 1:
+    checked = check_fields(rope, {"rope_type": (one_of(*types), "default")})
+    checked |= check_fields(rope, COMMON_FIELDS | ROPES[checked["rope_type"]])
+    if checked["rope_type"] == "yarn" and checked["rope_theta"] == 1:
         raise UnsupportedModelError("config.json: rope_theta=1 is not supported with YaRN")
-    factor = values["factor"] or values[LENGTH] / values[ORIGINAL]
-    return YarnRope(
-        theta=values["rope_theta"],
-        attention_factor=values["attention_factor"] or _yarn_attention_factor(values, factor),
-        factor=factor,
-        original_max_position=values[ORIGINAL],
-        beta_fast=values["beta_fast"] or 32.0,
-        beta_slow=values["beta_slow"] or 1.0,
-        truncate=values["truncate"],
-    )
-
-
-def _yarn_attention_factor(values: Mapping[str, Any], factor: float) -> float:
-    """YaRN (https://arxiv.org/abs/2309.00071), equation 22."""
-
-    def magnitude(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-    mscale, mscale_all = values["mscale"], values["mscale_all_dim"]
-    if mscale and mscale_all:
-        return magnitude(mscale) / magnitude(mscale_all)
-    return magnitude(1.0)
-
-
-def _llama3(values: Mapping[str, Any]) -> Llama3Rope:
-    low, high = values["low_freq_factor"], values["high_freq_factor"]
+    low, high = checked.get("low_freq_factor", 0), checked.get("high_freq_factor", 1)
     if high <= low:
         raise UnsupportedModelError(
             f"config.json: high_freq_factor={high:g} is not supported: it must be above "
             f"low_freq_factor={low:g}"
         )
-    return Llama3Rope(
-        theta=values["rope_theta"],
-        factor=values["factor"],
-        original_max_position=values[ORIGINAL],
-        low_freq_factor=low,
-        high_freq_factor=high,
-    )
-
-
-# By rope_type: the fields of its own, and what makes the rope of all values.
-ROPES: dict[str, tuple[Fields, Callable[[Mapping[str, Any]], Rope]]] = {
-    "default": ({}, lambda values: Rope(values["rope_theta"])),
-    "yarn": (YARN_FIELDS, _yarn),
-    "llama3": (LLAMA3_FIELDS, _llama3),
-}
+    return Rope(checked, values["max_position_embeddings"])

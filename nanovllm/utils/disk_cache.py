@@ -1,8 +1,8 @@
 """Small JSON values kept on disk between runs: what was measured once on this machine.
 
-A value belongs to a key, an object that says what the value depends on. The key's hash is in the
-file's name and the key itself in the file, where it is compared. A cache may always be lost: what
-cannot be read is not there, what cannot be written is not kept, and either is only a warning.
+A value belongs to a key, an object that says what the value depends on; its hash is the file's
+name. A cache may always be lost: what cannot be read is not there, what cannot be written is not
+kept, and either is only a warning.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 4 << 20  # of a file; what is longer is cut off, and so no JSON
-# What reading, parsing, comparing and writing may raise: RuntimeError for a user without a home
-# directory and for deep nesting, ValueError for what is no JSON and for paths that cannot be.
-FAILURES = (OSError, RuntimeError, ValueError, TypeError, AttributeError, MemoryError)
+# What reading, parsing and writing may raise: RuntimeError for a user without a home directory and
+# for deep nesting, ValueError for what is no JSON and for paths that cannot be.
+FAILURES = (OSError, RuntimeError, ValueError, MemoryError)
 
 
 def cache_folder() -> Path:
@@ -45,8 +45,9 @@ class DiskCache:
 
     def path(self, key: Mapping[str, Any]) -> Path:
         """The file of that key, whether it exists or not."""
-        digest = hashlib.sha256(_canonical(key).encode()).hexdigest()
-        return (self.folder or cache_folder()) / f"{self.name}-{digest[:16]}.json"
+        text = json.dumps(key, sort_keys=True, allow_nan=False)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return (self.folder or cache_folder()) / f"{self.name}-{digest}.json"
 
     def read(self, key: Mapping[str, Any]) -> Any:
         """The value written under that key, or by whoever can; None if none can be read."""
@@ -55,10 +56,7 @@ class DiskCache:
             if not S_ISREG(path.stat().st_mode):  # another may block, or never end
                 raise ValueError(f"{path} is no regular file")
             with path.open("rb") as file:
-                entry = json.loads(file.read(MAX_BYTES))
-            if entry.keys() != {"key", "value"} or _canonical(entry["key"]) != _canonical(key):
-                raise ValueError("the file does not hold this key and a value")
-            return entry["value"]
+                return json.loads(file.read(MAX_BYTES))
         except FileNotFoundError:
             return None
         except FAILURES as error:
@@ -67,7 +65,7 @@ class DiskCache:
 
     def write(self, key: Mapping[str, Any], value: Any) -> None:
         """Keeps a value under that key; TypeError or ValueError if either is no plain JSON."""
-        text = json.dumps({"key": key, "value": value}, allow_nan=False)
+        text = json.dumps(value, allow_nan=False)
         try:
             _replace(self.path(key), text)
         except FAILURES as error:
@@ -93,8 +91,3 @@ def _replace(path: Path, text: str) -> None:
         with suppress(OSError):  # what is on its way says more
             os.unlink(temporary)
         raise
-
-
-def _canonical(key: Any) -> str:
-    """The same text for equal keys, in whatever order their fields are."""
-    return json.dumps(key, sort_keys=True, allow_nan=False)

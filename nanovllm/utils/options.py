@@ -41,13 +41,17 @@ def rule_of(cls: type, name: str) -> Rule:
     raise TypeError(f"{cls.__name__} has no option {short(name)}{hint}")
 
 
-def check(options: object, name: str, value: Any) -> Any:
-    """A value for field `name` of `options`, normalised; ValueError if it is not allowed."""
-    rule = rule_of(type(options), name)
+def check(cls: type, name: str, value: Any, called: str | None = None) -> Any:
+    """A value for field `name` of a dataclass, normalised; ValueError if it is not allowed.
+
+    `called`: its name where it was given; default: the same.
+    """
+    rule = rule_of(cls, name)
     try:
         return rule(value)
     except ValueError as allowed:
-        raise ValueError(f"{name}={short(value)} is not allowed: it must be {allowed}") from None
+        given = f"{called or name}={short(value)}"
+        raise ValueError(f"{given} is not allowed: it must be {allowed}") from None
 
 
 def hinting(cls: type[T]) -> type[T]:

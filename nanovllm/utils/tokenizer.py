@@ -12,11 +12,9 @@ if TYPE_CHECKING:
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 VOCAB, MERGES = "vocab.json", "merges.txt"
-MORE_JSON = ("special_tokens_map.json", "added_tokens.json", "chat_template.json")
-JSON_FILES = (TOKENIZER, CONFIG, VOCAB, *MORE_JSON)
-TEXT_FILES = (MERGES, "chat_template.jinja")
 # Vocabularies in other forms, which transformers may be able to convert.
-OTHER_FILES = ("tokenizer.model", "vocab.txt")
+OTHERS = ("tokenizer.model", "vocab.txt")
+MORE = ("special_tokens_map.json", "added_tokens.json", "chat_template.json", "chat_template.jinja")
 # A trace of where the tokenizer was saved.
 NEVER_OPENED = ("special_tokens_map_file",)
 
@@ -31,9 +29,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
     Raises:
         TokenizerError: a file of it is damaged, or missing among the others.
     """
-    names = [*JSON_FILES, *TEXT_FILES, *OTHER_FILES]
-    found = [name for name in names if is_there(directory / name)]
-    if not {TOKENIZER, CONFIG, VOCAB, MERGES, *OTHER_FILES} & set(found):
+    vocabularies = (TOKENIZER, CONFIG, VOCAB, MERGES, *OTHERS)
+    found = [name for name in (*vocabularies, *MORE) if is_there(directory / name)]
+    if not {*vocabularies} & {*found}:
         return None
     _check_files(directory, found)
     # Imported late: transformers takes seconds, and dummy weights do without it.
@@ -55,19 +53,17 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
 
 def _check_files(directory: Path, found: list[str]) -> None:
     """Each file is readable and of its format, and none that belongs with another is missing."""
-    for name in found:
-        path = directory / name
-        if name in JSON_FILES:
-            fields = read_object(path, TokenizerError)
-            if name == CONFIG:
-                _refuse_paths(path, fields)
-        elif name in TEXT_FILES:
-            read_text(path, TokenizerError)
-        else:
+    templates = sorted(directory.glob("additional_chat_templates/*.jinja"))
+    for path in [*(directory / name for name in found), *templates]:
+        if path.name in OTHERS:
             check_file(path, TokenizerError)
-    for path in sorted(directory.glob("additional_chat_templates/*.jinja")):
-        read_text(path, TokenizerError)
-    if TOKENIZER in found or set(OTHER_FILES) & set(found):
+        elif path.name == CONFIG:
+            _refuse_paths(path, read_object(path, TokenizerError))
+        elif path.suffix == ".json":
+            read_object(path, TokenizerError)
+        else:
+            read_text(path, TokenizerError)
+    if {TOKENIZER, *OTHERS} & {*found}:
         return
     # transformers takes a missing half for an empty one, and would split text another way.
     for name in (VOCAB, MERGES):

@@ -96,7 +96,10 @@ def test_ranks_agree_with_one_rank_under_torchrun(tmp_path, size, shapes):
 
 PLAIN = """
 import sys
+from pathlib import Path
 from nanovllm import LLM
+
+sys.path.append(Path("imports pass over what is no text"))
 
 def engine():
     llm = LLM(sys.argv[1], device="cpu", tensor_parallel_size=2, max_model_len=64)

@@ -327,19 +327,19 @@ class Ranks:
             self._guard.part()
             self._guard.join(END_SECONDS)
         self.workers.end(END_SECONDS)
-        groups, self.groups = self.groups, None
-        peers, self.group = self.group.peers, ParallelGroup(self.group.rank, self.group.size)
         try:
-            if peers is not None:
-                peers.close()
+            if self.group.peers is not None:
+                self.group.peers.close()
         except RuntimeError as error:
             if not self.broken:
                 raise
             # What broke it is being told; the memory of a rank that is gone may give any error.
             logger.warning("Shared memory was not given back: %s", error)
         finally:
-            groups.close()
+            self.groups.close()
             shutil.rmtree(self.meeting, ignore_errors=True)
+        # Only now, so that a close that was interrupted can be repeated.
+        self.group, self.groups = ParallelGroup(self.group.rank, self.group.size), None
 
     def _meet(self, path: str, rank: int, config: Config, device: torch.device) -> None:
         if device.type == "cuda":
@@ -404,7 +404,7 @@ class Ranks:
             if self.group.peers is not None:
                 self.group.peers.disconnect()
             dist.all_reduce(stop, group=self.control, async_op=True).wait(patience)
-        except RuntimeError:  # one has died or does not listen
+        except (RuntimeError, ValueError):  # one has died or does not listen, or all have left
             self.break_off()
 
     def _broadcast(self, tensor: torch.Tensor) -> dist.Work:

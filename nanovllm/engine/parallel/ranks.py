@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -376,7 +377,13 @@ class Ranks:
         If one has, the thread that waits is left behind: nothing can wake it.
         """
         outcome = run_in_thread(task)
-        self._wait_until(outcome.done, "meet")
+        try:
+            self._wait_until(outcome.done, "meet")
+        except RankDiedError:
+            raise
+        except BaseException:  # an interrupt: the workers live, so the task will end
+            futures.wait([outcome], END_SECONDS)
+            raise
         if outcome.exception() is not None:
             death = self.workers.await_dead_worker(DEATH_SECONDS)
             if death is not None:

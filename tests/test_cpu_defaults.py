@@ -37,6 +37,15 @@ def test_request_after_request_writes_the_same_blocks(enable_prefix_caching):
     assert written == (7 if enable_prefix_caching else 3)
 
 
+@pytest.mark.parametrize("count", [2, 100])
+def test_as_many_run_at_a_time_as_may(count):
+    with LLM(device="cpu", max_num_seqs=count, max_model_len=16, kvcache_block_size=16) as llm:
+        for i in range(count):
+            llm.add_request([i + 2], max_tokens=3, ignore_eos=True)
+        llm.step()
+        assert len(llm.scheduler.running) == count
+
+
 def test_a_small_model_runs_on_one_thread_and_leaves_the_callers_alone():
     found, before = [], torch.get_num_threads()
     torch.set_num_threads(2)

@@ -3,8 +3,8 @@
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
-from nanovllm.utils import hub
 from nanovllm.utils.hub import resolve_model
 from tests.broken_checkpoints import error_of
 
@@ -38,15 +38,26 @@ def test_a_model_that_the_hub_does_not_have_is_named(monkeypatch):
 
 
 def test_only_the_files_of_a_model_are_downloaded(monkeypatch, tmp_path):
-    asked = {}
+    read = [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.model",
+        "merges.txt",
+        "chat_template.jinja",
+        "additional_chat_templates/rag.jinja",
+    ]
+    others = ["README.md", "pytorch_model.bin", "checkpoint-500/model.safetensors", "run.py"]
+    found = []
 
     def download(model, **options):
-        asked.update(options, model=model)
+        assert model == "Qwen/Qwen3-0.6B"
+        found.extend(filter_repo_objects(read + others, **options))
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve_model("Qwen/Qwen3-0.6B") == tmp_path
-    assert asked == {"model": "Qwen/Qwen3-0.6B", "allow_patterns": hub.PATTERNS}
+    assert found == read
 
 
 def test_a_directory_may_begin_with_a_tilde(monkeypatch, tmp_path):

@@ -1,19 +1,26 @@
 """What ranks know of each other and of the model, without any being started."""
 
+import itertools
+import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from nanovllm import LLM
 from nanovllm.config import Config
+from nanovllm.engine.parallel import process_groups
 from nanovllm.engine.parallel.guard import Guard
 from nanovllm.engine.parallel.processes import RankDiedError, Workers
 from nanovllm.engine.parallel.ranks import Ranks, devices_for
 from nanovllm.layers.embedding import VocabEmbedding
 from nanovllm.layers.parallel import ParallelGroup, Shard
+from tests.interrupts import Interrupt, InterruptAt
 
 SECONDS = 10.0  # "within seconds", on a busy machine
 
@@ -124,6 +131,23 @@ def test_each_rank_has_the_kv_head_of_its_query_heads():
     starts = [Shard.of_kv_heads(2, 64, group).start // 64 for group in groups]
     assert starts == [0, 0, 1, 1]
     assert [Shard.of_kv_heads(8, 64, group).size // 64 for group in groups] == [2] * 4
+
+
+def test_a_close_that_was_interrupted_at_any_line_can_be_repeated(tmp_path):
+    for line in itertools.count(1):
+        ranks = Ranks()
+        ranks.meeting = str(tmp_path / str(line))
+        os.mkdir(ranks.meeting)
+        ranks._meet(f"{ranks.meeting}/ranks", 0, Config(), torch.device("cpu"))
+        at = InterruptAt(line, [str(Path(process_groups.__file__).parent)])
+        with suppress(Interrupt), at:
+            ranks.close()
+        ranks.close()
+        assert not dist.is_initialized()
+        assert not os.path.exists(ranks.meeting)
+        if not at.reached:
+            break
+    assert line > 20
 
 
 def test_one_rank_needs_no_collectives():

@@ -9,15 +9,18 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from nanovllm import LLM
 from nanovllm.engine.parallel.processes import RankDiedError
+from nanovllm.engine.parallel.ranks import Ranks
 from tests import engine_tasks, scripts
 from tests.checkpoints import TABLE, OddVocabShape, Shape, prompts
 from tests.engine.cases import PIPELINED, tokens
@@ -96,7 +99,10 @@ def test_ranks_agree_with_one_rank_under_torchrun(tmp_path, size, shapes):
 
 PLAIN = """
 import sys
+from pathlib import Path
 from nanovllm import LLM
+
+sys.path.append(Path("imports pass over what is no text"))
 
 def engine():
     llm = LLM(sys.argv[1], device="cpu", tensor_parallel_size=2, max_model_len=64)
@@ -170,7 +176,24 @@ def test_worker_dies_before_it_joins(model, monkeypatch):
         make_engine(model)
 
 
+@NO_HANG
+def test_an_interrupt_while_the_ranks_meet_leaves_nothing(model, monkeypatch):
+    wait, threads = Ranks._wait_until, threading.active_count()
+
+    def interrupt(ranks, done, what):
+        if what == "meet":
+            raise KeyboardInterrupt
+        wait(ranks, done, what)
+
+    monkeypatch.setattr(Ranks, "_wait_until", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        make_engine(model)
+    assert not dist.is_initialized()
+    assert scripts.wait_for(lambda: threading.active_count() <= threads, SECONDS) is not None
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@NO_HANG
 def test_only_this_machine_can_reach_the_ranks_and_exit_ends_them(model):
     before = scripts.listening_sockets(os.getpid())
     with make_engine(model) as engine:

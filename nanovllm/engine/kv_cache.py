@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from nanovllm.config import Config
+from nanovllm.engine.scheduler import ADMISSION_RESERVE
 from nanovllm.layers.attention import HeadShape
 from nanovllm.utils.device import GIB, check_fits, cpu_memory_errors
 
@@ -55,7 +56,8 @@ def count_blocks(
     if config.num_kvcache_blocks > 0:
         return config.num_kvcache_blocks
     if device.type != "cuda":
-        useful = config.max_num_seqs * -(-max_model_len // config.kvcache_block_size)
+        most = config.max_num_seqs * -(-max_model_len // config.kvcache_block_size)
+        useful = math.ceil((most + 1) / (1 - ADMISSION_RESERVE))  # or the last would wait
         return max(1, min(CPU_LIMIT // block_bytes, useful))
     budget = _free_for_cache(config.gpu_memory_utilization, device, run_largest_step)
     if budget < 2 * block_bytes:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
+IGNORED = ["*/*.safetensors"]  # such as those of training's checkpoints, which are not read
 
 
 def resolve_model(model: str) -> Path:
@@ -28,7 +29,7 @@ def resolve_model(model: str) -> Path:
     )
 
     try:
-        return Path(snapshot_download(model, allow_patterns=PATTERNS))
+        return Path(snapshot_download(model, allow_patterns=PATTERNS, ignore_patterns=IGNORED))
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise FileNotFoundError(
             f"model={model!r} is neither a directory nor a model on the hub that you may read"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -81,12 +81,14 @@ class ProcessGroups:
         self.model.abort()
 
     def close(self) -> None:
-        """Leaves the groups."""
+        """Leaves the groups; may be called twice."""
         if self.owns_default:
-            dist.destroy_process_group()  # and all that were formed in it
-        else:
-            dist.destroy_process_group(self.model)
-            dist.destroy_process_group(self.control)
+            if dist.is_initialized():
+                dist.destroy_process_group()  # and all that were formed in it
+            return
+        for group in (self.model, self.control):
+            with suppress(ValueError):  # has been left
+                dist.destroy_process_group(group)
 
 
 def arrival(path: str, rank: int) -> Path:

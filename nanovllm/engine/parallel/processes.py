@@ -63,7 +63,8 @@ class Workers:
 
     def _start(self, task: WorkerTask) -> None:
         # Modules are found where this process finds them, and nowhere else first.
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        entries = [entry for entry in sys.path if isinstance(entry, str)]  # others find nothing
+        path = os.pathsep.join(entry or os.getcwd() for entry in entries)
         process = subprocess.Popen(
             [sys.executable, "-m", "nanovllm.engine.parallel.worker"],
             stdin=subprocess.PIPE,

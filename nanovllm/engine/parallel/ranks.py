@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -327,19 +328,19 @@ class Ranks:
             self._guard.part()
             self._guard.join(END_SECONDS)
         self.workers.end(END_SECONDS)
-        groups, self.groups = self.groups, None
-        peers, self.group = self.group.peers, ParallelGroup(self.group.rank, self.group.size)
         try:
-            if peers is not None:
-                peers.close()
+            if self.group.peers is not None:
+                self.group.peers.close()
         except RuntimeError as error:
             if not self.broken:
                 raise
             # What broke it is being told; the memory of a rank that is gone may give any error.
             logger.warning("Shared memory was not given back: %s", error)
         finally:
-            groups.close()
+            self.groups.close()
             shutil.rmtree(self.meeting, ignore_errors=True)
+        # Only now, so that a close that was interrupted can be repeated.
+        self.group, self.groups = ParallelGroup(self.group.rank, self.group.size), None
 
     def _meet(self, path: str, rank: int, config: Config, device: torch.device) -> None:
         if device.type == "cuda":
@@ -376,7 +377,13 @@ class Ranks:
         If one has, the thread that waits is left behind: nothing can wake it.
         """
         outcome = run_in_thread(task)
-        self._wait_until(outcome.done, "meet")
+        try:
+            self._wait_until(outcome.done, "meet")
+        except RankDiedError:
+            raise
+        except BaseException:  # an interrupt: the workers live, so the task will end
+            futures.wait([outcome], END_SECONDS)
+            raise
         if outcome.exception() is not None:
             death = self.workers.await_dead_worker(DEATH_SECONDS)
             if death is not None:
@@ -404,7 +411,7 @@ class Ranks:
             if self.group.peers is not None:
                 self.group.peers.disconnect()
             dist.all_reduce(stop, group=self.control, async_op=True).wait(patience)
-        except RuntimeError:  # one has died or does not listen
+        except (RuntimeError, ValueError):  # one has died or does not listen, or all have left
             self.break_off()
 
     def _broadcast(self, tensor: torch.Tensor) -> dist.Work:

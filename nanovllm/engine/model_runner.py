@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ from nanovllm.engine.auto.chooser import AutoChooser, plans_to_try
 from nanovllm.engine.auto.step_timer import device_timer
 from nanovllm.engine.draws import Draws, Sampler
 from nanovllm.engine.graph_memory import GraphMemory, batch_sizes
-from nanovllm.engine.parallel.ranks import Ranks
+from nanovllm.engine.parallel.processes import RankDiedError
+from nanovllm.engine.parallel.ranks import LOAD_SECONDS, Ranks
 from nanovllm.engine.pipeline_modes import build_pipelines
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.engine.plan import SEQUENTIAL, Plan
@@ -137,7 +139,10 @@ class ModelRunner:
             return
         try:
             if not self.ranks.broken:
-                self.synchronize()  # a step launched ahead may still run
+                try:
+                    self.synchronize()  # a step launched ahead may still run
+                except RankDiedError:
+                    self.ranks.break_off()  # or it might run for ever
             self.step_runner.close()
         except RuntimeError:  # of a device that is lost: no rank shall be left behind
             self.ranks.break_off()
@@ -174,9 +179,13 @@ class ModelRunner:
         """Writes the stages of the last profiled decode steps to `path`; see utils/timeline.py."""
         save_timeline(list(self.statistics.recent), path)
 
-    def synchronize(self) -> None:
-        """Waits for all that was launched."""
+    def synchronize(self, seconds: float | None = None) -> None:
+        """Waits for all that was launched; RankDiedError after silence, see `Ranks.wait`."""
         if self.device.type == "cuda":
+            self._set_device()
+            event = torch.cuda.Event()
+            event.record()
+            self.ranks.wait(event, seconds)
             torch.cuda.synchronize(self.device)
 
     def _set_device(self) -> None:
@@ -320,7 +329,8 @@ class ModelRunner:
         # With a row in each micro-batch inputs take more room than under any plan.
         layout = self.inputs.decode_layout(0, sizes[-1], micro_batches=sizes[-1])
         width = self.model.vocab_shard.size
-        wait = self.ranks.wait_while_starting
+        # Other ranks may still compile what they need for a capture.
+        wait = partial(self.synchronize, LOAD_SECONDS)
         return GraphMemory(sizes, layout.size, width, dtype, self.device, wait)
 
     def _run_largest_step(self) -> None:
@@ -333,7 +343,7 @@ class ModelRunner:
         # room for the graphs' own memory.
         shape = self.config.max_num_seqs, self.model.vocab_shard.size
         torch.zeros(shape, device=self.device).softmax(-1)
-        self.ranks.wait_while_starting()
+        self.synchronize(LOAD_SECONDS)
 
 
 def _copy_to_host(x: torch.Tensor) -> torch.Tensor:

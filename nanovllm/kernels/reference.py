@@ -114,7 +114,8 @@ def paged_prefill_attention(
 def _cached(cache: Tensor, block_table: Tensor, length: int) -> Tensor:
     """The first ``length`` tokens of one sequence, ``[Hkv, length, D]``."""
     block_size = cache.shape[2]
-    blocks = cache[block_table[: -(-length // block_size)].long()]  # [blocks, Hkv, block_size, D]
+    table = block_table[: -(-length // block_size)].long()
+    blocks = cache[:, :, :length][table]  # [blocks, Hkv, block_size, D], or less of a single one
     return blocks.transpose(0, 1).flatten(1, 2)[:, :length]
 
 

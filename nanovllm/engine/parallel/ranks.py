@@ -258,13 +258,6 @@ class Ranks:
                 raise silence(seconds)
         self.workers.check()
 
-    def wait_while_starting(self) -> None:
-        """Waits for all on this GPU, while other ranks may still compile what they need for it."""
-        event = torch.cuda.Event()
-        event.record()
-        self.wait(event, LOAD_SECONDS)
-        torch.cuda.synchronize()
-
     def mark_silence(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens of a step on the device; others, that `check_silence` knows, if they are void."""
         peers = self.group.peers

@@ -375,7 +375,9 @@ class LLMEngine:
                     self.in_flight = self._launch(ahead=True) if self._may_look_ahead() else None
                     tokens = self.model_runner.collect(current)
                     self._take_out(self.scheduler.update(current.step, tokens))
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, Exception):
+                self.transactions.check_open()  # what a signal handler closed fails in many ways
             if self.model_runner.ranks.broken:
                 self.exit()
             raise

@@ -79,6 +79,14 @@ def test_from_within_a_step_nothing_new_is_queued_or_run(llm, expected, monkeypa
         assert tokens(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
 
 
+@pytest.mark.parametrize("where", ["launch", "collect"])
+def test_exit_from_within_a_step_ends_the_call_that_it_came_in(directory, monkeypatch, where):
+    engine = LLM(str(directory), **OPTIONS)
+    before_call(monkeypatch, engine.model_runner, where, 3, engine.exit)
+    with pytest.raises(RuntimeError, match="has exited"):
+        engine.generate(PROMPTS, GREEDY, use_tqdm=False)
+
+
 def test_exit_waits_for_a_step_that_another_thread_runs(directory, monkeypatch):
     engine = LLM(str(directory), **OPTIONS)
     inside = threading.Event()

@@ -13,6 +13,7 @@ from nanovllm.structured.schemas import check_schema
 from nanovllm.utils.options import (
     Rule,
     as_list,
+    as_text,
     boolean,
     check,
     hinting,
@@ -69,31 +70,34 @@ def _logit_bias(value: Any) -> tuple[tuple[int, float], ...] | None:
 
 
 def _stop(value: Any) -> tuple[str, ...]:
-    value = () if value is None else (value,) if isinstance(value, str) else value
-    texts = as_list(tuple(value) if isinstance(value, Set) else value)
-    if texts is None or not all(isinstance(text, str) and text for text in texts):
+    value = () if value is None else value if as_text(value) is None else (value,)
+    listed = as_list(tuple(value) if isinstance(value, Set) else value)
+    texts: list[Any] = [None] if listed is None else list(map(as_text, listed))
+    if not all(texts):
         raise ValueError("None, a text or several texts, none of them empty")
-    return tuple(map(str, texts))
+    return tuple(texts)
 
 
 def _text(value: Any) -> str | None:
-    if value is None or (isinstance(value, str) and value):
-        return value
+    found = as_text(value)
+    if found or value is None:
+        return found
     raise ValueError("None or a text that is not empty")
 
 
 def _regex(value: Any) -> str | None:
-    if _text(value):
-        text_pattern(value)
-    return value
+    text = _text(value)
+    if text:
+        text_pattern(text)
+    return text
 
 
 def _grammar(value: Any) -> str | None:
-    text = _text(value) or ""
-    if len(text) > MAX_REGEX:
+    text = _text(value)
+    if text and len(text) > MAX_REGEX:
         raise ValueError(f"a grammar of at most {MAX_REGEX} characters")
-    check_characters(text)
-    return value
+    check_characters(text or "")
+    return text
 
 
 MOST_SAMPLES = 2**14  # of a prompt
@@ -177,7 +181,7 @@ class SamplingParams:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens={short(self.min_tokens)} is not allowed: it must be at most "
-                f"max_tokens={self.max_tokens}"
+                f"max_tokens={short(self.max_tokens)}"
             )
 
     @property
@@ -247,7 +251,7 @@ def params_per_prompt(
     params = list(given) if isinstance(given, Iterable) else [given]
     for item in params:
         if not isinstance(item, SamplingParams):
-            raise TypeError(f"sampling_params holds {item!r}, which is no SamplingParams")
+            raise TypeError(f"sampling_params holds {short(item)}, which is no SamplingParams")
     if len(params) != count:
         raise ValueError(
             f"sampling_params has {len(params)} entries for {count} prompts: give one, or one each"

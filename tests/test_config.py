@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import inspect
 import math
-from enum import IntEnum
+from enum import Enum, IntEnum
 from functools import partial
 from pathlib import Path
 
@@ -203,6 +203,23 @@ def test_whole_numbers_of_any_maker_become_ints(value):
     for taken in (params.top_k, params.seed, *params.stop_token_ids, Config(max_model_len=value)):
         taken = getattr(taken, "max_model_len", taken)
         assert (taken, type(taken)) == (8, int)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [Enum("Auto", {"AUTO": "auto"}, type=str).AUTO, np.str_("auto"), np.array("auto")],
+    ids=name_of,
+)
+def test_texts_of_any_maker_become_strings(value):
+    params = SamplingParams(stop=value, regex=value)
+    for taken in (
+        *params.stop,
+        *SamplingParams(stop=[value]).stop,
+        params.regex,
+        Config(dtype=value),
+    ):
+        taken = getattr(taken, "dtype", taken)
+        assert (taken, type(taken)) == ("auto", str)
 
 
 @pytest.mark.parametrize("value", REAL, ids=name_of)

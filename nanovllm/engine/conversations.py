@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nanovllm.utils.options import as_list
+from nanovllm.utils.options import as_list, short
 
 Conversation = Sequence[Mapping[str, Any]]
 
@@ -18,7 +18,7 @@ def list_conversations(messages: Any) -> list[Any]:
     """The conversations of one call, still to be checked: that of messages, or each of a list."""
     listed = as_list(messages)
     if listed is None:
-        raise TypeError(f"messages={messages!r:.80} is neither a conversation nor a list of them")
+        raise TypeError(f"messages={short(messages)} is neither a conversation nor a list of them")
     single = any(isinstance(item, Mapping) for item in listed)
     return [listed] if single else listed
 
@@ -27,12 +27,12 @@ def check_messages(messages: Any, name: str) -> list[dict[str, Any]]:
     """The messages of a conversation, each content a text; TypeError or ValueError says why not."""
     listed = as_list(messages)
     if listed is None:
-        raise TypeError(f"{name}={messages!r:.80} is not a list of messages")
+        raise TypeError(f"{name}={short(messages)} is not a list of messages")
     if not listed:
         raise ValueError(f"{name} is empty: it must have at least one message")
     for i, message in enumerate(listed):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise TypeError(f"{name}[{i}]={message!r:.80} is not a dict with a text as its 'role'")
+            raise TypeError(f"{name}[{i}]={short(message)} is not a dict with a text as its 'role'")
     return [_join_parts(message, f"{name}[{i}]") for i, message in enumerate(listed)]
 
 
@@ -41,15 +41,15 @@ def _join_parts(message: Mapping[str, Any], name: str) -> dict[str, Any]:
     parts = message.get("content")
     if parts is None or isinstance(parts, str):
         return dict(message)
-    texts = [
+    texts: list[Any] = [
         part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
         for part in as_list(parts) or [None]
     ]
     if not all(isinstance(text, str) for text in texts):
         raise TypeError(
-            f"{name}['content']={parts!r:.80} is neither a text nor a list of parts of type 'text'"
+            f"{name}['content']={short(parts)} is neither a text nor a list of parts of type 'text'"
         )
-    return {**message, "content": "\n".join(map(str, texts))}
+    return {**message, "content": "\n".join(texts)}
 
 
 def template_options(
@@ -60,11 +60,11 @@ def template_options(
     Raises TypeError if one is not of its type.
     """
     if chat_template is not None and not isinstance(chat_template, str):
-        raise TypeError(f"chat_template={chat_template!r:.80} is neither None nor a text")
+        raise TypeError(f"chat_template={short(chat_template)} is neither None nor a text")
     if not isinstance(add_generation_prompt, bool):
-        raise TypeError(f"add_generation_prompt={add_generation_prompt!r:.80} is no bool")
+        raise TypeError(f"add_generation_prompt={short(add_generation_prompt)} is no bool")
     if chat_template_kwargs is not None and not isinstance(chat_template_kwargs, Mapping):
-        given = f"{chat_template_kwargs!r:.80}"
+        given = short(chat_template_kwargs)
         raise TypeError(f"chat_template_kwargs={given} is neither None nor a dict")
     further = dict(chat_template_kwargs or {})
     if clashes := sorted(CHAT_ARGUMENTS & set(further)):

@@ -259,7 +259,7 @@ class LLMEngine:
         """
         self.transactions.check_open()
         call = self.request_maker.check({"prompt": prompt}, sampling_params, sampling)
-        first, *_ = self.transactions.call(self._queue, call, self.unclaimed)
+        first, *_ = self.transactions.change(self._queue, call, self.unclaimed)
         return first.request_id
 
     @taking(SamplingParams)
@@ -286,7 +286,7 @@ class LLMEngine:
                 raise ValueError(
                     f"{name}={asked} is not allowed with computed requests: it must be {allowed}"
                 )
-        return self.transactions.call(self._add_computed, call)
+        return self.transactions.change(self._add_computed, call)
 
     def _add_computed(self, call: CheckedCall) -> int:
         with self.transactions.changing():
@@ -304,7 +304,7 @@ class LLMEngine:
         """
         outputs: dict[int, Completion] = {}
         try:
-            self.transactions.call(self._step)
+            self.transactions.change(self._step)
             self.transactions.give_way()
             self.transactions.call(self._claim, outputs)
             return [RequestOutput(request_id=i, **output) for i, output in outputs.items()]
@@ -375,7 +375,9 @@ class LLMEngine:
                     self.in_flight = self._launch(ahead=True) if self._may_look_ahead() else None
                     tokens = self.model_runner.collect(current)
                     self._take_out(self.scheduler.update(current.step, tokens))
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, Exception):
+                self.transactions.check_open()  # what a signal handler closed fails in many ways
             if self.model_runner.ranks.broken:
                 self.exit()
             raise
@@ -395,9 +397,10 @@ class LLMEngine:
         """Queues requests and steps until they have ended; yields completions, or all deltas."""
         results: dict[int, Completion] = {}
         try:
-            seqs = self.transactions.call(self._queue, call, results)
+            seqs = self.transactions.change(self._queue, call, results)
             left = {seq.request_id: DeltaMaker(seq) if call.deltas else None for seq in seqs}
             while left:
+                self.transactions.check_outside()
                 exclusive(self.transactions.lock, self._step)
                 self.transactions.give_way()
                 if call.deltas:

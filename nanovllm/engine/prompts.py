@@ -125,7 +125,7 @@ class TextProcessor:
         if not isinstance(content, str):
             ids = token_ids(content)
             if ids is None:
-                raise TypeError(f"{name}={prompt!r:.80} is neither a text nor a list of token ids")
+                raise TypeError(f"{name}={short(prompt)} is neither a text nor a list of token ids")
             return ids
         if self.tokenizer is None:
             raise ValueError(
@@ -134,7 +134,7 @@ class TextProcessor:
         try:
             return list(exclusive(self.lock, self.tokenizer.encode, content))
         except Exception as error:  # of the tokenizer, which comes with the checkpoint
-            raise ValueError(f"{name}={prompt!r:.80} cannot be encoded: {error!r}") from error
+            raise ValueError(f"{name}={short(prompt)} cannot be encoded: {error!r}") from error
 
 
 def name_prompts(prompts: Any) -> dict[str, Prompt]:
@@ -142,7 +142,7 @@ def name_prompts(prompts: Any) -> dict[str, Prompt]:
     single = isinstance(prompts, (str, Mapping))
     listed: list[Any] | None = [prompts] if single else as_list(prompts)
     if listed is None:
-        raise TypeError(f"prompts={prompts!r:.80} is neither a text nor a list of prompts")
+        raise TypeError(f"prompts={short(prompts)} is neither a text nor a list of prompts")
     return {f"prompts[{i}]": prompt for i, prompt in enumerate(listed)}
 
 
@@ -154,6 +154,6 @@ def _unwrap(prompt: Mapping[str, Any], name: str) -> Any:
     ):
         return value
     raise TypeError(
-        f"{name}={prompt!r:.80} is not allowed: a dict must hold either 'prompt', a text, or "
+        f"{name}={short(prompt)} is not allowed: a dict must hold either 'prompt', a text, or "
         "'prompt_token_ids', a list of token ids"
     )

@@ -45,6 +45,19 @@ class Transactions:
         finally:
             self.callers.discard(caller)
 
+    def change(self, function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        """The same, for what must not come within a call: that goes on with what it knew before."""
+        self.check_outside()
+        return self.call(function, *args, **options)
+
+    def check_outside(self) -> None:
+        """Raises RuntimeError within a call of this thread."""
+        if self.is_within:
+            raise RuntimeError(
+                "this thread is in the middle of a call of this engine: a signal handler or "
+                "destructor may only abort requests, close streams and exit"
+            )
+
     @property
     def is_within(self) -> bool:
         """Whether this thread is in a call, which a signal handler or a destructor interrupts."""

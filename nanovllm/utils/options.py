@@ -121,8 +121,8 @@ def as_list(value: Any) -> list[Any] | None:
     """The elements of a list, an array, a tensor or an iterator; None if it is none of them."""
     if isinstance(value, NO_LISTS):
         return None
-    value = value.tolist() if hasattr(value, "tolist") else value
-    return list(value) if isinstance(value, Iterable) else None
+    value = value.tolist() if hasattr(value, "tolist") else value  # of no dimension: a scalar
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, NO_LISTS) else None
 
 
 def token_ids(value: Any) -> list[int] | None:
@@ -138,6 +138,13 @@ def token_ids(value: Any) -> list[int] | None:
 def plain(value: Any) -> Any:
     """Scalars of NumPy and torch, of no dimension, as Python values; others as they are."""
     return value.item() if getattr(value, "shape", None) == () else value
+
+
+def as_text(value: Any) -> str | None:
+    """A text, whoever made it, as a str; None if it is none."""
+    value = plain(value)
+    # Not by `str`, which gives the name of an enum's member.
+    return str.__str__(value) if isinstance(value, str) else None
 
 
 def whole(value: Any) -> int | None:
@@ -190,8 +197,9 @@ def choice(*allowed: str) -> Rule:
     """One of the given strings."""
 
     def rule(value: Any) -> str:
-        if isinstance(value, str) and value in allowed:
-            return str(value)
+        found = as_text(value)
+        if found in allowed:
+            return found
         raise ValueError("one of " + ", ".join(map(repr, allowed)))
 
     return rule

@@ -1,6 +1,7 @@
 """Conversations: what the template makes of them, and what is refused."""
 
 import shutil
+from enum import Enum
 
 import pytest
 
@@ -58,7 +59,8 @@ def test_conversations_are_answered_in_order_each_with_its_own_options(tiny):
 
 
 def test_parts_of_text_are_joined_and_the_messages_stay_as_they_are(tiny):
-    parts = [{"type": "text", "text": "Who is"}, {"type": "text", "text": "Tom?"}]
+    name = Enum("Name", {"TOM": "Tom?"}, type=str).TOM
+    parts = [{"type": "text", "text": "Who is"}, {"type": "text", "text": name}]
     messages = [{"role": "user", "content": parts}]
     joined = [{"role": "user", "content": "Who is\nTom?"}]
     assert said(chat(tiny, messages)) == said(chat(tiny, joined))
@@ -77,8 +79,10 @@ def test_the_tokenizers_own_template_is_the_default(tmp_path):
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 REFUSED = [
     ("Who is Tom?", {}, TypeError, r"^messages='Who is Tom\?' is neither a conversation nor"),
-    (TOM[0], {}, TypeError, r"^messages={'role': .* is neither a conversation nor"),
+    (TOM[0], {}, TypeError, r"^messages={.*'role': .* is neither a conversation nor"),
     ([TOM, "x"], {}, TypeError, r"^messages\[1\]='x' is not a list of messages"),
+    ([10**5000], {}, TypeError, r"^messages\[0\]=<an integer of"),
+    ([{"role": 10**5000}], {}, TypeError, r"^messages\[0\]\[0\]=.*<an integer of"),
     ([TOM, []], {}, ValueError, r"^messages\[1\] is empty"),
     ([*TOM, "x"], {}, TypeError, r"^messages\[0\]\[2\]='x' is not a dict with .* 'role'"),
     ([{"content": "x"}], {}, TypeError, r"^messages\[0\]\[0\]=.*'role'"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nanovllm import LLM
+from nanovllm.utils.options import short
 from tests.checkpoints import VOCAB
 from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, check_empty, drain, tokens
 
@@ -25,7 +26,14 @@ NO_TOKEN_IDS = [
     *(np.array(5), np.ones((1, 2), int), np.ones(2, bool), [np.array([5])], [5, np.bool_(True)]),
     *(torch.tensor(5), torch.tensor([[1, 2]]), torch.tensor([True]), torch.tensor([1.0])),
     *([torch.tensor([5])], [torch.tensor(True)]),
-    *({}, {"prompt": None}, {"prompt_token_ids": "text"}, {"prompt_token_ids": None}),
+    *(
+        np.array("a"),
+        np.array(b"a"),
+        {},
+        {"prompt": None},
+        {"prompt_token_ids": "text"},
+        {"prompt_token_ids": None},
+    ),
     *({"prompt": "a", "prompt_token_ids": [1]}, {"prompt": "a", "multi_modal_data": {}}),
 ]
 # What the error names besides the prompt.
@@ -39,7 +47,7 @@ BAD_PROMPTS = [
     ("text", ValueError, ["a text", "model="]),
     ({"prompt_token_ids": []}, ValueError, ["empty", "at least one token"]),
     ({"prompt": "text"}, ValueError, ["a text", "no tokenizer"]),
-    *((value, TypeError, [f"={value!r}"[:9], "list of token ids"]) for value in NO_TOKEN_IDS),
+    *((value, TypeError, [f"={short(value)}"[:9], "list of token ids"]) for value in NO_TOKEN_IDS),
 ]
 
 
@@ -91,7 +99,7 @@ def test_a_prompt_over_all_kv_blocks_is_refused_alone(directory):
         check_empty(engine)
 
 
-NO_PROMPTS = [5, None, b"text", 1.5, {"Tom"}]
+NO_PROMPTS = [5, None, b"text", 1.5, {"Tom"}, np.array("Tom")]
 NO_PARAMS = [(5, "5"), ([GREEDY, None, GREEDY, 5], "None"), ({"top_k": 1}, "'top_k'"),
              ("greedy", "'g'")]  # fmt: skip
 BAD_OPTIONS = [
@@ -104,12 +112,14 @@ BAD_OPTIONS = [
     ([], {"logit_bias": {10**5000: 1}}, ValueError, r"^logit_bias holds token id <an integer of"),
     ([], {"n": 10**5000}, ValueError, r"^n=<an integer of \d+ bits> .*from 1 to 16384$"),
 ]  # fmt: skip
+HUGE = {"prompts": 10**5000, r"prompts\[0\]": [[10**5000, 1.5]]}
 # Arguments of `generate`, and its error.
 BAD_CALLS = [
     *(
         ([x], {}, TypeError, rf"^prompts={re.escape(repr(x))} .*list of prompts")
         for x in NO_PROMPTS
     ),
+    *(([x], {}, TypeError, f"^{name}=.*<an integer of") for name, x in HUGE.items()),
     ([[1, 2, 3]], {}, TypeError, r"^prompts\[0\]=1 is neither a text nor a list of token"),
     *(
         ([PROMPTS, [GREEDY] * n], {}, ValueError, f"^sampling_params has {n} entries for 4 prompts")

@@ -58,6 +58,35 @@ def test_abort_from_within_a_step_ends_a_request_of_a_running_generate(
     assert got == expected[1][: len(got)]
 
 
+@pytest.mark.parametrize("where", ["launch", "collect"])
+def test_from_within_a_step_nothing_new_is_queued_or_run(llm, expected, monkeypatch, where):
+    """As a signal handler may try; the step would go on with requests as they were before."""
+    stream = llm.stream(PROMPTS, [replace(GREEDY, max_tokens=1), *[GREEDY] * 3])
+    next(stream)
+    calls = [
+        lambda: llm.generate([[1]], GREEDY, use_tqdm=False),
+        lambda: llm.add_request([1], GREEDY),
+        llm.step,
+        lambda: next(stream),
+    ]
+    for call in calls:
+
+        def refused(call=call):
+            with pytest.raises(RuntimeError, match="in the middle of a call"):
+                call()
+
+        before_call(monkeypatch, llm.model_runner, where, 3, refused)
+        assert tokens(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == expected
+
+
+@pytest.mark.parametrize("where", ["launch", "collect"])
+def test_exit_from_within_a_step_ends_the_call_that_it_came_in(directory, monkeypatch, where):
+    engine = LLM(str(directory), **OPTIONS)
+    before_call(monkeypatch, engine.model_runner, where, 3, engine.exit)
+    with pytest.raises(RuntimeError, match="has exited"):
+        engine.generate(PROMPTS, GREEDY, use_tqdm=False)
+
+
 def test_exit_waits_for_a_step_that_another_thread_runs(directory, monkeypatch):
     engine = LLM(str(directory), **OPTIONS)
     inside = threading.Event()

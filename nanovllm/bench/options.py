@@ -86,7 +86,7 @@ WORKLOADS: dict[str, dict[str, Any]] = {
     },
     "growing": {
         **MODEL, **SPLIT, "batch": 512, "context": 128, "until": 4096, "stages": 16, "output": 24,
-        "seconds": 0.3, "splits": None, "modes": (SEQUENTIAL, GREEN, "auto"),
+        "splits": None, "modes": (SEQUENTIAL, GREEN, "auto"),
     },
     "nano": {**REQUESTS, "max-num-seqs": Config.max_num_seqs},
     "throughput": REQUESTS,

@@ -40,8 +40,12 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def large_vocabulary() -> list[str | bytes]:
-    """Pieces of letters for a tokenizer of VOCAB tokens, two of which are added ones."""
-    draw, letters = random.Random(0), b"etaoin shrdlu 0123456789,[]-"
+    """Pieces of letters for a tokenizer of VOCAB tokens, two of which are added ones.
+
+    Digits stand alone, as in Qwen's vocabulary: every token of several digits may fit where a
+    number is due, and for each row xgrammar tries them one by one (5 ms instead of 16 us).
+    """
+    draw, letters = random.Random(0), b"etaoin shrdlu cmfwypvbgkqjxz,[]-"
     pieces: dict[bytes, None] = {}
     while len(pieces) < VOCAB - 256 - 2:
         pieces[bytes(draw.choices(letters, k=draw.randint(2, 6)))] = None

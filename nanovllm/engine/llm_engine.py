@@ -4,6 +4,7 @@
         outputs = engine.generate(["Hello, world!"], max_tokens=50)
 
 request -> Scheduler (which tokens next?) -> ModelRunner (compute them) -> Scheduler (what now?)
+-> RequestMaker (the completion, whose text a Detokenizer may have made on the way)
 
 Inside ModelRunner: StepRunner (by which plan, in which graph) -> PipelineScheduler (the model's
 stages on their lanes) -> Sampler (draw).
@@ -190,9 +191,9 @@ class LLMEngine:
     ) -> Generator[Any, None, None]:
         """Completes `prompts` as `generate` does, and yields each completion when it has ended.
 
-        Requests are queued at the first `next`, and run only while the next one is waited for or
-        another thread steps. To close the generator, or to drop it as a `for` loop does that is
-        left early, aborts what has not ended.
+        Requests are queued at the first `next`, and run only while you wait in `next` or another
+        thread steps. Closing or dropping the generator, as leaving a `for` loop does, aborts what
+        has not ended.
 
         Args:
             deltas: yield what is new of each text after every step instead. What may become a stop
@@ -252,7 +253,7 @@ class LLMEngine:
     ) -> int:
         """Queues one prompt and returns its request id; `step` will return its completion.
 
-        Of n samples it is the first's id, and those of the others follow.
+        With n samples it is the first one's id; the others follow.
 
         Raises:
             TypeError, ValueError: the prompt or an option is not allowed.
@@ -323,7 +324,7 @@ class LLMEngine:
     def abort(self, request_id: int) -> bool:
         """Ends a request, from whatever thread; returns False if it has finished already.
 
-        `step` never returns it; its `generate` returns what there is of it. Raises KeyError if
+        `step` never returns it; its `generate` returns the part so far. Raises KeyError if
         there never was such a request.
         """
         within = self.transactions.is_within

@@ -1,6 +1,6 @@
 """Runs steps on one rank: inputs to the device, the model (or its graph), logits, tokens.
 
-- rank 0: `launch` issues a step, from the scheduler's plan to the drawn tokens; `collect` waits
+- rank 0: `launch` issues a step, from the scheduled step to drawn tokens; `collect` waits
 - other ranks: `serve` runs what rank 0 sends until it stops
 
 CUDA graphs are captured in step_runner.py; graph_memory.py has their buffers.
@@ -164,7 +164,7 @@ class ModelRunner:
 
     @property
     def pipeline_scheduler(self) -> PipelineScheduler:
-        """That of the pipeline, or of sequential decode where there is none."""
+        """The pipeline's, or sequential decode's if there is none."""
         return self.step_runner.schedulers[min(1, len(self.step_runner.schedulers) - 1)]
 
     def get_pipeline_statistics(self) -> dict[str, object]:
@@ -347,7 +347,7 @@ class ModelRunner:
 
 
 def _copy_to_host(x: torch.Tensor) -> torch.Tensor:
-    """A copy that is there once the current stream has come so far."""
+    """A copy, complete once the current stream reaches this point."""
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     return host.copy_(x, non_blocking=True)
 

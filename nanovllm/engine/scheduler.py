@@ -45,7 +45,7 @@ class Chunk:
 class Step:
     """What one forward pass computes; in decode every chunk is one token.
 
-    `asks` says whether a running sequence does.
+    `asks`: whether a running sequence asks for more than a draw.
     """
 
     is_decode: bool

@@ -106,7 +106,7 @@ class StepRunner:
     ) -> PreparedStep:
         """A step of chunks of one token, which all are sampled, with padding.
 
-        `timed`: each of its works is, which takes time itself.
+        `timed`: times each `Work`, which takes time itself.
         """
         layout = self.layout(choice, timed)
         parts = balance(lengths, layout)

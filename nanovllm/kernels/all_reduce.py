@@ -18,13 +18,13 @@ normalises.
   it, and always for the same rows.
 
 Each program counts its launches, the same on all ranks, and nothing is reset, so a captured graph
-can be replayed. A barrier is a number in each rank's memory for each (program, rank, beginning or
-end): that of the launch which has come there. A program waits for the same program of its peers and
-for nothing else. A wait is bounded: after ``max_polls`` looks a program notes that in ``expired``
-and goes on; whoever else writes there ends it, too. No later launch waits again, and the peers are
-told with their next signal.
+can be replayed. A barrier is one number per (program, rank, beginning or end) in each rank's
+memory: the last launch to arrive there. A program waits for the same program of its peers and for
+nothing else. A wait is bounded: after ``max_polls`` looks a program notes that in ``expired`` and
+goes on; whoever else writes there ends it, too. No later launch waits again, and the peers are told
+with their next signal.
 
-NOTE: launch no more programs than run at a time: one that waits must not keep out one waited for.
+NOTE: launch no more programs than run at a time: a waiting one must not block the one it awaits.
 NOTE: no barrier protects a partial sum, or what was pushed, from being overwritten while a peer
 reads it. Neighbouring launches use different buffers: who writes the first again has passed the
 beginning of the launch on the second, and so has seen that all peers ended the launch on the first.

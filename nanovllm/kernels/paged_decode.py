@@ -13,8 +13,8 @@ as in stream-K (Osama et al., 2023, arXiv:2301.03598): into equal ranges of KV t
   partial result in each range. The program that stores the last of them combines them, weighted by
   their softmax sums (Dao et al., "Flash-Decoding", 2023).
 
-A range ends inside at most two split groups, so two partials a program are enough. All of it is one
-launch of a fixed grid: in a replayed CUDA graph only values of the integer inputs change.
+Each end of a range splits at most one group, so two partials per program are enough. All of it is
+one launch of a fixed grid: in a replayed CUDA graph only values of the integer inputs change.
 """
 
 import functools

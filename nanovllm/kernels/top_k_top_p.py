@@ -1,13 +1,14 @@
 """Top-k and top-p without sorting: the least logit of a row that may be drawn.
 
 The logits that stay are those above a threshold, which is one logit of the row, and of those equal
-to it the first few. Bits of a float, put in order, are an integer key, so the threshold is searched
-for among keys, by how much (tokens, or probability) lies at and above some of them.
+to it the first few. A logit's *key* is an integer with the same order (its bits, rearranged), and
+its *weight* what it adds to the sum of the softmax. The threshold is searched for among keys, by
+how many logits, or how much weight, lie at and above some of them.
 
 - ``_survey_kernel`` finds the maximum of every bucket of 256 logits and, for top-p alone, the least
   of all and the sum of all probabilities.
-- ``_begin_kernel`` finds a bound from the maxima: for top-k the threshold is not below the k-th
-  largest, and for top-p not below the least of those that reach it by themselves.
+- ``_begin_kernel`` finds a *bound* from the maxima, below which the threshold cannot be: for top-k
+  the k-th largest, for top-p the one at which the maxima alone add up to p.
 - Where many buckets reach that bound, as most do if thousands of tokens stay, ``_narrow_kernel``
   divides the logits' range evenly, and again what is left of it. All SMs share a pass over a row.
   Then ``_list_kernel`` lists what is left, and ``_finish_kernel``, one program a row, searches it.

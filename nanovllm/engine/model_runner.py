@@ -8,7 +8,6 @@ CUDA graphs are captured in step_runner.py; graph_memory.py has their buffers.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -133,11 +132,6 @@ class ModelRunner:
         except BaseException:
             self.step_runner.close()
             raise
-        if device.type == "cuda":
-            # All libraries' objects take the garbage collector 0.1 s, which a GPU waits for, and all
-            # ranks with it. So collections leave out what there is now, as in vLLM.
-            gc.collect()
-            gc.freeze()
 
     def close(self) -> None:
         """Frees the device's memory and ends the other ranks; may be called twice."""
@@ -155,7 +149,6 @@ class ModelRunner:
             self.ranks.close()
             raise
         self.ranks.close()
-        gc.unfreeze()
         self.closed = True  # only now, so that a close that was interrupted can be repeated
         # The device's memory goes with the last references to it.
         del self.model, self.sampler, self.step_runner, self.graph_memory

@@ -108,8 +108,11 @@ of_ranks() {
   bench "ranks-$1-eight" 90 --shape 8B --tensor-parallel-size "$1" --batch 8 $decode 640
   bench "ranks-$1-one" 90 --shape 8B --tensor-parallel-size "$1" --batch 1 $decode 640
 }
-short_of_ranks() {  # says whether the GPUs are idle between steps
-  bench "ranks-$1-short" 120 --workload throughput --shape 8B --requests short --tensor-parallel-size "$1"
+idle_of_ranks() {  # says whether the GPUs are idle between steps
+  local name
+  for name in peak short; do
+    bench "ranks-$1-$name" 120 --workload throughput --shape 8B --requests $name --tensor-parallel-size "$1"
+  done
 }
 between() {
   job "all-reduce-$1" 120 python tests/gpu/time_all_reduce.py --ranks "$1" --json "$out/all-reduce-$1.json"
@@ -117,7 +120,7 @@ between() {
 }
 ranks() {
   on 0,1 "of_ranks 2"; on 2 "of_ranks 1"; wait
-  of_ranks 4; short_of_ranks 4; between 4
+  of_ranks 4; idle_of_ranks 4; between 4
   on 0,1 "between 2"; wait
 }
 

@@ -14,6 +14,7 @@ EQUAL = {
     "long": (256, 2048, 128),  # requests, tokens in, tokens out
     "even": (512, 1000, 1000),  # more KV than fits at a time
     "short": (1024, 128, 512),
+    "peak": (1024, 440, 72),  # where the pipeline of 8B gains most
     "steady": (2000, 1500, 500),
     "prefill": (80, 2048, 1),  # 8 of them in a step
 }

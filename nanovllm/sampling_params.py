@@ -94,9 +94,10 @@ def _regex(value: Any) -> str | None:
 
 def _grammar(value: Any) -> str | None:
     text = _text(value)
-    if text and len(text) > MAX_REGEX:
-        raise ValueError(f"a grammar of at most {MAX_REGEX} characters")
-    check_characters(text or "")
+    if text:
+        if len(text) > MAX_REGEX:
+            raise ValueError(f"a grammar of at most {MAX_REGEX} characters")
+        check_characters(text)
     return text
 
 

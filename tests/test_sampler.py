@@ -5,11 +5,13 @@ import random
 import pytest
 import torch
 
-from nanovllm import SamplingParams
+from nanovllm import SamplingParams, kernels
 from nanovllm.kernels import reference_sampling
 from nanovllm.kernels.reference_sampling import SAMPLE_TILE
 from nanovllm.layers.parallel import ParallelGroup, Shard
 from nanovllm.layers.sampler import SamplingBatch, sample
+from nanovllm.layers.split_threshold import Limits, find_threshold
+from tests.kernels.cases import within
 from tests.logit_oracle import check_frequencies, distribution
 from tests.thread_ranks import on_ranks, random_logits
 
@@ -155,6 +157,27 @@ def test_ranks_draw_the_tokens_of_one(size, vocab, dtype):
     expected = draw_part(ONE)
     for tokens in on_ranks(size, draw_part):
         assert tokens.tolist() == expected.tolist()
+
+
+def test_ranks_agree_where_a_limit_falls_between_equal_tokens():
+    """Half of 20 equal tokens are 10, whoever adds up their probabilities."""
+    vocab = 700
+    logits = torch.full((40, vocab), float("-inf"))
+    for row in logits:
+        row[torch.randperm(vocab)[: random.randint(1, vocab)]] = random.choice([0.0, 3.0])
+    limits = Limits(
+        torch.arange(40),
+        torch.tensor([random.choice([20, 64, 65, 100, 600, vocab]) for _ in logits]),
+        torch.tensor([random.choice([0.05, 0.1, 0.2, 0.5, 0.75, 0.99]) for _ in logits]),
+    )
+    temperatures = torch.full((40,), 0.7)
+    expected = within(logits, kernels.find_threshold(logits, temperatures, *limits))
+
+    def what_stays(group: ParallelGroup) -> torch.Tensor:
+        part = logits.tensor_split(group.size, 1)[group.rank]
+        return within(part, find_threshold(part, temperatures, limits, 0, group))
+
+    assert torch.equal(torch.cat(on_ranks(4, what_stays), 1), expected)
 
 
 def test_of_equal_keys_the_lowest_token_is_drawn():

@@ -46,11 +46,13 @@ def find_threshold(
     ordered = values.topk(min(int(top_k.max()), vocab)).values
     ranks = torch.arange(ordered.shape[1], device=ordered.device)
     ordered = ordered.masked_fill(ranks >= top_k[:, None], float("-inf"))
-    # In float64: in a sum that loses the vocabulary's tail, enough comes too late.
+    # In float64: in a sum that loses the vocabulary's tail, enough comes too late. But compared as
+    # float32, and not as shares: half of 20 equal tokens are 10, whoever adds them up.
     scores = ordered.double().clamp(max=torch.finfo(torch.float32).max)
-    probabilities = ((scores - scores[:, :1]) / temperatures[rows, None]).softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    enough = (before >= top_p[:, None]) & (top_p[:, None] < 1)
+    weights = ((scores - scores[:, :1]) / temperatures[rows, None]).exp()
+    target = top_p * weights.sum(-1).float()
+    before = (weights.cumsum(-1) - weights).float()
+    enough = (before >= target[:, None]) & (top_p[:, None] < 1)
     likely = ~enough & ~ordered.isneginf()
     least = ordered.gather(1, (likely.sum(-1, keepdim=True) - 1).clamp(min=0))
     # Of those equal to the least, so many stay as are among the likely.

@@ -83,3 +83,20 @@ def test_a_threshold_depends_on_its_own_row_only(poison, small_tiles, limits):
         one = [None if x is None else x[n : n + 1] for x in (top_k, top_p)]
         alone = top_k_top_p.find_threshold(logits, temperatures, rows[n : n + 1], *one)
         assert [x[n] for x in alone] == [x[n] for x in together]
+
+
+@EACH_FORM
+@pytest.mark.parametrize("limits", ["p", "kp"])
+def test_of_equal_tokens_as_many_stay_as_make_up_p(poison, small_tiles, find_threshold, limits):
+    """Not one more, where p of them is a whole number."""
+    shares = {20: 0.5, 65: 0.2, 100: 0.99, 200: 0.05, 600: 0.1}
+    logits = torch.full((len(shares), 700), 1.5, device=DEVICE)
+    if limits == "p":
+        for row, count in zip(logits, shares, strict=True):
+            row[torch.randperm(700)[count:]] = float("-inf")
+    rows = torch.arange(len(shares), device=DEVICE)
+    top_k = torch.tensor([*shares], device=DEVICE) if limits == "kp" else None
+    top_p = torch.tensor([*shares.values()], device=DEVICE)
+    case = logits, torch.full((len(shares),), 0.7, device=DEVICE), rows, top_k, top_p
+    stay = within(logits, find_threshold(*case))
+    assert stay.sum(1).tolist() == [10, 13, 99, 10, 60]

@@ -103,10 +103,11 @@ small_turns() {
 }
 turns() { on 0 large_turns; on 1 nano_turns; wait; on 0 small_turns; wait; }
 
-of_ranks() {
-  bench "ranks-$1" 120 --shape 8B --tensor-parallel-size "$1" --batch 1024 --context 440 $split green
-  bench "ranks-$1-eight" 90 --shape 8B --tensor-parallel-size "$1" --batch 8 $decode 640
-  bench "ranks-$1-one" 90 --shape 8B --tensor-parallel-size "$1" --batch 1 $decode 640
+of_ranks() {  # RANKS [SEQUENCES]; 512 fit an H100
+  local model="--shape 8B --tensor-parallel-size $1" sequences=${2:-1024}
+  bench "ranks-$1-$sequences" 120 $model --batch "$sequences" --context 440 $split green
+  bench "ranks-$1-eight" 90 $model --batch 8 $decode 640
+  bench "ranks-$1-one" 90 $model --batch 1 $decode 640
 }
 idle_of_ranks() {  # says whether the GPUs are idle between steps
   local name

@@ -2,8 +2,6 @@
 
 import json
 import math
-import multiprocessing
-import random
 import re
 import shlex
 import time
@@ -412,31 +410,7 @@ def test_a_line_torn_anywhere_is_dropped_and_written_anew(tmp_path):
 
 
 def test_a_job_killed_at_random_moments_answers_every_line_once(tmp_path):
-    given = stories(count=600)
-    source, output = write(tmp_path / "in.jsonl", given), tmp_path / "out.jsonl"
-    output.touch()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["transformers.models.auto", "tests.batch_jobs"])
-    moments, kills = random.Random(5), 0
-    while True:
-        done = output.stat().st_size
-        process = context.Process(
-            target=batch_jobs.run_quietly,
-            args=(arguments(source, output, "--max-num-seqs", 8),),
-        )
-        process.start()
-        while kills < 8 and process.is_alive() and output.stat().st_size <= done:
-            time.sleep(0.002)
-        process.join(moments.random() * 0.3 if kills < 8 else None)
-        if not process.is_alive():
-            break
-        process.kill()
-        process.join()
-        kills += 1
-    assert process.exitcode == 0
-    assert kills >= 5
-    results = read(output)
-    assert sorted(key(result) for result in results) == sorted(each["custom_id"] for each in given)
-    for result in results:
-        number = int(result["custom_id"].removeprefix("story-"))
-        assert (result["error"] is None) == (number % 10 != 5)
+    source, output = write(tmp_path / "in.jsonl", stories(600)), tmp_path / "out.jsonl"
+    killed = batch_jobs.run_and_kill(source, output, 8, 0.3, "--max-num-seqs", 8)
+    assert killed >= 5
+    batch_jobs.check_stories(read(output), 600)

@@ -90,6 +90,20 @@ CASES = [
     ),
 ]
 
+# Calls of tools, as Qwen2.5's template and that of Llama 3.1 write them.
+TOOLS = """\
+{%- for message in messages %}
+    {%- if 'tool_calls' in message %}
+        {%- for call in message.tool_calls %}
+            {{- call.function.name + ': ' }}{{ call.function.arguments | tojson }}
+        {%- endfor %}
+    {%- else %}
+        {{- message['content'] | trim }}
+    {%- endif %}
+    {{- '<|im_end|>' }}
+{%- endfor %}
+"""
+
 
 def make_tokenizer(template: str, special: tuple[str, ...]) -> PreTrainedTokenizerFast:
     """A token for each byte and each special token; the first of Llama's begins every text."""
@@ -120,3 +134,24 @@ def test_a_conversation_becomes_the_tokens_that_the_model_was_trained_on(tokeniz
         assert ids.count(made.convert_tokens_to_ids(token)) == text.count(token)
     if special is HEADER:  # a plain text gets the first token from the tokenizer
         assert texts.encode("Tom", "prompt")[0] == ids[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ('{"city": "K\\u00f6ln"}', 'find: {"city": "Köln"}'),
+        ({"city": "Köln"}, 'find: {"city": "Köln"}'),
+        ("", "find: {}"),
+    ],
+)
+def test_arguments_of_a_tool_call_may_be_json_as_in_openais_format(given, text):
+    made = make_tokenizer(TOOLS, IM)
+    texts = TextProcessor("model", made, len(made), {"max_model_len": 4096})
+    call = {"id": "1", "type": "function", "function": {"name": "find", "arguments": given}}
+    # What OpenAI's client says of fields that an answer does not have.
+    answer = {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None}
+    plain = [{**ANSWER, "content": "Hm.", "tool_calls": calls} for calls in (None, [])]
+    ids = texts.encode_chat([answer, *plain], "messages[0]", add_generation_prompt=False)
+    expected = f"{text}<|im_end|>" + "Hm.<|im_end|>" * 2
+    assert made.decode(ids, skip_special_tokens=False) == expected
+    assert call["function"]["arguments"] is given

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,10 @@ def list_conversations(messages: Any) -> list[Any]:
 
 
 def check_messages(messages: Any, name: str) -> list[dict[str, Any]]:
-    """The messages of a conversation, each content a text; TypeError or ValueError says why not."""
+    """The messages of a conversation, as templates of text models want them.
+
+    TypeError or ValueError says why they are none.
+    """
     listed = as_list(messages)
     if listed is None:
         raise TypeError(f"{name}={short(messages)} is not a list of messages")
@@ -33,14 +37,22 @@ def check_messages(messages: Any, name: str) -> list[dict[str, Any]]:
     for i, message in enumerate(listed):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise TypeError(f"{name}[{i}]={short(message)} is not a dict with a text as its 'role'")
-    return [_join_parts(message, f"{name}[{i}]") for i, message in enumerate(listed)]
+    return [_plain(message, f"{name}[{i}]") for i, message in enumerate(listed)]
 
 
-def _join_parts(message: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A message with its parts, if it has any, as one text: templates of text models want that."""
-    parts = message.get("content")
+def _plain(message: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A message whose content is one text, and the arguments of its tool calls are objects."""
+    # Templates would write None as a word, and take an empty list of calls for one with some.
+    given = {key: value for key, value in message.items() if value is not None}
+    calls = as_list(given.pop("tool_calls", ()))
+    if calls is None:
+        raise TypeError(f"{name}['tool_calls']={short(message['tool_calls'])} is no list")
+    if calls:
+        where = f"{name}['tool_calls']"
+        given["tool_calls"] = [_parse(call, f"{where}[{i}]") for i, call in enumerate(calls)]
+    parts = given.get("content")
     if parts is None or isinstance(parts, str):
-        return dict(message)
+        return given
     texts: list[Any] = [
         part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
         for part in as_list(parts) or [None]
@@ -49,7 +61,22 @@ def _join_parts(message: Mapping[str, Any], name: str) -> dict[str, Any]:
         raise TypeError(
             f"{name}['content']={short(parts)} is neither a text nor a list of parts of type 'text'"
         )
-    return {**message, "content": "\n".join(texts)}
+    return {**given, "content": "\n".join(texts)}
+
+
+def _parse(call: Any, name: str) -> Any:
+    """A tool call without OpenAI's JSON text as its arguments: templates would quote it again."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    text = function.get("arguments") if isinstance(function, Mapping) else None
+    if function is None or not isinstance(text, str):
+        return call
+    try:
+        arguments = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{name}['function']['arguments']={short(text)} is no JSON: {error}"
+        ) from None
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def template_options(

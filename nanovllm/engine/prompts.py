@@ -60,7 +60,8 @@ class TextProcessor:
         """The token ids of a conversation, by a template with the arguments of `template_options`.
 
         Each message has a "role", and its "content" is a text or a list of parts of the form
-        `{"type": "text", "text": ...}`. TypeError or ValueError names what is wrong.
+        `{"type": "text", "text": ...}`. Arguments of tool calls are objects, or JSON texts as in
+        OpenAI's format. TypeError or ValueError names what is wrong.
         """
         conversation, options = check_messages(messages, name), template_options(**template)
         if self.tokenizer is None:

@@ -88,6 +88,13 @@ REFUSED = [
     ([{"content": "x"}], {}, TypeError, r"^messages\[0\]\[0\]=.*'role'"),
     ([{"role": "user", "content": 5}], {}, TypeError, r"\['content'\]=5 is neither a text"),
     ([{"role": "user", "content": [IMAGE]}], {}, TypeError, r"parts of type 'text'"),
+    ([{**TOM[0], "tool_calls": 5}], {}, TypeError, r"\['tool_calls'\]=5 is no list"),
+    (
+        [{**TOM[0], "tool_calls": [{"function": {"arguments": "{"}}]}],
+        {},
+        ValueError,
+        r"^messages\[0\]\[0\]\['tool_calls'\]\[0\]\['function'\]\['arguments'\]='{' is no JSON",
+    ),
     ([{"role": "user"}], {}, ValueError, r"^messages\[0\] does not fit the chat template.*content"),
     (TOM, {"chat_template": "{% if %}"}, ValueError, r"^messages\[0\] does not fit .*TemplateSynt"),
     (TOM, {"chat_template": "{{ raise_exception('no') }}"}, ValueError, r"does not fit.*no"),

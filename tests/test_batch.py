@@ -115,7 +115,7 @@ def test_log_probabilities_are_in_openais_forms(tmp_path):
             request("plain", prompt=TEXT, **asked, **GREEDY),
             request("chat", messages=CHAT, logprobs=True, top_logprobs=2, **GREEDY),
             request("few", messages=CHAT, logprobs=True, **GREEDY),
-            request("none", messages=CHAT, logprobs=False, **GREEDY),
+            request("none", messages=CHAT, logprobs=False, top_logprobs=0, **GREEDY),
         ],
     )
     with LLM(device="cpu") as llm:

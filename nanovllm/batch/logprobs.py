@@ -20,7 +20,7 @@ def take_chat_fields(fields: dict[str, Any]) -> None:
     wanted, count = fields.pop("logprobs", False), fields.pop("top_logprobs", None)
     if not isinstance(wanted, bool):
         raise ValueError(f"logprobs={short(wanted)} is not allowed: in a chat it is True or False")
-    if count is not None and not wanted:
+    if count and not wanted:  # clients may send OpenAI's defaults, False and 0
         raise ValueError(f"top_logprobs={short(count)} is not allowed without logprobs=True")
     count = check(SamplingParams, "logprobs", count, called="top_logprobs")
     if wanted:

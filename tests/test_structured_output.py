@@ -301,6 +301,27 @@ def test_an_engine_without_a_tokenizer_refuses(tmp_path):
         llm.generate([[5]], regex="a", use_tqdm=False)
 
 
+@pytest.mark.parametrize("eos", [-1, 5000, 2**63])
+@pytest.mark.parametrize("ends", [True, False])
+def test_an_end_of_sequence_token_outside_the_vocabulary_is_none(tmp_path, eos, ends):
+    directory = tmp_path / "model"
+    shutil.copytree(CHECKPOINT_DIR, directory)
+    for name, field, value in (
+        ("generation_config.json", "eos_token_id", [eos]),
+        ("config.json", "eos_token_id", 1 if ends else None),
+        ("tokenizer_config.json", "eos_token", "<|im_end|>" if ends else None),
+    ):
+        fields = json.loads((directory / name).read_text())
+        (directory / name).write_text(json.dumps({**fields, field: value}))
+    with LLM(directory, **OPTIONS) as llm:
+        if ends:
+            (output,) = llm.generate("x", regex="ab", use_tqdm=False)
+            assert (output["text"], output["finish_reason"]) == ("ab", "stop")
+        else:
+            with pytest.raises(ValueError, match=r"regex='ab' .* has no end-of-sequence token"):
+                llm.generate("x", regex="ab", use_tqdm=False)
+
+
 def test_compiled_grammars_are_shared_and_bounded(engine):
     compiled = engine.grammars._compiled
     compiled.cache_clear()

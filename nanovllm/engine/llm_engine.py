@@ -86,10 +86,11 @@ class LLMEngine:
         }
         vocab_size = runner.model_config.vocab_size
         self.texts = TextProcessor(config.model, self.tokenizer, vocab_size, limits)
-        # From config.json, generation_config.json and the tokenizer together.
-        self.eos_ids = set(runner.model_config.eos_token_ids)
-        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
-            self.eos_ids.add(self.tokenizer.eos_token_id)
+        # From config.json, generation_config.json and the tokenizer together, if there is such a
+        # token: -1 may stand for none.
+        own = getattr(self.tokenizer, "eos_token_id", None)
+        ids = {*runner.model_config.eos_token_ids, *([] if own is None else [own])}
+        self.eos_ids = {token for token in ids if 0 <= token < vocab_size}
         self.grammars = Grammars(self.texts, self.eos_ids)
         self.request_maker = RequestMaker(config, self.texts, self.grammars, defaults, self.eos_ids)
         blocks = BlockManager(

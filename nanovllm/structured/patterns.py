@@ -1,9 +1,9 @@
 r"""Regular expressions that xgrammar reads as they are meant; all others are refused.
 
-They are JavaScript's, with \w, \d and \s of ASCII, and match a whole text. In JSON's strings
-xgrammar takes one apart to single bytes. So there it must not need an escape, and characters beyond
-ASCII come from classes that are written out here: xgrammar's own let in bytes that are no
-characters.
+They are JavaScript's, with \w, \d and \s of ASCII, and match a whole text (to \s the no-break space
+belongs, too). In JSON's strings xgrammar takes one apart to single bytes. So there it must not need
+an escape, and characters beyond ASCII come from classes that are written out here: xgrammar's own
+let in bytes that are no characters.
 """
 
 from __future__ import annotations

@@ -49,7 +49,8 @@ class TextProcessor:
 
     def __post_init__(self) -> None:
         self.max_len = min(self.limits.values())
-        self.lock = threading.RLock()  # a tokenizer is for one thread at a time
+        # Texts are encoded by one thread at a time: an encoding may set how texts are truncated.
+        self.lock = threading.RLock()
         self.token_texts: dict[int, str] = {}
 
     def encode(self, prompt: Prompt, name: str) -> list[int]:
@@ -97,7 +98,11 @@ class TextProcessor:
         return ids
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
-        """The text of `token_ids`; raises UndecodableError if the tokenizer fails."""
+        """The text of `token_ids`; raises UndecodableError if the tokenizer fails.
+
+        NOTE: takes no lock, as steps call it: a signal handler or destructor in a thread that
+        encodes may wait for a step.
+        """
         if self.tokenizer is None:
             return ""
         options = {
@@ -106,7 +111,7 @@ class TextProcessor:
             "clean_up_tokenization_spaces": False,
         }
         try:
-            return str(exclusive(self.lock, self.tokenizer.decode, token_ids, **options))
+            return str(self.tokenizer.decode(token_ids, **options))
         except Exception as error:
             raise UndecodableError(repr(error)) from error
 

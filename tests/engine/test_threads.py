@@ -110,6 +110,17 @@ def test_exit_waits_for_a_step_that_another_thread_runs(directory, monkeypatch):
     run_all(generate, leave)
 
 
+def test_steps_do_not_wait_for_a_thread_that_encodes(spoken, monkeypatch):
+    """Or neither would go on where that thread waits for a step, as a signal handler may."""
+
+    def stream() -> None:
+        options = replace(GREEDY, stop=["no such text"])
+        assert list(spoken.stream([PROMPTS[0]], options, deltas=True))
+
+    before_call(monkeypatch, spoken.tokenizer, "encode", 0, lambda: run_all(stream))
+    spoken.generate("Once", GREEDY, use_tqdm=False)
+
+
 # ------------------------------------------------------------------ fork
 
 

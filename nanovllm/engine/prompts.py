@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, TypedDict
 
 from nanovllm.engine.conversations import check_messages, template_options
+from nanovllm.utils.json_files import naming
 from nanovllm.utils.locks import exclusive
 from nanovllm.utils.options import as_list, short, token_ids
 
@@ -75,11 +76,9 @@ class TextProcessor:
                 f"model={self.model!r} has no chat template, neither a chat_template.jinja nor a "
                 "chat_template in tokenizer_config.json: give chat_template=..., or use generate"
             )
-        try:
-            apply = partial(self.tokenizer.apply_chat_template, conversation, **options)
+        apply = partial(self.tokenizer.apply_chat_template, conversation, **options)
+        with naming(f"{name} does not fit the chat template", ValueError):
             ids = exclusive(self.lock, apply)
-        except Exception as error:  # of the template, which comes with the checkpoint
-            raise ValueError(f"{name} does not fit the chat template: {error!r}") from error
         return self._check(list(ids), name)
 
     def _check(self, ids: list[int], name: str) -> list[int]:
@@ -110,10 +109,8 @@ class TextProcessor:
             # It changes spaces of the text so far when a comma follows.
             "clean_up_tokenization_spaces": False,
         }
-        try:
+        with naming("its text cannot be decoded", UndecodableError):
             return str(self.tokenizer.decode(token_ids, **options))
-        except Exception as error:
-            raise UndecodableError(repr(error)) from error
 
     def token_text(self, token: int) -> str | None:
         """The text of one token, whatever its kind; without a tokenizer None.
@@ -137,10 +134,8 @@ class TextProcessor:
             raise ValueError(
                 f"{name} is a text, but model={self.model!r} has no tokenizer: give token ids"
             )
-        try:
+        with naming(f"{name}={short(prompt)} cannot be encoded", ValueError):
             return list(exclusive(self.lock, self.tokenizer.encode, content))
-        except Exception as error:  # of the tokenizer, which comes with the checkpoint
-            raise ValueError(f"{name}={short(prompt)} cannot be encoded: {error!r}") from error
 
 
 def name_prompts(prompts: Any) -> dict[str, Prompt]:

@@ -131,7 +131,7 @@ class RequestMaker:
             text = detokenizer.whole_text(seq.token_ids[:end])
             logprobs, prompt_logprobs = self._logprobs(seq)
         except UndecodableError as error:
-            logger.warning("Request %d: its text cannot be decoded: %s", seq.request_id, error)
+            logger.warning("Request %d: %s", seq.request_id, error)
             text, reason, stop_reason = detokenizer.progress.text, "error", None
             logprobs = prompt_logprobs = None
         else:

@@ -87,7 +87,7 @@ def test_a_tokenizer_that_fails_ends_only_the_request_that_asks(spoken, plain, m
     assert others
     assert said(outputs[i] for i in others) == said(plain[i] for i in others)
     assert said(outputs[1:2]) == [(decode(ids[:2]), ids[:3], "error")]
-    assert "its text cannot be decoded: IndexError('no such piece')" in caplog.text
+    assert "its text cannot be decoded: IndexError: no such piece" in caplog.text
 
 
 # ------------------------------------------------------------------ tokens that end a text

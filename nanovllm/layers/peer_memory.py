@@ -149,7 +149,7 @@ class PeerMemory:
         return output
 
     def gather(self, x: Tensor) -> Tensor | None:
-        """Every rank's `x`, [size, *x.shape]; valid until the second gather after it.
+        """Every rank's `x`, [size, *x.shape]; valid until the next gather.
 
         None: there is no room for it.
         """

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from nanovllm import LLM
 from nanovllm.engine.parallel.processes import RankDiedError
 from nanovllm.engine.parallel.ranks import Ranks
+from nanovllm.engine.pipeline_modes import PipelineUnavailable
 from tests import engine_tasks, scripts
 from tests.checkpoints import TABLE, OddVocabShape, Shape, prompts
 from tests.engine.cases import PIPELINED, tokens
@@ -213,6 +214,13 @@ def test_a_second_engine_of_several_ranks_is_refused_while_the_first_is_open(mod
         generate(engine)
     with make_engine(model) as engine:
         generate(engine)
+
+
+def test_what_all_ranks_refuse_is_told_as_one_rank_tells_it(model):
+    """Though the other ranks end with the same error, it is no death."""
+    options = {"device": "cpu", "pipeline_mode": "green", "pipeline_strict": True}
+    with pytest.raises(PipelineUnavailable, match="needs a CUDA GPU"):
+        LLM(model, enable_pipeline=True, tensor_parallel_size=2, **options)
 
 
 @NO_HANG

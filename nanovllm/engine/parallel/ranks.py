@@ -43,6 +43,7 @@ from nanovllm.engine.parallel.processes import (
     WorkerTask,
     run_in_thread,
 )
+from nanovllm.engine.pipeline_modes import PipelineUnavailable
 from nanovllm.engine.step_inputs import StepLayout
 from nanovllm.layers.parallel import ParallelGroup
 from nanovllm.layers.peer_memory import MOST_ROWS, PeerMemory
@@ -64,6 +65,8 @@ END_SECONDS = 10.0
 PACKET = 4096
 # A token that a rank draws when it gave up waiting for the others.
 VOID = -2
+# Errors that say it already, or that no other rank causes.
+EXPLAINED = (RankDiedError, PipelineUnavailable, GreenContextError)
 
 
 class Ranks:
@@ -289,8 +292,7 @@ class Ranks:
             if self.group.size == 1:
                 raise
             death = None
-            unexplained = isinstance(error, (RuntimeError, TimeoutError))
-            if unexplained and not isinstance(error, RankDiedError):
+            if isinstance(error, (RuntimeError, TimeoutError)) and not isinstance(error, EXPLAINED):
                 # A collective fails a moment before the worker that broke it is seen dead.
                 death = self.workers.await_dead_worker(DEATH_SECONDS)
             self.break_off()

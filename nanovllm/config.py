@@ -13,7 +13,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from nanovllm.tiny import CHECKPOINT_DIR
-from nanovllm.utils.options import boolean, check, choice, hinting, integer, number, option
+from nanovllm.utils.options import (
+    BOOLEAN,
+    Rule,
+    as_text,
+    check,
+    choice,
+    hinting,
+    integer,
+    number,
+    option,
+)
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
@@ -24,18 +34,17 @@ PipelineMode = Literal["auto", "sequential", "microbatch", "streams", "green"]
 PIPELINE_MODES = get_args(PipelineMode)
 
 
-def _model(value: Any) -> str:
-    if isinstance(value, (str, os.PathLike)):
-        path = os.fspath(value)
-        if isinstance(path, str) and path:
-            return path
-    raise ValueError("a directory or a hub id")
+def _path(value: Any) -> str | None:
+    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    return path if isinstance(path, str) else None
 
 
-def _device(value: Any) -> str:
-    if isinstance(value, str) and (match := re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", value)):
-        return match.group()
-    raise ValueError("'auto', 'cpu', 'cuda' or 'cuda:N'")
+MODEL = Rule("a directory or a hub id", bool, _path)
+DEVICE = Rule(
+    "'auto', 'cpu', 'cuda' or 'cuda:N'",
+    lambda name: bool(re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", name or "")),
+    as_text,
+)
 
 
 @hinting
@@ -77,27 +86,27 @@ class Config:
             "none" does not.
     """
 
-    model: str = option(str(CHECKPOINT_DIR), _model)
+    model: str = option(str(CHECKPOINT_DIR), MODEL)
     max_num_batched_tokens: int = option(16384, integer(1))
-    max_num_seqs: int = option(512, integer(1, maximum=2**20))
+    max_num_seqs: int = option(512, integer(1, 2**20))
     max_model_len: int = option(4096, integer(2))
     gpu_memory_utilization: float = option(0.9, number(0, 1, open_low=True))
     tensor_parallel_size: int = option(1, integer(1))
-    enforce_eager: bool = option(False, boolean)
-    kvcache_block_size: int = option(256, integer(16, multiple_of=16, maximum=2**20))
-    num_kvcache_blocks: int = option(-1, integer(1, also=-1, maximum=2**31 - 1))
-    device: str = option("auto", _device)
+    enforce_eager: bool = option(False, BOOLEAN)
+    kvcache_block_size: int = option(256, integer(16, 2**20, multiple_of=16))
+    num_kvcache_blocks: int = option(-1, integer(1, 2**31 - 1) | choice(-1))
+    device: str = option("auto", DEVICE)
     dtype: DType = option("auto", choice(*get_args(DType)))
     load_format: LoadFormat = option("auto", choice(*get_args(LoadFormat)))
     attention_backend: AttentionBackend = option("auto", choice(*get_args(AttentionBackend)))
-    enable_prefix_caching: bool = option(True, boolean)
-    async_scheduling: bool = option(True, boolean)
-    enable_pipeline: bool = option(False, boolean)
+    enable_prefix_caching: bool = option(True, BOOLEAN)
+    async_scheduling: bool = option(True, BOOLEAN)
+    enable_pipeline: bool = option(False, BOOLEAN)
     pipeline_attention_sm_count: int = option(16, integer(1))
     pipeline_ffn_sm_count: int = option(16, integer(1))
-    pipeline_enable_profiling: bool = option(False, boolean)
+    pipeline_enable_profiling: bool = option(False, BOOLEAN)
     pipeline_mode: PipelineMode = option("auto", choice(*PIPELINE_MODES))
-    pipeline_strict: bool = option(False, boolean)
+    pipeline_strict: bool = option(False, BOOLEAN)
     all_reduce: AllReduce = option("auto", choice(*get_args(AllReduce)))
     step_timeout: float = option(60.0, number(0, 86400, open_low=True))
     generation_config: GenerationConfig = option("auto", choice(*get_args(GenerationConfig)))

@@ -11,11 +11,14 @@ from typing import Any, TypedDict
 from nanovllm.structured.patterns import MAX_REGEX, check_characters, text_pattern
 from nanovllm.structured.schemas import check_schema
 from nanovllm.utils.options import (
-    Rule,
+    BOOLEAN,
+    NONE,
+    TEXT,
     as_list,
     as_text,
-    boolean,
     check,
+    check_value,
+    choice,
     hinting,
     integer,
     number,
@@ -25,6 +28,14 @@ from nanovllm.utils.options import (
     whole,
 )
 
+MOST_SAMPLES = 2**14  # of a prompt
+LOGPROBS = NONE | integer(0, 20)
+BIAS = number(-math.inf, 1e6)
+SEED = NONE | integer(0, 2**63 - 1)
+STRUCTURE = NONE | TEXT
+# Fields that say what a completion has to follow.
+STRUCTURES = ("json_schema", "regex", "grammar")
+
 
 def _token_ids(value: Any) -> tuple[int, ...]:
     ids = [] if value is None else token_ids(tuple(value) if isinstance(value, Set) else value)
@@ -33,25 +44,9 @@ def _token_ids(value: Any) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _none_or_whole(low: int, high: float, words: str) -> Rule:
-    def rule(value: Any) -> int | None:
-        found = whole(value)
-        if value is None or (found is not None and low <= found <= high):
-            return found
-        raise ValueError(f"None or an integer {words}")
-
-    return rule
-
-
-_own_seed = _none_or_whole(0, 2**63 - 1, "from 0 to 2**63 - 1")
-
-
 def _seed(value: Any) -> int | None:
     """To vLLM -1 is the same as None."""
-    return None if whole(value) == -1 else _own_seed(value)
-
-
-_bias = number(-math.inf, 1e6)
+    return None if whole(value) == -1 else SEED(value)
 
 
 def _logit_bias(value: Any) -> tuple[tuple[int, float], ...] | None:
@@ -62,7 +57,7 @@ def _logit_bias(value: Any) -> tuple[tuple[int, float], ...] | None:
         if not isinstance(value, (Mapping, tuple)):
             raise TypeError
         pairs = dict(value)
-        biases = [_bias(bias) for bias in pairs.values()]
+        biases = list(map(BIAS, pairs.values()))
         ids = _token_ids([int(key) if isinstance(key, str) else key for key in pairs])
     except (TypeError, ValueError):
         raise ValueError("None or a dict of token ids and numbers from -inf to 1e6") from None
@@ -78,32 +73,20 @@ def _stop(value: Any) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _text(value: Any) -> str | None:
-    found = as_text(value)
-    if found or value is None:
-        return found
-    raise ValueError("None or a text that is not empty")
-
-
 def _regex(value: Any) -> str | None:
-    text = _text(value)
+    text = STRUCTURE(value)
     if text:
         text_pattern(text)
     return text
 
 
 def _grammar(value: Any) -> str | None:
-    text = _text(value)
+    text = STRUCTURE(value)
     if text:
         if len(text) > MAX_REGEX:
             raise ValueError(f"a grammar of at most {MAX_REGEX} characters")
         check_characters(text)
     return text
-
-
-MOST_SAMPLES = 2**14  # of a prompt
-# Fields that say what a completion has to follow.
-STRUCTURES = ("json_schema", "regex", "grammar")
 
 
 @hinting
@@ -148,10 +131,10 @@ class SamplingParams:
     """
 
     temperature: float = option(1.0, number(0, 100))
-    top_k: int = option(-1, integer(0, also=-1))
+    top_k: int = option(-1, integer(0) | choice(-1))
     top_p: float = option(1.0, number(0, 1, open_low=True))
-    max_tokens: int | None = option(64, _none_or_whole(1, math.inf, "of at least 1"))
-    ignore_eos: bool = option(False, boolean)
+    max_tokens: int | None = option(64, NONE | integer(1))
+    ignore_eos: bool = option(False, BOOLEAN)
     stop_token_ids: Collection[int] | None = option((), _token_ids)
     seed: int | None = option(None, _seed)
     presence_penalty: float = option(0.0, number(-2, 2))
@@ -162,11 +145,11 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] | None = option(
         None, _logit_bias
     )
-    logprobs: int | None = option(None, _none_or_whole(0, 20, "from 0 to 20"))
-    prompt_logprobs: int | None = option(None, _none_or_whole(0, 20, "from 0 to 20"))
+    logprobs: int | None = option(None, LOGPROBS)
+    prompt_logprobs: int | None = option(None, LOGPROBS)
     stop: str | Collection[str] | None = option((), _stop)
-    include_stop_str_in_output: bool = option(False, boolean)
-    skip_special_tokens: bool = option(True, boolean)
+    include_stop_str_in_output: bool = option(False, BOOLEAN)
+    skip_special_tokens: bool = option(True, BOOLEAN)
     n: int = option(1, integer(1))
     json_schema: Mapping[str, Any] | str | None = option(None, check_schema)
     regex: str | None = option(None, _regex)
@@ -222,10 +205,7 @@ class SamplingOptions(TypedDict, total=False):
 def check_runnable(params: Iterable[SamplingParams], vocab_size: int) -> None:
     """Raises ValueError if a `logit_bias` has a token beyond the vocabulary, or an `n` is huge."""
     for each in params:
-        if each.n > MOST_SAMPLES:
-            raise ValueError(
-                f"n={short(each.n)} is not allowed: it must be from 1 to {MOST_SAMPLES}"
-            )
+        check_value("n", each.n, integer(1, MOST_SAMPLES))
     for bias in dict.fromkeys(each.logit_bias for each in params if each.logit_bias):
         highest = max(dict(bias))
         if highest >= vocab_size:

@@ -25,17 +25,17 @@ NOT_BOOLEANS = (0, 1, "yes", None)
 BAD_CONFIG = {
     "model": ("a directory or a hub id", ("", None, 5, True, b"dir", ["dir"])),
     "max_num_batched_tokens": (POSITIVE, NOT_POSITIVE),
-    "max_num_seqs": (f"{POSITIVE} and at most 1048576", (2**20 + 1, *NOT_POSITIVE)),
+    "max_num_seqs": ("an integer from 1 to 1048576", (2**20 + 1, *NOT_POSITIVE)),
     "max_model_len": ("an integer of at least 2", (1, *NOT_POSITIVE)),
     "gpu_memory_utilization": ("a number above 0 to 1", (0, 1.01, math.nan, True, "0.9", None)),
     "tensor_parallel_size": (POSITIVE, NOT_POSITIVE),
     "enforce_eager": (BOOLEAN, NOT_BOOLEANS),
     "kvcache_block_size": (
-        "an integer of at least 16 and at most 1048576 and a multiple of 16",
+        "an integer from 16 to 1048576 and a multiple of 16",
         (8, 17, 100, 256.0, 2**21, 16 * 10**30),
     ),
     "num_kvcache_blocks": (
-        "an integer of at least 1 and at most 2147483647, or -1",
+        "an integer from 1 to 2147483647 or -1",
         (0, -2, True, 1.0, "8", None, 2**31, 10**30),
     ),
     "device": ("'auto', 'cpu', 'cuda' or 'cuda:N'", ("", "gpu", "cuda:", "cuda:x", "CPU", 0, None)),
@@ -57,7 +57,7 @@ BAD_CONFIG = {
 
 BAD_SAMPLING = {
     "temperature": ("a number from 0 to 100", (-0.1, 100.5, math.nan, math.inf, True, "1", None)),
-    "top_k": ("an integer of at least 0, or -1", (-2, True, 2.0, "5", None)),
+    "top_k": ("an integer of at least 0 or -1", (-2, True, 2.0, "5", None)),
     "top_p": ("a number above 0 to 1", (0, -0.5, 1.5, math.nan, True, "1", None)),
     "max_tokens": (f"None or {POSITIVE}", NOT_POSITIVE[:-1]),
     "ignore_eos": (BOOLEAN, NOT_BOOLEANS),
@@ -65,7 +65,7 @@ BAD_SAMPLING = {
         "None or a sequence of token ids, integers of at least 0",
         (5, "12", b"12", [1, "2"], [-1], [True], [1.0], [[1]], {5: 6}, np.array(5)),
     ),
-    "seed": ("None or an integer from 0 to 2**63 - 1", (-2, 2**63, True, 1.0, "1")),
+    "seed": (f"None or an integer from 0 to {2**63 - 1}", (-2, 2**63, True, 1.0, "1")),
     "presence_penalty": ("a number from -2 to 2", (-2.1, 2.1, math.nan, True, "1", None)),
     "frequency_penalty": ("a number from -2 to 2", (-2.1, 2.1, math.nan, True, "1", None)),
     "repetition_penalty": ("a number above 0 to 100", (0, -1, 101, math.inf, True, "1", None)),

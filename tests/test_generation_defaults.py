@@ -56,7 +56,7 @@ def test_no_file_means_no_defaults(tmp_path):
     [
         ("temperature", -1, "a number from 0 to 100"),
         ("temperature", "0.6", "a number from 0 to 100"),
-        ("top_k", 1.5, "an integer of at least 0, or -1"),
+        ("top_k", 1.5, "an integer of at least 0 or -1"),
         ("top_p", 2, "a number above 0 to 1"),
         ("top_p", True, "a number above 0 to 1"),
         ("max_new_tokens", 0, "None or an integer of at least 1"),

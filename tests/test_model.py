@@ -11,8 +11,8 @@ from nanovllm import LLM
 from nanovllm.engine.pipeline_scheduler import PipelineScheduler
 from nanovllm.models import architectures
 from nanovllm.models.architectures import ARCHITECTURES, Architecture
-from nanovllm.models.rules import NULL
 from nanovllm.models.throwaway_cache import sequence_starts, throwaway_cache
+from nanovllm.utils.options import NONE
 from tests.checkpoints import TABLE, Shape, greedy, prompts
 from tests.decode_cases import Sequences, run
 
@@ -75,7 +75,7 @@ def test_a_new_architecture_is_an_entry_of_the_table(tmp_path, monkeypatch):
         ropes=("default",),
         qkv_bias=False,
         o_bias=False,
-        own_fields={"sliding_window": (NULL, 4096)},
+        own_fields={"sliding_window": (NONE, 4096)},
     )
     monkeypatch.setattr(architectures, "ARCHITECTURES", (*ARCHITECTURES, mistral))
     oracle = replace(SHAPE, model_type="mistral", more={"sliding_window": None}).write(tmp_path)

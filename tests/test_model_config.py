@@ -49,7 +49,7 @@ def config_fields(model_type: str = "qwen3", /, **changes: Any) -> dict[str, Any
 # ------------------------------------------------------------------ refused by name
 
 QWEN3: list[tuple[dict[str, Any], list[str]]] = [
-    ({"head_dim": None}, ["head_dim=None", "even"]),
+    ({"head_dim": None}, ["head_dim=None", "multiple of 2"]),
     ({"architectures": ["GemmaForCausalLM"]}, ["GemmaForCausalLM", "Qwen3ForCausalLM"]),
     ({"architectures": "Qwen3Model"}, ["architecture 'Qwen3Model'"]),
     ({"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}, ["qwen3_moe"]),
@@ -71,20 +71,20 @@ QWEN3: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"use_sliding_window": True, "max_window_layers": 1}, ["use_sliding_window=True"]),
     ({"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types"]),
-    ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "must be 'silu'"]),
+    ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "must be one of 'silu'"]),
     ({"is_causal": False}, ["is_causal=False", "True"]),
     ({"attention_chunk_size": 16}, ["attention_chunk_size=16"]),
     ({"kv_sharing_modes": ["store", "reuse"]}, ["kv_sharing_modes="]),
     ({"attribute_map": {"num_hidden_layers": "n"}}, ["attribute_map="]),
     ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config=", "awq"]),
     ({"num_key_value_heads": 3}, ["num_attention_heads=4", "num_key_value_heads=3"]),
-    ({"num_attention_heads": 0}, ["num_attention_heads=0", "positive integer"]),
-    ({"num_hidden_layers": True}, ["num_hidden_layers=True", "positive integer"]),
-    ({"vocab_size": None}, ["vocab_size=None", "positive integer"]),
-    ({"hidden_size": 32.0}, ["hidden_size=32.0", "positive integer"]),
-    ({"intermediate_size": "64"}, ["intermediate_size='64'", "positive integer"]),
-    ({"max_position_embeddings": -5}, ["max_position_embeddings=-5", "positive integer"]),
-    ({"head_dim": 63}, ["head_dim=63", "even"]),
+    ({"num_attention_heads": 0}, ["num_attention_heads=0", "an integer from 1 to"]),
+    ({"num_hidden_layers": True}, ["num_hidden_layers=True", "an integer from 1 to"]),
+    ({"vocab_size": None}, ["vocab_size=None", "an integer from 1 to"]),
+    ({"hidden_size": 32.0}, ["hidden_size=32.0", "an integer from 1 to"]),
+    ({"intermediate_size": "64"}, ["intermediate_size='64'", "an integer from 1 to"]),
+    ({"max_position_embeddings": -5}, ["max_position_embeddings=-5", "an integer from 1 to"]),
+    ({"head_dim": 63}, ["head_dim=63", "multiple of 2"]),
     ({"rms_norm_eps": "small"}, ["rms_norm_eps='small'"]),
     ({"rope_theta": 10**30}, ["rope_theta=1000", "an integer below 2**63"]),
     ({"rope_theta": 2**63}, ["rope_theta=9223372036854775808", "an integer below 2**63"]),
@@ -98,7 +98,10 @@ QWEN3: list[tuple[dict[str, Any], list[str]]] = [
 REFUSED: dict[str, list[tuple[dict[str, Any], list[str]]]] = {
     "qwen3": QWEN3,
     "qwen2": [
-        ({"head_dim": ..., "hidden_size": 60}, ["head_dim", "15", "hidden_size=60", "even"]),
+        (
+            {"head_dim": ..., "hidden_size": 60},
+            ["head_dim", "15", "hidden_size=60", "multiple of 2"],
+        ),
         (
             {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 1},
             ["use_sliding_window=True", "max_window_layers=1"],
@@ -106,10 +109,10 @@ REFUSED: dict[str, list[tuple[dict[str, Any], list[str]]]] = {
         ({"rope_parameters": {"rope_type": "llama3"}}, ["rope_type='llama3'", "'yarn'"]),
     ],
     "llama": [
-        ({"attention_bias": True}, ["attention_bias=True", "false"]),
-        ({"mlp_bias": True}, ["mlp_bias=True", "false"]),
+        ({"attention_bias": True}, ["attention_bias=True", "False"]),
+        ({"mlp_bias": True}, ["mlp_bias=True", "False"]),
         ({"pretraining_tp": 2}, ["pretraining_tp=2", "1"]),
-        ({"sliding_window": 4096}, ["sliding_window=4096", "null"]),
+        ({"sliding_window": 4096}, ["sliding_window=4096", "None"]),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, ["rope_type='dynamic'"]),
         ({"rope_scaling": {**LLAMA3, "factor": None}}, ["factor=None", "positive"]),
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": 0}}, ["low_freq_factor=0", "positive"]),

@@ -23,13 +23,19 @@ from nanovllm.batch.logprobs import chat_form, prompt_form, take_chat_fields, te
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import Completion
 from nanovllm.sampling_params import SamplingOptions, SamplingParams
-from nanovllm.utils.options import short
+from nanovllm.utils.options import Rule, check_value, choice, integer, short
 
 Key = str | int
 """What identifies a request: its custom_id, or where it has none, the number of its line."""
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 PROMPT_FIELDS = {COMPLETIONS: "prompt", CHAT: "messages"}
+# Of a line, beside its custom_id.
+FIELDS = {
+    "method": choice("POST"),
+    "url": choice(*PROMPT_FIELDS),
+    "body": Rule("a JSON object", lambda value: isinstance(value, dict)),
+}
 CHAT_FIELDS = ("add_generation_prompt", "chat_template_kwargs")
 MOST_LEVELS = 100
 # Choices of one line; OpenAI's limit.
@@ -39,7 +45,7 @@ IGNORED = ("model", "user", "metadata")
 # Of these null says that there is no limit; of all others, that the field is not given.
 LIMITS = {"max_tokens", "max_completion_tokens"}
 # What OpenAI's clients may send along, and the only value that is allowed.
-FIXED = {"best_of": 1, "stream": False, "echo": False}
+FIXED = {"best_of": choice(1), "stream": choice(False), "echo": choice(False)}
 
 
 @dataclass(frozen=True)
@@ -70,35 +76,27 @@ def parse(number: int, text: bytes) -> Line:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
         return Line(number, problem=f"the line is no JSON: {error}")
+    if not isinstance(fields, dict):
+        return Line(number, problem="the line is no JSON object")
     # Before its id counts: how deep Python can go depends on where it is.
     if is_deep(fields):
         return Line(number, problem=f"the line has more than {MOST_LEVELS} levels of JSON")
-    if not isinstance(fields, dict):
-        return Line(number, problem="the line is no JSON object")
-    custom_id, method, url, body = map(fields.get, ("custom_id", "method", "url", "body"))
+    custom_id = fields.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
         return Line(number, problem=f"custom_id={short(custom_id)} is not a text")
-    problem = ""
-    if method != "POST":
-        problem = f"method={short(method)} is not allowed: it must be 'POST'"
-    elif url not in (COMPLETIONS, CHAT):
-        problem = f"url={short(url)} is not allowed: it must be {COMPLETIONS!r} or {CHAT!r}"
-    elif not isinstance(body, dict):
-        problem = f"body={short(body)} is no JSON object"
-    return Line(number, custom_id, str(url), body, problem)
+    try:
+        for name, rule in FIELDS.items():
+            check_value(name, fields.get(name), rule)
+    except ValueError as error:
+        return Line(number, custom_id, problem=str(error))
+    return Line(number, custom_id, fields["url"], fields["body"])
 
 
-def is_deep(value: Any) -> bool:
-    """Whether JSON has more than MOST_LEVELS levels."""
-    level = [value]
-    for _ in range(MOST_LEVELS):
-        level = [
-            inner
-            for each in level
-            if isinstance(each, (dict, list))
-            for inner in (each.values() if isinstance(each, dict) else each)
-        ]
-    return bool(level)
+def is_deep(value: dict[str, Any] | list[Any], levels: int = MOST_LEVELS) -> bool:
+    """Whether JSON has more than so many levels."""
+    inner = value.values() if isinstance(value, dict) else value
+    further = (each for each in inner if isinstance(each, (dict, list)))
+    return levels == 0 or any(is_deep(each, levels - 1) for each in further)
 
 
 def submit(llm: LLMEngine, line: Line, chat_template: str | None = None) -> range:
@@ -126,8 +124,7 @@ def submit(llm: LLMEngine, line: Line, chat_template: str | None = None) -> rang
         raise ValueError(f"{', '.join(chat_options)} is for {CHAT} only")
     else:
         ids = llm.texts.encode(prompt, "prompt")
-    if params.n > MOST_CHOICES:
-        raise ValueError(f"n={params.n} is not allowed: it must be from 1 to {MOST_CHOICES}")
+    check_value("n", params.n, integer(1, MOST_CHOICES))
     first = llm.add_request(ids, params)
     return range(first, first + params.n)
 
@@ -135,11 +132,8 @@ def submit(llm: LLMEngine, line: Line, chat_template: str | None = None) -> rang
 def _sampling_params(fields: dict[str, Any], defaults: SamplingOptions) -> SamplingParams:
     for name in IGNORED:
         fields.pop(name, None)
-    for name, allowed in FIXED.items():
-        value = fields.pop(name, allowed)
-        # True == 1 in Python, but not here.
-        if value != allowed or isinstance(value, bool) != isinstance(allowed, bool):
-            raise ValueError(f"{name}={short(value)} is not supported: it must be {allowed}")
+    for name in FIXED.keys() & fields.keys():
+        check_value(name, fields.pop(name), FIXED[name])
     if "max_completion_tokens" in fields:
         if "max_tokens" in fields:
             raise ValueError("give either max_tokens or max_completion_tokens, not both")

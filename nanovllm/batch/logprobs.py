@@ -6,8 +6,8 @@ from itertools import accumulate
 from typing import Any
 
 from nanovllm.logprobs import Logprob
-from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.options import check, short
+from nanovllm.sampling_params import LOGPROBS
+from nanovllm.utils.options import BOOLEAN, check_value, short
 
 # What OpenAI says of a token that is next to impossible; JSON knows no infinity.
 LOWEST = -9999.0
@@ -18,11 +18,10 @@ Places = list[dict[int, Logprob]]
 def take_chat_fields(fields: dict[str, Any]) -> None:
     """Makes the one field of `SamplingParams` of a chat's two; ValueError if they are not right."""
     wanted, count = fields.pop("logprobs", False), fields.pop("top_logprobs", None)
-    if not isinstance(wanted, bool):
-        raise ValueError(f"logprobs={short(wanted)} is not allowed: in a chat it is True or False")
+    check_value("logprobs", wanted, BOOLEAN)
     if count and not wanted:  # clients may send OpenAI's defaults, False and 0
         raise ValueError(f"top_logprobs={short(count)} is not allowed without logprobs=True")
-    count = check(SamplingParams, "logprobs", count, called="top_logprobs")
+    count = check_value("top_logprobs", count, LOGPROBS)
     if wanted:
         fields["logprobs"] = count or 0
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from nanovllm.models.rules import UnsupportedModelError
 from nanovllm.sampling_params import SamplingOptions, SamplingParams
 from nanovllm.utils.json_files import is_there, read_object
-from nanovllm.utils.options import check
+from nanovllm.utils.options import check_value, rule_of
 
 FILE = "generation_config.json"
 # Fields of the file that vLLM takes, too, by the fields of `SamplingParams`. As in vLLM `do_sample`
@@ -35,15 +34,14 @@ def sampling_defaults(directory: Path, source: str) -> SamplingOptions:
     if source == "none" or not is_there(path):
         return {}
     given = read_object(path, UnsupportedModelError)
-    defaults: dict[str, Any] = {}
-    for name, there in FIELDS.items():
-        value = given.get(there)
-        if value is None:
-            continue
-        try:
-            defaults[name] = check(SamplingParams, name, value, called=there)
-        except ValueError as error:
-            raise UnsupportedModelError(
-                f"{path}: {error}; generation_config='none' would ignore it"
-            ) from None
+    try:
+        defaults = {
+            name: check_value(there, given[there], rule_of(SamplingParams, name))
+            for name, there in FIELDS.items()
+            if given.get(there) is not None
+        }
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"{path}: {error}; generation_config='none' would ignore it"
+        ) from None
     return SamplingOptions(**defaults)  # type: ignore[typeddict-item]

@@ -7,32 +7,30 @@ from typing import Any
 
 from nanovllm.layers.rotary_embedding import Rope
 from nanovllm.models.rules import (
-    BOOLEAN,
-    NULL,
+    ABSENT,
     POSITIVE,
     REQUIRED,
-    ZERO,
     Fields,
     UnsupportedModelError,
     check_fields,
-    one_of,
 )
+from nanovllm.utils.options import BOOLEAN, NONE, choice
 
 ORIGINAL = "original_max_position_embeddings"
 
 COMMON_FIELDS: Fields = {
     "rope_theta": (POSITIVE, 10_000.0),
-    "partial_rotary_factor": (one_of(1, 1.0), 1.0),
+    "partial_rotary_factor": (choice(1, 1.0), 1.0),
 }
 
 YARN_FIELDS: Fields = {
-    "factor": (POSITIVE | NULL, REQUIRED),
+    "factor": (POSITIVE | NONE, REQUIRED),
     ORIGINAL: (POSITIVE, REQUIRED),
-    "attention_factor": (POSITIVE | NULL, None),
-    "beta_fast": (POSITIVE | ZERO | NULL, None),
-    "beta_slow": (POSITIVE | ZERO | NULL, None),
-    "mscale": (POSITIVE | ZERO | NULL, None),
-    "mscale_all_dim": (POSITIVE | ZERO | NULL, None),
+    "attention_factor": (POSITIVE | NONE, None),
+    "beta_fast": (POSITIVE | ABSENT, None),
+    "beta_slow": (POSITIVE | ABSENT, None),
+    "mscale": (POSITIVE | ABSENT, None),
+    "mscale_all_dim": (POSITIVE | ABSENT, None),
     "truncate": (BOOLEAN, True),
 }
 
@@ -65,7 +63,7 @@ def parse_rope(
     rope.setdefault(ORIGINAL, values["max_position_embeddings"])
     if ORIGINAL in fields:
         rope[ORIGINAL] = fields[ORIGINAL]
-    checked = check_fields(rope, {"rope_type": (one_of(*types), "default")})
+    checked = check_fields(rope, {"rope_type": (choice(*types), "default")})
     checked |= check_fields(rope, COMMON_FIELDS | ROPES[checked["rope_type"]])
     if checked["rope_type"] == "yarn" and checked["rope_theta"] == 1:
         raise UnsupportedModelError("config.json: rope_theta=1 is not supported with YaRN")

@@ -1,7 +1,7 @@
-"""Checked options: errors name the field, its value and what is allowed.
+"""Checked values: errors name the field, its value and what is allowed.
 
-A field of a dataclass of options is an `option` with a rule. A rule takes a value and returns it,
-perhaps normalised, or raises `ValueError` with the words for "what is allowed".
+A rule takes a value and returns it, perhaps normalised, or raises `ValueError` with the words for
+"what is allowed". A field of a dataclass of options is an `option` with a rule.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from contextlib import suppress
 from reprlib import Repr
 from typing import Any, TypeVar
 
-Rule = Callable[[Any], Any]
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -26,12 +25,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 NO_LISTS = (str, bytes, bytearray, memoryview, Mapping, Set)
 
 
-def option(default: Any, rule: Rule) -> Any:
+def option(default: Any, rule: Callable[[Any], Any]) -> Any:
     """A field of a dataclass."""
     return dataclasses.field(default=default, metadata={"rule": rule})
 
 
-def rule_of(cls: type, name: str) -> Rule:
+def rule_of(cls: type, name: str) -> Callable[[Any], Any]:
     """The rule of field `name` of a dataclass; raises TypeError if it has no such field."""
     fields = cls.__dataclass_fields__  # type: ignore[attr-defined]
     if name in fields:
@@ -41,17 +40,17 @@ def rule_of(cls: type, name: str) -> Rule:
     raise TypeError(f"{cls.__name__} has no option {short(name)}{hint}")
 
 
-def check(cls: type, name: str, value: Any, called: str | None = None) -> Any:
-    """A value for field `name` of a dataclass, normalised; ValueError if it is not allowed.
+def check(cls: type, name: str, value: Any) -> Any:
+    """A value for field `name` of a dataclass, normalised; ValueError if it is not allowed."""
+    return check_value(name, value, rule_of(cls, name))
 
-    `called`: its name where it was given; default: the same.
-    """
-    rule = rule_of(cls, name)
+
+def check_value(name: str, value: Any, rule: Callable[[Any], Any]) -> Any:
+    """A value, normalised; the ValueError of one that is not allowed calls it `name`."""
     try:
         return rule(value)
     except ValueError as allowed:
-        given = f"{called or name}={short(value)}"
-        raise ValueError(f"{given} is not allowed: it must be {allowed}") from None
+        raise ValueError(f"{name}={short(value)} is not allowed: it must be {allowed}") from None
 
 
 def hinting(cls: type[T]) -> type[T]:
@@ -159,55 +158,77 @@ def whole(value: Any) -> int | None:
         return None
 
 
-def integer(
-    minimum: int, also: int | None = None, multiple_of: int = 1, maximum: float = math.inf
-) -> Rule:
-    """Whole numbers in a range, multiples of `multiple_of`; `also` is one more value."""
-    words = f"an integer of at least {minimum}"
-    words += f" and at most {maximum}" if maximum < math.inf else ""
-    words += f" and a multiple of {multiple_of}" if multiple_of > 1 else ""
-    words += f", or {also}" if also is not None else ""
+def real(value: Any) -> float | None:
+    """A number, whoever made it, as a float; None if it is none, or too large for one."""
+    value = plain(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        with suppress(OverflowError):
+            return float(value)
+    return None
 
-    def rule(value: Any) -> int:
-        found = whole(value)
-        if found is not None and (
-            found == also or (minimum <= found <= maximum and found % multiple_of == 0)
-        ):
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a value may be, in words and as a test of what `read` makes of it."""
+
+    words: str
+    accepts: Callable[[Any], bool]
+    read: Callable[[Any], Any] = plain
+
+    def __call__(self, value: Any) -> Any:
+        found = self.read(value)
+        if self.accepts(found):
             return found
-        raise ValueError(words)
+        raise ValueError(self.words)
 
-    return rule
+    def __or__(self, other: Rule) -> Rule:
+        """What either allows."""
+        words = f"{self.words} or {other.words}"
+
+        def read(value: Any) -> Any:
+            for rule in (self, other):
+                with suppress(ValueError):
+                    return rule(value)
+            raise ValueError(words)
+
+        return Rule(words, lambda found: True, read)
+
+
+def integer(minimum: float = -math.inf, maximum: float = math.inf, multiple_of: int = 1) -> Rule:
+    """Whole numbers in a range, multiples of `multiple_of`."""
+    words = "an integer"
+    if maximum < math.inf:
+        words += f" from {minimum} to {maximum}"
+    elif minimum > -math.inf:
+        words += f" of at least {minimum}"
+    words += f" and a multiple of {multiple_of}" if multiple_of > 1 else ""
+    return Rule(
+        words,
+        lambda n: n is not None and minimum <= n <= maximum and n % multiple_of == 0,
+        whole,
+    )
 
 
 def number(low: float, high: float, *, open_low: bool = False) -> Rule:
     """Numbers from `low` (excluded if `open_low`) to `high`."""
-
-    def rule(value: Any) -> float:
-        found = plain(value)
-        is_number = isinstance(found, (int, float)) and not isinstance(found, bool)
-        if is_number and low <= found <= high and not (open_low and found == low):
-            with suppress(OverflowError):
-                return float(found)
-        raise ValueError(f"a number {'above' if open_low else 'from'} {low:g} to {high:g}")
-
-    return rule
+    return Rule(
+        f"a number {'above' if open_low else 'from'} {low:g} to {high:g}",
+        lambda x: x is not None and low <= x <= high and not (open_low and x == low),
+        real,
+    )
 
 
-def choice(*allowed: str) -> Rule:
-    """One of the given strings."""
-
-    def rule(value: Any) -> str:
-        found = as_text(value)
-        if found in allowed:
-            return found
-        raise ValueError("one of " + ", ".join(map(repr, allowed)))
-
-    return rule
+def choice(*allowed: Any) -> Rule:
+    """One of the given values, of its own type: 1 is not True."""
+    words = ", ".join(map(repr, allowed))
+    return Rule(
+        f"one of {words}" if len(allowed) > 1 else words,
+        lambda value: any(type(value) is type(each) and value == each for each in allowed),
+        lambda value: plain(value) if as_text(value) is None else as_text(value),
+    )
 
 
-def boolean(value: Any) -> bool:
-    """True or False, also NumPy's and torch's; nothing that merely counts as one."""
-    truth = plain(value)
-    if isinstance(truth, bool):
-        return truth
-    raise ValueError("True or False")
+# Nothing that merely counts as true or false.
+BOOLEAN = Rule("True or False", lambda value: isinstance(value, bool))
+TEXT = Rule("a text that is not empty", bool, as_text)
+NONE = choice(None)

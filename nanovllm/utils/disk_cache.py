@@ -15,12 +15,12 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from stat import S_ISREG
 from typing import Any
+
+from nanovllm.utils.json_files import read_text
 
 logger = logging.getLogger(__name__)
 
-MAX_BYTES = 4 << 20  # of a file; what is longer is cut off, and so no JSON
 # What reading, parsing and writing may raise: RuntimeError for a user without a home directory and
 # for deep nesting, ValueError for what is no JSON and for paths that cannot be.
 FAILURES = (OSError, RuntimeError, ValueError, MemoryError)
@@ -53,10 +53,8 @@ class DiskCache:
         """The value written under that key, or by whoever can; None if none can be read."""
         try:
             path = self.path(key)
-            if not S_ISREG(path.stat().st_mode):  # another may block, or never end
-                raise ValueError(f"{path} is no regular file")
-            with path.open("rb") as file:
-                return json.loads(file.read(MAX_BYTES))
+            path.stat()  # FileNotFoundError: nothing was written yet
+            return json.loads(read_text(path, ValueError))
         except FileNotFoundError:
             return None
         except FAILURES as error:

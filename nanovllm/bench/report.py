@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import distributions
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.collect_env import get_nvidia_driver_version, run
 
 from nanovllm.bench import BenchError
 from nanovllm.utils.device import sm_count
@@ -27,22 +26,14 @@ def describe_machine(device: torch.device, benchmark: str) -> Record:
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
+    driver = get_nvidia_driver_version(run)
     installed = {each.name: each.version for each in distributions()}
     return {
         "benchmark": benchmark,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": {"type": device.type, "name": name, "sms": sm_count(device) or None},
-        "versions": {name: installed.get(name) for name in PACKAGES} | {"driver": driver_version()},
+        "versions": {name: installed.get(name) for name in PACKAGES} | {"driver": driver},
     }
-
-
-def driver_version() -> str | None:
-    """Version of the NVIDIA driver; None if there is none, or no nvidia-smi to ask."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False)
-    return answer.stdout.split("\n")[0].strip() or None if answer.returncode == 0 else None
 
 
 def title(record: Record) -> str:

@@ -6,6 +6,7 @@ to 5.x) is understood by any installed one.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,24 +133,19 @@ def parse_config(fields: Mapping[str, Any], generation_eos: Any = None) -> Model
         )
     _check_layers(values)
     bias = values.get("attention_bias", False)
+    values |= {
+        "architecture": architecture.name,
+        "num_key_value_heads": kv_heads,
+        "head_dim": values["head_dim"] or _derived_head_dim(values),
+        "rope": parse_rope(fields, values, architecture.ropes),
+        "qk_norm": architecture.qk_norm,
+        "qkv_bias": bias if architecture.qkv_bias is None else architecture.qkv_bias,
+        "o_bias": bias if architecture.o_bias is None else architecture.o_bias,
+        "dtype": values["dtype"] or values["torch_dtype"],
+        "eos_token_ids": _eos_token_ids(fields, values, generation_eos),
+    }
     config = ModelConfig(
-        architecture=architecture.name,
-        vocab_size=values["vocab_size"],
-        hidden_size=values["hidden_size"],
-        intermediate_size=values["intermediate_size"],
-        num_hidden_layers=values["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=values["head_dim"] or _derived_head_dim(values),
-        max_position_embeddings=values["max_position_embeddings"],
-        rms_norm_eps=values["rms_norm_eps"],
-        rope=parse_rope(fields, values, architecture.ropes),
-        tie_word_embeddings=values["tie_word_embeddings"],
-        qk_norm=architecture.qk_norm,
-        qkv_bias=bias if architecture.qkv_bias is None else architecture.qkv_bias,
-        o_bias=bias if architecture.o_bias is None else architecture.o_bias,
-        dtype=values["dtype"] or values["torch_dtype"],
-        eos_token_ids=_eos_token_ids(fields, values, generation_eos),
+        **{each.name: values[each.name] for each in dataclasses.fields(ModelConfig)}
     )
     if config.num_weights > MAX_WEIGHTS:
         raise UnsupportedModelError(

@@ -23,27 +23,26 @@ COMMON_FIELDS: Fields = {
     "partial_rotary_factor": (choice(1, 1.0), 1.0),
 }
 
-YARN_FIELDS: Fields = {
-    "factor": (POSITIVE | NONE, REQUIRED),
-    ORIGINAL: (POSITIVE, REQUIRED),
-    "attention_factor": (POSITIVE | NONE, None),
-    "beta_fast": (POSITIVE | ABSENT, None),
-    "beta_slow": (POSITIVE | ABSENT, None),
-    "mscale": (POSITIVE | ABSENT, None),
-    "mscale_all_dim": (POSITIVE | ABSENT, None),
-    "truncate": (BOOLEAN, True),
-}
-
-LLAMA3_FIELDS: Fields = {
-    "factor": (POSITIVE, REQUIRED),
-    ORIGINAL: (POSITIVE, REQUIRED),
-    "low_freq_factor": (POSITIVE, REQUIRED),
-    "high_freq_factor": (POSITIVE, REQUIRED),
-}
-
-
 # By rope_type: the fields of its own.
-ROPES: dict[str, Fields] = {"default": {}, "yarn": YARN_FIELDS, "llama3": LLAMA3_FIELDS}
+ROPES: dict[str, Fields] = {
+    "default": {},
+    "yarn": {
+        "factor": (POSITIVE | NONE, REQUIRED),
+        ORIGINAL: (POSITIVE, REQUIRED),
+        "attention_factor": (POSITIVE | NONE, None),
+        "beta_fast": (POSITIVE | ABSENT, None),
+        "beta_slow": (POSITIVE | ABSENT, None),
+        "mscale": (POSITIVE | ABSENT, None),
+        "mscale_all_dim": (POSITIVE | ABSENT, None),
+        "truncate": (BOOLEAN, True),
+    },
+    "llama3": {
+        "factor": (POSITIVE, REQUIRED),
+        ORIGINAL: (POSITIVE, REQUIRED),
+        "low_freq_factor": (POSITIVE, REQUIRED),
+        "high_freq_factor": (POSITIVE, REQUIRED),
+    },
+}
 
 
 def parse_rope(

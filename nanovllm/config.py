@@ -17,12 +17,13 @@ from nanovllm.utils.options import (
     BOOLEAN,
     Rule,
     as_text,
-    check,
+    check_value,
     choice,
     hinting,
     integer,
     number,
     option,
+    rule_of,
 )
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -114,7 +115,7 @@ class Config:
     if not TYPE_CHECKING:  # a type checker that saw it would let any name be set
 
         def __setattr__(self, name: str, value: Any) -> None:
-            object.__setattr__(self, name, check(type(self), name, value))
+            object.__setattr__(self, name, check_value(name, value, rule_of(type(self), name)))
 
 
 class ConfigOptions(TypedDict, total=False):

@@ -16,7 +16,6 @@ from nanovllm.utils.options import (
     TEXT,
     as_list,
     as_text,
-    check,
     check_value,
     choice,
     hinting,
@@ -157,7 +156,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = check(type(self), field.name, getattr(self, field.name))
+            value = check_value(field.name, getattr(self, field.name), field.metadata["rule"])
             object.__setattr__(self, field.name, value)
         given = [name for name in STRUCTURES if getattr(self, name) is not None]
         if len(given) > 1:

@@ -40,11 +40,6 @@ def rule_of(cls: type, name: str) -> Callable[[Any], Any]:
     raise TypeError(f"{cls.__name__} has no option {short(name)}{hint}")
 
 
-def check(cls: type, name: str, value: Any) -> Any:
-    """A value for field `name` of a dataclass, normalised; ValueError if it is not allowed."""
-    return check_value(name, value, rule_of(cls, name))
-
-
 def check_value(name: str, value: Any, rule: Callable[[Any], Any]) -> Any:
     """A value, normalised; the ValueError of one that is not allowed calls it `name`."""
     try:

@@ -169,24 +169,21 @@ class Rule:
     words: str
     accepts: Callable[[Any], bool]
     read: Callable[[Any], Any] = plain
+    other: Rule | None = None  # what else it may be
 
     def __call__(self, value: Any) -> Any:
-        found = self.read(value)
-        if self.accepts(found):
-            return found
+        rule: Rule | None = self
+        while rule is not None:
+            found = rule.read(value)
+            if rule.accepts(found):
+                return found
+            rule = rule.other
         raise ValueError(self.words)
 
     def __or__(self, other: Rule) -> Rule:
         """What either allows."""
-        words = f"{self.words} or {other.words}"
-
-        def read(value: Any) -> Any:
-            for rule in (self, other):
-                with suppress(ValueError):
-                    return rule(value)
-            raise ValueError(words)
-
-        return Rule(words, lambda found: True, read)
+        rest = other if self.other is None else self.other | other
+        return dataclasses.replace(self, words=f"{self.words} or {other.words}", other=rest)
 
 
 def integer(minimum: float = -math.inf, maximum: float = math.inf, multiple_of: int = 1) -> Rule:
@@ -226,4 +223,4 @@ def choice(*allowed: Any) -> Rule:
 # Nothing that merely counts as true or false.
 BOOLEAN = Rule("True or False", lambda value: isinstance(value, bool))
 TEXT = Rule("a text that is not empty", bool, as_text)
-NONE = choice(None)
+NONE = Rule("None", lambda value: value is None)

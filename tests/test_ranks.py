@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -138,7 +139,8 @@ def test_a_close_that_was_interrupted_at_any_line_can_be_repeated(tmp_path):
         ranks = Ranks()
         ranks.meeting = str(tmp_path / str(line))
         os.mkdir(ranks.meeting)
-        ranks._meet(f"{ranks.meeting}/ranks", 0, Config(), torch.device("cpu"))
+        place, cpu = f"{ranks.meeting}/ranks", torch.device("cpu")
+        ranks._meet(partial(process_groups.ProcessGroups.meet, place, 0, 1, cpu), Config(), cpu)
         at = InterruptAt(line, [str(Path(process_groups.__file__).parent)])
         with suppress(Interrupt), at:
             ranks.close()

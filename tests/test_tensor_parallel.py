@@ -181,10 +181,10 @@ def test_worker_dies_before_it_joins(model, monkeypatch):
 def test_an_interrupt_while_the_ranks_meet_leaves_nothing(model, monkeypatch):
     wait, threads = Ranks._wait_until, threading.active_count()
 
-    def interrupt(ranks, done, what):
+    def interrupt(ranks, done, what, seconds):
         if what == "meet":
             raise KeyboardInterrupt
-        wait(ranks, done, what)
+        wait(ranks, done, what, seconds)
 
     monkeypatch.setattr(Ranks, "_wait_until", interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -331,3 +331,23 @@ def test_crash_of_a_rank_ends_torchrun(model, tmp_path):
     assert job.returncode != 0
     assert out == ""
     assert "ValueError: broken on purpose" in err
+
+
+SECOND_ENGINE = """
+import sys
+from nanovllm import LLM
+from nanovllm.engine.parallel import ranks
+for ranks.LOAD_SECONDS in (60.0, 2.0):
+    try:
+        LLM(sys.argv[1], device="cpu", tensor_parallel_size=2, max_model_len=64).exit()
+    except ranks.RankDiedError as error:
+        print(error, flush=True)
+"""
+
+
+def test_ranks_of_torchrun_do_not_wait_without_end_for_others_that_have_ended(model, tmp_path):
+    """They serve one engine; a second one would wait for them."""
+    script = tmp_path / "second.py"
+    script.write_text(SECOND_ENGINE)
+    lines = scripts.output_of(script, model, processes=2)
+    assert lines == ["the ranks did not meet within 2 s"]

@@ -115,10 +115,13 @@ class Ranks:
         try:
             ranks.workers.start(tasks)
             # Before anything that waits for the workers without end.
-            ranks._wait_until(partial(ProcessGroups.workers_are_here, path, size), "come")
+            here = partial(ProcessGroups.workers_are_here, path, size)
+            ranks._wait_until(here, "come", JOIN_SECONDS)
             # Or NCCL would end the whole process when a rank is lost.
             with environment(TORCH_NCCL_ASYNC_ERROR_HANDLING="0"):
-                ranks._while_workers_live(partial(ranks._meet, path, 0, config, device))
+                form = partial(ProcessGroups.meet, path, 0, size, device)
+                meet = partial(ranks._meet, form, config, device)
+                ranks._while_workers_live(meet, JOIN_SECONDS)
         except BaseException:
             ranks.break_off()
             ranks.close()
@@ -128,8 +131,9 @@ class Ranks:
     @classmethod
     def join(cls, task: WorkerTask, config: Config) -> Ranks:
         """Joins as the worker that `task` describes."""
-        ranks = cls()
-        ranks._meet(task.meeting, task.rank, config, torch.device(task.device))
+        ranks, device = cls(), torch.device(task.device)
+        form = partial(ProcessGroups.meet, task.meeting, task.rank, task.size, device)
+        ranks._meet(form, config, device)
         return ranks
 
     @classmethod
@@ -138,6 +142,7 @@ class Ranks:
 
         Raises:
             ValueError: torchrun started another number of processes, or the device is not there.
+            RankDiedError: the others do not come, who may have served another engine to its end.
         """
         size, world = config.tensor_parallel_size, int(os.environ["WORLD_SIZE"])
         if world != size:
@@ -151,10 +156,9 @@ class Ranks:
                 "device of its own, so it must be 'cuda' or 'auto'"
             )
         devices_for(torch.device(device.type, 0), int(os.environ["LOCAL_WORLD_SIZE"]))
-        ranks = cls()
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        ranks._enter(ProcessGroups.of_torchrun(device), config, device)
+        ranks, form = cls(), partial(ProcessGroups.of_torchrun, device)
+        # One of another host may have to download the model first.
+        ranks._while_workers_live(partial(ranks._meet, form, config, device), LOAD_SECONDS)
         return ranks
 
     @property
@@ -199,7 +203,7 @@ class Ranks:
             self._share_memory(dtype, hidden)
         rows = max(config.max_num_batched_tokens, config.max_num_seqs)
         if self.group.peers is None or rows > MOST_ROWS:
-            self._while_workers_live(self._start_nccl)
+            self._while_workers_live(self._start_nccl, JOIN_SECONDS)
 
     def _share_memory(self, dtype: torch.dtype, hidden: int) -> None:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", self.group.size))
@@ -337,14 +341,13 @@ class Ranks:
         # Only now, so that a close that was interrupted can be repeated.
         self.group, self.groups = ParallelGroup(self.group.rank, self.group.size), None
 
-    def _meet(self, path: str, rank: int, config: Config, device: torch.device) -> None:
+    def _meet(
+        self, form: Callable[[], ProcessGroups], config: Config, device: torch.device
+    ) -> None:
+        """Goes on with the groups that `form` gives once all ranks have come."""
         if device.type == "cuda":
-            torch.cuda.set_device(device)
-        groups = ProcessGroups.meet(path, rank, config.tensor_parallel_size, device)
-        self._enter(groups, config, device)
-
-    def _enter(self, groups: ProcessGroups, config: Config, device: torch.device) -> None:
-        """Goes on with the groups that were formed; returns when all ranks have come."""
+            torch.cuda.set_device(device)  # also of the thread that runs this
+        groups = form()
         self.groups, self.device, self.step_timeout = groups, device, config.step_timeout
         self.group = ParallelGroup(
             dist.get_rank(groups.control),
@@ -357,23 +360,23 @@ class Ranks:
                 self.group.rank, self.workers, device, self.step_timeout, self._end_waits
             )
 
-    def _wait_until(self, done: Callable[[], bool], what: str) -> None:
+    def _wait_until(self, done: Callable[[], bool], what: str, seconds: float) -> None:
         """Waits until it is `done`, as long as all workers live; errors call it `what`."""
-        deadline = monotonic() + JOIN_SECONDS
+        deadline = monotonic() + seconds
         while not done():
             self.workers.check()
             if monotonic() > deadline:
-                raise RankDiedError(f"the ranks did not {what} within {JOIN_SECONDS:.0f} s")
+                raise RankDiedError(f"the ranks did not {what} within {seconds:.0f} s")
             sleep(POLL_SECONDS)
 
-    def _while_workers_live(self, task: Callable[[], None]) -> None:
-        """Runs `task`, which may wait forever for a worker that has died.
+    def _while_workers_live(self, task: Callable[[], None], seconds: float) -> None:
+        """Runs `task`, which may wait forever for a rank that has died or does not come.
 
-        If one has, the thread that waits is left behind: nothing can wake it.
+        If one has, or after `seconds`, the thread that waits is left behind: nothing can wake it.
         """
         outcome = run_in_thread(task)
         try:
-            self._wait_until(outcome.done, "meet")
+            self._wait_until(outcome.done, "meet", seconds)
         except RankDiedError:
             raise
         except BaseException:  # an interrupt: the workers live, so the task will end

@@ -10,17 +10,16 @@ from hypothesis import strategies as st
 from nanovllm import SamplingParams
 from nanovllm.engine.detokenizer import INCOMPLETE, WINDOW, Detokenizer
 from nanovllm.engine.prompts import UndecodableError
-from tests.small_tokenizers import KINDS
+from tests.small_tokenizers import END, KINDS
 from tests.stop_definition import stopped
 
 TOKENIZERS = {kind: build() for kind, build in KINDS.items()}
 PROMPT = [0, 1, 2]  # what is read begins behind it
 
 
-def make(decode, first: int = 0, stops=(), keep_stop=False) -> Detokenizer:
-    return Detokenizer(
-        decode, first, SamplingParams(stop=stops, include_stop_str_in_output=keep_stop)
-    )
+def make(decode, first: int = 0, stops=(), keep_stop=False, silent=()) -> Detokenizer:
+    params = SamplingParams(stop=stops, include_stop_str_in_output=keep_stop)
+    return Detokenizer(decode, first, params, silent)
 
 
 def read(decode, ids: list[int], stops=(), keep_stop=False) -> tuple[Detokenizer, int]:
@@ -75,7 +74,8 @@ def test_the_text_of_tokens_read_one_by_one_is_that_of_all(kind, skip, data):
     def decode(token_ids: list[int]) -> str:
         return tokenizer.decode(token_ids, skip_special_tokens=skip)
 
-    detokenizer, ids = make(decode, len(PROMPT)), list(PROMPT)
+    silent = [tokenizer.token_to_id(END)] if skip else ()
+    detokenizer, ids = make(decode, len(PROMPT), silent=silent), list(PROMPT)
     for group in data.draw(st.lists(groups, max_size=3 * WINDOW)):
         for token in group:
             ids.append(token)

@@ -11,7 +11,7 @@ they may still become one, and are held back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from nanovllm.engine.prompts import UndecodableError
@@ -38,12 +38,17 @@ class Detokenizer:
     """Reads the tokens of one request, from `first` on, by `decode`, which gives their text.
 
     `params` say which texts end the request, whether these belong to the text, and how many tokens
-    there must be before.
+    there must be before. `decode` leaves the `silent` tokens out.
     """
 
     def __init__(
-        self, decode: Callable[[list[int]], str], first: int, params: SamplingParams
+        self,
+        decode: Callable[[list[int]], str],
+        first: int,
+        params: SamplingParams,
+        silent: Collection[int] = (),
     ) -> None:
+        self.silent = silent
         self.decode, self.stops = decode, tuple(params.stop or ())
         self.keep_stop = params.include_stop_str_in_output
         self.first_stop_end = first + params.min_tokens + 1
@@ -61,6 +66,8 @@ class Detokenizer:
     def _read_next(self, token_ids: list[int]) -> Progress:
         begin, settled, end, known, text, _ = self.progress
         end += 1
+        if token_ids[end - 1] in self.silent:  # a window of these alone would grow with each
+            return self.progress._replace(end=end)
         window = self.decode(token_ids[begin:end])
         complete = window.rstrip(INCOMPLETE)
         if len(complete) <= known:

@@ -53,6 +53,8 @@ class TextProcessor:
         # Texts are encoded by one thread at a time: an encoding may set how texts are truncated.
         self.lock = threading.RLock()
         self.token_texts: dict[int, str] = {}
+        added = {} if self.tokenizer is None else self.tokenizer.added_tokens_decoder
+        self.special_ids = frozenset(token for token in added if added[token].special)
 
     def encode(self, prompt: Prompt, name: str) -> list[int]:
         """The token ids of `prompt`; TypeError or ValueError names it `name` if it cannot run."""

@@ -175,7 +175,8 @@ class RequestMaker:
     def _detokenizer(self, seq: EngineSequence) -> Detokenizer:
         skip = seq.params.skip_special_tokens
         decode = partial(self.texts.decode, skip_special_tokens=skip)
-        return Detokenizer(decode, seq.prompt_len, seq.params)
+        silent = self.texts.special_ids if skip else ()
+        return Detokenizer(decode, seq.prompt_len, seq.params, silent)
 
 
 def sample_seed(seed: int | None, sample: int) -> int:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from nanovllm import SamplingParams
+from tests import small_tokenizers
 from tests.engine.cases import GREEDY, PROMPTS, SCHEDULES, drain, said, scheduled, tokens
 from tests.stop_definition import stopped
 
@@ -61,6 +62,18 @@ def test_only_requests_that_ask_read_their_texts(spoken, plain, monkeypatch):
     assert len(calls) < 3 + 2 * LONG.max_tokens
     assert spoken.generate(PROMPTS, LONG, use_tqdm=False)
     assert calls[-4:] == tokens(plain)
+
+
+def test_tokens_without_a_text_are_not_decoded_again_with_each(spoken, monkeypatch):
+    """As a model goes on with ends of sequence that are ignored."""
+    decoded, decode = [], spoken.tokenizer.decode
+    monkeypatch.setattr(
+        spoken.tokenizer, "decode", lambda ids, **o: (decoded.extend(ids), decode(ids, **o))[1]
+    )
+    end = spoken.tokenizer.convert_tokens_to_ids(small_tokenizers.END)
+    params = SamplingParams(logit_bias={end: 1000}, max_tokens=50, ignore_eos=True)
+    *_, last = spoken.stream([[5]], params, deltas=True)
+    assert (last["finish_reason"], len(decoded)) == ("length", 50)  # at the end, of all together
 
 
 def test_a_stop_text_across_the_end_of_the_limit_does_not_count(spoken, plain):

@@ -30,7 +30,7 @@ def start(script: Path | str, *args: object, processes: int = 0) -> subprocess.P
 
 
 def run(
-    script: Path | str, *args: object, processes: int = 0, timeout: float = 60
+    script: Path | str, *args: object, processes: int = 0, timeout: float = 200
 ) -> subprocess.CompletedProcess[str]:
     """Runs `script` to its end."""
     process = start(script, *args, processes=processes)

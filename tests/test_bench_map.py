@@ -129,7 +129,7 @@ def test_a_record_goes_where_a_link_points_and_a_pipe_stays_one(tmp_path):
     read: list[str] = []
     reader.start()
     report.write_record({"benchmark": "map"}, pipe)
-    reader.join(10)
+    reader.join(60)
     assert pipe.is_fifo()
     assert json.loads(read[0]) == {"benchmark": "map"}
 

@@ -109,7 +109,7 @@ def test_an_interrupt_ends_a_script_without_a_traceback(script, moment):
             err += process.stderr.read(1)
         time.sleep(0.1)  # tqdm has still to finish a bar that is shown for the first time
     process.send_signal(signal.SIGINT)
-    out, rest = process.communicate(timeout=60)
+    out, rest = process.communicate(timeout=200)
     assert process.returncode == INTERRUPTED
     assert "Traceback" not in err + rest
     assert ((script, moment) == ("bench", "run")) == ('"benchmark"' in out)

@@ -26,8 +26,8 @@ from tests import engine_tasks, scripts
 from tests.checkpoints import TABLE, OddVocabShape, Shape, prompts
 from tests.engine.cases import PIPELINED, tokens
 
-SECONDS = 10.0  # "within seconds", on a busy machine
-NO_HANG = pytest.mark.timeout(60)  # collectives themselves have half an hour
+SECONDS = 60.0  # for what takes one or two, on a busy machine
+NO_HANG = pytest.mark.timeout(240)  # collectives themselves have half an hour
 
 OPTIONS = [
     {"kvcache_block_size": 16},
@@ -225,9 +225,12 @@ def test_what_all_ranks_refuse_is_told_as_one_rank_tells_it(model):
 
 @NO_HANG
 def test_a_silent_worker_is_an_error_in_time(model):
-    engine = LLM(model, device="cpu", max_model_len=64, tensor_parallel_size=2, step_timeout=0.5)
+    engine = LLM(model, device="cpu", max_model_len=64, tensor_parallel_size=2, step_timeout=50)
     generate(engine)
-    (worker,) = engine.model_runner.ranks.workers.processes
+    ranks = engine.model_runner.ranks
+    assert ranks.step_timeout == 50
+    ranks.step_timeout = 0.5  # only now: a busy machine may keep a sound worker waiting for that
+    (worker,) = ranks.workers.processes
     worker.send_signal(signal.SIGSTOP)
     begin = time.monotonic()
     with pytest.raises(RankDiedError, match=r"no progress for step_timeout=0\.5 s"):
@@ -327,7 +330,7 @@ def test_crash_of_a_rank_ends_torchrun(model, tmp_path):
     job = scripts.start(script, model, processes=2)
     assert job.stdout is not None
     assert job.stdout.readline() == "serving\n"
-    out, err = job.communicate(timeout=60)
+    out, err = job.communicate(timeout=200)
     assert job.returncode != 0
     assert out == ""
     assert "ValueError: broken on purpose" in err

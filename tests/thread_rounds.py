@@ -23,7 +23,7 @@ from tests.checkpoints import Shape
 from tests.engine.cases import GREEDY, OPTIONS, PROMPTS, check_empty, drain, tokens
 
 # One step at a time, a thread among eight waits for seven others; a hang is far above this.
-PATIENCE = 60
+PATIENCE = 200
 
 
 def run_all(*tasks) -> None:

@@ -29,8 +29,12 @@ def test_threads_share_one_batch(llm, expected, monkeypatch):
         outputs = llm.generate(PROMPTS, replace(GREEDY, max_tokens=30), use_tqdm=False)
         assert [ids[:8] for ids in tokens(outputs)] == expected
 
-    run_all(generate, generate)
-    assert max(len(step.chunks) for step in steps) > len(PROMPTS)
+    for _ in range(20):
+        run_all(generate, generate)
+        if max(len(step.chunks) for step in steps) > len(PROMPTS):
+            return
+        # A busy machine may run one thread to its end before the other.
+    raise AssertionError("no step had requests of both")
 
 
 @pytest.mark.parametrize("blocks", [64, 5])
@@ -98,9 +102,13 @@ def test_exit_waits_for_a_step_that_another_thread_runs(directory, monkeypatch):
 
     before_call(monkeypatch, engine.model_runner, "collect", 0, linger)
 
+    def generate_on() -> None:
+        while True:  # on a busy machine a call may have ended before the other thread goes on
+            engine.generate(PROMPTS, GREEDY, use_tqdm=False)
+
     def generate() -> None:
         with pytest.raises(RuntimeError, match="exited"):
-            engine.generate(PROMPTS, GREEDY, use_tqdm=False)
+            generate_on()
 
     def leave() -> None:
         inside.wait(PATIENCE)

@@ -68,17 +68,33 @@ def check_frequencies(drawn: torch.Tensor, probabilities: torch.Tensor) -> None:
     assert chi_square <= freedom + 4 * (2 * freedom) ** 0.5 + 4 * (freedom > 0)
 
 
+class CloseCallError(Exception):
+    """Two tokens are so much alike that the last bits of a sum decide."""
+
+
 @torch.inference_mode()
 def greedy(
-    model: PreTrainedModel, prompt: list[int], params: SamplingParams, eos_ids: Collection[int]
+    model: PreTrainedModel,
+    prompt: list[int],
+    params: SamplingParams,
+    eos_ids: Collection[int],
+    least_lead: float = 0.0,
 ) -> list[int]:
-    """What a request generates, one token at a time and without a cache."""
+    """What a request generates, one token at a time and without a cache.
+
+    Raises:
+        CloseCallError: a token has less than `least_lead` more than the next best.
+    """
     ends = {*params.stop_token_ids, *eos_ids}
     stops = {*params.stop_token_ids} if params.ignore_eos else ends
     generated: list[int] = []
     while len(generated) < params.max_tokens and not stops.intersection(generated[-1:]):
         logits = model(torch.tensor([prompt + generated])).logits[0, -1]
-        generated.append(int(change(logits, params, prompt, generated, ends).argmax()))
+        changed = change(logits, params, prompt, generated, ends)
+        best, next_best = changed.topk(2).values
+        if best - next_best < least_lead:
+            raise CloseCallError
+        generated.append(int(changed.argmax()))
     return generated
 
 

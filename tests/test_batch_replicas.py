@@ -119,7 +119,7 @@ def test_jobs_go_on_when_a_replica_dies_and_when_the_driver_does(tmp_path):
             main(options[:-2])
         else:
             os.kill(next(i for i, name in processes.items() if "Replica" in name), signal.SIGKILL)
-            assert driver.communicate(timeout=200)[1].endswith(
+            assert driver.communicate(timeout=600)[1].endswith(
                 f"{output}: 200 results, 20 of them errors\n"
             )
         assert is_each_line_answered_once(output, given)

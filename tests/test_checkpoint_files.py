@@ -203,7 +203,7 @@ def test_code_in_a_checkpoint_never_runs(copy, tmp_path, file, model_type):
     edit_json(copy / file, auto_map={"AutoConfig": "evil.A", "AutoTokenizer": ["evil.B", "evil.C"]})
     script = f"from nanovllm import LLM; LLM({str(copy)!r}, device='cpu')"
     done = subprocess.run(
-        [sys.executable, "-c", script], input="y\ny\n", capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script], input="y\ny\n", capture_output=True, text=True, timeout=250
     )
     assert not trace.exists()
     assert "[y/N]" not in done.stdout + done.stderr

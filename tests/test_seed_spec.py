@@ -162,7 +162,7 @@ def test_the_example_runs_as_a_command():
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=250,
     )
     assert done.returncode == 0, done.stderr
     assert all(repr(prompt) in done.stdout for prompt in PROMPTS[:8])

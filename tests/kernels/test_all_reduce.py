@@ -119,7 +119,7 @@ def test_ranks_get_the_norm_of_the_sum(case):
     results = context.Queue()
     workers = mp.spawn(rank_steps, (case, memory, results), nprocs=case.size, join=False)
     try:
-        found = sorted((results.get(timeout=120) for _ in range(case.size)), key=lambda x: x[0])
+        found = sorted((results.get(timeout=250) for _ in range(case.size)), key=lambda x: x[0])
     except Empty:
         workers.join(timeout=1)
         raise

@@ -168,7 +168,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("TRITON_INTERPRET", raising=False)
         environment.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        (said,) = scripts.output_of("-c", COMPILE, cases, timeout=240)
+        (said,) = scripts.output_of("-c", COMPILE, cases, timeout=600)
     return json.loads(said)
 
 

@@ -76,7 +76,9 @@ def run(
     part, start = min(WARM_UP_SECONDS, seconds / 2), time.monotonic()
     samples: list[tuple[float, dict[str, int]]] = []
     seen = 0
-    while (now := time.monotonic() - start) < seconds and len(calls.problems) < 20:
+    while (now := time.monotonic() - start) < seconds or calls.count < 2:
+        if len(calls.problems) >= 20:
+            break
         calls.one()
         if not samples or now - samples[-1][0] >= min(5, part / 4):
             samples.append((now, measure(calls, device)))

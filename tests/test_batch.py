@@ -411,6 +411,6 @@ def test_a_line_torn_anywhere_is_dropped_and_written_anew(tmp_path):
 
 def test_a_job_killed_at_random_moments_answers_every_line_once(tmp_path):
     source, output = write(tmp_path / "in.jsonl", stories(600)), tmp_path / "out.jsonl"
-    killed = batch_jobs.run_and_kill(source, output, 8, 0.3, "--max-num-seqs", 8)
+    killed = batch_jobs.run_and_kill(source, output, 8, 0.1, "--max-num-seqs", 8)
     assert killed >= 5
     batch_jobs.check_stories(read(output), 600)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,15 @@ SCRIPTS = {
 }
 
 
+@pytest.fixture
+def _signals_arrive() -> Iterator[None]:
+    """What a shell starts in the background ignores SIGINT, and so does what it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_signals_arrive")
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc on this system")
 @pytest.mark.parametrize(
     ("script", "moment"),

@@ -255,6 +255,27 @@ def test_a_dot_is_no_line_break(engine):
     assert not matcher.accept_string("\na")
 
 
+OPTIONAL = [
+    ({"pattern": "^x(-[a-z]+)?$"}, ["x", "x-ab"], ["xa", "x-", "xab"]),
+    ({"pattern": "^(a*b)?(?<n>c{2,})??$"}, ["", "b", "aab", "cc", "bccc"], ["a", "aa", "c", "ac"]),
+    ({"pattern": "^((ab)*%)?a?$"}, ["", "%", "abab%", "a", "%a"], ["ab", "abab", "aba"]),
+    ({"format": "time"}, ["10:00:00Z", "10:00:00.5Z"], ["10:00:005Z", "10:00:00.Z"]),
+    ({"format": "date-time"}, ["2020-01-01T10:00:00.5Z"], ["2020-01-01T10:00:0012Z"]),
+]
+
+
+@pytest.mark.parametrize(("schema", "right", "wrong"), OPTIONAL)
+def test_an_optional_part_of_a_string_is_whole_or_not_there(engine, schema, right, wrong):
+    params = SamplingParams(json_schema={"type": "string", **schema})
+    engine.grammars.check(params)
+    for text in right + wrong:
+        matcher = engine.grammars.matcher(params)
+        follows = matcher.accept_string(json.dumps(text)) and matcher.accept_token(
+            min(engine.eos_ids)
+        )
+        assert follows == (text in right), text
+
+
 REFUSED = [
     ({"regex": "a(?=b)"}, "regex='a.*Lookahead is not supported"),
     ({"regex": "["}, r"regex='\['.*Unclosed"),

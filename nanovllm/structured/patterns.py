@@ -83,7 +83,9 @@ def string_pattern(text: str) -> str:
     tokens = _tokens(text, "dwsnrtfv")
     _check_size(tokens)
     _check_groups(tokens)
-    return "".join(map(_in_string, tokens))
+    # NOTE: of an optional group xgrammar also allows what may be repeated in it, alone.
+    parts = zip(["", *tokens], map(_in_string, tokens), strict=False)
+    return "".join("{0,1}" if (before, part) == (")", "?") else part for before, part in parts)
 
 
 def _tokens(text: str, letters: str) -> list[str]:

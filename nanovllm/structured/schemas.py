@@ -280,7 +280,7 @@ def pattern(keywords: dict[str, Any], place: str) -> str:
     if "format" in keywords:
         if keywords["format"] not in [*FORMATS]:  # a list, for a value may have no hash
             refuse("format", place, f"is not enforced but for {', '.join(FORMATS)}")
-        return f"^{FORMATS[keywords['format']]}$"
+        return string_pattern(f"^{FORMATS[keywords['format']]}$")
     text = keywords.get("pattern", "")
     if not isinstance(text, str):
         refuse("pattern", place, "must be a text")

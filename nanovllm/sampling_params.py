@@ -110,8 +110,9 @@ class SamplingParams:
         repetition_penalty: of tokens that have been generated or are in the prompt, logits above 0
             are divided by it, others multiplied; 1 changes nothing.
         min_p: draw only from tokens with at least this share of the likeliest one's probability.
-        min_tokens: until so many are generated, neither an end-of-sequence token nor one of
-            `stop_token_ids` can be drawn; without effect where a schema or grammar says the end.
+        min_tokens: until so many are generated, no text of `stop` counts, and neither an
+            end-of-sequence token nor one of `stop_token_ids` can be drawn; these can where a schema
+            or grammar says the end.
         logit_bias: numbers to add to the logits of single token ids, -inf to forbid one; they are
             kept as a tuple of pairs.
         logprobs: the completion says the log-probabilities of each generated token and of that many

@@ -27,7 +27,7 @@ from nanovllm.utils.options import (
     whole,
 )
 
-MOST_SAMPLES = 2**14  # of a prompt
+SAMPLES = integer(1, 2**14)  # of a prompt
 LOGPROBS = NONE | integer(0, 20)
 BIAS = number(-math.inf, 1e6)
 SEED = NONE | integer(0, 2**63 - 1)
@@ -205,7 +205,7 @@ class SamplingOptions(TypedDict, total=False):
 def check_runnable(params: Iterable[SamplingParams], vocab_size: int) -> None:
     """Raises ValueError if a `logit_bias` has a token beyond the vocabulary, or an `n` is huge."""
     for each in params:
-        check_value("n", each.n, integer(1, MOST_SAMPLES))
+        check_value("n", each.n, SAMPLES)
     for bias in dict.fromkeys(each.logit_bias for each in params if each.logit_bias):
         highest = max(dict(bias))
         if highest >= vocab_size:

@@ -39,7 +39,7 @@ FIELDS = {
 CHAT_FIELDS = ("add_generation_prompt", "chat_template_kwargs")
 MOST_LEVELS = 100
 # Choices of one line; OpenAI's limit.
-MOST_CHOICES = 128
+CHOICES = integer(1, 128)
 # Fields that change nothing. The model is that of the command, whatever the line says.
 IGNORED = ("model", "user", "metadata")
 # Of these null says that there is no limit; of all others, that the field is not given.
@@ -124,7 +124,7 @@ def submit(llm: LLMEngine, line: Line, chat_template: str | None = None) -> rang
         raise ValueError(f"{', '.join(chat_options)} is for {CHAT} only")
     else:
         ids = llm.texts.encode(prompt, "prompt")
-    check_value("n", params.n, integer(1, MOST_CHOICES))
+    check_value("n", params.n, CHOICES)
     first = llm.add_request(ids, params)
     return range(first, first + params.n)
 
@@ -132,8 +132,9 @@ def submit(llm: LLMEngine, line: Line, chat_template: str | None = None) -> rang
 def _sampling_params(fields: dict[str, Any], defaults: SamplingOptions) -> SamplingParams:
     for name in IGNORED:
         fields.pop(name, None)
-    for name in FIXED.keys() & fields.keys():
-        check_value(name, fields.pop(name), FIXED[name])
+    for name, rule in FIXED.items():
+        if name in fields:
+            check_value(name, fields.pop(name), rule)
     if "max_completion_tokens" in fields:
         if "max_tokens" in fields:
             raise ValueError("give either max_tokens or max_completion_tokens, not both")

@@ -3,7 +3,7 @@
 A block holds the keys and values of `block_size` tokens. Once it is full and computed, it is
 registered under its tokens and all before them, and a new sequence takes over the registered blocks
 that match its own beginning. Registered blocks that no sequence owns keep their contents until no
-other is free, and the longest unused is taken first.
+other is free, and the least recently used is taken first.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class BlockManager:
         for block_id, prefix in self.prefixes.items():
             self.by_key.setdefault(prefix.key, block_id)
         by_use = sorted(block_ids, key=self.prefixes.__contains__)
-        # Nobody owns these: first those that hold no known prefix, then the longest unused.
+        # Nobody owns these: first those that hold no known prefix, then the least recently used.
         self.free: OrderedDict[int, None] = OrderedDict.fromkeys(by_use)
 
     def blocks_for(self, num_tokens: int) -> int:

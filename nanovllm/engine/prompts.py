@@ -53,8 +53,11 @@ class TextProcessor:
         # Texts are encoded by one thread at a time: an encoding may set how texts are truncated.
         self.lock = threading.RLock()
         self.token_texts: dict[int, str] = {}
-        added = {} if self.tokenizer is None else self.tokenizer.added_tokens_decoder
-        self.special_ids = frozenset(token for token in added if added[token].special)
+        self.special_ids: frozenset[int] = frozenset()
+        if self.tokenizer is not None:
+            added = self.tokenizer.added_tokens_decoder
+            others = (token for token in added if added[token].special)
+            self.special_ids = frozenset([*self.tokenizer.all_special_ids, *others])
 
     def encode(self, prompt: Prompt, name: str) -> list[int]:
         """The token ids of `prompt`; TypeError or ValueError names it `name` if it cannot run."""

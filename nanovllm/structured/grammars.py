@@ -122,8 +122,7 @@ class Grammars:
             tokenizer, vocab_size=size, stop_token_ids=self.eos_ids
         )
         texts = list(found.decoded_vocab)
-        added = tokenizer.added_tokens_decoder
-        special = {*tokenizer.all_special_ids, *(id for id in added if added[id].special)}
+        added, special = tokenizer.added_tokens_decoder, self.texts.special_ids
         for token in filter(lambda token: token < size, {*added, *special}):
             texts[token] = b"" if token in special else added[token].content.encode()
         return xgrammar.TokenizerInfo(

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 try:
+    import numpy  # noqa: F401  torch would swallow a Ctrl-C while it imports it
+
     from nanovllm import LLM, Config, SamplingParams
     from nanovllm.config import PIPELINE_MODES
     from nanovllm.tiny import CHECKPOINT_DIR, PROMPTS

@@ -15,6 +15,7 @@ from nanovllm.batch import lines
 from nanovllm.batch.__main__ import main, parse_arguments
 from nanovllm.batch.logprobs import chat_form, prompt_form, text_form
 from nanovllm.batch.results import Results
+from nanovllm.engine.parallel.processes import RankDiedError
 from nanovllm.tiny import CHECKPOINT_DIR
 from tests import batch_jobs, scripts
 from tests.batch_jobs import TEMPLATE, arguments, read, request, stories, write
@@ -24,6 +25,12 @@ README = Path(__file__).parents[1] / "README.md"
 TEXT = "Once upon a time"
 GREEDY = {"temperature": 0, "max_tokens": 6}
 CHAT = [{"role": "user", "content": TEXT}]
+# What clients of OpenAI send along, and what changes nothing.
+NEUTRAL = {
+    "store": True, "service_tier": "auto", "safety_identifier": "u", "prompt_cache_key": "k",
+    "suffix": "", "tools": [], "tool_choice": "none", "parallel_tool_calls": True,
+    "modalities": ["text"], "user": "u", "metadata": {"a": "b"},
+}  # fmt: skip
 
 
 def run(tmp_path: Path, given: list[object], *more: object) -> list[dict]:
@@ -47,7 +54,7 @@ def test_results_are_completion_objects_of_what_the_engine_says(tmp_path):
             request("a", model="gpt", prompt=TEXT, **GREEDY),
             "",
             request("b", messages=CHAT, max_completion_tokens=6, temperature=0, n=1, stop=None),
-            request("ü", prompt=[5, 6, 7], stream=False, seed=3, max_tokens=3),
+            request("ü", prompt=[5, 6, 7], stream=False, seed=3, max_tokens=3, **NEUTRAL),
             request("stop", prompt=TEXT, stop=[",", "\n"], temperature=0),
         ],
     )
@@ -365,6 +372,29 @@ def test_what_the_machine_lacks_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(strict)
     assert "needs a CUDA GPU" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_rank_that_dies_is_one_line(tmp_path, capsys, monkeypatch):
+    def die(*_):
+        raise RankDiedError("rank 1 of 2 was killed by SIGKILL")
+
+    monkeypatch.setattr("nanovllm.batch.__main__.answers", die)
+    source = write(tmp_path / "in.jsonl", [request("a", prompt="x")])
+    with pytest.raises(SystemExit) as error:
+        main(arguments(source, tmp_path / "out.jsonl"))
+    assert error.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("rank 1 of 2 was killed by SIGKILL")
+
+
+@pytest.mark.parametrize("after", [b"", b"\n", b" \r\n\n"])
+def test_a_byte_order_mark_is_no_request(tmp_path, after):
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b"\xef\xbb\xbf" + after)
+    assert not list(lines.read_lines(source))
+    with source.open("ab") as file:
+        file.write(json.dumps(request("a", prompt="x")).encode())
+    (line,) = lines.read_lines(source)
+    assert (line.custom_id, line.problem) == ("a", "")
 
 
 def test_the_command_says_how_many_results_are_errors(tmp_path, capsys):

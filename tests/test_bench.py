@@ -18,6 +18,7 @@ from nanovllm.bench.engines import fill_cache
 from nanovllm.bench.shapes import SIZES, published_config, shape_directory
 from nanovllm.bench.turns import DecodeWorkload, Turn, run_turn
 from nanovllm.engine.model_runner import ignore
+from nanovllm.engine.parallel.processes import RankDiedError
 from nanovllm.models import load_config, parse_config
 from tests.bench_runs import GROW, pretend_planner, run
 from tests.engine.cases import said
@@ -78,6 +79,16 @@ class TestDecode:
         assert "2 x " in lines[0]
         assert [arm["mode"] for arm in record["arms"]] == ["sequential", "microbatch"]
         assert all(arm["step_ms"]["median"] > 0 for arm in record["arms"])
+
+    def test_a_rank_that_dies_is_one_line(self, capsys, monkeypatch):
+        def die(*_, **__):
+            raise RankDiedError("rank 1 of 2 was killed by SIGKILL")
+
+        monkeypatch.setattr("nanovllm.bench.engines.LLMEngine", die)
+        with pytest.raises(SystemExit) as error:
+            run(capsys, *QUICK)
+        assert error.value.code == 2
+        assert capsys.readouterr().err.endswith("rank 1 of 2 was killed by SIGKILL\n")
 
     def test_a_batch_too_small(self, capsys):
         _, record = run(capsys, *QUICK, "--batch", "1", "--modes", "microbatch")

@@ -43,6 +43,22 @@ def test_a_bad_value_of_the_example_is_one_line(argv, words, monkeypatch, capsys
     assert all(word in err for word in words), err
 
 
+@pytest.mark.parametrize(
+    "module", ["example_pipeline", "nanovllm.bench.__main__", "nanovllm.batch.__main__"]
+)
+def test_numpy_is_there_before_torch_which_would_swallow_an_interrupt(module):
+    code = f"""
+import os, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os._exit(0 if hasattr(sys.modules.get("numpy"), "isfinite") else 3)
+sys.meta_path.insert(0, Watch())
+import {module}
+"""
+    assert scripts.run("-c", code).returncode == 0
+
+
 def test_an_interrupt_has_a_code_and_no_traceback(capsys):
     with pytest.raises(SystemExit) as error, in_one_line("script.py"):
         raise KeyboardInterrupt

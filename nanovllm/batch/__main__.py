@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 try:
+    import numpy  # noqa: F401  torch would swallow a Ctrl-C while it imports it
     from tqdm import tqdm
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -32,9 +33,11 @@ try:
     from nanovllm.config import Config, ConfigOptions
     from nanovllm.engine.llm_engine import LLMEngine
     from nanovllm.engine.outputs import RequestOutput
+    from nanovllm.engine.parallel.processes import RankDiedError
     from nanovllm.engine.pipeline_modes import PipelineUnavailable
     from nanovllm.models import load_config
     from nanovllm.utils.command_line import Parser, in_one_line, number
+    from nanovllm.utils.garbage import few_full_collections
     from nanovllm.utils.hub import resolve_model
     from nanovllm.utils.options import meanings
 except KeyboardInterrupt:  # torch takes its time
@@ -42,7 +45,10 @@ except KeyboardInterrupt:  # torch takes its time
 
 PROG = "python -m nanovllm.batch"
 # Of what the job asks for, or of this machine.
-ERRORS = (ValueError, OSError, MemoryError, ImportError, PipelineUnavailable, GreenContextError)
+ERRORS = (
+    ValueError, OSError, MemoryError, ImportError,
+    PipelineUnavailable, GreenContextError, RankDiedError,
+)  # fmt: skip
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -104,7 +110,7 @@ def run(
     """Answers the lines that have no result yet."""
     left = (line for line in read_lines(args.input) if line.key not in results.done)
     if args.replicas is None and args.ray_address is None:
-        with LLMEngine(config) as llm:
+        with LLMEngine(config) as llm, few_full_collections():
             write(answers(llm, left, template), results, total)
         return
     if args.ray_address is None:  # else the model need not be on this machine

@@ -10,6 +10,7 @@ and OpenAI's `logprobs` (true or false) and `top_logprobs`.
 
 from __future__ import annotations
 
+import codecs
 import json
 import time
 import uuid
@@ -23,7 +24,7 @@ from nanovllm.batch.logprobs import chat_form, prompt_form, take_chat_fields, te
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import Completion
 from nanovllm.sampling_params import SamplingOptions, SamplingParams
-from nanovllm.utils.options import Rule, check_value, choice, integer, short
+from nanovllm.utils.options import BOOLEAN, Rule, check_value, choice, integer, short
 
 Key = str | int
 """What identifies a request: its custom_id, or where it has none, the number of its line."""
@@ -41,11 +42,22 @@ MOST_LEVELS = 100
 # Choices of one line; OpenAI's limit.
 CHOICES = integer(1, 128)
 # Fields that change nothing. The model is that of the command, whatever the line says.
-IGNORED = ("model", "user", "metadata")
+IGNORED = (
+    "model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+)  # fmt: skip
 # Of these null says that there is no limit; of all others, that the field is not given.
 LIMITS = {"max_tokens", "max_completion_tokens"}
 # What OpenAI's clients may send along, and the only value that is allowed.
-FIXED = {"best_of": choice(1), "stream": choice(False), "echo": choice(False)}
+FIXED = {
+    "best_of": choice(1),
+    "stream": choice(False),
+    "echo": choice(False),
+    "suffix": choice(""),
+    "tools": choice([]),
+    "tool_choice": choice("none", "auto"),
+    "parallel_tool_calls": BOOLEAN,
+    "modalities": choice(["text"]),
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,8 @@ def read_lines(path: Path) -> Iterator[Line]:
     """The lines of a file that are not blank, whether they ask for something or not."""
     with path.open("rb") as file:
         for number, text in enumerate(file, start=1):
+            if number == 1:
+                text = text.removeprefix(codecs.BOM_UTF8)
             if text.strip():
                 yield parse(number, text)
 

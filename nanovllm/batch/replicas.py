@@ -24,6 +24,7 @@ from nanovllm.batch.lines import Line, answer_line, error_line, submit
 from nanovllm.config import Config
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.outputs import RequestOutput
+from nanovllm.utils.garbage import few_full_collections
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +132,7 @@ class Replica:
         """Where the step puts the output that the block takes, whichever comes first."""
         return self.outputs.setdefault(request_id, Future())
 
+    @few_full_collections()
     def _run(self) -> None:
         try:
             while self.added.wait():

@@ -28,8 +28,11 @@ import sys
 from collections.abc import Sequence
 
 try:
+    import numpy  # noqa: F401  torch would swallow a Ctrl-C while it imports it
+
     from nanovllm.bench import BenchError, curves, decode, gain_map, growing, report, throughput
     from nanovllm.bench.options import PROGRAM, parse
+    from nanovllm.engine.parallel.processes import RankDiedError
     from nanovllm.utils.command_line import in_one_line
 except KeyboardInterrupt:  # torch takes its time
     sys.exit(130)
@@ -47,7 +50,7 @@ WORKLOADS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     record = written = None
-    with in_one_line(PROGRAM, BenchError, OSError):
+    with in_one_line(PROGRAM, BenchError, OSError, RankDiedError):
         args = parse(__doc__, argv)
         workload = WORKLOADS[args.workload]
         try:

@@ -37,7 +37,7 @@ from nanovllm.models import load_config
 from nanovllm.models.generation_defaults import sampling_defaults
 from nanovllm.sampling_params import SamplingOptions, SamplingParams
 from nanovllm.structured.grammars import Grammars
-from nanovllm.utils.garbage import only_new_garbage
+from nanovllm.utils.garbage import few_full_collections
 from nanovllm.utils.hub import resolve_model
 from nanovllm.utils.locks import exclusive
 from nanovllm.utils.options import short, taking, whole
@@ -158,7 +158,11 @@ class LLMEngine:
         call = self.request_maker.check(name_prompts(prompts), sampling_params, sampling)
         count = sum(params.n for params in call.params)
         outputs = []
-        with closing(self._run(call)) as completions, progress_bar(count, use_tqdm) as advance:
+        with (
+            closing(self._run(call)) as completions,
+            progress_bar(count, use_tqdm) as advance,
+            few_full_collections(),
+        ):
             for completion in completions:
                 outputs.append(completion)
                 advance(completion)
@@ -399,25 +403,24 @@ class LLMEngine:
     def _run(self, call: CheckedCall) -> Generator[Any, None, None]:
         """Queues requests and steps until they have ended; yields completions, or all deltas."""
         results: dict[int, Completion] = {}
-        with only_new_garbage():
-            try:
-                seqs = self.transactions.change(self._queue, call, results)
-                left = {seq.request_id: DeltaMaker(seq) if call.deltas else None for seq in seqs}
-                while left:
-                    self.transactions.check_outside()
-                    exclusive(self.transactions.lock, self._step)
-                    self.transactions.give_way()
-                    if call.deltas:
-                        yield from filter(None, [maker.next() for maker in left.values() if maker])
-                    for request_id in list(results):
-                        completion = results.pop(request_id)
-                        if request_id in left:  # else it was handed over once before an error
-                            maker = left.pop(request_id)
-                            yield completion if maker is None else maker.last(completion)
-            finally:
-                # However it ends, nothing of it stays behind.
-                if self.transactions.is_own_process():
-                    self.transactions.call(self._drop, results, self.transactions.is_within)
+        try:
+            seqs = self.transactions.change(self._queue, call, results)
+            left = {seq.request_id: DeltaMaker(seq) if call.deltas else None for seq in seqs}
+            while left:
+                self.transactions.check_outside()
+                exclusive(self.transactions.lock, self._step)
+                self.transactions.give_way()
+                if call.deltas:
+                    yield from filter(None, [maker.next() for maker in left.values() if maker])
+                for request_id in list(results):
+                    completion = results.pop(request_id)
+                    if request_id in left:  # else it was handed over once before an error
+                        maker = left.pop(request_id)
+                        yield completion if maker is None else maker.last(completion)
+        finally:
+            # However it ends, nothing of it stays behind.
+            if self.transactions.is_own_process():
+                self.transactions.call(self._drop, results, self.transactions.is_within)
 
     def _drop(self, results: dict[int, Completion], within: bool) -> None:
         """Ends all requests whose completions were to go to `results`."""

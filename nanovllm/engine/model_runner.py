@@ -40,7 +40,7 @@ from nanovllm.layers.logprobs import Scores
 from nanovllm.models import Checkpoint, load_config, load_model
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.device import resolve_device, resolve_dtype, single_thread, sm_count
-from nanovllm.utils.garbage import only_new_garbage
+from nanovllm.utils.garbage import few_full_collections
 from nanovllm.utils.timeline import save_timeline
 
 # On the CPU, operations of such a model are too short to be divided among threads.
@@ -236,7 +236,7 @@ class ModelRunner:
             launched.scoring.hand_out(launched.scores)
         return launched.tokens.tolist()
 
-    @only_new_garbage()
+    @few_full_collections()
     @torch.inference_mode()
     def serve(self) -> None:
         """Runs the steps that rank 0 sends, and draws the same tokens, until it stops."""

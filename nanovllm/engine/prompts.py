@@ -140,7 +140,9 @@ class TextProcessor:
                 f"{name} is a text, but model={self.model!r} has no tokenizer: give token ids"
             )
         with naming(f"{name}={short(prompt)} cannot be encoded", ValueError):
-            return list(exclusive(self.lock, self.tokenizer.encode, content))
+            # The engine says itself what is too long.
+            encode = partial(self.tokenizer.encode, content, verbose=False)
+            return list(exclusive(self.lock, encode))
 
 
 def name_prompts(prompts: Any) -> dict[str, Prompt]:

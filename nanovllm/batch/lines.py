@@ -47,7 +47,7 @@ IGNORED = (
 )  # fmt: skip
 # Of these null says that there is no limit; of all others, that the field is not given.
 LIMITS = {"max_tokens", "max_completion_tokens"}
-# What OpenAI's clients may send along, and the only value that is allowed.
+# What OpenAI's clients may send along, and the values with which it changes nothing.
 FIXED = {
     "best_of": choice(1),
     "stream": choice(False),

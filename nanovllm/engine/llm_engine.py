@@ -131,6 +131,7 @@ class LLMEngine:
         return SamplingParams(**self.request_maker.defaults)
 
     @taking(SamplingParams)
+    @few_full_collections()
     def generate(
         self,
         prompts: Prompts,
@@ -158,11 +159,7 @@ class LLMEngine:
         call = self.request_maker.check(name_prompts(prompts), sampling_params, sampling)
         count = sum(params.n for params in call.params)
         outputs = []
-        with (
-            closing(self._run(call)) as completions,
-            progress_bar(count, use_tqdm) as advance,
-            few_full_collections(),
-        ):
+        with closing(self._run(call)) as completions, progress_bar(count, use_tqdm) as advance:
             for completion in completions:
                 outputs.append(completion)
                 advance(completion)

@@ -12,10 +12,11 @@ normalises.
   instead of a barrier and then a read, for twice the bytes. Best for a handful of rows.
 - *One-shot*: every rank does this for all rows. Each reads ``(N - 1) T H`` elements from its peers,
   and there is one barrier. Best for few rows.
-- *Two-shot*: rank ``r`` does it for rows ``r, r + N, ...`` and writes the normalised rows to all
-  ranks. Each reads and writes ``(N - 1) / N T H`` elements. **The residual stays where it is
-  made**: a rank's residual is right in its own rows only. That is enough, as only this kernel reads
-  it, and always for the same rows.
+- *Two-shot*: rank ``r`` does it for rows ``r, r + N, ...``, which the others write to its memory,
+  and writes the normalised rows to theirs. Each writes ``(N - 1) / N T H`` elements twice, and
+  there is a barrier behind either: writes need not wait for the link as reads do. **The residual
+  stays where it is made**: a rank's residual is right in its own rows only. That is enough, as only
+  this kernel reads it, and always for the same rows.
 
 Each program counts its launches, the same on all ranks, and nothing is reset, so a captured graph
 can be replayed. A barrier is one number per (program, rank, beginning or end) in each rank's
@@ -56,8 +57,7 @@ class Peers:
 
     Attributes:
         rank, size: of this rank, and how many there are.
-        counters: int64 ``[size]``, addresses of each rank's int32 ``[2, max_programs, size]``, zero
-            at first.
+        counters: addresses of each rank's int32 ``[2, max_programs, size]``, zero at first.
         launches: int32 ``[max_programs]`` of this rank alone, zero at first: launches that a
             program, or a row that is pushed, has seen.
         expired: int32 ``[1]`` of this rank alone: not 0 once a wait took too long.
@@ -67,7 +67,7 @@ class Peers:
 
     rank: int
     size: int
-    counters: Tensor
+    counters: tuple[int, ...]
     launches: Tensor
     expired: Tensor
     max_programs: int
@@ -85,8 +85,9 @@ def _num_warps(elements: int) -> int:
 
 def all_reduce_add_norm(
     peers: Peers,
-    parts: Tensor,
-    outputs: Tensor,
+    parts: tuple[int, ...],
+    inboxes: tuple[int, ...],
+    outputs: tuple[int, ...],
     first: int,
     shape: tuple[int, int],
     residual: Tensor,
@@ -99,10 +100,12 @@ def all_reduce_add_norm(
 
     Args:
         peers: the ranks.
-        parts: int64 ``[size]``, addresses of each rank's partial sums ``[.., H]``, of
-            ``residual``'s dtype and aligned to 16 bytes.
-        outputs: int64 ``[size]``, addresses of each rank's results ``[.., H]``, likewise. One-shot
-            writes to this rank's alone.
+        parts: addresses of each rank's partial sums ``[.., H]``, of ``residual``'s dtype and
+            aligned to 16 bytes. Two-shot reads this rank's alone.
+        inboxes: likewise of ``[size, ceil(T / size), H]``, for the rows that two-shot writes to
+            their rank. Launches may all use the same: who gets to the next one has passed the
+            barrier at the end of this.
+        outputs: likewise of each rank's results ``[.., H]``. One-shot writes to this rank's alone.
         first: row of ``parts`` and ``outputs`` at which the T rows begin.
         shape: ``(T, H)``.
         residual: ``[T, H]``, updated in place: in all rows (one-shot), or in this rank's rows
@@ -114,7 +117,7 @@ def all_reduce_add_norm(
     """
     rows, hidden = shape
     _all_reduce_kernel[(programs,)](
-        parts, outputs, residual, weight, peers.counters, peers.launches, peers.expired,
+        parts, inboxes, outputs, residual, weight, peers.counters, peers.launches, peers.expired,
         first, rows, eps, peers.max_polls,
         HIDDEN=hidden, BLOCK=triton.next_power_of_2(hidden), RANK=peers.rank, SIZE=peers.size,
         MAX_PROGRAMS=peers.max_programs, TWO_SHOT=two_shot,
@@ -125,7 +128,7 @@ def all_reduce_add_norm(
 def push_add_norm(
     peers: Peers,
     part: Tensor,
-    inboxes: Tensor,
+    inboxes: tuple[int, ...],
     capacity: int,
     output: Tensor,
     first: int,
@@ -138,9 +141,9 @@ def push_add_norm(
     Args:
         peers: the ranks.
         part: ``[T, H]``, this rank's partial sums.
-        inboxes: int64 ``[size]``, addresses of each rank's int64 ``[size, capacity, H]``, zero at
-            first, of which half is used with 16 bits an element: H must be even then. NOTE: see
-            the module for who may write there again.
+        inboxes: addresses of each rank's int64 ``[size, capacity, H]``, zero at first, of which
+            half is used with 16 bits an element: H must be even then. NOTE: see the module for who
+            may write there again.
         output: ``[T, H]``.
         first: place of the T rows in an inbox; all places are below ``peers.max_programs``.
         residual, weight, eps: as there. NOTE: `part`, `output` and `weight` have its dtype.
@@ -181,9 +184,9 @@ def _push_kernel(
     word = (own.to(tl.int64) << 32) | (number & 0xFFFFFFFF)
     line = (first_row + row) * WORDS + place
     for shift in tl.static_range(1, SIZE):
-        theirs = _address(inboxes + (RANK + shift) % SIZE, tl.int64) + RANK * CAPACITY * WORDS
+        theirs = _pointer(inboxes[(RANK + shift) % SIZE], tl.int64) + RANK * CAPACITY * WORDS
         tl.store(theirs + line, word, mask=inside, cache_modifier=".wt")
-    ours = _address(inboxes + RANK, tl.int64)
+    ours = _pointer(inboxes[RANK], tl.int64)
     total1 = tl.zeros([BLOCK], tl.float32)
     total2 = tl.zeros([BLOCK], tl.float32)
     void = inside.to(tl.int32)
@@ -268,10 +271,13 @@ def _meet(counters, at, launch, expired, polls, RANK: tl.constexpr, SIZE: tl.con
     others = (peer < SIZE) & (peer != RANK)
     given_up = tl.load(expired)
     tl.debug_barrier()
-    theirs = tl.load(counters + peer, mask=others, other=0).to(tl.pointer_type(tl.int32))
+    address = tl.zeros([triton.next_power_of_2(SIZE)], tl.int64)
+    for rank in tl.static_range(SIZE):
+        address = tl.where(peer == rank, counters[rank], address)
+    theirs = address.to(tl.pointer_type(tl.int32))
     word = tl.where(given_up == 0, launch, launch + POISON)
     tl.atomic_xchg(theirs + at * SIZE + RANK, word, mask=others, sem="release", scope="sys")
-    ours = tl.load(counters + RANK).to(tl.pointer_type(tl.int32)) + at * SIZE + peer
+    ours = counters[RANK].to(tl.pointer_type(tl.int32)) + at * SIZE + peer
     # NOTE: this rank's own place is `expired`, looked at by the same instruction: its result is the
     # same for all warps, and that of a load, which may be another for each, must not end the loop.
     watched = tl.where(peer == RANK, expired + 0 * peer, ours)
@@ -293,7 +299,7 @@ def _meet(counters, at, launch, expired, polls, RANK: tl.constexpr, SIZE: tl.con
 
 @triton.jit(do_not_specialize=["first_row", "rows", "polls"])
 def _all_reduce_kernel(
-    parts, outputs, residual, weight, counters, launches, expired,
+    parts, inboxes, outputs, residual, weight, counters, launches, expired,
     first_row, rows, eps, polls,
     HIDDEN: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr,
     MAX_PROGRAMS: tl.constexpr, TWO_SHOT: tl.constexpr, PDL: tl.constexpr,
@@ -306,21 +312,33 @@ def _all_reduce_kernel(
     pdl_wait(PDL)
     pdl_trigger(PDL)  # most of the time is waiting
     launch = tl.load(launches + program) + 1
+    share: tl.constexpr = SIZE if TWO_SHOT else 1
+    capacity = tl.cdiv(rows, SIZE)
+    if TWO_SHOT:
+        for begin in range(program * SIZE, rows, programs * SIZE):
+            for shift in tl.static_range(1, SIZE):
+                row = begin + (RANK + shift) % SIZE
+                if row < rows:
+                    part = _pointer(parts[RANK], dtype) + (first_row + row) * HIDDEN + column
+                    theirs = _pointer(inboxes[(RANK + shift) % SIZE], dtype)
+                    slot = (RANK * capacity + begin // SIZE) * HIDDEN + column
+                    tl.store(theirs + slot, tl.load(part, mask=inside), mask=inside)
     _meet(counters, program, launch, expired, polls, RANK, SIZE)
     tl.store(launches + program, launch)  # all threads have read it
 
-    share: tl.constexpr = SIZE if TWO_SHOT else 1
     first = program * share + (RANK if TWO_SHOT else 0)
     for row in range(first, rows, programs * share):
         at = row * HIDDEN + column
         shared = at + first_row * HIDDEN
         total = tl.zeros([BLOCK], tl.float32)
         for rank in tl.static_range(SIZE):
-            part = _address(parts + rank, dtype)
+            if TWO_SHOT and rank != RANK:
+                slot = (rank * capacity + row // SIZE) * HIDDEN + column
+                part = _pointer(inboxes[RANK], dtype) + slot
+            else:
+                part = _pointer(parts[rank], dtype) + shared
             # NOTE: not cached: a line of a peer's memory in L1 would be of the launch before.
-            total += tl.load(part + shared, mask=inside, other=0.0, cache_modifier=".cg").to(
-                tl.float32
-            )
+            total += tl.load(part, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
         total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
         rounded = total.to(dtype)
         tl.store(residual + at, rounded, mask=inside)
@@ -329,29 +347,28 @@ def _all_reduce_kernel(
         normed = (values * inverse * scale).to(dtype)
         if TWO_SHOT:
             for shift in tl.static_range(SIZE):
-                tl.store(
-                    _address(outputs + (RANK + shift) % SIZE, dtype) + shared, normed, mask=inside
-                )
+                theirs = _pointer(outputs[(RANK + shift) % SIZE], dtype)
+                tl.store(theirs + shared, normed, mask=inside)
         else:
-            tl.store(_address(outputs + RANK, dtype) + shared, normed, mask=inside)
+            tl.store(_pointer(outputs[RANK], dtype) + shared, normed, mask=inside)
     if TWO_SHOT:
         _meet(counters, MAX_PROGRAMS + program, launch, expired, polls, RANK, SIZE)
 
 
 @triton.jit
-def _address(place, dtype: tl.constexpr):
-    """An address out of a table, as a pointer that is known to be aligned for wide accesses."""
-    return tl.multiple_of(tl.load(place).to(tl.pointer_type(dtype)), 16)
+def _pointer(address, dtype: tl.constexpr):
+    """One that is known to be aligned for wide accesses."""
+    return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
 
 
-def gather(peers: Peers, values: Tensor, inboxes: Tensor) -> None:
+def gather(peers: Peers, values: Tensor, inboxes: tuple[int, ...]) -> None:
     """Write this rank's values to all ranks, and wait for those of the others.
 
     Args:
         peers: the ranks.
         values: int64 ``[n]``.
-        inboxes: int64 ``[size]``, addresses of each rank's int64 ``[size, n]``, of which row r is
-            rank r's. NOTE: as with partial sums, neighbouring launches use different ones.
+        inboxes: addresses of each rank's int64 ``[size, n]``, of which row r is rank r's. NOTE: as
+            with partial sums, neighbouring launches use different ones.
     """
     count = values.numel()
     programs = min(triton.cdiv(count, GATHER_BLOCK), peers.max_programs)
@@ -374,7 +391,7 @@ def _gather_kernel(
         place = start + tl.arange(0, BLOCK)
         own = tl.load(values + place, mask=place < count)
         for rank in tl.static_range(SIZE):
-            inbox = tl.load(inboxes + rank).to(tl.pointer_type(tl.int64)) + RANK * count
+            inbox = inboxes[rank].to(tl.pointer_type(tl.int64)) + RANK * count
             tl.store(inbox + place, own, mask=place < count)
     _meet(counters, program, launch, expired, polls, RANK, SIZE)
     tl.store(launches + program, launch)  # all threads have read it

@@ -24,6 +24,8 @@ MOST_ROWS = 2048
 PUSHED_ROWS = 16
 # Bytes of a partial sum up to which every rank adds all rows; of two, neither way saves any.
 ONE_SHOT_BYTES = {2: 16 << 20, 3: 1 << 20, 4: 512 << 10}
+# More move bytes no faster, and every program of a two-shot meets its peers twice.
+TWO_SHOT_PROGRAMS = 64
 # All-reduces of a layer, and the embedding's: neighbours never share a buffer.
 TURNS = 3
 # Most 8-byte values a rank gives to a gather.
@@ -39,7 +41,7 @@ class Shared:
     """A tensor of this rank that the others can access, and where each rank's is."""
 
     own: Tensor
-    addresses: Tensor
+    addresses: tuple[int, ...]
 
 
 class PeerMemory:
@@ -75,8 +77,9 @@ class PeerMemory:
         rows = [((MOST_ROWS, hidden), dtype)] * (2 * TURNS)
         pushed = [((self.size, PUSHED_ROWS, hidden), torch.int64)] * TURNS
         inboxes = [((self.size, MOST_VALUES), torch.int64)] * 2
-        counters, *buffers = self._share(
-            [((2, programs, self.size), torch.int32), *rows, *pushed, *inboxes]
+        scattered = (self.size, -(-MOST_ROWS // self.size), hidden), dtype
+        counters, self.scattered, *buffers = self._share(
+            [((2, programs, self.size), torch.int32), scattered, *rows, *pushed, *inboxes]
         )
         self.parts, self.results = buffers[:TURNS], buffers[TURNS : 2 * TURNS]
         self.pushed, self.inboxes = buffers[2 * TURNS : 3 * TURNS], buffers[3 * TURNS :]
@@ -133,17 +136,20 @@ class PeerMemory:
         own = -(-rows // self.size) if two_shot else rows
         full = self.kernels.programs_per_sm(hidden)
         # One-shot is only reads, and half of what fits an SM reads them faster.
-        each = full if two_shot else -(-full // 2)
+        most = usable_sms(self.device) * (full if two_shot else -(-full // 2))
+        if two_shot:
+            most = min(most, TWO_SHOT_PROGRAMS)
         self.kernels.all_reduce_add_norm(
             self.peers,
             self.parts[turn].addresses,
+            self.scattered.addresses,
             result.addresses,
             first,
             (rows, hidden),
             residual,
             weight,
             eps,
-            min(own, usable_sms(self.device) * each),
+            min(own, most),
             two_shot,
         )
         return output
@@ -183,6 +189,9 @@ class PeerMemory:
             size = -(-places[-1][1] // ALIGNMENT) * ALIGNMENT
         self._slab = slab = SharedSlab(Driver(), self.group, self.device, size)
         return [
-            Shared(slab.own[start:end].view(dtype).view(shape), slab.bases + start)
+            Shared(
+                slab.own[start:end].view(dtype).view(shape),
+                tuple(base + start for base in slab.bases),
+            )
             for (shape, dtype), (start, end) in zip(wanted, places, strict=True)
         ]

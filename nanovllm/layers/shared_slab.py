@@ -26,7 +26,7 @@ class SharedSlab:
 
     Attributes:
         own: uint8 [size], this rank's, zero at first.
-        bases: int64 [ranks], where each rank's begins, as this rank's device sees it.
+        bases: where each rank's begins, as this rank's device sees it.
 
     NOTE: a rank frees its own memory only when no other has it open any more: all `disconnect`,
     meet, and `close`.
@@ -63,14 +63,13 @@ class SharedSlab:
             handles = self._exchange(group, handle)  # in any case: the others wait for it
             if failure is not None:
                 raise failure
-            bases = [
+            self.bases = [
                 self._address if rank == group.rank() else self._open(handle)
                 for rank, handle in enumerate(handles)
             ]
         except BaseException:
             self.close()
             raise
-        self.bases = torch.tensor(bases, device=device)
         self.own = torch.as_tensor(_Bytes(self._address, size), device=device)
 
     def _exchange(self, group: dist.ProcessGroup, handle: bytes) -> list[bytes]:

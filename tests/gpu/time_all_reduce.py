@@ -95,7 +95,7 @@ def time_rows(memory: PeerMemory, rows: int) -> dict[str, float]:
             def ours(two_shot: bool = two_shot, programs: int = programs, turns=turns) -> None:
                 turns[0] ^= 1  # neighbours use different buffers
                 memory.kernels.all_reduce_add_norm(
-                    memory.peers, memory.parts[turns[0]].addresses,
+                    memory.peers, memory.parts[turns[0]].addresses, memory.scattered.addresses,
                     memory.results[turns[0]].addresses, 0, (rows, HIDDEN), residual, weight, EPS,
                     programs, two_shot,
                 )  # fmt: skip

@@ -54,8 +54,8 @@ class Case:
         return results
 
 
-def addresses(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return torch.tensor([tensor.data_ptr() for tensor in tensors])
+def addresses(tensors: list[torch.Tensor]) -> tuple[int, ...]:
+    return tuple(tensor.data_ptr() for tensor in tensors)
 
 
 def peers_of(rank: int, counters: list[torch.Tensor], polls: int = PATIENCE) -> Peers:
@@ -71,7 +71,7 @@ def shared(count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[torch
 def rank_steps(rank: int, case: Case, memory: Any, results: mp.Queue) -> None:
     """What one rank does: all-reduces in turn on two buffers, and a gather behind each."""
     torch.set_num_threads(1)
-    parts, outputs, pushed, counters, inboxes = memory
+    parts, scattered, outputs, pushed, counters, inboxes = memory
     peers = peers_of(rank, counters)
     residual, weight = case.residual_and_weight()
     shape = case.rows, case.hidden
@@ -86,8 +86,8 @@ def rank_steps(rank: int, case: Case, memory: Any, results: mp.Queue) -> None:
             )  # fmt: skip
         else:
             all_reduce_add_norm(
-                peers, addresses(parts[turn]), addresses(outputs[turn]), FIRST, shape, residual,
-                weight, EPS, case.programs, case.two_shot,
+                peers, addresses(parts[turn]), addresses(scattered), addresses(outputs[turn]),
+                FIRST, shape, residual, weight, EPS, case.programs, case.two_shot,
             )  # fmt: skip
         found.append(outputs[turn][rank][FIRST:].clone())
         gather(peers, torch.arange(3) + 10 * rank + 100 * step, addresses(inboxes[turn]))
@@ -110,6 +110,7 @@ def test_ranks_get_the_norm_of_the_sum(case):
     shape = FIRST + case.rows, case.hidden
     memory = (
         [shared(case.size, shape, case.dtype) for _ in range(2)],
+        shared(case.size, (case.size, -(-case.rows // case.size), case.hidden), case.dtype),
         [shared(case.size, shape, case.dtype) for _ in range(2)],
         [shared(case.size, (case.size, *shape), torch.int64) for _ in range(2)],
         shared(case.size, (2, case.programs, case.size), torch.int32),
@@ -144,8 +145,8 @@ def all_reduce_alone(peers: Peers, outputs: list[torch.Tensor], inboxes, way: st
         push_add_norm(peers, parts[0], addresses(inboxes), 2, outputs[0], 0, residual, weight, EPS)
     else:
         all_reduce_add_norm(
-            peers, addresses(parts), addresses(outputs), 0, (2, 32), residual, weight, EPS, 1,
-            way == "two-shot",
+            peers, addresses(parts), addresses(inboxes), addresses(outputs), 0, (2, 32), residual,
+            weight, EPS, 1, way == "two-shot",
         )  # fmt: skip
 
 
@@ -192,8 +193,8 @@ def test_numbers_in_a_slot_only_grow():
             assert ((after & 0x3FFFFFFF) > (before & 0x3FFFFFFF)).all()
         else:
             all_reduce_add_norm(
-                peers, addresses(parts), addresses(outputs), 0, (rows, 32), torch.ones(rows, 32),
-                weight, EPS, random.randint(1, 4), False,
+                peers, addresses(parts), addresses(parts), addresses(outputs), 0, (rows, 32),
+                torch.ones(rows, 32), weight, EPS, random.randint(1, 4), False,
             )  # fmt: skip
 
 

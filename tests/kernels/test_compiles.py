@@ -37,7 +37,7 @@ def compile(kernel, constants, options, without=(), **types):
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(kernel.arg_names)
-        if types[name].startswith("*")
+        if types[name][0] == "*"
     }
     source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, constants, aligned)
     options = {"launch_pdl": True, **options}
@@ -111,7 +111,7 @@ def reduce(ranks, two_shot):
         HIDDEN=4096, BLOCK=4096, RANK=1, SIZE=int(ranks), MAX_PROGRAMS=264,
         TWO_SHOT=two_shot == "two-shot",
     )
-    tables = dict.fromkeys(["parts", "outputs", "counters"], "*i64")
+    tables = dict.fromkeys(["parts", "inboxes", "outputs", "counters"], ("i64",) * int(ranks))
     numbers = dict.fromkeys(["first_row", "rows", "polls"], "i32")
     state = dict.fromkeys(["launches", "expired"], "*i32")
     return compile(
@@ -129,7 +129,8 @@ def push(ranks, dtype):
     given |= dict.fromkeys(["part", "output", "residual", "weight"], "*" + dtype)
     state = dict.fromkeys(["launches", "expired"], "*i32")
     return compile(
-        all_reduce._push_kernel, constants, dict(num_warps=8), inboxes="*i64", **given, **state
+        all_reduce._push_kernel, constants, dict(num_warps=8), inboxes=("i64",) * int(ranks),
+        **given, **state,
     )
 
 

@@ -14,15 +14,14 @@ normalises.
   and there is one barrier. Best for few rows.
 - *Two-shot*: rank ``r`` does it for rows ``r, r + N, ...``, which the others write to its memory,
   and writes the normalised rows to theirs. Each writes ``(N - 1) / N T H`` elements twice, and
-  there is a barrier behind either. Writes need not wait for the link, as reads do, and a program
-  writes its rows in chunks, so that one is under way while it waits for another. **The residual
+  there is a barrier behind either: writes need not wait for the link as reads do. **The residual
   stays where it is made**: a rank's residual is right in its own rows only. That is enough, as only
   this kernel reads it, and always for the same rows.
 
 Each program counts its launches, the same on all ranks, and nothing is reset, so a captured graph
-can be replayed. A barrier is one number per (program, rank, chunk or end) in each rank's memory:
-the last launch to arrive there. A program waits for the same program of its peers and for nothing
-else. A wait is bounded: after ``max_polls`` looks a program notes that in ``expired`` and
+can be replayed. A barrier is one number per (program, rank, beginning or end) in each rank's
+memory: the last launch to arrive there. A program waits for the same program of its peers and for
+nothing else. A wait is bounded: after ``max_polls`` looks a program notes that in ``expired`` and
 goes on; whoever else writes there ends it, too. No later launch waits again, and the peers are told
 with their next signal.
 
@@ -45,8 +44,6 @@ from nanovllm.kernels.pdl import pdl_options, pdl_trigger, pdl_wait
 
 GATHER_BLOCK = 1024
 ELEMENTS = 8  # of a row a thread holds; words of a row that is pushed
-# In which a program writes its rows of a two-shot.
-CHUNKS = 2
 # Of an SM, which has registers for so many threads with REGISTERS each.
 MOST_THREADS = 1024
 REGISTERS = 64
@@ -60,8 +57,7 @@ class Peers:
 
     Attributes:
         rank, size: of this rank, and how many there are.
-        counters: addresses of each rank's int32 ``[CHUNKS + 1, max_programs, size]``, zero at
-            first.
+        counters: addresses of each rank's int32 ``[2, max_programs, size]``, zero at first.
         launches: int32 ``[max_programs]`` of this rank alone, zero at first: launches that a
             program, or a row that is pushed, has seen.
         expired: int32 ``[1]`` of this rank alone: not 0 once a wait took too long.
@@ -124,7 +120,7 @@ def all_reduce_add_norm(
         parts, inboxes, outputs, residual, weight, peers.counters, peers.launches, peers.expired,
         first, rows, eps, peers.max_polls,
         HIDDEN=hidden, BLOCK=triton.next_power_of_2(hidden), RANK=peers.rank, SIZE=peers.size,
-        MAX_PROGRAMS=peers.max_programs, CHUNKS=CHUNKS if two_shot else 1, TWO_SHOT=two_shot,
+        MAX_PROGRAMS=peers.max_programs, TWO_SHOT=two_shot,
         num_warps=_num_warps(hidden), maxnreg=REGISTERS, **pdl_options(),
     )  # fmt: skip
 
@@ -266,28 +262,21 @@ def _bits(first, second, dtype: tl.constexpr):
 
 
 @triton.jit
-def _tell(counters, at, launch, expired, RANK: tl.constexpr, SIZE: tl.constexpr):
-    """Tells the same program of all peers that this one is here.
+def _meet(counters, at, launch, expired, polls, RANK: tl.constexpr, SIZE: tl.constexpr):
+    """Tells the same program of all peers that this one is here, and waits until they are.
 
     One that gave up waiting, or was told that a peer did, says so with POISON.
     """
     peer = tl.arange(0, triton.next_power_of_2(SIZE))
-    address = tl.zeros_like(peer).to(tl.int64)
+    others = (peer < SIZE) & (peer != RANK)
+    given_up = tl.load(expired)
+    tl.debug_barrier()
+    address = tl.zeros([triton.next_power_of_2(SIZE)], tl.int64)
     for rank in tl.static_range(SIZE):
         address = tl.where(peer == rank, counters[rank], address)
-    theirs = address.to(tl.pointer_type(tl.int32)) + at * SIZE + RANK
-    given_up = tl.load(expired)
+    theirs = address.to(tl.pointer_type(tl.int32))
     word = tl.where(given_up == 0, launch, launch + POISON)
-    tl.debug_barrier()  # all threads have written what they had to
-    others = (peer < SIZE) & (peer != RANK)
-    tl.atomic_xchg(theirs, word, mask=others, sem="release", scope="sys")
-
-
-@triton.jit
-def _wait(counters, at, launch, expired, polls, RANK: tl.constexpr, SIZE: tl.constexpr):
-    """Waits until all peers have told."""
-    peer = tl.arange(0, triton.next_power_of_2(SIZE))
-    others = (peer < SIZE) & (peer != RANK)
+    tl.atomic_xchg(theirs + at * SIZE + RANK, word, mask=others, sem="release", scope="sys")
     ours = counters[RANK].to(tl.pointer_type(tl.int32)) + at * SIZE + peer
     # NOTE: this rank's own place is `expired`, looked at by the same instruction: its result is the
     # same for all warps, and that of a load, which may be another for each, must not end the loop.
@@ -313,7 +302,7 @@ def _all_reduce_kernel(
     parts, inboxes, outputs, residual, weight, counters, launches, expired,
     first_row, rows, eps, polls,
     HIDDEN: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr, SIZE: tl.constexpr,
-    MAX_PROGRAMS: tl.constexpr, CHUNKS: tl.constexpr, TWO_SHOT: tl.constexpr, PDL: tl.constexpr,
+    MAX_PROGRAMS: tl.constexpr, TWO_SHOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     dtype = residual.dtype.element_ty
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -323,51 +312,47 @@ def _all_reduce_kernel(
     pdl_wait(PDL)
     pdl_trigger(PDL)  # most of the time is waiting
     launch = tl.load(launches + program) + 1
-    # Rows go to programs, and those of a program to chunks, in turn; SIZE at a time if each of them
-    # is another rank's.
     share: tl.constexpr = SIZE if TWO_SHOT else 1
     capacity = tl.cdiv(rows, SIZE)
-    for chunk in tl.static_range(CHUNKS):
+    if TWO_SHOT:
+        for begin in range(program * SIZE, rows, programs * SIZE):
+            for shift in tl.static_range(1, SIZE):
+                row = begin + (RANK + shift) % SIZE
+                if row < rows:
+                    part = _pointer(parts[RANK], dtype) + (first_row + row) * HIDDEN + column
+                    theirs = _pointer(inboxes[(RANK + shift) % SIZE], dtype)
+                    slot = (RANK * capacity + begin // SIZE) * HIDDEN + column
+                    tl.store(theirs + slot, tl.load(part, mask=inside), mask=inside)
+    _meet(counters, program, launch, expired, polls, RANK, SIZE)
+    tl.store(launches + program, launch)  # all threads have read it
+
+    first = program * share + (RANK if TWO_SHOT else 0)
+    for row in range(first, rows, programs * share):
+        at = row * HIDDEN + column
+        shared = at + first_row * HIDDEN
+        total = tl.zeros([BLOCK], tl.float32)
+        for rank in tl.static_range(SIZE):
+            if TWO_SHOT and rank != RANK:
+                slot = (rank * capacity + row // SIZE) * HIDDEN + column
+                part = _pointer(inboxes[RANK], dtype) + slot
+            else:
+                part = _pointer(parts[rank], dtype) + shared
+            # NOTE: not cached: a line of a peer's memory in L1 would be of the launch before.
+            total += tl.load(part, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+        total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        rounded = total.to(dtype)
+        tl.store(residual + at, rounded, mask=inside)
+        values = rounded.to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(values * values, axis=0) / HIDDEN + eps)
+        normed = (values * inverse * scale).to(dtype)
         if TWO_SHOT:
-            start = (program + chunk * programs) * SIZE
-            for begin in range(start, rows, CHUNKS * programs * SIZE):
-                for shift in tl.static_range(1, SIZE):
-                    row = begin + (RANK + shift) % SIZE
-                    if row < rows:
-                        part = _pointer(parts[RANK], dtype) + (first_row + row) * HIDDEN + column
-                        theirs = _pointer(inboxes[(RANK + shift) % SIZE], dtype)
-                        slot = (RANK * capacity + begin // SIZE) * HIDDEN + column
-                        tl.store(theirs + slot, tl.load(part, mask=inside), mask=inside)
-        _tell(counters, chunk * MAX_PROGRAMS + program, launch, expired, RANK, SIZE)
-    for chunk in tl.static_range(CHUNKS):
-        _wait(counters, chunk * MAX_PROGRAMS + program, launch, expired, polls, RANK, SIZE)
-        start = (program + chunk * programs) * share + (RANK if TWO_SHOT else 0)
-        for row in range(start, rows, CHUNKS * programs * share):
-            at = row * HIDDEN + column
-            shared = at + first_row * HIDDEN
-            total = tl.zeros([BLOCK], tl.float32)
-            for rank in tl.static_range(SIZE):
-                if TWO_SHOT and rank != RANK:
-                    slot = (rank * capacity + row // SIZE) * HIDDEN + column
-                    part = _pointer(inboxes[RANK], dtype) + slot
-                else:
-                    part = _pointer(parts[rank], dtype) + shared
-                # NOTE: not cached: a line of a peer's memory in L1 would be of the launch before.
-                bits = tl.load(part, mask=inside, other=0.0, cache_modifier=".cg")
-                total += bits.to(tl.float32)
-            total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-            rounded = total.to(dtype)
-            tl.store(residual + at, rounded, mask=inside)
-            values = rounded.to(tl.float32)
-            inverse = tl.rsqrt(tl.sum(values * values, axis=0) / HIDDEN + eps)
-            normed = (values * inverse * scale).to(dtype)
-            for shift in tl.static_range(share):
+            for shift in tl.static_range(SIZE):
                 theirs = _pointer(outputs[(RANK + shift) % SIZE], dtype)
                 tl.store(theirs + shared, normed, mask=inside)
+        else:
+            tl.store(_pointer(outputs[RANK], dtype) + shared, normed, mask=inside)
     if TWO_SHOT:
-        _tell(counters, CHUNKS * MAX_PROGRAMS + program, launch, expired, RANK, SIZE)
-        _wait(counters, CHUNKS * MAX_PROGRAMS + program, launch, expired, polls, RANK, SIZE)
-    tl.store(launches + program, launch)  # all threads have read it
+        _meet(counters, MAX_PROGRAMS + program, launch, expired, polls, RANK, SIZE)
 
 
 @triton.jit
@@ -408,6 +393,5 @@ def _gather_kernel(
         for rank in tl.static_range(SIZE):
             inbox = inboxes[rank].to(tl.pointer_type(tl.int64)) + RANK * count
             tl.store(inbox + place, own, mask=place < count)
-    _tell(counters, program, launch, expired, RANK, SIZE)
-    _wait(counters, program, launch, expired, polls, RANK, SIZE)
+    _meet(counters, program, launch, expired, polls, RANK, SIZE)
     tl.store(launches + program, launch)  # all threads have read it

@@ -79,10 +79,7 @@ class PeerMemory:
         inboxes = [((self.size, MOST_VALUES), torch.int64)] * 2
         scattered = (self.size, -(-MOST_ROWS // self.size), hidden), dtype
         counters, self.scattered, *buffers = self._share(
-            [
-                ((all_reduce.CHUNKS + 1, programs, self.size), torch.int32),
-                *(scattered, *rows, *pushed, *inboxes),
-            ]
+            [((2, programs, self.size), torch.int32), scattered, *rows, *pushed, *inboxes]
         )
         self.parts, self.results = buffers[:TURNS], buffers[TURNS : 2 * TURNS]
         self.pushed, self.inboxes = buffers[2 * TURNS : 3 * TURNS], buffers[3 * TURNS :]
@@ -136,13 +133,12 @@ class PeerMemory:
             )  # fmt: skip
             return output
         two_shot = rows * hidden * part.element_size() > ONE_SHOT_BYTES.get(self.size, 0)
-        sms, per_sm = usable_sms(self.device), self.kernels.programs_per_sm(hidden)
+        own = -(-rows // self.size) if two_shot else rows
+        full = self.kernels.programs_per_sm(hidden)
+        # One-shot is only reads, and half of what fits an SM reads them faster.
+        most = usable_sms(self.device) * (full if two_shot else -(-full // 2))
         if two_shot:
-            chunks = -(-rows // (self.size * self.kernels.CHUNKS))
-            programs = min(chunks, sms * per_sm, TWO_SHOT_PROGRAMS)
-        else:
-            # Half of what fits an SM reads faster.
-            programs = min(rows, sms * -(-per_sm // 2))
+            most = min(most, TWO_SHOT_PROGRAMS)
         self.kernels.all_reduce_add_norm(
             self.peers,
             self.parts[turn].addresses,
@@ -153,7 +149,7 @@ class PeerMemory:
             residual,
             weight,
             eps,
-            programs,
+            min(own, most),
             two_shot,
         )
         return output

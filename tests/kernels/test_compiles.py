@@ -109,7 +109,7 @@ def small(side, tokens, rows="8"):
 def reduce(ranks, two_shot):
     constants = dict(
         HIDDEN=4096, BLOCK=4096, RANK=1, SIZE=int(ranks), MAX_PROGRAMS=264,
-        CHUNKS=2 if two_shot == "two-shot" else 1, TWO_SHOT=two_shot == "two-shot",
+        TWO_SHOT=two_shot == "two-shot",
     )
     tables = dict.fromkeys(["parts", "inboxes", "outputs", "counters"], ("i64",) * int(ranks))
     numbers = dict.fromkeys(["first_row", "rows", "polls"], "i32")

@@ -2,7 +2,7 @@
 
 Every rank holds a partial sum ``[T, H]`` of a row-parallel layer. What the next layer needs is the
 norm of their sum and the residual; an all-reduce that stops at the sum would write and read all
-rows once more. So one kernel reads the partial sums of all ranks, adds them in float32 and in rank
+rows once more. So one kernel takes the partial sums of all ranks, adds them in float32 and in rank
 order (the bits depend neither on timing nor on the number of programs), adds the residual and
 normalises.
 
@@ -19,7 +19,7 @@ normalises.
   this kernel reads it, and always for the same rows.
 
 Each program counts its launches, the same on all ranks, and nothing is reset, so a captured graph
-can be replayed. A barrier is one number per (program, rank, beginning or end) in each rank's
+can be replayed. A barrier is one number per (program, rank, first or second) in each rank's
 memory: the last launch to arrive there. A program waits for the same program of its peers and for
 nothing else. A wait is bounded: after ``max_polls`` looks a program notes that in ``expired`` and
 goes on; whoever else writes there ends it, too. No later launch waits again, and the peers are told
@@ -113,7 +113,7 @@ def all_reduce_add_norm(
         weight, eps: of the norm.
         programs: how many to launch, at most ``peers.max_programs``, and `programs_per_sm` for
             each SM that they get; the same on all ranks.
-        two_shot: see the module; the same on all ranks, and for all launches of a step.
+        two_shot: see the module; the same on all ranks, and for a step's launches on the same rows.
     """
     rows, hidden = shape
     _all_reduce_kernel[(programs,)](
@@ -314,7 +314,7 @@ def _all_reduce_kernel(
     launch = tl.load(launches + program) + 1
     share: tl.constexpr = SIZE if TWO_SHOT else 1
     capacity = tl.cdiv(rows, SIZE)
-    if TWO_SHOT:
+    if TWO_SHOT:  # every row to the rank that adds it
         for begin in range(program * SIZE, rows, programs * SIZE):
             for shift in tl.static_range(1, SIZE):
                 row = begin + (RANK + shift) % SIZE

@@ -133,12 +133,11 @@ class PeerMemory:
             )  # fmt: skip
             return output
         two_shot = rows * hidden * part.element_size() > ONE_SHOT_BYTES.get(self.size, 0)
-        own = -(-rows // self.size) if two_shot else rows
-        full = self.kernels.programs_per_sm(hidden)
-        # One-shot is only reads, and half of what fits an SM reads them faster.
-        most = usable_sms(self.device) * (full if two_shot else -(-full // 2))
+        sms, per_sm = usable_sms(self.device), self.kernels.programs_per_sm(hidden)
         if two_shot:
-            most = min(most, TWO_SHOT_PROGRAMS)
+            programs = min(-(-rows // self.size), sms * per_sm, TWO_SHOT_PROGRAMS)
+        else:  # only reads, for which half of what fits an SM is faster
+            programs = min(rows, sms * -(-per_sm // 2))
         self.kernels.all_reduce_add_norm(
             self.peers,
             self.parts[turn].addresses,
@@ -149,7 +148,7 @@ class PeerMemory:
             residual,
             weight,
             eps,
-            min(own, most),
+            programs,
             two_shot,
         )
         return output

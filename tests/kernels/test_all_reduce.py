@@ -69,7 +69,10 @@ def shared(count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[torch
 
 
 def rank_steps(rank: int, case: Case, memory: Any, results: mp.Queue) -> None:
-    """What one rank does: all-reduces in turn on two buffers, and a gather behind each."""
+    """What one rank does: all-reduces in turn on two buffers, and a gather behind each.
+
+    Each has another number of programs, and all two-shots scatter their rows into one buffer.
+    """
     torch.set_num_threads(1)
     parts, scattered, outputs, pushed, counters, inboxes = memory
     peers = peers_of(rank, counters)
@@ -85,9 +88,10 @@ def rank_steps(rank: int, case: Case, memory: Any, results: mp.Queue) -> None:
                 outputs[turn][rank][FIRST:], FIRST, residual, weight, EPS,
             )  # fmt: skip
         else:
+            programs = random.Random(step).randint(1, case.programs)
             all_reduce_add_norm(
                 peers, addresses(parts[turn]), addresses(scattered), addresses(outputs[turn]),
-                FIRST, shape, residual, weight, EPS, case.programs, case.two_shot,
+                FIRST, shape, residual, weight, EPS, programs, case.two_shot,
             )  # fmt: skip
         found.append(outputs[turn][rank][FIRST:].clone())
         gather(peers, torch.arange(3) + 10 * rank + 100 * step, addresses(inboxes[turn]))

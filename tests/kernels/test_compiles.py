@@ -37,7 +37,7 @@ def compile(kernel, constants, options, without=(), **types):
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(kernel.arg_names)
-        if types[name][0] == "*"
+        if str(types[name]).startswith("*")
     }
     source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, constants, aligned)
     options = {"launch_pdl": True, **options}

@@ -102,7 +102,8 @@ def test_users_garbage_between_calls_does_not_pile_up(sound: Path) -> None:
 def test_a_stream_that_only_a_collection_can_find_is_aborted(sound: Path, deltas: bool) -> None:
     with LLM(str(sound)) as llm:
         knot = Knot()
-        knot.stream = llm.stream([[1], [2, 3]], max_tokens=200, deltas=deltas)  # type: ignore[attr-defined]
+        params = {"max_tokens": 200, "ignore_eos": True}
+        knot.stream = llm.stream([[1], [2, 3]], deltas=deltas, **params)  # type: ignore[attr-defined]
         if deltas:
             next(knot.stream)  # type: ignore[attr-defined]
             assert len(llm.requests) == 2

@@ -93,7 +93,8 @@ def test_they_count_where_a_call_does_not_say(directory):
         (output,) = llm.generate(prompt, max_tokens=3, use_tqdm=False)
         assert output["token_ids"] == expected["token_ids"][:3]
         # Options that are given as a whole are taken as they are.
-        (output,) = llm.generate(prompt, SamplingParams(max_tokens=20), use_tqdm=False)
+        longer = SamplingParams(max_tokens=20, ignore_eos=True)
+        (output,) = llm.generate(prompt, longer, use_tqdm=False)
         assert len(output["token_ids"]) > 5
         defaults = llm.get_default_sampling_params()
         assert defaults == SamplingParams(temperature=0, max_tokens=5, top_k=1)

@@ -45,8 +45,10 @@ def cases() -> list[tuple[SamplingParams, list[int]]]:
     ]
 
     def case(prompt: list[int], change: dict | None) -> tuple[SamplingParams, list[int]]:
+        # Those that are not random are long enough to fill any cache here.
         options = random_changes(rng, VOCAB) if change is None else change
-        params = SamplingParams(temperature=0, max_tokens=rng.randint(9, 24), **options)
+        most = rng.randint(9, 24) if change is None else 24
+        params = SamplingParams(temperature=0, max_tokens=most, **options)
         try:
             return params, greedy(model, prompt, params, {EOS}, least_lead=CLOSE)
         except CloseCallError:
@@ -97,8 +99,9 @@ def test_a_seed_gives_the_same_tokens_whatever_else_is_going_on(directory, share
     rng = random.Random()
 
     def drawn(seed: int) -> tuple[SamplingParams, list[int]]:
-        changes = random_changes(rng, VOCAB)
-        params = SamplingParams(0.8, top_k=40, seed=seed, max_tokens=20, **changes)
+        # Of a fixed length, so that a small cache overflows.
+        changes = random_changes(rng, VOCAB) | {"max_tokens": 20, "ignore_eos": True}
+        params = SamplingParams(0.8, top_k=40, seed=seed, **changes)
         with counting_close_draws() as close:
             outputs = shared.generate([MORE[seed]], params, use_tqdm=False)
         return drawn(seed) if any(close) else (params, *tokens(outputs))
@@ -106,7 +109,8 @@ def test_a_seed_gives_the_same_tokens_whatever_else_is_going_on(directory, share
     params, alone = map(list, zip(*map(drawn, range(len(MORE))), strict=True))
     for options in ({}, {"num_kvcache_blocks": 5, "max_num_batched_tokens": 20}):
         with scheduled(directory, options) as engine:
-            others = [SamplingParams(max_tokens=9), SamplingParams(2, presence_penalty=1)]
+            fixed = {"max_tokens": 9, "ignore_eos": True}
+            others = [SamplingParams(**fixed), SamplingParams(2, presence_penalty=1, **fixed)]
             outputs = engine.generate(PROMPTS[:2] + MORE, others + params, use_tqdm=False)
             assert tokens(outputs)[2:] == alone
 

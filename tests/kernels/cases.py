@@ -81,6 +81,16 @@ def sampling_case(rows, vocab, dtype=torch.float32):
     return randn(rows, vocab, dtype=dtype) * 3, temperatures, seeds, steps
 
 
+def decided(draw, case):
+    """Rows of which no last bit of a logit decides what is drawn; greedy ones are, ties and all."""
+    (logits, temperatures, *rest), tokens = case, draw(*case)
+    nearby = [logits.float() + 1e-4 * randn(*logits.shape) for _ in range(12)]
+    same = [draw(each, temperatures, *rest) == tokens for each in nearby]
+    rows = torch.stack(same).all(0) | (temperatures == 0)
+    assert rows.float().mean() > 0.5
+    return rows
+
+
 def threshold_case(rows, vocab, dtype, limits, spread=3.0):
     """Arguments of ``find_threshold``; all rows but the last are filtered."""
     logits = (randn(rows, vocab) * spread).to(dtype)

@@ -18,7 +18,7 @@ try:
     from nanovllm import LLM, Config, SamplingParams
     from nanovllm.config import PIPELINE_MODES
     from nanovllm.tiny import CHECKPOINT_DIR, PROMPTS
-    from nanovllm.utils.command_line import Parser, in_one_line, output
+    from nanovllm.utils.command_line import Parser, in_one_line, output, text
 except KeyboardInterrupt:  # torch takes its time
     sys.exit(130)
 
@@ -27,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser, default = Parser(__doc__), Config()
     add = parser.add_argument
     add("--model", default=str(CHECKPOINT_DIR), help="directory or hub id")
-    add("--prompt", action="append", help="may be given several times")
+    add("--prompt", type=text, action="append", help="may be given several times")
     add("--max-tokens", type=int, default=128, help="of each completion")
     add("--temperature", type=float, default=0.0, help="0: greedy (default)")
     add("--device", default=default.device, help="'auto', 'cpu', 'cuda' or 'cuda:N'")
@@ -40,8 +40,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--timeline", type=output(".png", ".json"), metavar="FILE",
         help="draw (.png) or trace (.json) the stages of the last steps")  # fmt: skip
     args = parser.parse_args()
-    if "" in (args.prompt or ()):
-        parser.error("--prompt is empty")
     if args.timeline is not None and args.max_tokens < 2:
         parser.error("--timeline shows decode steps: --max-tokens must be at least 2")
     return args

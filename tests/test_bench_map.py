@@ -166,6 +166,24 @@ class TestJoin:
         with pytest.raises(BenchError, match=str(file)):
             gain_map.read_map([file])
 
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda record: record.update(shapes=[]),
+            lambda record: record.update(date=5),
+            lambda record: record["shapes"][0].update(points=[]),
+            lambda record: record["shapes"][0]["points"][0].update(batch="x"),
+            lambda record: record["shapes"][0]["points"][0].pop("arms"),
+        ],
+    )
+    def test_a_damaged_map(self, damage, tmp_path):
+        points = [make_point(batch, 128, sequential=1.0, streams=2.0) for batch in (8, 32)]
+        record = make_map(make_shape("8B", points))
+        assert self.join(tmp_path, record)
+        damage(record)
+        with pytest.raises(BenchError, match=r"0\.json holds a damaged map"):
+            self.join(tmp_path, record)
+
 
 @pytest.mark.parametrize("shapes", [1, 2, 5])
 @pytest.mark.parametrize("auto", [True, False])

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from nanovllm import LLM
+from nanovllm.bench import __main__ as bench
 from nanovllm.bench import requests, throughput
-from nanovllm.bench.requests import draw_requests
+from nanovllm.bench.requests import draw_requests, within
 from nanovllm.bench.step_log import LoggedStep, StepLog, count_tokens
-from tests.bench_runs import run
+from tests.bench_runs import refusal, run
+from tests.checkpoints import Shape
 
 
 class TestRequests:
@@ -30,7 +32,7 @@ class TestRequests:
         self, name, count, tokens_in, tokens_out, checksum
     ):
         """The checksum is that of the same draw by the script that drives the other engines."""
-        prompts, outputs = draw_requests(name, 151_936)
+        prompts, outputs = draw_requests(name)
         assert (len(prompts), sum(map(len, prompts)), sum(outputs)) == (
             count, tokens_in, tokens_out,
         )  # fmt: skip
@@ -41,13 +43,16 @@ class TestRequests:
         assert requests.MAX_NUM_SEQS["steady"] == 256
         for name in requests.EQUAL:
             monkeypatch.setitem(requests.EQUAL, name, (3, 5, 7))
-            prompts, outputs = draw_requests(name, 151_936)
+            prompts, outputs = draw_requests(name)
             assert ([len(prompt) for prompt in prompts], outputs) == ([5] * 3, [7] * 3)
 
     def test_fit_any_vocabulary_and_may_be_fewer(self):
-        prompts, outputs = draw_requests("W", 50, first=3)
+        prompts, outputs = draw_requests("W", first=3)
         assert (len(prompts), len(outputs)) == (3, 3)
-        assert max(map(max, prompts)) < 50
+        small = within(prompts, 50)
+        assert [*map(len, small)] == [*map(len, prompts)]
+        assert max(map(max, small)) < 50
+        assert within(prompts, 151_936) == prompts
 
 
 def step(
@@ -185,6 +190,22 @@ class TestOnTheCpu:
         assert any("99th percentile" in line for line in lines)
         _, record = run(capsys, *argv, "--max-num-seqs", "1")
         assert record["options"]["max_num_seqs"] == 1
+
+    @pytest.mark.parametrize(("longest", "ids"), [(163, 8), (200, 193)])
+    def test_requests_or_a_warm_up_too_long_for_the_model(
+        self, longest, ids, monkeypatch, capsys, tmp_path
+    ):
+        """Found before it is loaded."""
+        Shape().write(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["max_position_embeddings"] = longest
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        monkeypatch.setitem(requests.EQUAL, "steady", (3, ids, 8))
+        monkeypatch.setattr("nanovllm.bench.engines.LLMEngine", None)
+        argv = ["--workload", "throughput", "--requests", "steady", "--model", str(tmp_path)]
+        capsys.readouterr()  # of the writing
+        err = refusal(capsys, bench.main, *argv)
+        assert f"{longest + 1} tokens are too many: the model's longest has {longest}" in err
 
     def test_prompts_alone(self, capsys, monkeypatch):
         monkeypatch.setitem(requests.EQUAL, "prefill", (3, 20, 1))

@@ -1,5 +1,6 @@
 """Manners of the scripts: an error is one line and exit code 2, an interrupt has no traceback."""
 
+import os
 import re
 import signal
 import subprocess
@@ -31,6 +32,7 @@ ROOT = Path(example_pipeline.__file__).parent
         (["--timeline", "nowhere/steps.json"], ["--timeline", "nowhere"]),
         (["--timeline", "steps.txt"], ["--timeline", ".png", ".json"]),
         (["--prompt", "One", "--prompt", ""], ["--prompt", "empty"]),
+        (["--prompt", os.fsdecode(b"One\xff")], ["--prompt", "One\\udcff", "UTF-8"]),
         (["--max-tok", "9"], ["--max-tok"]),
         (["--max-tokens", "1", "--timeline", "steps.json"], ["--timeline", "--max-tokens"]),
     ],

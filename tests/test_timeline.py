@@ -210,6 +210,6 @@ def test_labels_of_a_picture_lie_within_their_boxes(steps, tmp_path, monkeypatch
 
 def test_without_profiled_steps_there_is_nothing_to_draw(tmp_path):
     path = tmp_path / "steps.json"
-    with pytest.raises(ValueError, match="set pipeline_enable_profiling=True"):
+    with pytest.raises(ValueError, match="pipeline_enable_profiling must be True"):
         save_timeline([], str(path))
     assert not path.exists()

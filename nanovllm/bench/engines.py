@@ -109,6 +109,7 @@ def fill_cache(engine: LLMEngine) -> None:
         runner.model.kv_cache.normal_(generator=generator)
         return
     length = min(runner.max_model_len - 1, runner.block_size)
-    ids = torch.randint(runner.model_config.vocab_size, (runner.num_blocks, length))
+    shape = runner.num_blocks, length
+    ids = torch.randint(runner.model_config.vocab_size, shape, device="cpu")
     once = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=1)
     engine.generate(ids.tolist(), once, use_tqdm=False)

@@ -24,6 +24,7 @@ from nanovllm.bench import BenchError, DoesNotFit, report
 from nanovllm.bench.arms import Arm, Specs, arm_specs, plan_of_auto, timed_arms
 from nanovllm.bench.gains import describe
 from nanovllm.bench.pictures import draw_map as draw
+from nanovllm.bench.pictures import heading
 from nanovllm.bench.report import Record
 from nanovllm.bench.shapes import SIZES, TINY
 from nanovllm.bench.turns import (
@@ -147,11 +148,18 @@ def read_map(paths: Sequence[Path]) -> Record:
     """
     records = [report.read_record(path, "map") for path in paths]
     try:
-        return join_maps(paths, records)
+        joined = join_maps(paths, records)
+        if not all([joined["shapes"], *(shape["points"] for shape in joined["shapes"])]):
+            raise ValueError("there are no points")
+        describe(joined)
+        heading(joined, "")
+    except BenchError:
+        raise
     except (LookupError, TypeError, ValueError) as error:
         raise BenchError(
             f"--from {' '.join(map(str, paths))} holds a damaged map: {error!r}"
         ) from error
+    return joined
 
 
 def join_maps(paths: Sequence[Path], records: Sequence[Record]) -> Record:

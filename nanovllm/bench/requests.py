@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from random import Random
 
-# Of vocabularies that have so many; in a smaller one, ids are taken modulo its size.
 HIGHEST_ID = 150_000
 
 EQUAL = {
@@ -27,13 +26,17 @@ MAX_MODEL_LEN = 4096
 Requests = tuple[list[list[int]], list[int]]
 
 
-def draw_requests(name: str, vocab_size: int, first: int | None = None) -> Requests:
+def draw_requests(name: str, first: int | None = None) -> Requests:
     """Prompts as token ids, and the tokens that each is to give: of a whole set, or the first."""
     prompts, outputs = draw_w() if name == "W" else draw_set(name)
-    prompts = prompts[:first]
-    if vocab_size <= HIGHEST_ID:
-        prompts = [[token % vocab_size for token in prompt] for prompt in prompts]
-    return prompts, outputs[:first]
+    return prompts[:first], outputs[:first]
+
+
+def within(prompts: list[list[int]], vocab_size: int) -> list[list[int]]:
+    """The same prompts for a vocabulary that may be smaller: ids are taken modulo its size."""
+    if vocab_size > HIGHEST_ID:
+        return prompts
+    return [[token % vocab_size for token in prompt] for prompt in prompts]
 
 
 def draw_w() -> Requests:

@@ -11,13 +11,13 @@ from nanovllm.bench.arms import choose_split, pipeline_options
 from nanovllm.bench.ceilings import matmul_peak, prefill_flops
 from nanovllm.bench.engines import start_engine
 from nanovllm.bench.report import Record
-from nanovllm.bench.requests import MAX_MODEL_LEN, MAX_NUM_SEQS, Requests, draw_requests
+from nanovllm.bench.requests import MAX_MODEL_LEN, MAX_NUM_SEQS, Requests, draw_requests, within
 from nanovllm.bench.step_log import StepLog
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.device import sm_count
 
-WARM_UP = [*range(100)]
+WARM_UP, WARM_UP_OUTPUT = [*range(100)], 64
 
 
 def run(args: argparse.Namespace) -> Iterator[Record]:
@@ -31,10 +31,13 @@ def run(args: argparse.Namespace) -> Iterator[Record]:
         "max_num_seqs": args.max_num_seqs or MAX_NUM_SEQS.get(args.requests, 1024),
         "max_model_len": MAX_MODEL_LEN,
     }
-    with start_engine(args, **options) as (engine, about):
+    prompts, outputs = draw_requests(args.requests, args.num_requests)
+    lengths = [len(prompt) + output for prompt, output in zip(prompts, outputs, strict=True)]
+    longest = max(len(WARM_UP) + WARM_UP_OUTPUT, *lengths)
+    with start_engine(args, longest=longest, **options) as (engine, about):
         runner = engine.model_runner
         config = runner.model_config
-        requests = draw_requests(args.requests, config.vocab_size, args.num_requests)
+        requests = within(prompts, config.vocab_size), outputs
         record = report.describe_machine(args.device, args.workload) | about
         record |= {"request_set": args.requests} | run_requests(engine, requests)
         yield record
@@ -52,7 +55,9 @@ def run_requests(engine: LLMEngine, requests: Requests) -> Record:
     params = [
         SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=output) for output in outputs
     ]
-    engine.generate([WARM_UP], temperature=0.6, ignore_eos=True, use_tqdm=False)
+    warm_up = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=WARM_UP_OUTPUT)
+    vocab_size = engine.model_runner.model_config.vocab_size
+    engine.generate(within([WARM_UP], vocab_size), warm_up, use_tqdm=False)
     statistics = engine.model_runner.step_runner.statistics
     preemptions, steps = engine.scheduler.num_preemptions, dict(statistics.steps)
     with StepLog(engine.model_runner) as log:

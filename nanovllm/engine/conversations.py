@@ -10,9 +10,13 @@ from nanovllm.utils.options import as_list, short
 
 Conversation = Sequence[Mapping[str, Any]]
 
-# Arguments of `apply_chat_template` that are set here.
-CHAT_ARGUMENTS = {"conversation", "chat_template", "add_generation_prompt", "tokenize",
-                  "return_dict", "return_tensors"}  # fmt: skip
+# Arguments of `apply_chat_template` that are set here, or are for the tokenizer: a prompt must not
+# be cut or filled up.
+CHAT_ARGUMENTS = {
+    "conversation", "chat_template", "add_generation_prompt", "tokenize", "return_dict",
+    "return_tensors", "return_assistant_tokens_mask", "sanitize_control_tokens", "padding",
+    "truncation", "max_length", "tokenizer_kwargs",
+}  # fmt: skip
 
 
 def list_conversations(messages: Any) -> list[Any]:

@@ -111,7 +111,7 @@ class Sampler:
                 self.history[edits.request_index, edits.lengths] = drawn.int()
             self.last_tokens[batch.request_index] = tokens
         else:
-            tokens = torch.empty(0, dtype=torch.int64)
+            tokens = torch.empty(0, dtype=torch.int64, device="cpu")
         scores = None
         if len(draws.scoring):
             scores = self._score(logits, hidden, draws.scoring, tokens)

@@ -39,7 +39,13 @@ from nanovllm.layers.logit_edits import RequestEdits
 from nanovllm.layers.logprobs import Scores
 from nanovllm.models import Checkpoint, load_config, load_model
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.device import resolve_device, resolve_dtype, single_thread, sm_count
+from nanovllm.utils.device import (
+    resolve_device,
+    resolve_dtype,
+    single_thread,
+    sm_count,
+    without_autocast,
+)
 from nanovllm.utils.garbage import few_full_collections
 from nanovllm.utils.timeline import save_timeline
 
@@ -207,7 +213,7 @@ class ModelRunner:
         Rows of its logits that have a mask draw from the tokens that it allows, see `Sampler.pack`.
         """
         self._set_device()
-        with torch.inference_mode(), self.threads():
+        with torch.inference_mode(), self.threads(), without_autocast(self.device):
             scoring = Scoring.of(step, self.model_config.vocab_size) if step.asks else None
             draws = self.sampler.pack(step, masks or {}, scoring)
             prepared = replace(self.step_runner.prepare(step), draws=draws)
@@ -350,7 +356,7 @@ class ModelRunner:
 
 def _copy_to_host(x: torch.Tensor) -> torch.Tensor:
     """A copy, complete once the current stream reaches this point."""
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
     return host.copy_(x, non_blocking=True)
 
 
@@ -359,7 +365,7 @@ def start_runner(config: Config, directory: Path) -> ModelRunner:
     device = resolve_device(config.device)
     ranks = Ranks.start(config, directory, device)
     try:
-        with ranks.collective_region():
+        with ranks.collective_region(), without_autocast(device):
             runner = ModelRunner(config, directory, device, ranks)
             if not ranks.is_first:
                 runner.serve()

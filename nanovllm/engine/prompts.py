@@ -139,6 +139,13 @@ class TextProcessor:
             raise ValueError(
                 f"{name} is a text, but model={self.model!r} has no tokenizer: give token ids"
             )
+        try:
+            content.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{name}={short(prompt)} is not allowed: {content[error.start]!a} is a lone "
+                "surrogate, which is no character"
+            ) from None
         with naming(f"{name}={short(prompt)} cannot be encoded", ValueError):
             # The engine says itself what is too long.
             encode = partial(self.tokenizer.encode, content, verbose=False)

@@ -237,6 +237,7 @@ class StepRunner:
     def _fill(
         self, layout: StepLayout, chunks: Sequence[Chunk], parts: Sequence[Any]
     ) -> torch.Tensor:
-        flat = torch.empty(layout.size, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        pin = self.device.type == "cuda"
+        flat = torch.empty(layout.size, dtype=torch.int32, device="cpu", pin_memory=pin)
         self.inputs.fill(layout, chunks, parts, flat.numpy())
         return flat

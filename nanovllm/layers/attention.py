@@ -115,7 +115,7 @@ class TorchBackend(AttentionBackend):
     """The slow and obvious reference that the other back ends are tested against."""
 
     def decode(self, q: Tensor, cache: KVCache, metadata: DecodeMetadata, out: Tensor) -> None:
-        starts = torch.arange(len(q) + 1)
+        starts = torch.arange(len(q) + 1, device=q.device)
         rows = PrefillMetadata(metadata.block_tables, metadata.context_lens, starts, 1)
         self.prefill(q, cache, rows, out)
 

@@ -80,7 +80,7 @@ class RequestEdits:
 
 def _bias_of(bias: dict[int, float]) -> Bias:
     # Not by numpy, which warns of numbers that are -inf in float32.
-    values = torch.tensor(list(bias.values()), dtype=torch.float32)
+    values = torch.tensor(list(bias.values()), dtype=torch.float32, device="cpu")
     return np.array(list(bias), np.int64), values.numpy()
 
 

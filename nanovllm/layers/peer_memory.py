@@ -96,7 +96,7 @@ class PeerMemory:
         # NOTE: of another priority, so that it shares no queue with what waits for the very kernel
         # that is to end; and for copies, as a kernel could find no place on an SM beside that one.
         self._side_stream = torch.cuda.Stream(device, priority=-1)
-        self._one = torch.ones(1, dtype=torch.int32).pin_memory()
+        self._one = torch.ones(1, dtype=torch.int32, device="cpu").pin_memory()
 
     def part(self, turn: int, first: int, rows: int) -> Tensor | None:
         """Where to write a partial sum of so many rows; None: there is no room for it.

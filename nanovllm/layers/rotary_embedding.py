@@ -36,7 +36,8 @@ class Rope:
         """float32 [head_dim / 2], radians per position; and what multiplies cos and sin."""
         kind, theta = self.parameters["rope_type"], self.parameters["rope_theta"]
         if kind == "default":
-            return 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim), 1.0
+            exponents = torch.arange(0, head_dim, 2, device="cpu").float() / head_dim
+            return 1.0 / theta**exponents, 1.0
         # Imported late: it takes seconds, and other models do without it.
         from transformers import PreTrainedConfig
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -49,11 +50,11 @@ class Rope:
             "max_position_embeddings": self.max_position,
             "rope_parameters": dict(self.parameters),
         })  # fmt: skip
-        return ROPE_INIT_FUNCTIONS[kind](config)
+        return ROPE_INIT_FUNCTIONS[kind](config, "cpu")
 
 
 def cos_sin_table(rope: Rope, head_dim: int, max_position: int) -> torch.Tensor:
     """Returns float32 [max_position, head_dim]: cosines, then sines, of head_dim / 2 angles."""
     frequencies, factor = rope.frequencies(head_dim)
-    angles = torch.arange(max_position).float()[:, None] * frequencies
+    angles = torch.arange(max_position, device="cpu").float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1) * factor

@@ -150,7 +150,8 @@ def load_model(
     names = sorted(shards, key=lambda name: matched[name].path)
     bar = tqdm(names, desc="Loading weights", unit="tensor", disable=not show_progress)
     for path, group_of_names in itertools.groupby(bar, key=lambda name: matched[name].path):
-        with _open(path) as file:
+        # NOTE: a slice is made on the caller's default device.
+        with torch.device("cpu"), _open(path) as file:
             for name in group_of_names:
                 _fill(shards[name], file, matched[name])
                 on_tensor()
@@ -268,7 +269,7 @@ def _fill(shard: WeightShard, file: safe_open, tensor: StoredTensor) -> None:
 
 def _check_tied(shard: WeightShard, head: StoredTensor) -> None:
     """Refuses a tied head that differs: some versions of transformers run it, others do not."""
-    with _open(head.path) as file:
+    with torch.device("cpu"), _open(head.path) as file:
         part = file.get_slice(head.name)[shard.index].to(shard.target)
     if not torch.equal(part, shard.target):
         raise WeightsError(

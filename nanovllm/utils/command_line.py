@@ -49,6 +49,17 @@ def number(kind: type, least: float = 1) -> Callable[[str], Any]:
     return convert
 
 
+def text(given: str) -> str:
+    """An argument type: at least one character."""
+    if not given:
+        raise ArgumentTypeError("it is empty")
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        raise ArgumentTypeError(f"{given!a} is no UTF-8") from None
+    return given
+
+
 def output(*endings: str) -> Callable[[str], Path]:
     """An argument type: a file to write; refuses at once what would fail only at the end.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -55,6 +55,13 @@ def sm_count(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, operations have the configured dtype, whatever `torch.autocast` the caller is in."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def check_fits(num_bytes: int, device: torch.device, what: str) -> None:

@@ -41,8 +41,8 @@ def save_timeline(
     """
     if not steps:
         raise ValueError(
-            "there is no profiled decode step to draw: set pipeline_enable_profiling=True and "
-            "generate something first"
+            "there is no profiled decode step to draw: pipeline_enable_profiling must be True, and "
+            "a request must go on after its first token, which its prompt's step draws"
         )
     if path.endswith(".png"):
         pipelined = [spans for spans in steps if any(span.micro_batch for span in spans)]

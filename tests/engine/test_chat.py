@@ -103,6 +103,14 @@ REFUSED = [
     (TOM, {"add_generation_prompt": "no"}, TypeError, r"^add_generation_prompt='no' is no bool"),
     (TOM, {"chat_template_kwargs": [1]}, TypeError, r"^chat_template_kwargs=\[1\] is neither"),
     (TOM, {"chat_template_kwargs": {"tokenize": False}}, TypeError, r"must not hold 'tokenize'"),
+    # Which would cut a prompt, or fill it up.
+    (
+        TOM,
+        {"chat_template_kwargs": {"truncation": True, "max_length": 3}},
+        TypeError,
+        r"must not hold 'max_length', 'truncation'",
+    ),
+    (TOM, {"chat_template_kwargs": {"padding": "max_length"}}, TypeError, r"hold 'padding'"),
     (TOM, {"chat_template": None}, ValueError, r"has no chat template.*chat_template=\.\.\."),
     (TOM, {"chat_template": "a " * 9999}, ValueError, r"^messages\[0\] has .* max_model_len"),
     (TOM, {"top_k": 5}, TypeError, r"^give either sampling_params or single options"),

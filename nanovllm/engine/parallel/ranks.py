@@ -180,11 +180,12 @@ class Ranks:
 
     def receive_step(self) -> tuple[StepLayout, np.ndarray, list[np.ndarray]] | None:
         """Waits for the next step, as it was sent; None when there will be no more."""
-        packet = torch.empty(PACKET, dtype=torch.int32)
+        packet = torch.empty(PACKET, dtype=torch.int32, device="cpu")
         self._broadcast(packet).wait()
         if not packet[0]:
             return None
-        message = torch.empty(max(PACKET, joined_size(packet.numpy())), dtype=torch.int32)
+        size = max(PACKET, joined_size(packet.numpy()))
+        message = torch.empty(size, dtype=torch.int32, device="cpu")
         message[:PACKET] = packet
         if len(message) > PACKET:
             self._broadcast(message[PACKET:]).wait()
@@ -236,7 +237,7 @@ class Ranks:
         """The smallest `value` of all ranks, of which some may still be loading weights."""
         if self.group.size == 1:
             return value
-        tensor = torch.tensor([value], dtype=torch.int64)
+        tensor = torch.tensor([value], dtype=torch.int64, device="cpu")
         work = dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self.control, async_op=True)
         complete(work, LOAD_SECONDS)
         return int(tensor)
@@ -402,7 +403,7 @@ class Ranks:
     def _finish(self) -> None:
         """Says, as rank 0, that there are no more steps, and lets all ranks end theirs."""
         patience = timedelta(seconds=END_SECONDS)
-        stop = torch.zeros(PACKET, dtype=torch.int32)
+        stop = torch.zeros(PACKET, dtype=torch.int32, device="cpu")
         try:
             if self.is_first:
                 self._broadcast(stop).wait(patience)

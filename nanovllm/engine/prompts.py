@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -83,6 +84,8 @@ class TextProcessor:
             )
         apply = partial(self.tokenizer.apply_chat_template, conversation, **options)
         with naming(f"{name} does not fit the chat template", ValueError):
+            # As for a text; templates may look at all of it.
+            json.dumps(conversation, ensure_ascii=False, skipkeys=True, default=str).encode()
             ids = exclusive(self.lock, apply)
         return self._check(list(ids), name)
 
@@ -139,14 +142,8 @@ class TextProcessor:
             raise ValueError(
                 f"{name} is a text, but model={self.model!r} has no tokenizer: give token ids"
             )
-        try:
-            content.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{name}={short(prompt)} is not allowed: {content[error.start]!a} is a lone "
-                "surrogate, which is no character"
-            ) from None
         with naming(f"{name}={short(prompt)} cannot be encoded", ValueError):
+            content.encode()  # tokenizers do not say what is wrong with a lone surrogate
             # The engine says itself what is too long.
             encode = partial(self.tokenizer.encode, content, verbose=False)
             return list(exclusive(self.lock, encode))

@@ -96,6 +96,7 @@ REFUSED = [
         r"^messages\[0\]\[0\]\['tool_calls'\]\[0\]\['function'\]\['arguments'\]='{' is no JSON",
     ),
     ([{"role": "user"}], {}, ValueError, r"^messages\[0\] does not fit the chat template.*content"),
+    ([{"role": "user", "content": "Tom\ud800"}], {}, ValueError, r"^messages\[0\] .*surrogates"),
     (TOM, {"chat_template": "{% if %}"}, ValueError, r"^messages\[0\] does not fit .*TemplateSynt"),
     (TOM, {"chat_template": "{{ raise_exception('no') }}"}, ValueError, r"does not fit.*no"),
     (TOM, {"chat_template": ""}, ValueError, r"^messages\[0\] is empty"),

@@ -151,6 +151,7 @@ def read_map(paths: Sequence[Path]) -> Record:
         joined = join_maps(paths, records)
         if not all([joined["shapes"], *(shape["points"] for shape in joined["shapes"])]):
             raise ValueError("there are no points")
+        # Whatever is missing is found now, and not when half of it is printed.
         describe(joined)
         heading(joined, "")
     except BenchError:

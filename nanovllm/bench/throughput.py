@@ -17,7 +17,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.device import sm_count
 
-WARM_UP, WARM_UP_OUTPUT = [*range(100)], 64
+WARM_UP, WARM_UP_OUTPUT = [1] * 100, 64
 
 
 def run(args: argparse.Namespace) -> Iterator[Record]:
@@ -56,8 +56,7 @@ def run_requests(engine: LLMEngine, requests: Requests) -> Record:
         SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=output) for output in outputs
     ]
     warm_up = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=WARM_UP_OUTPUT)
-    vocab_size = engine.model_runner.model_config.vocab_size
-    engine.generate(within([WARM_UP], vocab_size), warm_up, use_tqdm=False)
+    engine.generate([WARM_UP], warm_up, use_tqdm=False)
     statistics = engine.model_runner.step_runner.statistics
     preemptions, steps = engine.scheduler.num_preemptions, dict(statistics.steps)
     with StepLog(engine.model_runner) as log:

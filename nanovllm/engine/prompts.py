@@ -84,7 +84,7 @@ class TextProcessor:
             )
         apply = partial(self.tokenizer.apply_chat_template, conversation, **options)
         with naming(f"{name} does not fit the chat template", ValueError):
-            # As for a text; templates may look at all of it.
+            # A lone surrogate anywhere: tokenizers do not say that it is what they refuse.
             json.dumps(conversation, ensure_ascii=False, skipkeys=True, default=str).encode()
             ids = exclusive(self.lock, apply)
         return self._check(list(ids), name)
@@ -143,7 +143,7 @@ class TextProcessor:
                 f"{name} is a text, but model={self.model!r} has no tokenizer: give token ids"
             )
         with naming(f"{name}={short(prompt)} cannot be encoded", ValueError):
-            content.encode()  # tokenizers do not say what is wrong with a lone surrogate
+            content.encode()  # a lone surrogate: see above
             # The engine says itself what is too long.
             encode = partial(self.tokenizer.encode, content, verbose=False)
             return list(exclusive(self.lock, encode))

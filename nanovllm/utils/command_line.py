@@ -50,7 +50,7 @@ def number(kind: type, least: float = 1) -> Callable[[str], Any]:
 
 
 def text(given: str) -> str:
-    """An argument type: at least one character."""
+    """An argument type: whole characters, at least one."""
     if not given:
         raise ArgumentTypeError("it is empty")
     try:

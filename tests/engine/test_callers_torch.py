@@ -21,7 +21,7 @@ MIXED = [
 
 @contextmanager
 def default_device() -> Iterator[None]:
-    """One on which an engine for the CPU can do nothing, as CUDA is in a caller's script."""
+    """One that an engine on the CPU cannot use; in a caller's script it is "cuda"."""
     torch.set_default_device("meta")
     try:
         yield

@@ -6,6 +6,7 @@ import random
 import torch
 
 from nanovllm.kernels.normed import HeadInputs
+from tests.close_draws import CLOSE, TIMES
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -84,7 +85,7 @@ def sampling_case(rows, vocab, dtype=torch.float32):
 def decided(draw, case):
     """Rows of which no last bit of a logit decides what is drawn; greedy ones are, ties and all."""
     (logits, temperatures, *rest), tokens = case, draw(*case)
-    nearby = [logits.float() + 1e-4 * randn(*logits.shape) for _ in range(12)]
+    nearby = [logits.float() + CLOSE * randn(*logits.shape) for _ in range(TIMES)]
     same = [draw(each, temperatures, *rest) == tokens for each in nearby]
     rows = torch.stack(same).all(0) | (temperatures == 0)
     assert rows.float().mean() > 0.5
